@@ -1,0 +1,66 @@
+"""hfprune: prune a Hugging Face causal LM in the Lightning Trainer that also heals it.
+
+Public names are loaded at first use, so that importing the package (and ``hfprune --help``) stays fast.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from hfprune.version import __version__
+
+if TYPE_CHECKING:
+    from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+    from hfprune.criteria import ActivationTaylor, WeightTaylor
+    from hfprune.data import TextDataModule
+    from hfprune.modules import PruningModule
+    from hfprune.plan import PruningPlan
+    from hfprune.recovery import LoraRecovery
+    from hfprune.surgery import apply_plan, mask_plan
+    from hfprune.trainer import PruneTrainer
+    from hfprune.types import Budget
+
+_HOMES = {
+    "ActivationTaylor": "hfprune.criteria",
+    "Budget": "hfprune.types",
+    "LoraRecovery": "hfprune.recovery",
+    "PruneTrainer": "hfprune.trainer",
+    "PruningModule": "hfprune.modules",
+    "PruningPlan": "hfprune.plan",
+    "ReportCallback": "hfprune.callbacks",
+    "TaylorImportanceCallback": "hfprune.callbacks",
+    "TextDataModule": "hfprune.data",
+    "WeightTaylor": "hfprune.criteria",
+    "apply_plan": "hfprune.surgery",
+    "mask_plan": "hfprune.surgery",
+}
+
+__all__ = [
+    "ActivationTaylor",
+    "Budget",
+    "LoraRecovery",
+    "PruneTrainer",
+    "PruningModule",
+    "PruningPlan",
+    "ReportCallback",
+    "TaylorImportanceCallback",
+    "TextDataModule",
+    "WeightTaylor",
+    "__version__",
+    "apply_plan",
+    "mask_plan",
+]
+
+
+_logger = logging.getLogger("hfprune")
+if not logging.root.hasHandlers():  # as Lightning does: messages show in a script that configures no logging
+    _logger.addHandler(logging.StreamHandler())
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfprune' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

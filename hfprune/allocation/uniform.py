@@ -1,0 +1,23 @@
+"""The same number of units in every group, the best ones of each."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hfprune.types import Group
+
+
+def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
+    """Returns the ``width`` units with the largest scores, ascending; equal scores: the lower index stays.
+
+    >>> keep_top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
+    (1, 2)
+    """
+    order = torch.sort(scores.cpu(), descending=True, stable=True).indices
+    return tuple(sorted(order[:width].tolist()))
+
+
+def uniform_keep(scores: Mapping[str, Tensor], groups: Sequence[Group], width: int) -> dict[str, tuple[int, ...]]:
+    """Returns the kept units of every group at one width."""
+    return {group.name: keep_top(scores[group.name], width) for group in groups}

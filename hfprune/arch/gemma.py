@@ -1,0 +1,19 @@
+"""Gemma 2 and the text models of Gemma 3."""
+
+from dataclasses import replace
+
+from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+
+GEMMA2 = register(
+    ArchSpec(
+        model_class="Gemma2ForCausalLM",
+        backbone="model",  # scales its embeddings itself
+        layers="model.layers",
+        mlp=GATED_MLP,
+        width_key="intermediate_size",
+        softcap_key="final_logit_softcapping",
+        width_attributes=("mlp.intermediate_size",),
+        lora_targets=GATED_LORA_TARGETS,
+    )
+)
+GEMMA3 = register(replace(GEMMA2, model_class="Gemma3ForCausalLM"))

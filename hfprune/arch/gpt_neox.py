@@ -1,0 +1,17 @@
+"""GPT-NeoX and Pythia: plain MLP with biases, attention and MLP in parallel, untied head."""
+
+from hfprune.arch.spec import ArchSpec, SliceTemplate, register
+
+GPT_NEOX = register(
+    ArchSpec(
+        model_class="GPTNeoXForCausalLM",
+        backbone="gpt_neox",
+        layers="gpt_neox.layers",
+        mlp=(
+            SliceTemplate(module="mlp.dense_h_to_4h", side="out"),
+            SliceTemplate(module="mlp.dense_4h_to_h", side="in"),
+        ),
+        width_key="intermediate_size",
+        lora_targets=("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+    )
+)

@@ -1,0 +1,18 @@
+"""Qwen 2, 2.5 and 3 (dense models; the MoE classes are other architectures)."""
+
+from dataclasses import replace
+
+from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+
+QWEN2 = register(
+    ArchSpec(
+        model_class="Qwen2ForCausalLM",  # Qwen 2.5 too: same class, biases on q, k and v only
+        backbone="model",
+        layers="model.layers",
+        mlp=GATED_MLP,
+        width_key="intermediate_size",
+        width_attributes=("mlp.intermediate_size",),
+        lora_targets=GATED_LORA_TARGETS,
+    )
+)
+QWEN3 = register(replace(QWEN2, model_class="Qwen3ForCausalLM"))

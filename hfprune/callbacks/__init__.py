@@ -1,0 +1,7 @@
+"""Lightning callbacks: when things happen. What happens is computed elsewhere."""
+
+from hfprune.callbacks.events import PruningEvents
+from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.report import ReportCallback
+
+__all__ = ["PruningEvents", "ReportCallback", "TaylorImportanceCallback"]

@@ -1,0 +1,40 @@
+"""The calibration progress bar."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[int, float], None]
+"""Called after each batch with its number of tokens and the objective so far (nats per token)."""
+
+
+@contextmanager
+def calibration_progress(total: int | None, *, objective: str, enabled: bool) -> Iterator[Advance]:
+    """Shows batches done, tokens/s, time left and the running objective; yields the function that advances it.
+
+    Args:
+        total: Number of batches, None when unknown.
+        objective: Name shown beside its value.
+        enabled: False shows nothing.
+    """
+    columns = (
+        TextColumn("Calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[running]}"),
+    )
+    with Progress(*columns, disable=not enabled) as progress:
+        task = progress.add_task("calibration", total=total, rate="", running="")
+        tokens = 0
+
+        def advance(num_tokens: int, running: float) -> None:
+            nonlocal tokens
+            tokens += num_tokens
+            elapsed = progress.tasks[0].elapsed or 0.0
+            rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
+            progress.update(task, advance=1, rate=rate, running=f"{objective} {running:.3f} nats")
+
+        yield advance

@@ -1,0 +1,176 @@
+"""``ReportCallback``: measures the model at every stage, exports it, and writes what it all came to."""
+
+import copy
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from torch import Tensor
+
+from hfprune.arch import parameter_count
+from hfprune.callbacks.events import PruningEvents
+from hfprune.callbacks.importance import versions
+from hfprune.evaluation.stage import Measurement, measure
+from hfprune.evaluation.table import stage_table
+from hfprune.evaluation.fidelity import DenseReference
+from hfprune.export import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    REPORT_FILE,
+    check_output_dir,
+    check_reload,
+    export_model,
+    staged,
+    write_json,
+)
+from hfprune.loading import load_causal_lm
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.recovery.lora import merge_lora
+
+EXPLODED = 10.0
+"""A perplexity this many times the dense model's is said loudly."""
+
+
+class ReportCallback(Callback, PruningEvents):
+    """Measures the dense, pruned and recovered model, exports the last, writes ``report.json``, prints a table.
+
+    The perplexity and fidelity text comes from the datamodule's ``evaluation_windows()``; without it only sizes and
+    speed are measured.
+
+    Args:
+        output_dir: Receives ``model/``, ``plan.json`` and ``report.json``.
+        overwrite: Replace the results of an output folder that is not empty.
+        latency: Measure prefill and decode speed (batch 1).
+        merge_adapters: Merge the LoRA adapters into ``model/``; false saves them as ``adapter/`` beside the pruned base.
+        config: The run's configuration, copied into the report.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        *,
+        overwrite: bool = False,
+        latency: bool = True,
+        merge_adapters: bool = True,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.overwrite, self.latency, self.merge_adapters, self.config = overwrite, latency, merge_adapters, config
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.warnings: list[str] = []
+        self._reference: DenseReference | None = None
+        self._start = time.time()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that results can be written, before anything expensive."""
+        if stage == "fit" and trainer.is_global_zero and trainer.ckpt_path is None:
+            check_output_dir(self.output_dir, overwrite=self.overwrite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the stages measured so far, so that a resumed run reports them."""
+        return {"stages": self.stages, "warnings": self.warnings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the stages measured before the interruption."""
+        self.stages, self.warnings = state_dict["stages"], state_dict["warnings"]
+
+    def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the dense model and remembers its final hidden states."""
+        assert isinstance(pl_module, PruningModule)
+        model, windows = pl_module.causal_lm, _windows(trainer)
+        check_output_dir(self.output_dir, overwrite=True, need_bytes=_size(model))
+        if windows is not None:
+            # recovery that trains the head must not move the reference along with it
+            self._reference = DenseReference.collect(model, windows, copy_head=True)
+        self._measure("dense", model, trainer)
+
+    def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
+        """Writes ``plan.json`` and measures the pruned model."""
+        assert isinstance(pl_module, PruningModule)
+        if trainer.is_global_zero:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            plan.save(self.output_dir / PLAN_FILE)
+        self._measure("pruned", pl_module.causal_lm, trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merges adapters, exports, checks what was saved, writes the report and prints the table."""
+        assert isinstance(pl_module, PruningModule)
+        assert pl_module.plan is not None
+        if not trainer.is_global_zero:
+            return
+        recovery = pl_module.lora.to_dict() if pl_module.lora else None
+        if recovery and not self.merge_adapters:
+            with staged(self.output_dir / ADAPTER_FOLDER) as stage:
+                pl_module.model.save_pretrained(stage)
+        if trainer.global_step:
+            self._measure_recovered(trainer, pl_module)
+        model = pl_module.unwrap(merge=self.merge_adapters)
+        folder = self.output_dir / MODEL_FOLDER
+        saved = export_model(model, pl_module.tokenizer, pl_module.plan, folder)
+        saved["max_logit_difference_after_reload"] = check_reload(folder, model)
+        self._write_report(trainer, pl_module, saved, recovery)
+        Console().print(stage_table(self.stages))
+        for warning in self.warnings:
+            Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
+        Console().print(f"Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB)", soft_wrap=True)
+
+    def _measure_recovered(self, trainer: Trainer, module: PruningModule) -> None:
+        """Measures the recovered model with its adapters merged, on the device that Lightning has just moved it from."""
+        device, windows = trainer.strategy.root_device, _windows(trainer)
+        if self._reference is None and windows is not None:  # a resumed run
+            dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
+            self._reference = DenseReference.collect(dense.to(device), windows)
+        merged = module.unwrap() if self.merge_adapters or not module.lora else merge_lora(copy.deepcopy(module.model))
+        self._measure("recovered", merged.to(device), trainer)
+        self.stages["recovered"]["optimizer_steps"] = trainer.global_step
+        merged.cpu()
+
+    def _measure(self, name: str, model: Any, trainer: Trainer) -> None:
+        windows = _windows(trainer)
+        result: Measurement = measure(model, windows, reference=self._reference, latency=self.latency)
+        self.stages[name] = result.to_dict()
+        dense = self.stages.get("dense", {}).get("perplexity")
+        found = self.stages[name].get("perplexity")
+        if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
+            text = (
+                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or check "
+                "the calibration data."
+            )
+            self.warnings.append(text)
+            rank_zero_warn(text)
+
+    def _write_report(
+        self, trainer: Trainer, module: PruningModule, saved: dict[str, Any], recovery: dict[str, Any] | None
+    ) -> None:
+        assert module.plan is not None
+        summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
+        report = {
+            "command": shlex.join(sys.argv),
+            "seconds": time.time() - self._start,
+            "stages": self.stages,
+            "saved": saved,
+            "warnings": self.warnings,
+            "plan": dict(module.plan.provenance),
+            "recovery": recovery,
+            "data": summary() if callable(summary) else None,
+            "versions": versions(),
+            "config": self.config,
+        }
+        write_json(self.output_dir / REPORT_FILE, report)
+
+
+def _windows(trainer: Trainer) -> Tensor | None:
+    windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
+    return windows() if callable(windows) else None
+
+
+def _size(model: Any) -> int:
+    """Returns the bytes of a saved copy of ``model``: an upper bound of what pruning leaves."""
+    return parameter_count(model) * next(model.parameters()).element_size()

@@ -1,0 +1,76 @@
+"""The command line: ``hfprune fit|prune|evaluate``, each a LightningCLI without a line of pruning logic."""
+
+import sys
+from collections.abc import Sequence
+
+
+from hfprune.errors import HFPruneError
+from hfprune.version import __version__
+
+
+COMMANDS = {
+    "fit": "calibrate, prune and recover with LoRA in one run",
+    "prune": "calibrate and prune, without recovery",
+    "evaluate": "perplexity, fidelity to a dense model, size and speed",
+}
+
+HELP = f"""hfprune {__version__}: prune a Hugging Face causal LM in the Lightning Trainer that also heals it.
+
+usage: hfprune COMMAND [--config FILE.yaml] [--help] [--debug] [flags]
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+examples:
+  hfprune fit --config configs/quickstart.yaml
+  hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
+  hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
+  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID
+
+Each command lists its flags with: hfprune COMMAND --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(_unknown(args[0]), file=sys.stderr)
+        return 2
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        _run(args[0], args[1:])
+    except HFPruneError as error:
+        if debug:
+            raise
+        print(f"hfprune {args[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hfprune {args[0]}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: str, args: list[str]) -> None:
+    from hfprune.launch import launch  # Lightning and transformers take seconds to import
+
+    launch(command, args)
+
+
+def _unknown(command: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(command, COMMANDS, n=1)
+    guess = f" Did you mean '{near[0]}'?" if near else ""
+    return f"hfprune: error: unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""First-order Taylor scores from activations: no weight gradient is needed (methods section 9, identity 2)."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals, Weighting
+from hfprune.errors import ConfigError
+from hfprune.types import Group, Slice
+
+Reduction = Literal["per_token", "per_sequence", "signed"]
+
+
+class ActivationTaylor(Criterion):
+    """|activation * activation gradient| of a unit, where the absolute value is taken per token, sequence or data set.
+
+    With a_nt the unit's activation and g_nt the gradient of sequence n's summed objective there:
+
+    - ``per_token`` (HFPrune): sum_n sum_t |a g|;
+    - ``per_sequence``: sum_n |sum_t a g|;
+    - ``signed``: |sum_n sum_t a g|, the first-order effect of removing the unit on the whole set.
+
+    Sums are divided by the number of tokens, or of sequences (``weighting="sequence"``, the official normalisation).
+
+    Args:
+        reduction: Where the absolute value sits.
+        weighting: ``token`` or ``sequence``.
+        compat: ``official`` accumulates the per-token form in bfloat16 as the published code does, rounding errors
+            included: the running sum stalls after 256 to 512 equal increments. For comparisons only.
+
+    Raises:
+        ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
+    """
+
+    signal: ClassVar[Literal["activation", "weight"]] = "activation"
+
+    def __init__(
+        self,
+        *,
+        reduction: Reduction = "per_token",
+        weighting: Weighting = "token",
+        compat: Literal["official"] | None = None,
+    ) -> None:
+        if reduction not in ("per_token", "per_sequence", "signed"):
+            raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence, signed.")
+        if weighting not in ("token", "sequence"):
+            raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
+        if compat not in (None, "official"):
+            raise ConfigError(f"Unknown compat '{compat}'. Known: official.")
+        if compat and reduction != "per_token":
+            raise ConfigError(f"compat='official' exists for reduction='per_token' only, not '{reduction}'.")
+        self.reduction, self.weighting, self.compat = reduction, weighting, compat
+
+    def init_state(self, group: Group, device: torch.device) -> Tensor:
+        """Returns the empty sum [U]."""
+        state = super().init_state(group, device)
+        return state.to(torch.bfloat16) if self.compat else state
+
+    def update(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
+        """Adds this batch's products, reduced over tokens."""
+        if self.compat:
+            self._update_official(state, group, part, signal, batch)
+            return
+        product = _unit_products(signal.input, signal.grad, group, part, batch)
+        if self.reduction == "per_token":
+            product = product.abs_()
+        by_sequence = product.sum(dim=1).to(state.dtype)
+        if self.reduction == "per_sequence":
+            by_sequence = by_sequence.abs_()
+        state += batch.weights(self.weighting).to(state.device) @ by_sequence
+
+    def _update_official(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
+        """One sequence after another, the mean objective's gradient, every number rounded to bfloat16."""
+        counts = batch.num_tokens.clamp(min=1).to(signal.grad.device, signal.grad.dtype)
+        grad = batch.by_sequence(signal.grad) / counts[:, None, None]
+        product = _unit_products(signal.input.bfloat16(), grad.bfloat16(), group, part, batch, exact=False)
+        for row in product.abs_():
+            state += row.sum(dim=0)
+
+    def score(self, state: Tensor, totals: Totals) -> Tensor:
+        """Returns |sum| / count; the absolute value matters for ``signed`` only."""
+        return state.to(torch.float64).abs() / totals.divisor(self.weighting)
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and settings."""
+        text = {"name": "activation_taylor", "reduction": self.reduction, "weighting": self.weighting}
+        return text | ({"compat": self.compat} if self.compat else {})
+
+
+def _unit_products(
+    value: Tensor, grad: Tensor, group: Group, part: Slice, batch: BatchInfo, *, exact: bool = True
+) -> Tensor:
+    """Returns the sum over a unit's channels of value * grad, [B, T, U], in float32 or wider when ``exact``."""
+    value, grad = batch.by_sequence(value), batch.by_sequence(grad)
+    if exact and value.dtype != torch.float64:
+        value, grad = value.float(), grad.float()
+    channels = slice(part.offset, part.offset + group.num_units * part.width)
+    product = value[..., channels] * grad[..., channels]
+    if batch.padding is not None:
+        product = product.masked_fill_(batch.padding.unsqueeze(-1), 0.0)  # the gradient is 0 there; guards inf * 0
+    return product if part.width == 1 else product.unflatten(-1, (group.num_units, part.width)).sum(-1)

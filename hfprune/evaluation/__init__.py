@@ -1,0 +1,22 @@
+"""What a model is worth: perplexity, fidelity to the dense model, size and speed."""
+
+from hfprune.evaluation.fidelity import DenseReference, Fidelity, fidelity
+from hfprune.evaluation.hidden import final_hidden
+from hfprune.evaluation.latency import Latency, measure_latency
+from hfprune.evaluation.perplexity import Perplexity, perplexity
+from hfprune.evaluation.stage import Measurement, measure
+from hfprune.evaluation.table import stage_table
+
+__all__ = [
+    "DenseReference",
+    "Fidelity",
+    "Latency",
+    "Measurement",
+    "Perplexity",
+    "fidelity",
+    "final_hidden",
+    "measure",
+    "measure_latency",
+    "perplexity",
+    "stage_table",
+]

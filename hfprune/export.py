@@ -1,0 +1,174 @@
+"""Results on disk: written beside, checked, moved into place; an interrupted run leaves no half model.
+
+``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``report.json`` and, for
+``fit``, ``checkpoints/``.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hfprune.arch.groups import find_groups, find_spec, parameter_count
+from hfprune.errors import ConfigError, OutputError
+from hfprune.plan import PLAN_FILE, PruningPlan
+
+MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
+REPORT_FILE = "report.json"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
+    """Returns the output folder after checking that results can go there; creates nothing that stays.
+
+    Args:
+        output_dir: Where results will be written.
+        overwrite: Accept a folder that is not empty; what it holds stays until the new results replace it.
+        need_bytes: Expected size of the results.
+
+    Raises:
+        ConfigError: The folder is not empty, not a folder, not writable, or its disk too full.
+    """
+    out = Path(output_dir)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output_dir '{out}' is a file, not a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace its results."
+        )
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir '{out}' cannot be written: {error.strerror or error}.") from error
+    free = shutil.disk_usage(existing).free
+    if free < need_bytes:
+        raise ConfigError(
+            f"--output_dir '{out}' needs about {need_bytes / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free."
+        )
+    return out
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``target`` that takes its place when the block ends well, else disappears.
+
+    What ``target`` held before stays until the new content is complete.
+
+    Raises:
+        OutputError: Writing failed (a full disk, for example); ``target`` is as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield stage
+        old = stage.with_name(stage.name + ".old")
+        if target.exists():
+            os.replace(target, old)
+        os.replace(stage, target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"Writing '{target}' failed, nothing was left there: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes ``data`` to ``path`` in one step: the file is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"Writing '{path}' failed: {error}") from error
+
+
+def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) -> dict[str, Any]:
+    """Writes a pruned model as a folder that plain ``from_pretrained`` loads, and measures what was written.
+
+    Args:
+        model: The pruned Hugging Face model, without adapters.
+        tokenizer: Its tokenizer, or None.
+        plan: What was pruned; saved as ``plan.json``.
+        target: The model folder.
+
+    Returns:
+        ``parameters``, ``width``, ``bytes`` as measured on the saved files.
+
+    Raises:
+        OutputError: Writing failed, or the files do not hold the model in memory; nothing is left at ``target``.
+    """
+    with staged(target) as stage:
+        model.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        plan.save(stage / PLAN_FILE)
+        return measure_saved(stage, model)
+
+
+def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Returns what the weight files of ``folder`` hold; raises ``OutputError`` when that is not ``model``.
+
+    Tied weights are stored once: the number of stored parameters equals the model's own count.
+    """
+    shapes: dict[str, list[int]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    expected = parameter_count(model)
+    if stored != expected:
+        raise OutputError(f"The saved files hold {stored:,} parameters, the pruned model has {expected:,}.")
+    width = find_groups(model)[0].num_units
+    key = find_spec(model).width_key
+    saved_width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(key)
+    if saved_width != width:
+        raise OutputError(f"The saved config says {key} {saved_width}, the pruned model is {width} wide.")
+    return {"parameters": stored, "width": width, "bytes": sum(f.stat().st_size for f in files)}
+
+
+def check_reload(folder: Path, model: Any, *, tolerance: float = 1e-5) -> float:
+    """Loads ``folder`` with stock transformers and returns the largest difference of its logits to ``model``'s.
+
+    Raises:
+        OutputError: The difference exceeds ``tolerance`` times the largest logit, or weights that were tied came apart.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    finally:
+        logging.enable_progress_bar()
+    if parameter_count(reloaded) != parameter_count(model):
+        raise OutputError(
+            f"The reloaded model has {parameter_count(reloaded):,} parameters, the one in memory "
+            f"{parameter_count(model):,}: tied weights came apart."
+        )
+    ids = torch.arange(16, device=model.device).unsqueeze(0) % model.config.vocab_size
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected, found = model(input_ids=ids).logits.double(), reloaded(input_ids=ids).logits.double()
+    model.train(training)
+    difference = float((expected - found).abs().max())
+    limit = tolerance * max(1.0, float(expected.abs().max()))
+    if not difference <= limit:
+        raise OutputError(f"The reloaded model's logits differ from the one in memory by {difference:.2g} (> {limit:.2g}).")
+    return difference

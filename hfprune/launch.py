@@ -1,0 +1,161 @@
+"""What the commands build from their arguments: module, data, callbacks and trainer, through LightningCLI."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+from hfprune.data import TextDataModule
+from hfprune.errors import ConfigError
+from hfprune.export import CHECKPOINT_FOLDER
+from hfprune.modules import PruningModule
+from hfprune.recovery import LoraRecovery
+from hfprune.trainer import PruneTrainer
+
+_BUDGET = {
+    "pruning_ratio": (float, "share of ALL parameters to remove, in (0, 1)"),
+    "target_params": (int, "number of parameters to keep"),
+    "intermediate_size": (int, "MLP width to keep"),
+    "mlp_ratio": (float, "MLP width to keep / hidden size (the HFPrune script's flag)"),
+    "round_to": (int, "kept widths are multiples of this; 64 or 128 for fast kernels"),
+}
+
+
+class BaseCLI(LightningCLI):
+    """A LightningCLI for one command: a flat parser, classes built, nothing run."""
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            PruningModule,
+            TextDataModule,
+            trainer_class=PruneTrainer,
+            trainer_defaults=self.defaults(),
+            seed_everything_default=42,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"hfprune {command}", "description": None},
+            args=args,
+            run=False,
+        )
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns defaults of the Trainer's arguments."""
+        return {"devices": 1, "logger": False, "enable_model_summary": False}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses ``args`` alone; Lightning's own version warns when ``sys.argv`` is not what it parses."""
+        self.config = parser.parse_args(args)
+
+
+class RunCLI(BaseCLI):
+    """``fit`` and ``prune``."""
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns defaults of the Trainer's arguments."""
+        return super().defaults() | {"logger": None, "max_epochs": 1, "log_every_n_steps": 1}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the budget, the output folder and the importance callback."""
+        parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
+        for name, (kind, text) in _BUDGET.items():
+            parser.add_argument(f"--{name}", type=kind | None, default=1 if name == "round_to" else None, help=text)
+        parser.add_lightning_class_args(TaylorImportanceCallback, "importance")
+        for name in _BUDGET:
+            parser.link_arguments(name, f"importance.{name}")
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        if self.command == "fit":
+            parser.set_defaults({"importance.recovery": LoraRecovery()})
+            parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
+            parser.add_argument(
+                "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last'"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
+        """Builds the trainer with the report and, for ``fit``, checkpoints in the output folder."""
+        config: Namespace = self.config
+        out = Path(config.output_dir)
+        callbacks: list[Any] = [
+            ReportCallback(
+                str(out),
+                overwrite=config.overwrite,
+                latency=config.latency,
+                merge_adapters=config.get("merge_adapters", True),
+                config=self.plain_config(),
+            )
+        ]
+        if self.command == "fit":
+            callbacks.append(
+                ModelCheckpoint(dirpath=out / CHECKPOINT_FOLDER, save_last=True, enable_version_counter=False)
+            )
+        self.trainer_defaults["callbacks"] = callbacks
+        if config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = str(out)
+        if self.command == "prune":
+            kwargs |= {"enable_checkpointing": False, "logger": False}
+        trainer: PruneTrainer = super().instantiate_trainer(**kwargs)
+        return trainer
+
+    def plain_config(self) -> dict[str, Any]:
+        """Returns the configuration as plain data."""
+        import yaml
+
+        dumped: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, format="yaml", skip_link_targets=False))
+        return dumped
+
+    def run(self) -> None:
+        """Runs the command."""
+        if self.command == "prune":
+            self.trainer.prune(self.model, datamodule=self.datamodule)
+            return
+        ckpt_path = self.config.ckpt_path
+        if ckpt_path is not None and ckpt_path != "last" and not Path(ckpt_path).exists():
+            raise ConfigError(f"--ckpt_path '{ckpt_path}' does not exist.")
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+
+
+class EvaluateCLI(BaseCLI):
+    """``evaluate``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what ``PruneTrainer.evaluate`` takes; a pruned model is welcome here."""
+        parser.add_argument("--dense", type=str | None, default=None, help="dense model to compare with")
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        parser.add_argument("--output", type=str | None, default=None, help="JSON file for the figures")
+        parser.set_defaults({"model.allow_pruned": True})
+
+    def run(self) -> None:
+        """Runs the command."""
+        c = self.config
+        self.trainer.evaluate(self.model, self.datamodule, dense=c.dense, latency=c.latency, output=c.output)
+
+
+def launch(command: str, args: list[str]) -> None:
+    """Parses ``args`` for ``command`` and runs it.
+
+    Raises:
+        HFPruneError: Bad input, in one line; Lightning's own complaints included.
+    """
+    if not sys.warnoptions:
+        _quieten()
+    try:
+        cli = (EvaluateCLI if command == "evaluate" else RunCLI)(command, args)
+        cli.run()
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+
+
+def _quieten() -> None:
+    """Hides what a user of the command line can do nothing about."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,129 @@
+"""Reading models from a folder or the hub, checked before anything expensive happens."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hfprune.embedded import EMBEDDED_NAME, embedded_model
+from hfprune.errors import ConfigError
+from hfprune.plan import PLAN_FILE
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+def check_model_path(path: str) -> None:
+    """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+    """
+    if path == EMBEDDED_NAME:
+        return
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--model.path '{path}' has no config.json: it is not a saved Hugging Face model.")
+        return
+    if folder.exists():
+        raise ConfigError(f"--model.path '{path}' is a file; give the folder of a saved model, or a hub id.")
+    if not _is_hub_id(path):
+        raise ConfigError(f"--model.path '{path}' does not exist, and it is not of the form of a hub id (owner/name).")
+
+
+def _is_hub_id(path: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not path.startswith((".", "/", "~"))
+
+
+def resolve_model_path(path: str) -> str:
+    """Returns what transformers can load: the folder of the embedded model for its name, else ``path``."""
+    check_model_path(path)
+    return str(embedded_model()) if path == EMBEDDED_NAME else path
+
+
+def previous_plan(path: str) -> Path | None:
+    """Returns the plan file of a folder that hfprune wrote, or None."""
+    plan = Path(path) / PLAN_FILE
+    return plan if plan.is_file() else None
+
+
+def load_config(path: str, *, revision: str | None = None) -> Any:
+    """Returns the model's config; raises ``ConfigError`` when it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve_model_path(path), revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"Cannot read the config of --model.path '{path}': {_first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"--model.path '{path}' is quantised; prune the full-precision model, then quantise.")
+    return config
+
+
+def meta_model(path: str, *, revision: str | None = None) -> nn.Module:
+    """Returns the model on the meta device: every shape, no weight read. For budgets and checks."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, revision=revision)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ConfigError(f"--model.path '{path}' is not a causal language model: {_first_line(error)}") from error
+    return model
+
+
+def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None) -> Any:
+    """Returns the model with its weights, on the CPU.
+
+    Raises:
+        ConfigError: The weights cannot be read, or hold a NaN or infinity (the message names the first parameter).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    load_config(path, revision=revision)
+    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_model_path(path), dtype=torch_dtype, revision=revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"Cannot load the weights of --model.path '{path}': {_first_line(error)}") from error
+    finally:
+        logging.enable_progress_bar()
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ConfigError(f"--model.path '{path}': parameter {name} holds NaN or infinity.")
+    return model
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
+    """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--model.path '{path}' has no usable tokenizer ({_first_line(error)}). Save the model's tokenizer into the "
+            "folder (tokenizer.save_pretrained)."
+        ) from error
+
+
+def max_positions(config: Any) -> int | None:
+    """Returns how many positions the model allows, None when its config does not say."""
+    value = getattr(config, "max_position_embeddings", None)
+    return None if value is None else int(value)
+
+
+def _first_line(error: Exception) -> str:
+    """Returns the first non-empty line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,43 @@
+"""Entropy of the model's own output distribution: no labels, no teacher (HFPrune, Eq. 3 and 4, in nats)."""
+
+import torch
+from torch import Tensor
+
+from hfprune.objectives.base import OBJECTIVES, Objective, ValueAndGrad, softmax_statistics
+
+
+def entropy(logits: Tensor) -> ValueAndGrad:
+    """Returns Ent(p) = -sum_v p_v log p_v per token and its gradient -p * (z - E_p[z]), with p = softmax(z).
+
+    The gradient needs no logarithm, so a probability that underflows to zero contributes exactly zero, and columns of
+    ``-inf`` (masked-out vocabulary) have probability and gradient zero. Overwrites ``logits``.
+
+    Args:
+        logits: [T, V], float32 or float64.
+
+    >>> entropy(torch.zeros(1, 8, dtype=torch.float64)).value.exp()
+    tensor([8.0000], dtype=torch.float64)
+    """
+    p, lse = softmax_statistics(logits)
+    mean = torch.linalg.vecdot(p, logits).unsqueeze(-1)
+    if mean.isnan().any():  # 0 * -inf: some columns are masked out
+        logits.masked_fill_(logits == -torch.inf, 0.0)
+        mean = torch.linalg.vecdot(p, logits).unsqueeze(-1)
+    return ValueAndGrad((lse - mean).squeeze(-1), logits.sub_(mean).mul_(p).neg_())
+
+
+class Entropy(Objective):
+    """Entropy at every real position, the last one included."""
+
+    name = "entropy"
+
+    def value_and_grad(self, logits: Tensor, targets: Tensor | None) -> ValueAndGrad:
+        """See :func:`entropy`; ``targets`` is not used."""
+        return entropy(logits)
+
+    def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[None, Tensor]:
+        """Needs no targets; every real token counts, whatever ``labels`` masks."""
+        return None, attention_mask.bool()
+
+
+OBJECTIVES.add(Entropy.name, Entropy())

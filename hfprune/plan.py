@@ -1,0 +1,103 @@
+"""The pruning plan: which units stay, where they came from, as a file that can be applied again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfprune.errors import PlanError
+from hfprune.types import Group, Slice
+
+PLAN_FILE = "plan.json"
+_FORMAT = "hfprune-plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruningPlan:
+    """Kept units per group, the config keys that change with them, and the plan's provenance.
+
+    Attributes:
+        model_class: Exact class name of the model that the plan was made for.
+        groups: The groups of the dense model.
+        keep: Group name -> kept units, sorted, unique, in the dense model's numbering.
+        config: Config keys to rewrite, with their new values.
+        provenance: How the plan was made (budget, criterion, seed, data hash, token count, versions, ...), JSON-able.
+    """
+
+    model_class: str
+    groups: tuple[Group, ...]
+    keep: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, int]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ``PlanError`` unless every group has sorted, unique kept units within its range."""
+        names = [g.name for g in self.groups]
+        if sorted(names) != sorted(self.keep) or len(set(names)) != len(names):
+            raise PlanError("A plan must list the kept units of each of its groups exactly once.")
+        for group in self.groups:
+            keep = self.keep[group.name]
+            if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= group.num_units:
+                raise PlanError(
+                    f"The kept units of {group.name} must be sorted, unique, at least one and below {group.num_units}."
+                )
+
+    def removed(self, group: Group) -> list[int]:
+        """Returns the units of ``group`` that go, ascending."""
+        keep = set(self.keep[group.name])
+        return [unit for unit in range(group.num_units) if unit not in keep]
+
+    def widths(self) -> dict[str, int]:
+        """Returns the number of kept units per group."""
+        return {group.name: len(self.keep[group.name]) for group in self.groups}
+
+    def to_json(self) -> str:
+        """Returns the plan as JSON; ``from_json`` gives an equal plan back."""
+        groups = [{**asdict(g), "keep": list(self.keep[g.name])} for g in self.groups]
+        head = {"format": _FORMAT, "version": _VERSION, "model_class": self.model_class, "config": dict(self.config)}
+        text = json.dumps({**head, "provenance": dict(self.provenance), "groups": []}, indent=2)
+        body = ",\n    ".join(json.dumps(g, separators=(",", ":")) for g in groups)  # one line per group
+        return text.replace('"groups": []', f'"groups": [\n    {body}\n  ]') + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Returns the plan that ``text`` describes; raises ``PlanError`` when it is not one."""
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT or data["version"] != _VERSION:
+                raise PlanError(
+                    f"Not a plan that this version reads: format {data['format']!r}, version {data['version']!r}; "
+                    f"expected {_FORMAT!r}, version {_VERSION}."
+                )
+            groups, keep = [], {}
+            for item in data["groups"]:
+                keep[item["name"]] = tuple(int(unit) for unit in item.pop("keep"))
+                slices = tuple(Slice(**s) for s in item.pop("slices"))
+                groups.append(Group(slices=slices, **item))
+            return cls(
+                model_class=data["model_class"],
+                groups=tuple(groups),
+                keep=keep,
+                config=data["config"],
+                provenance=data["provenance"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"Not a pruning plan: {type(error).__name__}: {error}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to ``path``."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruningPlan":
+        """Reads a plan; ``path`` may be the file or a folder that holds ``plan.json``."""
+        path = Path(path)
+        path = path / PLAN_FILE if path.is_dir() else path
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"Cannot read a plan from '{path}': {error}.") from error
+        except PlanError as error:
+            raise PlanError(f"'{path}': {error}") from error

@@ -1,0 +1,78 @@
+"""LoRA recovery through PEFT, with HFPrune's settings as defaults (methods section 11)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from hfprune.arch.groups import find_spec
+from hfprune.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRecovery:
+    """Low-rank adapters on the pruned model; everything else stays frozen.
+
+    Attributes:
+        rank: Rank r of the adapters.
+        alpha: Scale: the update is alpha / r * B A.
+        dropout: Dropout on the adapters' input, in [0, 1).
+        target_modules: Names of the adapted projections; None adapts every linear projection of a layer (the seven of
+            a Llama layer, as in the paper).
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` for values out of range."""
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"LoRA needs rank >= 1, alpha > 0 and dropout in [0, 1); got rank {self.rank}, alpha {self.alpha}, "
+                f"dropout {self.dropout}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings, for checkpoints and reports."""
+        return asdict(self)
+
+
+def add_lora(model: Any, lora: LoraRecovery) -> Any:
+    """Returns ``model`` wrapped by PEFT, with fresh adapters (B = 0: outputs unchanged) as its only trainable weights.
+
+    Raises:
+        ConfigError: A target matches no module of the model; the message lists what exists.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    targets = list(lora.target_modules or find_spec(model).lora_targets)
+    names = [name for name, module in model.named_modules() if _is_projection(module)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise ConfigError(f"LoRA target '{target}' matches no projection of the model. It has: {', '.join(known)}.")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+        fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),
+    )
+    return get_peft_model(model, config)
+
+
+def merge_lora(model: Any) -> Any:
+    """Returns the plain model with its adapters merged into the weights (in place: the wrapper is spent)."""
+    return model.merge_and_unload(progressbar=False)
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"

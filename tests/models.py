@@ -1,0 +1,74 @@
+"""Tiny models of every supported class, with random weights, fixed seed and biases that are not zero."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GATED = COMMON | {"intermediate_size": 24, "num_key_value_heads": 2}
+OWN_HEAD_DIM = GATED | {"head_dim": 8}
+
+
+def configs():
+    """Name -> config: every supported class, GQA and MHA, tied and untied, biases, soft caps, each activation."""
+    gemma = OWN_HEAD_DIM | {"sliding_window": 8, "query_pre_attn_scalar": 8}
+    gpt2 = {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 61}
+    gpt2 |= {"bos_token_id": 1, "eos_token_id": 2}
+    return {
+        "llama": LlamaConfig(**GATED, tie_word_embeddings=True),
+        "llama_untied_bias": LlamaConfig(**GATED, tie_word_embeddings=False, mlp_bias=True, attention_bias=True),
+        "llama_mha_relu": LlamaConfig(**GATED | {"num_key_value_heads": 4}, hidden_act="relu"),
+        "mistral": MistralConfig(**GATED, sliding_window=8),
+        "qwen2": Qwen2Config(**GATED, tie_word_embeddings=True),
+        "qwen3": Qwen3Config(**OWN_HEAD_DIM),
+        "gemma2": Gemma2Config(**gemma, final_logit_softcapping=5.0, attn_logit_softcapping=10.0),
+        "gemma3": Gemma3TextConfig(**gemma),
+        "phi3": Phi3Config(**GATED),
+        "opt": OPTConfig(**COMMON, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0),
+        "opt_350m_style": OPTConfig(
+            **COMMON, ffn_dim=24, word_embed_proj_dim=8, do_layer_norm_before=False, dropout=0.0
+        ),
+        "gpt2": GPT2Config(**gpt2),
+        "gpt2_n_inner": GPT2Config(**gpt2, n_inner=20),
+        "gpt_neox": GPTNeoXConfig(**COMMON, intermediate_size=24),
+        "gpt_neox_sequential": GPTNeoXConfig(**COMMON, intermediate_size=24, use_parallel_residual=False),
+    }
+
+
+NAMES = sorted(configs())
+
+
+def tiny(name="llama", *, seed=0, dtype=torch.float64):
+    """Returns the tiny model ``name`` in eval mode; all weights random, norms and biases included."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(configs()[name]).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def token_ids(batch=2, length=12, *, seed=0, vocab=61):
+    """Returns random ids [batch, length], none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (batch, length), generator=generator)

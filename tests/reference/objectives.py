@@ -1,0 +1,40 @@
+"""Objectives, one token and one vocabulary entry at a time, in Python floats (float64)."""
+
+import math
+
+
+def softmax(z):
+    top = max(z)
+    e = [math.exp(v - top) if v != -math.inf else 0.0 for v in z]
+    total = sum(e)
+    return [v / total for v in e]
+
+
+def entropy(z):
+    """-sum p log p with 0 log 0 = 0."""
+    return -sum(p * math.log(p) for p in softmax(z) if p > 0)
+
+
+def entropy_grad(z):
+    """-p (log p + Ent), the form of methods section 9 with a logarithm."""
+    p, ent = softmax(z), entropy(z)
+    return [-q * (math.log(q) + ent) if q > 0 else 0.0 for q in p]
+
+
+def cross_entropy(z, y):
+    return -math.log(softmax(z)[y])
+
+
+def cross_entropy_grad(z, y):
+    return [p - (1.0 if v == y else 0.0) for v, p in enumerate(softmax(z))]
+
+
+def finite_difference(f, z, step=1e-6):
+    """Central differences of a scalar function of a list."""
+    grad = []
+    for i in range(len(z)):
+        up, down = list(z), list(z)
+        up[i] += step
+        down[i] -= step
+        grad.append((f(up) - f(down)) / (2 * step))
+    return grad
