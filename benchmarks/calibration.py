@@ -10,8 +10,8 @@ Variants, all on the same tokens, one sequence a step, entropy objective, per-to
 - ``bound``: frozen weights, chunked closed-form head, forward and backward to the embeddings, no hooks, no scores;
 - ``forward``: one forward pass without gradients, all logits (memory baseline).
 
-Time is measured in alternation inside one process and given as the median of per-round ratios. Peak memory is the resident
-high-water mark of a process of its own per variant, above what the loaded model takes.
+Time is measured in alternation inside one process and given as the median of per-round ratios. Peak memory is the
+resident high-water mark of a process of its own per variant, above what the loaded model takes.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def run_reference(model, sequences):
     inputs, grads = {}, {}
     handles = []
     for name, module in consumers.items():
-        handles.append(module.register_forward_hook(lambda m, args, out, n=name: inputs.__setitem__(n, args[0].detach())))
+        handles.append(
+            module.register_forward_hook(lambda m, args, out, n=name: inputs.__setitem__(n, args[0].detach()))
+        )
         handles.append(module.register_full_backward_hook(lambda m, gi, go, n=name: grads.__setitem__(n, gi[0])))
     for ids in sequences:
         model.zero_grad()
@@ -143,7 +145,9 @@ def compare(args):
         ratios = sorted(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
         return f"{statistics.median(ratios):.3f} (min {ratios[0]:.3f}, max {ratios[-1]:.3f})"
 
-    print(f"{args.sequences} sequences of {args.length} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(
+        f"{args.sequences} sequences of {args.length} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds"
+    )
     for name, values in seconds.items():
         print(f"  {name:<10} {statistics.median(values):7.2f} s   peak {peaks[name]:8.1f} MiB beyond the loaded model")
     print(f"kept sets equal: {kept['hfprune'] == kept['reference']}")
@@ -151,15 +155,16 @@ def compare(args):
     print(f"time hfprune / bound:     {ratio('hfprune', 'bound')}")
     beyond = {name: peaks[name] - peaks["forward"] for name in peaks}
     print(
-        f"memory beyond a bare forward pass: hfprune {beyond['hfprune']:.1f} MiB, reference {beyond['reference']:.1f} MiB, "
-        f"ratio {beyond['hfprune'] / beyond['reference']:.3f}"
+        f"memory beyond a bare forward pass: hfprune {beyond['hfprune']:.1f} MiB, reference {beyond['reference']:.1f} "
+        f"MiB, ratio {beyond['hfprune'] / beyond['reference']:.3f}"
     )
 
 
 def flat(args):
     base = None
     for vocab in (8_000, 32_000, 128_000, 256_000):
-        peak = memory("hfprune", args, vocab=vocab, sequences=4)
+        # long enough that the reference's logits would not fit one chunk at any of these vocabularies
+        peak = memory("hfprune", args, vocab=vocab, sequences=4, length=2048)
         base = base or peak
         print(f"vocabulary {vocab:>7,}: peak {peak:7.1f} MiB beyond the loaded model, ratio {peak / base:.2f}")
     base = None

@@ -1,7 +1,7 @@
 """Accumulating importance during forward and backward passes, without Lightning.
 
-``ImportanceAccumulator`` hooks the projections of the groups, lets a gradient flow from the first of them on (all weights
-frozen), and adds each backward pass to float64 sums. Nothing of the graph outlives its backward pass.
+``ImportanceAccumulator`` hooks the projections of the groups, lets a gradient flow from the first of them on (all
+weights frozen), and adds each backward pass to float64 sums. Nothing of the graph outlives its backward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -81,14 +81,12 @@ class ImportanceAccumulator:
         """
         with torch.enable_grad():
             out = objective()
-            self._batch = BatchInfo(
-                num_sequences=len(out.num_tokens), num_tokens=out.num_tokens, padding=out.padding
-            )
+            self._batch = BatchInfo(num_sequences=len(out.num_tokens), num_tokens=out.num_tokens, padding=out.padding)
             total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())
             if total != total or abs(total) == float("inf"):
                 raise CalibrationError(f"The objective is {total} in this batch. {self._blame(objective)}")
             if num_tokens:
-                out.total.backward()  # type: ignore[no-untyped-call]
+                out.total.backward()
         self.counts += self.counts.new_tensor([num_tokens, len(out.num_tokens), total])
         self._check_states()
         return total, num_tokens
@@ -165,10 +163,12 @@ class ImportanceAccumulator:
     def _check_states(self) -> None:
         sums = torch.stack([state.sum(dtype=torch.float64) for state in self.states.values()])
         if not bool(sums.isfinite().all()):
-            names = [name for name, s in zip(self.states, sums.tolist(), strict=True) if s != s or abs(s) == float("inf")]
+            names = [
+                name for name, s in zip(self.states, sums.tolist(), strict=True) if s != s or abs(s) == float("inf")
+            ]
             raise CalibrationError(
-                f"The scores of {names[-1]} are not finite ({len(names)} of {len(sums)} layers): a gradient overflowed. "
-                "Calibrate in float32 or bfloat16."
+                f"The scores of {names[-1]} are not finite ({len(names)} of {len(sums)} layers): a gradient "
+                "overflowed. Calibrate in float32 or bfloat16."
             )
 
     def _blame(self, objective: Callable[[], ObjectiveSum]) -> str:

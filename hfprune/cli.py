@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-
 from hfprune.errors import HFPruneError
 from hfprune.version import __version__
-
 
 COMMANDS = {
     "fit": "calibrate, prune and recover with LoRA in one run",

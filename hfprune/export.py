@@ -20,6 +20,7 @@ from torch import nn
 from hfprune.arch.groups import find_groups, find_spec, parameter_count
 from hfprune.errors import ConfigError, OutputError
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.quiet import no_progress_bars
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
@@ -43,7 +44,8 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
         raise ConfigError(f"--output_dir '{out}' is a file, not a folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ConfigError(
-            f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace its results."
+            f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace "
+            "its results."
         )
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     try:
@@ -54,7 +56,8 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise ConfigError(
-            f"--output_dir '{out}' needs about {need_bytes / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free."
+            f"--output_dir '{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB "
+            "free."
         )
     return out
 
@@ -112,7 +115,7 @@ def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) ->
     Raises:
         OutputError: Writing failed, or the files do not hold the model in memory; nothing is left at ``target``.
     """
-    with staged(target) as stage:
+    with staged(target) as stage, no_progress_bars():
         model.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -149,13 +152,9 @@ def check_reload(folder: Path, model: Any, *, tolerance: float = 1e-5) -> float:
         OutputError: The difference exceeds ``tolerance`` times the largest logit, or weights that were tied came apart.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bars():
         reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    finally:
-        logging.enable_progress_bar()
     if parameter_count(reloaded) != parameter_count(model):
         raise OutputError(
             f"The reloaded model has {parameter_count(reloaded):,} parameters, the one in memory "
@@ -170,5 +169,7 @@ def check_reload(folder: Path, model: Any, *, tolerance: float = 1e-5) -> float:
     difference = float((expected - found).abs().max())
     limit = tolerance * max(1.0, float(expected.abs().max()))
     if not difference <= limit:
-        raise OutputError(f"The reloaded model's logits differ from the one in memory by {difference:.2g} (> {limit:.2g}).")
+        raise OutputError(
+            f"The reloaded model's logits differ from the one in memory by {difference:.2g} (> {limit:.2g})."
+        )
     return difference

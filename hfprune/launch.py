@@ -4,12 +4,13 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
 from hfprune.data import TextDataModule
@@ -86,7 +87,7 @@ class RunCLI(BaseCLI):
         callbacks: list[Any] = [
             ReportCallback(
                 str(out),
-                overwrite=config.overwrite,
+                overwrite=config.overwrite or config.get("ckpt_path") is not None,
                 latency=config.latency,
                 merge_adapters=config.get("merge_adapters", True),
                 config=self.plain_config(),
@@ -101,8 +102,9 @@ class RunCLI(BaseCLI):
             kwargs["default_root_dir"] = str(out)
         if self.command == "prune":
             kwargs |= {"enable_checkpointing": False, "logger": False}
-        trainer: PruneTrainer = super().instantiate_trainer(**kwargs)
-        return trainer
+        elif config.trainer.logger is None:
+            kwargs["logger"] = CSVLogger(out, name="", version="logs")
+        return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
 
     def plain_config(self) -> dict[str, Any]:
         """Returns the configuration as plain data."""
@@ -114,7 +116,7 @@ class RunCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         if self.command == "prune":
-            self.trainer.prune(self.model, datamodule=self.datamodule)
+            cast(PruneTrainer, self.trainer).prune(self.model, datamodule=self.datamodule)
             return
         ckpt_path = self.config.ckpt_path
         if ckpt_path is not None and ckpt_path != "last" and not Path(ckpt_path).exists():
@@ -135,7 +137,9 @@ class EvaluateCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c = self.config
-        self.trainer.evaluate(self.model, self.datamodule, dense=c.dense, latency=c.latency, output=c.output)
+        cast(PruneTrainer, self.trainer).evaluate(
+            self.model, self.datamodule, dense=c.dense, latency=c.latency, output=c.output
+        )
 
 
 def launch(command: str, args: list[str]) -> None:
@@ -157,5 +161,5 @@ def _quieten() -> None:
     """Hides what a user of the command line can do nothing about."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*LeafSpec.*"):
+    for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
         warnings.filterwarnings("ignore", message=text)

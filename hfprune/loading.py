@@ -10,6 +10,7 @@ from torch import nn
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
 from hfprune.errors import ConfigError
 from hfprune.plan import PLAN_FILE
+from hfprune.quiet import no_progress_bars
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -34,7 +35,8 @@ def check_model_path(path: str) -> None:
 
 
 def _is_hub_id(path: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(path)
@@ -88,17 +90,14 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
         ConfigError: The weights cannot be read, or hold a NaN or infinity (the message names the first parameter).
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     load_config(path, revision=revision)
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_model_path(path), dtype=torch_dtype, revision=revision)
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(resolve_model_path(path), dtype=torch_dtype, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Cannot load the weights of --model.path '{path}': {_first_line(error)}") from error
-    finally:
-        logging.enable_progress_bar()
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ConfigError(f"--model.path '{path}': parameter {name} holds NaN or infinity.")
@@ -113,8 +112,8 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--model.path '{path}' has no usable tokenizer ({_first_line(error)}). Save the model's tokenizer into the "
-            "folder (tokenizer.save_pretrained)."
+            f"--model.path '{path}' has no usable tokenizer ({_first_line(error)}). Save the model's tokenizer into "
+            "the folder (tokenizer.save_pretrained)."
         ) from error
 
 

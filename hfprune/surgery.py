@@ -1,7 +1,7 @@
 """How modules shrink: a plan applied by cutting channels, or by zeroing them.
 
-Both read the plan's slices. A projection's channels that no removed unit owns stay, so that fused projections and any mix
-of groups need no special case.
+Both read the plan's slices. A projection's channels that no removed unit owns stay, so that fused projections and any
+mix of groups need no special case.
 """
 
 from collections import defaultdict

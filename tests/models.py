@@ -72,3 +72,30 @@ def token_ids(batch=2, length=12, *, seed=0, vocab=61):
     """Returns random ids [batch, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab, (batch, length), generator=generator)
+
+
+def tiny_tokenizer(vocab_size=61):
+    """Returns a byte-free BPE tokenizer of at most ``vocab_size`` tokens, trained on Python's documentation."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, limit_alphabet=vocab_size - 8, show_progress=False
+    )
+    tokenizer.train_from_iterator([topics["assert"], topics["while"]], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def save_tiny(folder, name="llama", *, dtype=torch.float32, **kwargs):
+    """Saves the tiny model ``name`` with a tokenizer, as a user would have it on disk; returns the folder as a string."""
+    model = tiny(name, dtype=dtype, **kwargs)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -1,4 +1,4 @@
-"""From a model and its table to groups of units, their parameter cost, and the parts of the model that hfprune calls."""
+"""From a model and its table to groups of units, their parameter cost, and the model's backbone and head."""
 
 from collections.abc import Iterable, Sequence
 

@@ -31,7 +31,7 @@ class TaylorImportanceCallback(Callback):
     """Accumulates importance over the calibration batches in ``on_fit_start``, prunes, and hands over to recovery.
 
     After it, the strategy is set up a second time: it wraps the small model and rebuilds optimizers and schedulers, so
-    ``global_step``, schedules and checkpoints count recovery only. A run resumed from a pruned checkpoint skips all this.
+    ``global_step``, schedules and checkpoints count recovery only. A run resumed from a pruned checkpoint skips this.
 
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
@@ -117,6 +117,7 @@ class TaylorImportanceCallback(Callback):
         assert self.resolved is not None
         if pl_module.plan is not None:
             _say(trainer, f"Resumed a pruned model ({self.resolved.asked}): no calibration.")
+            pl_module.train()
             return
         for listener in listeners(trainer):
             listener.on_pruning_start(trainer, pl_module)
@@ -163,9 +164,7 @@ class TaylorImportanceCallback(Callback):
         shared: PruningPlan = trainer.strategy.broadcast(plan)
         return shared
 
-    def _calibrate(
-        self, trainer: Trainer, module: PruningModule, groups: tuple[Group, ...]
-    ) -> ImportanceAccumulator:
+    def _calibrate(self, trainer: Trainer, module: PruningModule, groups: tuple[Group, ...]) -> ImportanceAccumulator:
         """Runs the calibration batches; every rank takes its share and the sums are added over ranks."""
         loader = trainer.datamodule.calibration_dataloader()  # type: ignore[attr-defined]
         limit = min(len(loader), self.calibration_batches or len(loader))

@@ -9,16 +9,16 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 
 from hfprune.arch import parameter_count
 from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import versions
+from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.table import stage_table
-from hfprune.evaluation.fidelity import DenseReference
 from hfprune.export import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -46,10 +46,13 @@ class ReportCallback(Callback, PruningEvents):
 
     Args:
         output_dir: Receives ``model/``, ``plan.json`` and ``report.json``.
-        overwrite: Replace the results of an output folder that is not empty.
+        overwrite: Accept a folder that is not empty (also to resume); its results stay until new ones replace them.
         latency: Measure prefill and decode speed (batch 1).
-        merge_adapters: Merge the LoRA adapters into ``model/``; false saves them as ``adapter/`` beside the pruned base.
+        merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
         config: The run's configuration, copied into the report.
+
+    Raises:
+        ConfigError: The folder is not empty, or cannot be written.
     """
 
     def __init__(
@@ -62,16 +65,13 @@ class ReportCallback(Callback, PruningEvents):
         config: dict[str, Any] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.overwrite, self.latency, self.merge_adapters, self.config = overwrite, latency, merge_adapters, config
+        if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
+            check_output_dir(self.output_dir, overwrite=overwrite)
+        self.latency, self.merge_adapters, self.config = latency, merge_adapters, config
         self.stages: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
         self._reference: DenseReference | None = None
         self._start = time.time()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that results can be written, before anything expensive."""
-        if stage == "fit" and trainer.is_global_zero and trainer.ckpt_path is None:
-            check_output_dir(self.output_dir, overwrite=self.overwrite)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
@@ -122,7 +122,7 @@ class ReportCallback(Callback, PruningEvents):
         Console().print(f"Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB)", soft_wrap=True)
 
     def _measure_recovered(self, trainer: Trainer, module: PruningModule) -> None:
-        """Measures the recovered model with its adapters merged, on the device that Lightning has just moved it from."""
+        """Measures the recovered model, adapters merged, on the device that Lightning has just moved it from."""
         device, windows = trainer.strategy.root_device, _windows(trainer)
         if self._reference is None and windows is not None:  # a resumed run
             dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
@@ -140,8 +140,8 @@ class ReportCallback(Callback, PruningEvents):
         found = self.stages[name].get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
-                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or check "
-                "the calibration data."
+                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "
+                "check the calibration data."
             )
             self.warnings.append(text)
             rank_zero_warn(text)
@@ -173,4 +173,4 @@ def _windows(trainer: Trainer) -> Tensor | None:
 
 def _size(model: Any) -> int:
     """Returns the bytes of a saved copy of ``model``: an upper bound of what pruning leaves."""
-    return parameter_count(model) * next(model.parameters()).element_size()
+    return parameter_count(model) * int(next(model.parameters()).element_size())

@@ -1,7 +1,7 @@
 """The contract of a criterion: signals in, one score per unit out, every state a plain sum.
 
-Because states are sums over sequences, they do not depend on how sequences are batched, and ranks are combined by adding
-them; whatever is not additive (an absolute value, a division) happens in ``score``, once.
+Because states are sums over sequences, they do not depend on how sequences are batched, and ranks are combined by
+adding them; whatever is not additive (an absolute value, a division) happens in ``score``, once.
 
 Shape legend: B sequences, T tokens, C channels, U units.
 """

@@ -14,8 +14,8 @@ class WeightTaylor(Criterion):
     """sum_n sum |w * dw_n| over every weight that a unit owns, dw_n the gradient of sequence n's objective.
 
     The absolute value is taken per weight and per sequence: with a larger batch it would depend on the batch size
-    (methods section 10), so gradients are formed sequence by sequence from each projection's input and output gradient. No
-    ``weight.grad`` is ever allocated. Biases are not scored, as in the published code.
+    so gradients are formed sequence by sequence from each projection's input and output gradient. No ``weight.grad`` is
+    ever allocated. Biases are not scored, as in the published code.
 
     Args:
         weighting: ``token`` or ``sequence`` (each sequence's mean objective, the published normalisation).

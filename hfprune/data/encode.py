@@ -17,8 +17,9 @@ PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
-    "that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
 )
 _BATCH = 64
 
@@ -47,7 +48,7 @@ def concat_blocks(texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_blo
 def crop_documents(
     texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_sequences: int | None, seed: int
 ) -> Tensor:
-    """Returns one seeded random crop of each document that is long enough: [N, seq_len] int64 (HFPrune's calibration)."""
+    """Returns a seeded random crop of each document that is long enough: [N, seq_len] int64 (HFPrune's calibration)."""
     generator = random.Random(seed)
     crops: list[list[int]] = []
     seen = longest = 0

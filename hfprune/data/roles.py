@@ -11,7 +11,7 @@ from hfprune.data.splits import assign_documents, unique_documents
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
-"""Shares of a source's documents when several roles use it, also the order in which a repeated document is given away."""
+"""Shares of a source's documents when several roles use it; in this order, a repeated document goes to the first."""
 
 
 class Roles:
@@ -68,7 +68,9 @@ class Roles:
         return [documents[i] for i in kept]
 
     def _share(self, role: Role, total: int) -> list[int]:
-        shares = {r: SHARES[r] for r, source in self._sources.items() if source == self._sources[role]}
+        shares: dict[str, float] = {
+            r: SHARES[r] for r, source in self._sources.items() if source == self._sources[role]
+        }
         return assign_documents(total, shares, seed=self._seed)[role]
 
 

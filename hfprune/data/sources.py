@@ -87,9 +87,9 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
     """Returns what ``source`` holds.
 
     Args:
-        source: ``builtin``; a ``.txt``, ``.json``, ``.jsonl`` (or ``.gz`` of those), ``.parquet`` or ``.safetensors`` file
-            (tensor ``input_ids`` [N, T]); a folder that ``datasets.save_to_disk`` wrote; else a hub data set id, with
-            ``:config`` behind it if it has several.
+        source: ``builtin``; a ``.txt``, ``.json``, ``.jsonl`` (or ``.gz`` of those), ``.parquet`` or ``.safetensors``
+            file (tensor ``input_ids`` [N, T]); a folder that ``datasets.save_to_disk`` wrote; else a hub data set id,
+            with ``:config`` behind it if it has several.
         split: Split of a hub data set or of a saved ``DatasetDict``.
         text_field: Column that holds the text; by default ``text`` or ``content``.
 
@@ -158,7 +158,7 @@ def _json_records(path: Path, suffix: str) -> list[Any]:
     return records
 
 
-def _dataset(source: str, suffix: str, split: str) -> Iterable[Any]:
+def _dataset(source: str, suffix: str, split: str) -> Any:
     """Opens a parquet file, a saved folder or a hub data set through ``datasets``."""
     import datasets
 

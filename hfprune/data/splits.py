@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 def assign_documents(num_documents: int, shares: Mapping[str, float], *, seed: int) -> dict[str, list[int]]:
     """Returns role -> document numbers: a seeded permutation cut into consecutive parts of the given shares.
 
-    Every document goes to exactly one role, and the result does not depend on the order of ``shares``; seed 0 is a seed.
+    Every document goes to exactly one role; the result does not depend on the order of ``shares``; seed 0 is a seed.
 
     >>> sorted(sum(assign_documents(10, {"a": 1, "b": 3}, seed=0).values(), []))
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]

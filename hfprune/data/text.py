@@ -18,6 +18,7 @@ from hfprune.data.encode import (
     pad,
 )
 from hfprune.data.roles import Role, Roles, full_text
+from hfprune.data.sampler import EpochShuffle
 from hfprune.data.sources import BUILTIN, InstructionRow, check_source
 from hfprune.errors import ConfigError
 from hfprune.objectives.base import IGNORE_INDEX
@@ -29,9 +30,9 @@ Example = tuple[list[int], list[int]]
 class TextDataModule(LightningDataModule):
     """Calibration, recovery, validation and evaluation data that never overlap.
 
-    A source is a ``.txt``, ``.json``, ``.jsonl`` (also ``.gz``), ``.parquet`` or ``.safetensors`` file (``input_ids``), a
-    folder of ``save_to_disk``, a hub data set id, or ``builtin``: the English text of Python's documentation. Roles that
-    share a source get disjoint documents; a document that occurs in two sources stays with one role.
+    A source is a ``.txt``, ``.json``, ``.jsonl`` (also ``.gz``), ``.parquet`` or ``.safetensors`` file (``input_ids``),
+    a folder of ``save_to_disk``, a hub data set id, or ``builtin``: the English text of Python's documentation. Roles
+    that share a source get disjoint documents; a document that occurs in two sources stays with one role.
 
     Args:
         calibration: Source of the calibration sequences.
@@ -42,7 +43,7 @@ class TextDataModule(LightningDataModule):
         split: Split of hub data sets.
         seq_len: Tokens per sequence.
         calibration_sequences: Number of calibration sequences.
-        calibration_layout: ``concat``: documents joined with EOS and cut; ``crop``: a random crop of each long document.
+        calibration_layout: ``concat``: documents joined with EOS and cut; ``crop``: a crop of each long document.
         calibration_batch_size: Sequences per calibration step; scores do not depend on it.
         batch_size: Sequences per recovery step and device.
         recovery_sequences: Use at most this many training sequences.
@@ -120,12 +121,14 @@ class TextDataModule(LightningDataModule):
         """
         if len(tokenizer) > vocab_size:
             raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not belong together."
+                f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
+                "belong together."
             )
         for name in ("seq_len", "eval_window"):
             if max_positions is not None and getattr(self, name) > max_positions:
                 raise ConfigError(
-                    f"--data.{name} {getattr(self, name)} is more than the {max_positions} positions that the model allows."
+                    f"--data.{name} {getattr(self, name)} is more than the {max_positions} positions that the "
+                    "model allows."
                 )
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
 
@@ -133,7 +136,7 @@ class TextDataModule(LightningDataModule):
         """Takes tokenizer and limits from the trainer's module unless ``bind`` was called."""
         if self._tokenizer is None:
             assert self.trainer is not None
-            module = self.trainer.lightning_module
+            module: Any = self.trainer.lightning_module
             self.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
         if stage == "fit":
             self._once("calibration", self._calibration_ids)  # unusable data is said before a model is loaded
@@ -143,22 +146,17 @@ class TextDataModule(LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Returns batches of ``input_ids`` and ``attention_mask`` [B, T], in a fixed order."""
         ids = self._once("calibration", self._calibration_ids)
-        batches: DataLoader[Any] = DataLoader(
-            [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
-            batch_size=self.calibration_batch_size,
-        )
-        return batches
+        rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+        return DataLoader(rows, batch_size=self.calibration_batch_size)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the recovery batches, shuffled by the seed: ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
         examples = self._once("recovery", lambda: self._examples("recovery", self.recovery_sequences))
-        return self._loader(examples, generator=torch.Generator().manual_seed(self.seed))
+        return self._loader(examples, sampler=EpochShuffle(len(examples), seed=self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches."""
-        return self._loader(
-            self._once("validation", lambda: self._examples("validation", self.validation_sequences)), generator=None
-        )
+        return self._loader(self._once("validation", lambda: self._examples("validation", self.validation_sequences)))
 
     def evaluation_windows(self) -> Tensor | None:
         """Returns the evaluation windows [N, W], None when there is no evaluation text.
@@ -198,8 +196,8 @@ class TextDataModule(LightningDataModule):
         ids = self._sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
         if len(ids) < self.calibration_sequences:
             warnings.warn(
-                f"--data.calibration '{self._sources['calibration']}' gives {len(ids)} sequences of {ids.shape[1]} tokens, "
-                f"not {self.calibration_sequences}.",
+                f"--data.calibration '{self._sources['calibration']}' gives {len(ids)} sequences of {ids.shape[1]} "
+                f"tokens, not {self.calibration_sequences}.",
                 stacklevel=2,
             )
         return ids
@@ -214,9 +212,7 @@ class TextDataModule(LightningDataModule):
         texts = [d if isinstance(d, str) else full_text(d) for d in self._roles.documents(role)]
         try:
             if crop:
-                return crop_documents(
-                    texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed
-                )
+                return crop_documents(texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed)
             return concat_blocks(texts, self._tokenizer, seq_len=self.seq_len, max_blocks=count)
         except ConfigError as error:
             raise ConfigError(f"--data.{role} '{source}' is too short: {error}.") from error
@@ -244,7 +240,9 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(f"--data.{role}: no example of '{self._sources[role]}' fits into {self.seq_len} tokens.")
         if too_long:  # cutting them would cost EOS, and with a long prompt the whole response
             self._dropped[role] = {"longer than seq_len": too_long}
-            warnings.warn(f"--data.{role}: {too_long} examples longer than {self.seq_len} tokens are left out.", stacklevel=2)
+            warnings.warn(
+                f"--data.{role}: {too_long} examples longer than {self.seq_len} tokens are left out.", stacklevel=2
+            )
         return examples
 
     def _evaluation_ids(self) -> Tensor | None:
@@ -262,7 +260,7 @@ class TextDataModule(LightningDataModule):
         (stream,) = encode(["\n\n".join(texts)], self._tokenizer)
         count = len(stream) // self.eval_window
         if not count:
-            text = f"The evaluation text '{rows.source}' gives {len(stream)} tokens, fewer than one window of {self.eval_window}"
+            text = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({self.eval_window})"
             if self._explicit_text:
                 raise ConfigError(f"{text}; see --data.eval_window.")
             warnings.warn(f"{text}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
@@ -270,16 +268,14 @@ class TextDataModule(LightningDataModule):
         count = count if self.eval_windows is None else min(count, self.eval_windows)
         return torch.tensor(stream[: count * self.eval_window]).view(count, self.eval_window)
 
-    def _loader(self, examples: list[Example], *, generator: torch.Generator | None) -> DataLoader[Any]:
-        loader: DataLoader[Any] = DataLoader(
-            examples,  # type: ignore[arg-type]
+    def _loader(self, examples: Any, *, sampler: EpochShuffle | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            examples,
             batch_size=self.batch_size,
-            shuffle=generator is not None,
-            generator=generator,
+            sampler=sampler,
             collate_fn=self._collate,
             num_workers=self.num_workers,
         )
-        return loader
 
     def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
         filler = self._tokenizer.pad_token_id

@@ -1,9 +1,10 @@
 """Fidelity to the dense model, exact, without ever holding two [T, V] logit tensors.
 
-The dense model is remembered by its final hidden states and its output head. Shape legend: N windows, W tokens, D hidden
-size, V vocabulary.
+The dense model is remembered by its final hidden states and its output head. Shape legend: N windows, W tokens, D
+hidden size, V vocabulary.
 """
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -56,8 +57,8 @@ class Fidelity:
     """How close a model's predictions are to the dense model's, over every position of the windows.
 
     Attributes:
-        kl: KL(dense || model), nats per token.
-        kl_stderr: Standard error of ``kl`` over windows; None for a single window.
+        kl: KL(dense || model), nats per token; infinite when ``model`` rules out a token that the dense model does not.
+        kl_stderr: Standard error of ``kl`` over windows; None for a single window or a ``kl`` that is not finite.
         top1_agreement: Share of positions with the same most likely token.
         num_tokens: Positions compared.
     """
@@ -76,7 +77,7 @@ def fidelity(reference: DenseReference, model: nn.Module, *, batch_size: int = 1
     """Returns the fidelity of ``model`` to the reference.
 
     Raises:
-        ConfigError: The vocabularies differ in size.
+        ConfigError: The vocabularies differ in size, or the reference holds no windows.
     """
     hidden = final_hidden(model, reference.windows, batch_size=batch_size)
     return fidelity_of(reference, hidden, output_head(model))
@@ -86,10 +87,13 @@ def fidelity_of(
     reference: DenseReference, hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES
 ) -> Fidelity:
     """Returns the fidelity from final hidden states [N, W, D']; see :func:`fidelity`."""
+    if reference.hidden[..., 0].numel() == 0:
+        raise ConfigError(f"The reference windows hold no tokens: hidden states {list(reference.hidden.shape)}.")
     dense_vocab, vocab = reference.head.weight.shape[0], head.weight.shape[0]
     if dense_vocab != vocab:
         raise ConfigError(
-            f"The dense model predicts {dense_vocab} tokens, the other one {vocab}: their distributions cannot be compared."
+            f"The dense model predicts {dense_vocab} tokens, the other one {vocab}: their distributions "
+            "cannot be compared."
         )
     size = chunk_tokens(vocab, chunk_bytes=chunk_bytes)
     kls, same = [], 0
@@ -97,12 +101,13 @@ def fidelity_of(
         for dense_row, row in zip(reference.hidden, hidden, strict=True):
             total = 0.0
             for dense_part, part in zip(dense_row.split(size), row.split(size), strict=True):
-                kl, agree = _compare(reference.head, dense_part, head, part)
-                total, same = total + kl, same + agree
+                chunk_kl, agree = _compare(reference.head, dense_part, head, part)
+                total, same = total + chunk_kl, same + agree
             kls.append(total / len(row))
+    kl = statistics.fmean(kls)
     return Fidelity(
-        kl=statistics.fmean(kls),
-        kl_stderr=statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else None,
+        kl=kl,
+        kl_stderr=statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 and math.isfinite(kl) else None,
         top1_agreement=same / hidden[..., 0].numel(),
         num_tokens=hidden[..., 0].numel(),
     )
@@ -115,5 +120,5 @@ def _compare(dense_head: OutputHead, dense_hidden: Tensor, head: OutputHead, hid
     agree = int((dense_z.argmax(-1) == z.argmax(-1)).sum())
     log_p, log_q = torch.log_softmax(dense_z, -1), torch.log_softmax(z, -1)
     p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)  # 0 log 0 = 0, masked-out vocabulary included
+    terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, masked-out vocabulary included; NaN stays
     return float(terms.sum(dtype=torch.float64)), agree

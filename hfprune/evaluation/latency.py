@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfprune.errors import ConfigError
 from hfprune.evaluation.hidden import inference
 from hfprune.loading import max_positions
 
@@ -57,21 +58,26 @@ def measure_latency(
     """Returns how fast ``model`` reads a prompt of random tokens and continues it.
 
     Prompt and continuation are shortened to what the model's positions allow.
+
+    Args:
+        model: A Hugging Face causal LM.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded greedily, one forward pass each.
+        repeats: Timed repeats.
+        warmup: Repeats before those, not timed.
+        seed: Seed of the prompt.
+
+    Raises:
+        ConfigError: A length or the number of repeats is below one.
     """
-    limit = max_positions(model.config) or prompt_tokens + new_tokens
-    new_tokens = min(new_tokens, max(1, limit // 2))
-    prompt_tokens = min(prompt_tokens, limit - new_tokens)
-    device = next(model.parameters()).device
+    _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup)
+    prompt_tokens, new_tokens = _fit(prompt_tokens, new_tokens, max_positions(model.config))
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator).to(device)
-    prefill, decode = [], []
+    ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    device = next(model.parameters()).device
     with inference(model):
-        for repeat in range(warmup + repeats):
-            seconds, out = _timed(device, lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
-            more, _ = _timed(device, lambda out=out: _decode(model, out, new_tokens))
-            if repeat >= warmup:
-                prefill.append(1000 * seconds)
-                decode.append(1000 * more / new_tokens)
+        times = [_measure_once(model, ids.to(device), new_tokens) for _ in range(warmup + repeats)][warmup:]
+    prefill, decode = zip(*times, strict=True)
     return Latency(
         prefill_ms=statistics.median(prefill),
         prefill_spread_ms=(min(prefill), max(prefill)),
@@ -84,6 +90,27 @@ def measure_latency(
         new_tokens=new_tokens,
         repeats=repeats,
     )
+
+
+def _check(*, warmup: int, **counts: int) -> None:
+    if min(counts.values()) < 1 or warmup < 0:
+        got = ", ".join(f"{name}={value}" for name, value in (counts | {"warmup": warmup}).items())
+        raise ConfigError(f"Measuring speed needs at least one token and one repeat; got {got}.")
+
+
+def _fit(prompt_tokens: int, new_tokens: int, limit: int | None) -> tuple[int, int]:
+    """Returns both lengths, shortened to ``limit`` positions together; the continuation keeps at most half of them."""
+    if limit is None:
+        return prompt_tokens, new_tokens
+    new_tokens = min(new_tokens, max(1, limit // 2))
+    return min(prompt_tokens, limit - new_tokens), new_tokens
+
+
+def _measure_once(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Returns the milliseconds of one prefill of ``ids`` [1, T], and per token decoded after it."""
+    prefill, out = _timed(ids.device, lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+    decode, _ = _timed(ids.device, lambda: _decode(model, out, new_tokens))
+    return 1000 * prefill, 1000 * decode / new_tokens
 
 
 def _decode(model: Any, out: Any, new_tokens: int) -> Tensor:

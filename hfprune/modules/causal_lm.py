@@ -69,8 +69,8 @@ class PruningModule(LightningModule):
         if not allow_pruned and (plan := previous_plan(path)):
             done = PruningPlan.load(plan).provenance.get("budget", {}).get("asked", "an earlier plan")
             raise ConfigError(
-                f"--model.path '{path}' was already pruned ({done}). Give the dense model, or --model.allow_pruned true "
-                "to prune it further (the budget then refers to this smaller model)."
+                f"--model.path '{path}' was already pruned ({done}). Give the dense model, or --model.allow_pruned "
+                "true to prune it further (the budget then refers to this smaller model)."
             )
         self.save_hyperparameters()
         self.path, self.dtype_name, self.revision = path, dtype, revision
@@ -184,7 +184,7 @@ class PruningModule(LightningModule):
         targets = None if targets is None else (targets.flatten() if every else targets[valid])
         return chunked_objective(objective, tokens, output_head(model), targets), valid
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with float32 states on the trainable weights, cosine decay to zero after the warm-up, per step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)

@@ -1,8 +1,8 @@
 """From the final hidden states to the objective, a chunk of tokens at a time.
 
-The [T, V] logits of a batch are the largest tensor of a calibration step (525 MB in fp32 for T = 1024, V = 128256). Here
-they exist for one chunk only: each chunk's gradient is pushed through the output head at once, so that the ordinary
-backward pass starts at the hidden states (methods section 9, identity 1).
+The [T, V] logits of a batch are the largest tensor of a calibration step (525 MB in fp32 for T = 1024, V = 128256).
+Here they exist for one chunk only: each chunk's gradient is pushed through the output head at once, so that the
+ordinary backward pass starts at the hidden states (methods section 9, identity 1).
 
 Shape legend: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfprune.objectives.base import Objective
@@ -62,6 +62,14 @@ def chunk_tokens(vocab_size: int, *, chunk_bytes: int = CHUNK_BYTES) -> int:
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
+def _chunk(head: OutputHead, objective: Objective, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
+    logits = head.logits(hidden)
+    saved = logits.clone() if head.softcap is not None else None
+    value, grad = objective.value_and_grad(logits, targets)
+    return value.sum(dtype=torch.float64), head.pull_back(grad, saved).to(hidden.dtype)
+
+
 class _ChunkedObjective(torch.autograd.Function):
     """Sum of an objective over tokens; gradients are computed in the forward pass and scaled in the backward pass."""
 
@@ -84,19 +92,15 @@ class _ChunkedObjective(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            logits = head.logits(hidden[part])
-            saved = logits.clone() if head.softcap is not None else None
-            value, grad = objective.value_and_grad(logits, None if targets is None else targets[part])
-            total += value.sum(dtype=torch.float64)
-            if not any(ctx.needs_input_grad[:3]):
-                continue
-            grad = head.pull_back(grad, saved).to(weight.dtype)
+            value, grad = _chunk(head, objective, hidden[part], None if targets is None else targets[part])
+            total += value
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight
+                torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += grad.T @ hidden[part]
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del grad  # or it would live on beside the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
@@ -135,5 +139,7 @@ def chunked_objective(
         chunk_bytes: Size of one chunk of fp32 logits.
     """
     size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes)
-    total: Tensor = _ChunkedObjective.apply(hidden, head.weight, head.bias, head, objective, targets, size)
+    total: Tensor = _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, objective, targets, size
+    )
     return total

@@ -1,5 +1,6 @@
 """LoRA recovery through PEFT, with HFPrune's settings as defaults (methods section 11)."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from hfprune.arch.groups import find_spec
 from hfprune.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
 class LoraRecovery:
     """Low-rank adapters on the pruned model; everything else stays frozen.
 
@@ -62,7 +63,10 @@ def add_lora(model: Any, lora: LoraRecovery) -> Any:
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def merge_lora(model: Any) -> Any:

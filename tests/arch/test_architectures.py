@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.models import NAMES, configs, tiny, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,14 +20,13 @@ from hfprune.arch import (
 from hfprune.errors import UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
 from hfprune.surgery import apply_plan, mask_plan
+from tests.models import NAMES, configs, tiny, token_ids
 
 
 def random_plan(model, *, width=11, seed=0):
     groups = find_groups(model)
     generator = torch.Generator().manual_seed(seed)
-    keep = {
-        g.name: tuple(sorted(torch.randperm(g.num_units, generator=generator)[:width].tolist())) for g in groups
-    }
+    keep = {g.name: tuple(sorted(torch.randperm(g.num_units, generator=generator)[:width].tolist())) for g in groups}
     spec = find_spec(model)
     return PruningPlan(model_class=spec.model_class, groups=groups, keep=keep, config={spec.width_key: width})
 

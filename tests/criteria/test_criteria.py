@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.models import NAMES, tiny, token_ids
-from tests.reference import scores as slow
 
 from hfprune.arch import backbone, find_groups, output_head
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
@@ -11,6 +9,8 @@ from hfprune.criteria import ActivationTaylor, BatchInfo, Signal, Totals, Weight
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.objectives import OBJECTIVES, chunked_objective
 from hfprune.types import Group, Slice
+from tests.models import NAMES, tiny, token_ids
+from tests.reference import scores as slow
 
 
 def objective_sum(model, objective, ids, mask=None):
@@ -69,7 +69,9 @@ def test_activation_taylor_equals_loops(name, objective, reduction, weighting):
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 def test_weight_taylor_equals_loops(objective, weighting):
     sequences = [token_ids(1, n, seed=n)[0] for n in (5, 9)]
-    found = calibrate(tiny("llama"), [padded(sequences, "right")], WeightTaylor(weighting=weighting), objective).scores()
+    found = calibrate(
+        tiny("llama"), [padded(sequences, "right")], WeightTaylor(weighting=weighting), objective
+    ).scores()
     model = tiny("llama")
     mlps = [n.removesuffix(".down_proj") for n in consumers(model)]
     rows = {f"{m}.down_proj": [(f"{m}.gate_proj.weight", 0), (f"{m}.up_proj.weight", 0)] for m in mlps}

