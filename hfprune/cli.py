@@ -50,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hfprune {args[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that went away
+        if debug:
+            raise
+        print(f"hfprune {args[0]}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"hfprune {args[0]}: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -93,11 +94,20 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_strict(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"Writing '{path}' failed: {error}") from error
+
+
+def _strict(value: Any) -> Any:
+    """Returns ``value`` with NaN and infinities as text, which strict JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) -> dict[str, Any]:

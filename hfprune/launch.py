@@ -1,18 +1,21 @@
 """What the commands build from their arguments: module, data, callbacks and trainer, through LightningCLI."""
 
+import difflib
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+from hfprune.criteria import Criterion
 from hfprune.data import TextDataModule
 from hfprune.errors import ConfigError
 from hfprune.export import CHECKPOINT_FOLDER
@@ -42,7 +45,7 @@ class BaseCLI(LightningCLI):
             seed_everything_default=42,
             save_config_callback=None,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": f"hfprune {command}", "description": None},
+            parser_kwargs={"prog": f"hfprune {command}", "description": None, "exit_on_error": False},
             args=args,
             run=False,
         )
@@ -52,8 +55,11 @@ class BaseCLI(LightningCLI):
         return {"devices": 1, "logger": False, "enable_model_summary": False}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses ``args`` alone; Lightning's own version warns when ``sys.argv`` is not what it parses."""
-        self.config = parser.parse_args(args)
+        """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(_one_line(error, parser)) from error
 
 
 class RunCLI(BaseCLI):
@@ -95,7 +101,7 @@ class RunCLI(BaseCLI):
         ]
         if self.command == "fit":
             callbacks.append(
-                ModelCheckpoint(dirpath=out / CHECKPOINT_FOLDER, save_last=True, enable_version_counter=False)
+                ModelCheckpoint(dirpath=out / CHECKPOINT_FOLDER, save_last="link", enable_version_counter=False)
             )
         self.trainer_defaults["callbacks"] = callbacks
         if config.trainer.default_root_dir is None:
@@ -104,7 +110,10 @@ class RunCLI(BaseCLI):
             kwargs |= {"enable_checkpointing": False, "logger": False}
         elif config.trainer.logger is None:
             kwargs["logger"] = CSVLogger(out, name="", version="logs")
-        return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
+        try:
+            return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
+        except (ValueError, TypeError, MisconfigurationException) as error:  # Lightning refuses a flag's value
+            raise ConfigError(f"The trainer cannot be built: {error}") from error
 
     def plain_config(self) -> dict[str, Any]:
         """Returns the configuration as plain data."""
@@ -155,6 +164,21 @@ def launch(command: str, args: list[str]) -> None:
         cli.run()
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+
+
+def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
+    """Returns the parser's complaint in one line, with the nearest option when one is not known."""
+    text = " ".join(str(error).split())
+    known = [name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)]
+    for pattern in (r"unrecognized arguments: --([\w.]+)", r"[Oo]ption '([\w.]+)' is not accepted"):
+        if (unknown := re.search(pattern, text)) and (near := difflib.get_close_matches(unknown[1], known, n=1)):
+            return f"{text}. Did you mean '{near[0]}'?"
+    value = re.search(r'Parser key "([\w.]+)": .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)$', text)
+    if value is None:
+        return text
+    kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
+    expected = [c.__name__ for c in Criterion.__subclasses__()] if kinds == ["Criterion"] else kinds
+    return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
 
 
 def _quieten() -> None:

@@ -96,6 +96,7 @@ class TextDataModule(LightningDataModule):
         self._roles = Roles(self._sources, split=split, text_field=text_field, seed=seed)
         self._tokenizer: Any = None
         self._vocab_size = 0
+        self._max_positions: int | None = None
         self._cache: dict[str, Any] = {}
         self._dropped: dict[str, dict[str, int]] = {}
 
@@ -117,29 +118,28 @@ class TextDataModule(LightningDataModule):
         """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
 
         Raises:
-            ConfigError: The tokenizer has ids that the model does not know, or sequences are too long for it.
+            ConfigError: The tokenizer has ids that the model does not know.
         """
         if len(tokenizer) > vocab_size:
             raise ConfigError(
                 f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
                 "belong together."
             )
-        for name in ("seq_len", "eval_window"):
-            if max_positions is not None and getattr(self, name) > max_positions:
-                raise ConfigError(
-                    f"--data.{name} {getattr(self, name)} is more than the {max_positions} positions that the "
-                    "model allows."
-                )
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._tokenizer, self._vocab_size, self._max_positions = tokenizer, vocab_size, max_positions
 
     def setup(self, stage: str) -> None:
-        """Takes tokenizer and limits from the trainer's module unless ``bind`` was called."""
+        """Builds what the run will need, so that unusable data is said before a model is loaded."""
+        assert self.trainer is not None
         if self._tokenizer is None:
-            assert self.trainer is not None
             module: Any = self.trainer.lightning_module
             self.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
         if stage == "fit":
-            self._once("calibration", self._calibration_ids)  # unusable data is said before a model is loaded
+            self.calibration_dataloader()
+            self.evaluation_windows()
+            if self.trainer.limit_train_batches:
+                self.train_dataloader()
+            if self.trainer.limit_val_batches:
+                self.val_dataloader()
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
@@ -207,15 +207,19 @@ class TextDataModule(LightningDataModule):
         source = self._sources[role]
         if self._roles.rows(role).kind == "tokens":
             ids = self._roles.tokens(role)[:count]
+            self._check_length(ids.shape[1], f"--data.{role} '{source}'")
             check_vocabulary(ids, vocab_size=self._vocab_size, source=source)
             return ids
+        self._check_length(self.seq_len, "--data.seq_len")
         texts = [d if isinstance(d, str) else full_text(d) for d in self._roles.documents(role)]
         try:
             if crop:
                 return crop_documents(texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed)
             return concat_blocks(texts, self._tokenizer, seq_len=self.seq_len, max_blocks=count)
         except ConfigError as error:
-            raise ConfigError(f"--data.{role} '{source}' is too short: {error}.") from error
+            raise ConfigError(
+                f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
+            ) from error
 
     def _examples(self, role: Role, count: int | None) -> list[Example]:
         if role not in self._sources:
@@ -225,6 +229,7 @@ class TextDataModule(LightningDataModule):
         return [(row, row) for row in self._sequences(role, count).tolist()]
 
     def _instruction_examples(self, role: Role, count: int | None) -> list[Example]:
+        self._check_length(self.seq_len, "--data.seq_len")
         examples: list[Example] = []
         too_long = 0
         for row in self._roles.documents(role):
@@ -251,8 +256,10 @@ class TextDataModule(LightningDataModule):
         rows = self._roles.rows("evaluation")
         if rows.kind == "tokens":
             ids = self._roles.tokens("evaluation")[: self.eval_windows]
+            self._check_length(ids.shape[1], f"--data.text '{rows.source}'")
             check_vocabulary(ids, vocab_size=self._vocab_size, source=rows.source)
             return ids
+        self._check_length(self.eval_window, "--data.eval_window")
         whole = rows.whole and self._roles.alone("evaluation")
         texts = rows.texts if whole else [
             d if isinstance(d, str) else full_text(d) for d in self._roles.documents("evaluation")
@@ -267,6 +274,12 @@ class TextDataModule(LightningDataModule):
             return None
         count = count if self.eval_windows is None else min(count, self.eval_windows)
         return torch.tensor(stream[: count * self.eval_window]).view(count, self.eval_window)
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if self._max_positions is not None and tokens > self._max_positions:
+            raise ConfigError(
+                f"{what}: {tokens} tokens are more than the {self._max_positions} positions that the model allows."
+            )
 
     def _loader(self, examples: Any, *, sampler: EpochShuffle | None = None) -> DataLoader[Any]:
         return DataLoader(

@@ -1,0 +1,264 @@
+"""The command line as a user meets it: exit codes, one-line errors, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from hfprune.cli import COMMANDS, main
+from tests.models import save_tiny, tiny_tokenizer, token_ids
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
+SMALL += ["--latency=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def prune(dense, *flags):
+    return main(["prune", f"--model.path={dense}", "--output_dir=out", *SMALL, *flags])
+
+
+def error_of(capsys, code):
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert not Path("out").exists()
+    return errors[0]
+
+
+def test_help_is_fast_and_lists_the_commands():
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "cli.py", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 2
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_launcher_from_an_empty_folder(dense):
+    """A real process: prune, then load the result where hfprune cannot be imported."""
+    flags = [f"--model.path={dense}", "--pruning_ratio=0.2", "--output_dir=out", *SMALL]
+    done = subprocess.run([sys.executable, ROOT / "cli.py", "prune", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "parameters 6,848 -> 5,408 (target 5,478; 21.03% removed)" in done.stderr
+    assert "% removed), MLP width 24 -> " in done.stderr
+    code = (
+        "import sys; sys.modules['hfprune'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('out/model'); AutoTokenizer.from_pretrained('out/model')\n"
+        "print(model.config.intermediate_size, sum(p.numel() for p in model.parameters()))"
+    )
+    env = {**os.environ, "PYTHONPATH": ""}
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    budget = json.loads(Path("out/report.json").read_text())["plan"]["budget"]
+    assert loaded.stdout.split() == [str(budget["width"]), str(budget["params"])]
+
+
+def test_prune_evaluate_round_trip(dense, capsys):
+    assert prune(dense, "--intermediate_size=12") == 0
+    assert sorted(p.name for p in Path("out").iterdir()) == ["model", "plan.json", "report.json"]
+    names = {p.name for p in Path("out/model").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "plan.json", "tokenizer.json"} <= names
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["config"]["intermediate_size"] == 12
+    capsys.readouterr()
+    Path("text.txt").write_text("The assert statement is a convenient way. " * 30)
+    flags = ["--data.text=text.txt", "--data.eval_window=16", "--data.eval_windows=2", "--latency=false"]
+    code = main(["evaluate", "--model.path=out/model", f"--dense={dense}", "--output=eval.json", *flags])
+    assert code == 0
+    stages = json.loads(Path("eval.json").read_text())["stages"]
+    assert stages["dense"]["fidelity"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert stages["model"]["fidelity"]["kl"] > 0
+    assert stages["model"]["width"] == 12
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_fit_resumes_from_last(dense):
+    flags = ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
+    fit = ["fit", f"--model.path={dense}", "--output_dir=out", *SMALL, *flags, "--importance.recovery.rank=2"]
+    assert main(fit) == 0
+    steps = json.loads(Path("out/report.json").read_text())["stages"]["recovered"]["optimizer_steps"]
+    assert main([*fit, "--ckpt_path=out/checkpoints/last.ckpt", "--trainer.max_epochs=2"]) == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["stages"]["recovered"]["optimizer_steps"] == 2 * steps
+    assert report["recovery"]["rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "Give exactly one of --pruning_ratio"),
+        (["--pruning_ratio=0"], "not between 0 and 1"),
+        (["--pruning_ratio=1"], "not between 0 and 1"),
+        (["--pruning_ratio=-0.2"], "not between 0 and 1"),
+        (["--pruning_ratio=0.9"], "largest possible --pruning_ratio is"),
+        (["--mlp_ratio=2.8"], "largest possible value is 1.4375"),
+        (["--pruning_ratio=zero"], "--pruning_ratio zero: expected float."),
+        (["--pruning_ratio=0.2", "--mlp_ratio=1"], "--pruning_ratio and --mlp_ratio were given"),
+        (["--pruning_ration=0.2"], "Did you mean 'pruning_ratio'?"),
+        (["--pruning_ratio=0.2", "--importance.criterion=Wnada"], "expected ActivationTaylor or WeightTaylor"),
+        (["--pruning_ratio=0.2", "--model.objective=entropi"], "Did you mean 'entropy'?"),
+        (["--pruning_ratio=0.2", "--model.path=nowhere/at/all"], "does not exist"),
+        (["--pruning_ratio=0.2", "--data.calibration=missing.jsonl"], "--data.calibration 'missing.jsonl' does not exist"),
+        (["--pruning_ratio=0.2", "--data.calibration=nothing.txt"], "holds no text"),
+        (["--pruning_ratio=0.2", "--data.calibration=short.txt"], "too short"),
+        (["--pruning_ratio=0.2", "--data.calibration=picture.png"], "not read. Known: .txt"),
+        (["--pruning_ratio=0.2", "--data.calibration=tokens.safetensors"], "tokens are those of another tokenizer"),
+        (["--pruning_ratio=0.2", "--data.seq_len=1000"], "1000 tokens are more than the 64 positions"),
+        (["--pruning_ratio=0.2", "--data.calibration_batch_size=0"], "--data.calibration_batch_size 0 is not positive"),
+        (["--pruning_ratio=0.2", "--output_dir=busy"], "'busy' is not empty"),
+        (["--pruning_ratio=0.2", "--output_dir=short.txt"], "is a file"),
+        (["--pruning_ratio=0.2", "--config=typo.yaml"], "'modle.path' is not accepted. Did you mean 'model.path'?"),
+        (["--pruning_ratio=0.2", "--config=missing.yaml"], "does not exist"),
+        (["--pruning_ratio=0.2", "--config=broken.yaml"], "Problems parsing config"),
+        (["--pruning_ratio=0.2", "--trainer.strategy=fsdp"], "requires a GPU"),
+        (["--pruning_ratio=0.2", "--trainer.precision=8"], "--trainer.precision 8: expected"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(dense, capsys, flags, expected):
+    Path("nothing.txt").write_text(" \n")
+    Path("short.txt").write_text("hello")
+    Path("picture.png").write_bytes(b"\x89PNG")
+    Path("busy").mkdir()
+    Path("busy/file").write_text("mine")
+    Path("typo.yaml").write_text("modle:\n  path: x\n")
+    Path("broken.yaml").write_text("pruning_ratio: [0.2\n")
+    save_file({"input_ids": torch.full((4, 16), 61)}, "tokens.safetensors")
+    line = error_of(capsys, prune(dense, *flags))
+    assert expected.lower() in line.lower()
+    assert Path("busy/file").read_text() == "mine"
+
+
+def test_missing_required_flag(capsys):
+    assert "output_dir" in error_of(capsys, main(["prune", "--pruning_ratio=0.2"]))
+
+
+def test_unknown_command(capsys):
+    assert "Did you mean 'prune'?" in error_of(capsys, main(["prnue"]))
+
+
+@pytest.mark.parametrize(
+    "what", ["nan", "no_config", "no_tokenizer", "other_tokenizer", "not_a_model", "unknown_class"]
+)
+def test_bad_models(what, tmp_path, capsys):
+    folder = save_tiny(tmp_path / "m")
+    if what == "nan":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.lm_head.weight[3, 3] = float("nan")
+        model.save_pretrained(folder)
+        expected = "embed_tokens.weight holds NaN"
+    elif what == "no_config":
+        (tmp_path / "m/config.json").unlink()
+        expected = "has no config.json"
+    elif what == "no_tokenizer":
+        for file in (tmp_path / "m").glob("token*"):
+            file.unlink()
+        expected = "no usable tokenizer"
+    elif what == "other_tokenizer":
+        tiny_tokenizer(90).save_pretrained(folder)
+        expected = "the model 61 embeddings"
+    elif what == "not_a_model":
+        (tmp_path / "m/config.json").write_text("{")
+        expected = "Cannot read the config"
+    else:
+        config = json.loads((tmp_path / "m/config.json").read_text()) | {"model_type": "bloom"}
+        (tmp_path / "m/config.json").write_text(json.dumps(config))
+        expected = "BloomForCausalLM"
+    assert expected in error_of(capsys, prune(folder, "--pruning_ratio=0.2"))
+
+
+def test_full_disk_while_writing_leaves_no_half_model(dense, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def fail(self, folder, **kwargs):
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+        code = prune(dense, "--pruning_ratio=0.2")
+    captured = capsys.readouterr()
+    assert code == 2
+    assert "No space left on device" in captured.err
+    assert [p.name for p in Path("out").iterdir()] == ["plan.json"]
+
+
+def test_too_small_disk_is_seen_before_calibration(dense, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr("hfprune.export.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    assert "MiB free" in error_of(capsys, prune(dense, "--pruning_ratio=0.2"))
+
+
+def test_overwrite_keeps_the_old_model_until_the_new_one_is_complete(dense, capsys, monkeypatch):
+    assert prune(dense, "--intermediate_size=12") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("hfprune.export.measure_saved", lambda *a: (_ for _ in ()).throw(OSError(5, "I/O error")))
+        assert prune(dense, "--intermediate_size=8", "--overwrite=true") == 2
+    assert json.loads(Path("out/model/config.json").read_text())["intermediate_size"] == 12
+    assert prune(dense, "--intermediate_size=8", "--overwrite=true") == 0
+    assert json.loads(Path("out/model/config.json").read_text())["intermediate_size"] == 8
+    assert not [p for p in Path("out").iterdir() if p.name.startswith(".")]
+
+
+def test_saved_files_that_are_not_what_was_asked_are_an_error(dense, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    save = LlamaForCausalLM.save_pretrained
+
+    def untie(self, folder, **kwargs):
+        state = {name: t.clone() for name, t in self.state_dict().items()}
+        save(self, folder, **kwargs)
+        save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", untie)
+        assert prune(dense, "--pruning_ratio=0.2") == 2
+    assert "The saved files hold" in capsys.readouterr().err
+    assert not Path("out/model").exists()
+
+
+def test_pretokenised_calibration(dense):
+    save_file({"input_ids": token_ids(5, 16).to(torch.int32)}, "ids.safetensors")
+    assert prune(dense, "--pruning_ratio=0.2", "--data.calibration=ids.safetensors") == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["plan"]["calibration"]["tokens"] == 4 * 16
+    assert "perplexity" not in report["stages"]["pruned"]
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_parses_and_names_its_command(path, monkeypatch):
+    """The command in a config's header runs that config; here up to the point where models would be loaded."""
+    from hfprune.launch import EvaluateCLI, RunCLI
+
+    header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
+    words = header[0].removeprefix("#").split()
+    command = words[words.index("hfprune") + 1]
+    assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
+    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
+    monkeypatch.setattr("hfprune.data.text.check_source", lambda source, flag: None)
+    cli = (EvaluateCLI if command == "evaluate" else RunCLI)(command, [f"--config={path}"])
+    assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()
