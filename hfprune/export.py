@@ -74,6 +74,7 @@ def staged(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    stage.chmod(target.parent.stat().st_mode)  # mkdtemp's folders are private; whoever serves the model must read it
     try:
         yield stage
         old = stage.with_name(stage.name + ".old")

@@ -13,7 +13,7 @@ from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.stage import measure
 from hfprune.evaluation.table import stage_table
 from hfprune.export import write_json
-from hfprune.loading import check_model_path, load_causal_lm
+from hfprune.loading import check_model_path, load_causal_lm, load_config
 from hfprune.modules.causal_lm import PruningModule
 
 
@@ -68,10 +68,16 @@ class PruneTrainer(Trainer):
         """
         if dense is not None:
             check_model_path(dense)
-        model.configure_model()
-        device = self.strategy.root_device
+            other_vocab = load_config(dense).vocab_size
+            if other_vocab != model.vocab_size:
+                raise ConfigError(
+                    f"--dense '{dense}' has {other_vocab} tokens, the model {model.vocab_size}: their predictions "
+                    "cannot be compared."
+                )
         datamodule.bind(model.tokenizer, vocab_size=model.vocab_size, max_positions=model.max_positions)
         windows = datamodule.evaluation_windows()
+        model.configure_model()
+        device = self.strategy.root_device
         stages, reference = {}, None
         if dense is not None:
             other = load_causal_lm(dense, dtype=model.dtype_name).to(device)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hfprune.cli import COMMANDS, main
-from tests.models import save_tiny, tiny_tokenizer, token_ids
+from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
@@ -244,6 +244,15 @@ def test_pretokenised_calibration(dense):
     report = json.loads(Path("out/report.json").read_text())
     assert report["plan"]["calibration"]["tokens"] == 4 * 16
     assert "perplexity" not in report["stages"]["pruned"]
+
+
+def test_evaluate_refuses_what_cannot_be_compared(dense, tmp_path, capsys):
+    other = tiny("gpt2")
+    other.resize_token_embeddings(70)
+    other.save_pretrained(tmp_path / "other")
+    flags = ["--data.eval_window=16", "--latency=false"]
+    assert main(["evaluate", f"--model.path={dense}", f"--dense={tmp_path / 'other'}", *flags]) == 2
+    assert "has 70 tokens, the model 61" in capsys.readouterr().err
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -82,6 +82,8 @@ class TaylorImportanceCallback(Callback):
             raise ConfigError(
                 f"TaylorImportanceCallback prunes a PruningModule; this trainer fits a {type(module).__name__}."
             )
+        if module.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
+            return self.resolved
         model = module.meta_model()
         groups = find_groups(model, find_spec(model))
         self.resolved = resolve(
@@ -108,14 +110,14 @@ class TaylorImportanceCallback(Callback):
                 "TaylorImportanceCallback needs calibration data: pass a TextDataModule (or a datamodule with a "
                 "calibration_dataloader() method) to fit."
             )
-        if self.resolved is None:
-            self.check(pl_module)
+        self.check(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrates, prunes, adds adapters and sets the strategy up again."""
         assert isinstance(pl_module, PruningModule)
         assert self.resolved is not None
         if pl_module.plan is not None:
+            self._check_resumed(pl_module.plan, self.resolved)
             _say(trainer, f"Resumed a pruned model ({self.resolved.asked}): no calibration.")
             pl_module.train()
             return
@@ -133,6 +135,12 @@ class TaylorImportanceCallback(Callback):
         trainer.strategy.model = pl_module
         trainer.strategy.setup(trainer)
         pl_module.train()
+
+    def _check_resumed(self, plan: PruningPlan, resolved: ResolvedBudget) -> None:
+        """Raises ``ConfigError`` when the checkpoint's model was pruned to another budget than is asked for now."""
+        made = plan.provenance["budget"]["asked"]
+        if made != resolved.asked:
+            raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
 
     def _plan(self, trainer: Trainer, module: PruningModule, resolved: ResolvedBudget) -> PruningPlan:
         groups = find_groups(module.causal_lm)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hfprune.arch import parameter_count
 from hfprune.callbacks.events import PruningEvents
-from hfprune.callbacks.importance import versions
+from hfprune.callbacks.importance import TaylorImportanceCallback, versions
+from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.table import stage_table
@@ -72,6 +73,12 @@ class ReportCallback(Callback, PruningEvents):
         self.warnings: list[str] = []
         self._reference: DenseReference | None = None
         self._start = time.time()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ``ConfigError`` unless a ``TaylorImportanceCallback`` prunes beside this callback."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, TaylorImportanceCallback) for callback in callbacks):
+            raise ConfigError("ReportCallback reports on pruning: add a TaylorImportanceCallback to the trainer.")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""

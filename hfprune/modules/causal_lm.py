@@ -195,7 +195,7 @@ class PruningModule(LightningModule):
 
         def factor(step: int) -> float:
             if step < warmup:
-                return (step + 1) / warmup
+                return (step + 1) / (warmup + 1)
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
             return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
 

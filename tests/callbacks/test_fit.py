@@ -235,6 +235,29 @@ def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     assert list(report["stages"]) == ["dense", "pruned", "recovered"]
 
 
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_resuming_with_another_budget_is_refused(folder, tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    fit(folder, callbacks=[checkpoint])
+    other = TaylorImportanceCallback(pruning_ratio=0.3, recovery=LoraRecovery(rank=2))
+    with pytest.raises(ConfigError, match="pruned with pruning_ratio=0.2; this run asks for pruning_ratio=0.3"):
+        fit(folder, importance=other, callbacks=[checkpoint], ckpt_path=str(tmp_path / "ckpt/last.ckpt"), max_epochs=2)
+
+
+def test_fitting_a_pruned_module_again_just_trains_on(folder):
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=2))
+    module, _ = fit(folder, importance=importance)
+    keep = module.plan.keep
+    again, runner = fit(folder, module=module, importance=importance)
+    assert runner.global_step == 3
+    assert again.plan.keep == keep
+
+
+def test_report_without_pruning_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="add a TaylorImportanceCallback"):
+        trainer(ReportCallback(str(tmp_path / "out"))).fit(PruningModule(folder), datamodule=data())
+
+
 def test_exploded_perplexity_is_said_loudly(folder, tmp_path, capsys):
     report = ReportCallback(str(tmp_path / "out"), latency=False)
     runner = trainer(report, TaylorImportanceCallback(pruning_ratio=0.2))
@@ -318,9 +341,3 @@ def test_lora_target_that_matches_nothing_is_an_error(folder):
     lora = LoraRecovery(target_modules=["q_proj", "gate_up"])
     with pytest.raises(ConfigError, match=r"'gate_up' matches no projection.*gate_proj"):
         fit(folder, importance=TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora))
-
-
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}])
-def test_lora_values_are_checked(bad):
-    with pytest.raises(ConfigError, match="LoRA needs"):
-        LoraRecovery(**bad)

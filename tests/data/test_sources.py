@@ -1,0 +1,145 @@
+"""Every kind of source, and every way a source can be bad."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hfprune.data.sources import check_source, load_rows
+from hfprune.errors import ConfigError
+
+ROWS = [{"text": "one"}, {"text": "two"}, {"text": "  "}]
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Say hi.", "input": "", "output": "hi"},
+    {"instruction": "Nothing.", "input": "", "output": ""},
+]
+
+
+def write(path, data):
+    path.write_bytes(gzip.compress(data.encode()) if path.suffix == ".gz" else data.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.json", json.dumps(ROWS)),
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n"),
+        ("s.json", json.dumps(["one", "two", ""])),
+        ("c.jsonl", '{"content": "one", "n": 1}\n\n{"content": "two", "n": 2}\n{"content": null}'),
+    ],
+)
+def test_json_kinds(tmp_path, name, data, suffix):
+    rows = load_rows(write(tmp_path / (name + suffix), data))
+    assert rows.texts == ("one", "two")
+    assert rows.dropped == {"empty": 1}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_text_files_are_one_running_text_with_unix_line_ends(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    raw = b"first\r\nline\r\n\r\nsecond\r\n"
+    path.write_bytes(gzip.compress(raw) if suffix else raw)
+    rows = load_rows(str(path))
+    assert rows.texts == ("first\nline\n\nsecond\n",)
+    assert rows.documents() == ("first\nline", "second\n")
+
+
+def test_parquet_and_save_to_disk(tmp_path):
+    data = datasets.Dataset.from_list(ROWS)
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "splits")
+    assert load_rows(str(tmp_path / "a.parquet")).texts == ("one", "two")
+    assert load_rows(str(tmp_path / "saved")).texts == ("one", "two")
+    assert load_rows(str(tmp_path / "splits"), split="test").texts == ("one",)
+    with pytest.raises(ConfigError, match="no split 'dev'. It has: train, test"):
+        load_rows(str(tmp_path / "splits"), split="dev")
+
+
+def test_alpaca_layout_leaves_out_empty_responses(tmp_path):
+    rows = load_rows(write(tmp_path / "a.json", json.dumps(ALPACA)))
+    assert rows.kind == "instruction"
+    assert [r.output for r in rows.instructions] == ["3", "hi"]
+    assert rows.dropped == {"no response": 1}
+
+
+def test_token_ids(tmp_path):
+    save_file({"input_ids": torch.arange(6, dtype=torch.int32).view(2, 3)}, tmp_path / "t.safetensors")
+    assert load_rows(str(tmp_path / "t.safetensors")).token_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
+    save_file({"ids": torch.zeros(3)}, tmp_path / "u.safetensors")
+    with pytest.raises(ConfigError, match=r"must hold an integer tensor 'input_ids'.*ids \[3\]"):
+        load_rows(str(tmp_path / "u.safetensors"))
+    (tmp_path / "v.safetensors").write_bytes(b"not")
+    with pytest.raises(ConfigError, match="not a safetensors file"):
+        load_rows(str(tmp_path / "v.safetensors"))
+
+
+def test_builtin_is_a_lot_of_english():
+    rows = load_rows("builtin")
+    assert sum(map(len, rows.texts)) > 300_000
+    assert len(rows.texts) > 50
+
+
+def test_named_column(tmp_path):
+    source = write(tmp_path / "a.json", json.dumps([{"text": "no", "body": "yes"}]))
+    assert load_rows(source, text_field="body").texts == ("yes",)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        ("a.json", "[1, 2", "not valid JSON"),
+        ("a.json", '{"text": "x"}', "holds a JSON dict; a list"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.json", '[{"q": "x", "a": "y"}]', "has no column 'text'.*It has: a, q"),
+        ("a.json", '[{"text": ""}]', "holds no text"),
+        ("a.json", '["x", {"text": "y"}]', "one kind throughout"),
+        ("a.json", '[{"instruction": "x", "output": ""}]', "no example with an instruction and an output"),
+        ("a.jsonl", '{"text": "x"}\n{"text"', "line 2, is not valid JSON"),
+        ("a.txt", " \n\n ", "holds no text"),
+    ],
+)
+def test_bad_content(tmp_path, name, data, match):
+    with pytest.raises(ConfigError, match=match):
+        load_rows(write(tmp_path / name, data))
+
+
+def test_bad_bytes(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_rows(str(tmp_path / "a.txt"))
+    (tmp_path / "b.txt.gz").write_bytes(b"plain")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_rows(str(tmp_path / "b.txt.gz"))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:20])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_rows(str(tmp_path / "c.txt.gz"))
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match="Cannot load the data set"):
+        load_rows(str(tmp_path / "d.parquet"))
+
+
+def test_paths_are_checked_by_name_alone(tmp_path):
+    (tmp_path / "wiki_test.txt").write_text("x")
+    with pytest.raises(
+        ConfigError, match=r"--data.text '.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"
+    ):
+        check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
+    with pytest.raises(ConfigError, match="not one that datasets' save_to_disk wrote"):
+        check_source(str(tmp_path), "--data.text")
+    (tmp_path / "x.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="files of type '.png' are not read"):
+        check_source(str(tmp_path / "x.png"), "--data.text")
+    for hub in ("wikitext", "allenai/c4", "allenai/c4:en"):
+        check_source(hub, "--data.text")
+
+
+def test_hub_id_without_network_is_one_line():
+    with pytest.raises(ConfigError, match=r"Cannot load the data set 'nobody/nothing-here': [^\n]+$"):
+        load_rows("nobody/nothing-here")

@@ -1,0 +1,268 @@
+"""Roles never overlap, tokens are what they should be, and mistakes are said before they cost."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from hfprune.data import TextDataModule, load_rows
+from hfprune.data.encode import concat_blocks, crop_documents, encode_instruction, prompt_of
+from hfprune.data.sampler import EpochShuffle
+from hfprune.data.sources import InstructionRow
+from hfprune.data.splits import assign_documents, unique_documents
+from hfprune.errors import ConfigError
+from tests.models import tiny_tokenizer, token_ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def bound(tokenizer, **kwargs):
+    defaults = {
+        "seq_len": 16,
+        "calibration_sequences": 4,
+        "recovery_sequences": 8,
+        "eval_window": 16,
+        "eval_windows": 3,
+    }
+    data = TextDataModule(**defaults | kwargs)
+    data.bind(tokenizer, vocab_size=61, max_positions=64)
+    return data
+
+
+def lines(path, count, prefix="document"):
+    rows = [{"text": f"{prefix} number {n} is about the {n % 7} and the {n} of them " * 4} for n in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@given(
+    total=st.integers(0, 200),
+    shares=st.dictionaries(st.sampled_from("abcde"), st.floats(0.01, 5), min_size=1),
+    seed=st.integers(0, 5),
+)
+def test_assignment_is_a_partition_that_ignores_order(total, shares, seed):
+    parts = assign_documents(total, shares, seed=seed)
+    assert sorted(n for part in parts.values() for n in part) == list(range(total))
+    assert parts == assign_documents(total, dict(reversed(shares.items())), seed=seed)
+
+
+def test_seed_zero_is_a_seed():
+    zero = assign_documents(50, {"a": 1, "b": 1}, seed=0)
+    assert zero == assign_documents(50, {"a": 1, "b": 1}, seed=0)
+    assert zero != assign_documents(50, {"a": 1, "b": 1}, seed=1)
+
+
+def test_repeated_documents_count_once():
+    seen = set()
+    assert unique_documents(["x", "y", "x"], seen=seen) == [0, 1]
+    assert unique_documents(["y", "z"], seen=seen) == [1]
+
+
+def all_documents(data):
+    return {role: set(data._roles.documents(role)) for role in data._sources}
+
+
+def test_roles_of_one_source_share_no_document(tokenizer, tmp_path):
+    data = bound(tokenizer, calibration=lines(tmp_path / "a.jsonl", 60))
+    documents = all_documents(data)
+    assert set(documents) == {"calibration", "recovery", "validation", "evaluation"}
+    assert sum(map(len, documents.values())) == 60 == len(set().union(*documents.values()))
+    assert all(documents.values())
+
+
+def test_roles_of_two_sources_share_no_document(tokenizer, tmp_path):
+    """The recovery source repeats all of the calibration source: what calibration or evaluation use is left out there."""
+    calibration = lines(tmp_path / "a.jsonl", 30)
+    both = (tmp_path / "a.jsonl").read_text() + "\n"
+    lines(tmp_path / "b.jsonl", 30, "other")
+    (tmp_path / "b.jsonl").write_text(both + (tmp_path / "b.jsonl").read_text())
+    data = bound(tokenizer, calibration=calibration, recovery=str(tmp_path / "b.jsonl"))
+    documents = all_documents(data)
+    assert sum(map(len, documents.values())) == len(set().union(*documents.values()))
+    assert not any("document" in d for d in documents["recovery"] | documents["validation"])
+    data.train_dataloader()
+    assert data.summary()["recovery"]["dropped"]["repeated"] > 0
+
+
+def test_calibration_does_not_depend_on_whether_recovery_is_used(tokenizer):
+    alone, after = bound(tokenizer), bound(tokenizer)
+    after.train_dataloader()
+    assert torch.equal(alone._calibration_ids(), after._calibration_ids())
+
+
+def test_seeds_change_the_calibration_set(tokenizer):
+    ids = {seed: bound(tokenizer, seed=seed)._calibration_ids() for seed in (0, 1)}
+    assert not torch.equal(ids[0], ids[1])
+    assert torch.equal(ids[0], bound(tokenizer, seed=0)._calibration_ids())
+
+
+def test_blocks_are_documents_joined_with_eos(tokenizer):
+    texts = ["the assert", "is a", "statement of the while"]
+    stream = []
+    for text in texts:
+        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    blocks = concat_blocks(texts, tokenizer, seq_len=5, max_blocks=None)
+    assert blocks.flatten().tolist() == stream[: len(stream) // 5 * 5]
+    assert concat_blocks(texts, tokenizer, seq_len=5, max_blocks=1).tolist() == [stream[:5]]
+
+
+def test_crops_come_from_long_documents_only_and_repeat(tokenizer):
+    texts = ["short", "the while statement is used for repeated execution " * 3, "an assert statement " * 8]
+    crops = crop_documents(texts, tokenizer, seq_len=20, max_sequences=None, seed=0)
+    assert len(crops) == 2
+    for crop, text in zip(crops.tolist(), texts[1:], strict=True):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert any(ids[s : s + 20] == crop for s in range(len(ids)))
+    assert torch.equal(crops, crop_documents(texts, tokenizer, seq_len=20, max_sequences=None, seed=0))
+    starts = {tuple(crop_documents(texts[1:2], tokenizer, seq_len=20, max_sequences=None, seed=s)[0].tolist())
+              for s in range(9)}  # fmt: skip
+    assert len(starts) > 1
+    with pytest.raises(ConfigError, match="none of the 1 documents has 500 tokens .the longest has"):
+        crop_documents(texts[:1], tokenizer, seq_len=500, max_sequences=None, seed=0)
+
+
+@pytest.mark.parametrize("given_input", ["", "some input"])
+def test_instruction_labels_mask_exactly_the_prompt_and_keep_eos(tokenizer, given_input):
+    row = InstructionRow(instruction="the while", input=given_input, output="is a statement")
+    ids, labels = encode_instruction(row, tokenizer)
+    prompt = tokenizer(prompt_of(row), add_special_tokens=False)["input_ids"]
+    response = tokenizer("is a statement", add_special_tokens=False)["input_ids"]
+    assert ids == prompt + response + [tokenizer.eos_token_id]
+    assert labels == [-100] * len(prompt) + response + [tokenizer.eos_token_id]
+    assert ("### Input:" in prompt_of(row)) == bool(given_input)
+
+
+def alpaca(path, outputs):
+    path.write_text(json.dumps([{"instruction": "the", "input": "", "output": o} for o in outputs]))
+    return str(path)
+
+
+def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
+    source = alpaca(tmp_path / "a.json", ["is a", "is " * 500, "an of"])
+    data = bound(tokenizer, recovery=source, validation="builtin", seq_len=400)
+    data._max_positions = 400
+    with pytest.warns(UserWarning, match="1 examples longer than 400 tokens"):
+        batches = list(data.train_dataloader())
+    (batch,) = batches
+    assert batch["input_ids"].shape[0] == 2
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        length = int(mask.sum())
+        assert labels[length - 1] == ids[length - 1] == tokenizer.eos_token_id
+        assert (labels[length:] == -100).all()
+        assert (ids[length:] == tokenizer.pad_token_id).all()
+    assert data.summary()["recovery"]["dropped"] == {"longer than seq_len": 1}
+
+
+def test_no_example_fits(tokenizer, tmp_path):
+    data = bound(tokenizer, recovery=alpaca(tmp_path / "a.json", ["is " * 500]), validation="builtin", seq_len=20)
+    with pytest.raises(ConfigError, match="no example of .* fits into 20 tokens"):
+        data.train_dataloader()
+
+
+def test_evaluation_text_is_tokenised_once_as_a_whole(tokenizer, tmp_path):
+    text = "the assert statement\n\nis a convenient way\n\n" * 20
+    (tmp_path / "w.txt").write_text(text)
+    data = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_windows=None)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert data.evaluation_windows().flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert bound(tokenizer, text=str(tmp_path / "w.txt")).evaluation_windows().shape == (3, 16)
+    assert bound(tokenizer, eval_windows=0).evaluation_windows() is None
+
+
+def test_wikitext_windows(shared_dir, tokenizer):
+    """The shared file is read in text mode: its CRLF line ends become LF."""
+    rows = load_rows(str(shared_dir / "data/wikitext2_test_raw.txt"))
+    assert len(rows.texts[0].encode()) == 1_296_370
+
+
+def test_evaluation_text_too_short(tokenizer, tmp_path):
+    (tmp_path / "w.txt").write_text("hi")
+    with pytest.raises(ConfigError, match="less than one window .16.*--data.eval_window"):
+        bound(tokenizer, text=str(tmp_path / "w.txt")).evaluation_windows()
+    (tmp_path / "a.json").write_text(json.dumps(["the assert", "is a", "of", "while"]))
+    with pytest.warns(UserWarning, match="perplexity and fidelity are not measured"):
+        assert bound(tokenizer, calibration=str(tmp_path / "a.json"), eval_window=64).evaluation_windows() is None
+
+
+def test_fewer_calibration_sequences_than_asked_is_said_with_both_numbers(tokenizer, tmp_path):
+    data = bound(tokenizer, calibration=lines(tmp_path / "a.jsonl", 12), calibration_sequences=9999)
+    with pytest.warns(UserWarning, match=r"gives \d+ sequences of 16 tokens, not 9999"):
+        data.calibration_dataloader()
+
+
+def test_pretokenised_rows_serve_calibration_alone(tokenizer, tmp_path):
+    save_file({"input_ids": token_ids(6, 10)}, tmp_path / "t.safetensors")
+    data = bound(tokenizer, calibration=str(tmp_path / "t.safetensors"), calibration_sequences=6)
+    batches = list(data.calibration_dataloader())
+    assert torch.equal(torch.cat([b["input_ids"] for b in batches]), token_ids(6, 10))
+    assert data.evaluation_windows() is None
+    with pytest.raises(ConfigError, match="give --data.recovery"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize("bad", [-1, 61])
+def test_ids_of_another_tokenizer(tokenizer, tmp_path, bad):
+    ids = token_ids(2, 10)
+    ids[1, 4] = bad
+    save_file({"input_ids": ids}, tmp_path / "t.safetensors")
+    with pytest.raises(ConfigError, match=f"holds token id {bad}, the model knows ids 0 to 60"):
+        bound(tokenizer, calibration=str(tmp_path / "t.safetensors")).calibration_dataloader()
+
+
+def test_tokenizer_larger_than_the_model(tokenizer):
+    with pytest.raises(ConfigError, match="61 tokens, the model 50 embeddings"):
+        TextDataModule().bind(tokenizer, vocab_size=50, max_positions=None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"seq_len": 1}, "--data.seq_len 1"),
+        ({"batch_size": 0}, "--data.batch_size 0"),
+        ({"calibration_sequences": -3}, "--data.calibration_sequences -3"),
+        ({"eval_windows": -1}, "--data.eval_windows -1"),
+        ({"recovery_sequences": 0}, "--data.recovery_sequences 0"),
+        ({"calibration_layout": "crops"}, "neither concat nor crop"),
+        ({"text": "nowhere.txt"}, "--data.text 'nowhere.txt' does not exist"),
+        ({"recovery": "./nowhere"}, "--data.recovery './nowhere' does not exist"),
+    ],
+)
+def test_arguments_are_checked_at_once(kwargs, match):
+    with pytest.raises(ConfigError, match=match):
+        TextDataModule(**kwargs)
+
+
+def test_windows_longer_than_the_model_allows(tokenizer):
+    with pytest.raises(ConfigError, match="--data.eval_window: 65 tokens are more than the 64"):
+        bound(tokenizer, eval_window=65).evaluation_windows()
+    with pytest.raises(ConfigError, match="--data.seq_len: 65 tokens"):
+        bound(tokenizer, seq_len=65).calibration_dataloader()
+
+
+def test_summary_tells_where_every_token_came_from(tokenizer):
+    data = bound(tokenizer)
+    data.calibration_dataloader()
+    data.train_dataloader()
+    summary = data.summary()
+    assert summary["calibration"] | {"sha256": ""} == {
+        "source": "builtin", "kind": "text", "sequences": 4, "tokens": 64, "supervised_tokens": None, "dropped": {},
+        "sha256": "",
+    }  # fmt: skip
+    assert summary["recovery"]["supervised_tokens"] == 8 * 16
+    assert len(summary["recovery"]["sha256"]) == 64
+    assert summary["recovery"]["sha256"] != summary["calibration"]["sha256"]
+
+
+def test_shuffling_depends_on_seed_and_epoch_only():
+    first, second = EpochShuffle(20, seed=0), EpochShuffle(20, seed=0)
+    assert list(first) == list(second) == list(first)
+    first.set_epoch(1)
+    assert sorted(first) == list(range(20))
+    assert list(first) != list(second)
+    assert list(EpochShuffle(20, seed=1)) != list(second)

@@ -1,0 +1,90 @@
+"""Plans: what they refuse, and that they survive the disk."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfprune.arch import find_groups
+from hfprune.errors import PlanError
+from hfprune.plan import PruningPlan
+from hfprune.surgery import apply_plan
+from hfprune.types import Group, Slice
+from tests.models import tiny
+
+
+def plan_of(model, keep, **kwargs):
+    groups = find_groups(model)
+    defaults = {"model_class": type(model).__name__, "groups": groups, "config": {"intermediate_size": len(keep)}}
+    return PruningPlan(keep={g.name: tuple(keep) for g in groups}, **defaults | kwargs)
+
+
+@given(
+    keep=st.sets(st.integers(0, 23), min_size=1),
+    offset=st.integers(0, 9),
+    width=st.integers(1, 4),
+    note=st.text(max_size=20),
+)
+def test_json_round_trip(keep, offset, width, note):
+    group = Group(
+        name="g", kind="mlp", num_units=24, slices=(Slice(module="m", side="in", offset=offset, width=width),)
+    )
+    plan = PruningPlan(
+        model_class="X", groups=(group,), keep={"g": tuple(sorted(keep))}, config={"n": 1}, provenance={"note": note}
+    )
+    assert PruningPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("keep", [(), (3, 1), (1, 1), (-1, 2), (0, 24)])
+def test_kept_units_are_checked(keep):
+    with pytest.raises(PlanError, match="sorted, unique, at least one and below 24"):
+        plan_of(tiny(), keep)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "Not a pruning plan"),
+        ("[]", "Not a pruning plan"),
+        ("{}", "Not a pruning plan: KeyError"),
+        (json.dumps({"format": "other", "version": 1}), "format 'other'"),
+        (json.dumps({"format": "hfprune-plan", "version": 99}), "version 99"),
+    ],
+)
+def test_files_that_are_no_plans(tmp_path, text, match):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=match):
+        PruningPlan.load(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(PlanError, match="Cannot read a plan"):
+        PruningPlan.load(tmp_path / "nothing.json")
+
+
+def test_plan_of_another_class_or_width_is_refused_and_nothing_changes():
+    model = tiny()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(PlanError, match="made for MistralForCausalLM, the model is LlamaForCausalLM"):
+        apply_plan(model, plan_of(tiny("mistral"), range(8)))
+    plan = plan_of(tiny(), range(8))
+    apply_plan(other := tiny(), plan)
+    with pytest.raises(
+        PlanError, match=r"expects 24 units in model.layers.0.mlp, the model has 8. It looks pruned already"
+    ):
+        apply_plan(other, plan)
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_surgery_keeps_dtype_and_trainability():
+    model = tiny(dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    apply_plan(model, plan_of(model, range(5)))
+    up, gate = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj
+    assert (up.weight.dtype, up.out_features, up.weight.requires_grad) == (torch.bfloat16, 5, False)
+    assert gate.weight.requires_grad
+    assert model.model.layers[0].mlp.intermediate_size == 5
+    assert up.weight.is_contiguous()
