@@ -166,7 +166,11 @@ def flat(args):
         # long enough that the reference's logits would not fit one chunk at any of these vocabularies
         peak = memory("hfprune", args, vocab=vocab, sequences=4, length=2048)
         base = base or peak
-        print(f"vocabulary {vocab:>7,}: peak {peak:7.1f} MiB beyond the loaded model, ratio {peak / base:.2f}")
+        whole = 2048 * vocab * 4 / 2**20
+        print(
+            f"vocabulary {vocab:>7,}: peak {peak:7.1f} MiB beyond the loaded model, ratio {peak / base:.2f} "
+            f"(the logits of one sequence: {whole:,.0f} MiB)"
+        )
     base = None
     for sequences in (16, 64, 256, 1024):
         peak = memory("hfprune", args, vocab=8_000, sequences=sequences)

@@ -1,6 +1,7 @@
 """Which documents serve which purpose; no document serves two."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from hfprune.data.encode import prompt_of
 from hfprune.data.sources import InstructionRow, Rows, load_rows
 from hfprune.data.splits import assign_documents, unique_documents
+from hfprune.errors import ConfigError
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
@@ -25,7 +27,7 @@ class Roles:
     """
 
     def __init__(self, sources: Mapping[Role, str], *, split: str, text_field: str | None, seed: int) -> None:
-        self._sources, self._split, self._text_field, self._seed = sources, split, text_field, seed
+        self._sources, self._split, self._text_field, self._seed = _one_spelling(sources), split, text_field, seed
         self._rows: dict[str, Rows] = {}
         self._documents: dict[Role, list[Any]] = {}
         self._seen: set[bytes] = set()
@@ -43,10 +45,22 @@ class Roles:
         return list(self._sources.values()).count(self._sources[role]) == 1
 
     def tokens(self, role: Role) -> Tensor:
-        """Returns the role's share of a pre-tokenised source, [N, T]."""
+        """Returns the role's share of a pre-tokenised source, [N, T].
+
+        Raises:
+            ConfigError: The source has too few rows for the roles that share it.
+        """
         ids = self.rows(role).token_ids
         assert ids is not None
-        return ids if self.alone(role) else ids[self._share(role, len(ids))]
+        if self.alone(role):
+            return ids
+        own = self._own(role, [str(row) for row in ids.tolist()])
+        if not own:
+            raise ConfigError(
+                f"'{self._sources[role]}' holds {len(ids)} sequences, too few for the roles that share it: none is "
+                f"left for {role}; give --data.{'text' if role == 'evaluation' else role}."
+            )
+        return ids[own]
 
     def documents(self, role: Role) -> list[str] | list[InstructionRow]:
         """Returns the role's documents, none of which an earlier role of ``SHARES`` holds too."""
@@ -61,17 +75,37 @@ class Roles:
         rows = self.rows(role)
         documents: Any = rows.instructions if rows.kind == "instruction" else rows.documents()
         if not self.alone(role):
-            first = unique_documents([_text(d) for d in documents])
-            documents = [documents[first[i]] for i in self._share(role, len(first))]
+            documents = [documents[i] for i in self._own(role, [_text(d) for d in documents])]
         kept = unique_documents([_text(d) for d in documents], seen=self._seen)
-        self.duplicates[role] = len(documents) - len(kept)
+        self.duplicates[role] = self.duplicates.get(role, 0) + len(documents) - len(kept)
         return [documents[i] for i in kept]
+
+    def _own(self, role: Role, texts: Sequence[str]) -> list[int]:
+        """Returns the numbers of the role's documents of a shared source, each text once, and counts the repeats."""
+        first = unique_documents(texts)
+        numbers = [first[i] for i in self._share(role, len(first))]
+        own = {texts[number] for number in numbers}
+        self.duplicates[role] = sum(text in own for text in texts) - len(numbers)
+        return numbers
 
     def _share(self, role: Role, total: int) -> list[int]:
         shares: dict[str, float] = {
             r: SHARES[r] for r, source in self._sources.items() if source == self._sources[role]
         }
         return assign_documents(total, shares, seed=self._seed)[role]
+
+
+def _one_spelling(sources: Mapping[Role, str]) -> dict[Role, str]:
+    """Returns role -> source, where one file named in two ways (``a.txt``, ``./a.txt``) is one source."""
+    first: dict[str, str] = {}
+    for source in sources.values():
+        first.setdefault(_identity(source), source)
+    return {role: first[_identity(source)] for role, source in sources.items()}
+
+
+def _identity(source: str) -> str:
+    path = Path(source)
+    return str(path.resolve()) if path.exists() else source
 
 
 def _text(document: str | InstructionRow) -> str:

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,11 +68,15 @@ def check_source(source: str, flag: str) -> None:
     if source == BUILTIN:
         return
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise ConfigError(f"{flag} '{source[:80]}' cannot be looked up: {error.strerror}.") from error
+    if is_folder:
         if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
             raise ConfigError(f"{flag} '{source}' is a folder, but not one that datasets' save_to_disk wrote.")
         return
-    if path.is_file():
+    if is_file:
         if _suffix(path) not in SUFFIXES:
             raise ConfigError(
                 f"{flag} '{source}': files of type '{path.suffix}' are not read. Known: {', '.join(SUFFIXES)}; .gz of "
@@ -126,12 +131,12 @@ def _near(path: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    """Returns a file's text with line ends turned into LF, also from gzip."""
+    """Returns a file's text with line ends turned into LF and no byte order mark, also from gzip."""
     try:
         if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
+            with gzip.open(path, "rt", encoding="utf-8-sig") as file:
                 return file.read()
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not UTF-8 text: {error}.") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -143,7 +148,7 @@ def _json_records(path: Path, suffix: str) -> list[Any]:
     if suffix == ".json":
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"'{path}' is not valid JSON: {error}.") from error
         if not isinstance(data, list):
             raise ConfigError(f"'{path}' holds a JSON {type(data).__name__}; a list of objects or strings is expected.")
@@ -153,7 +158,7 @@ def _json_records(path: Path, suffix: str) -> list[Any]:
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"'{path}', line {number}, is not valid JSON: {error}.") from error
     return records
 
@@ -203,20 +208,36 @@ def _text_rows(source: str, values: list[Any]) -> Rows:
     texts = tuple(v for v in values if isinstance(v, str) and v.strip())
     if not texts:
         raise ConfigError(f"'{source}' holds no text.")
-    dropped = {"empty": len(values) - len(texts)} if len(texts) < len(values) else {}
-    return Rows(source=source, kind="text", texts=texts, dropped=dropped)
+    dropped = Counter(reason for value in values if (reason := _fault(value, "empty")))
+    return Rows(source=source, kind="text", texts=texts, dropped=dict(dropped))
 
 
 def _instruction_rows(source: str, rows: list[Mapping[str, Any]]) -> Rows:
-    kept = tuple(
-        InstructionRow(instruction=row["instruction"], input=row.get("input") or "", output=row["output"])
-        for row in rows
-        if row.get("instruction") and isinstance(row.get("output"), str) and row["output"].strip()
-    )
+    kept: list[InstructionRow] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        given = row.get("input") or ""
+        fault = (
+            _fault(row.get("instruction"), "no instruction")
+            or _fault(row.get("output"), "no response")
+            or ("" if isinstance(given, str) else "not text")
+        )
+        if fault:
+            dropped[fault] += 1
+        else:
+            kept.append(InstructionRow(instruction=row["instruction"], input=given, output=row["output"]))
     if not kept:
         raise ConfigError(f"'{source}' holds no example with an instruction and an output.")
-    dropped = {"no response": len(rows) - len(kept)} if len(kept) < len(rows) else {}
-    return Rows(source=source, kind="instruction", instructions=kept, dropped=dropped)
+    return Rows(source=source, kind="instruction", instructions=tuple(kept), dropped=dict(dropped))
+
+
+def _fault(value: Any, when_empty: str) -> str:
+    """Returns why a field cannot be used: ``when_empty``, ``not text``, or nothing when it can."""
+    if value is None:
+        return when_empty
+    if not isinstance(value, str):
+        return "not text"
+    return "" if value.strip() else when_empty
 
 
 def _token_rows(source: str) -> Rows:
@@ -228,7 +249,7 @@ def _token_rows(source: str) -> Rows:
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"'{source}' is not a safetensors file: {error}.") from error
     ids = tensors.get("input_ids")
-    if ids is None or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+    if ids is None or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
         raise ConfigError(
             f"'{source}' must hold an integer tensor 'input_ids' [sequences, tokens]. It has: "
             f"{', '.join(f'{name} {list(t.shape)} {t.dtype}' for name, t in tensors.items())}."

@@ -111,6 +111,10 @@ class TextDataModule(LightningDataModule):
                 raise ConfigError(f"--data.{name} {getattr(self, name)} is less than 2 tokens.")
         if self.eval_windows is not None and self.eval_windows < 0:
             raise ConfigError(f"--data.eval_windows {self.eval_windows} is negative.")
+        if self.num_workers < 0:
+            raise ConfigError(f"--data.num_workers {self.num_workers} is negative; 0 loads in the main process.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--data.seed {self.seed} is not between 0 and {2**32 - 1}.")
         if self.calibration_layout not in ("concat", "crop"):
             raise ConfigError(f"--data.calibration_layout '{self.calibration_layout}' is neither concat nor crop.")
 
@@ -242,7 +246,10 @@ class TextDataModule(LightningDataModule):
                 continue
             examples.append(example)
         if not examples:
-            raise ConfigError(f"--data.{role}: no example of '{self._sources[role]}' fits into {self.seq_len} tokens.")
+            raise ConfigError(
+                f"--data.{role}: no example of '{self._sources[role]}' fits into {self.seq_len} tokens "
+                f"({too_long} of its examples serve {role}); see --data.seq_len."
+            )
         if too_long:  # cutting them would cost EOS, and with a long prompt the whole response
             self._dropped[role] = {"longer than seq_len": too_long}
             warnings.warn(

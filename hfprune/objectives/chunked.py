@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hfprune.objectives.base import Objective
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Size of one chunk of fp32 logits. Peak memory of the head is about three of these, whatever the vocabulary."""
 
 

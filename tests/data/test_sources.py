@@ -103,6 +103,8 @@ def test_named_column(tmp_path):
         ("a.json", '[{"instruction": "x", "output": ""}]', "no example with an instruction and an output"),
         ("a.jsonl", '{"text": "x"}\n{"text"', "line 2, is not valid JSON"),
         ("a.txt", " \n\n ", "holds no text"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
+        ("a.jsonl", '{"text": "x"}\n[' + "9" * 5000 + "]", "line 2, is not valid JSON"),
     ],
 )
 def test_bad_content(tmp_path, name, data, match):
@@ -143,3 +145,30 @@ def test_paths_are_checked_by_name_alone(tmp_path):
 def test_hub_id_without_network_is_one_line():
     with pytest.raises(ConfigError, match=r"Cannot load the data set 'nobody/nothing-here': [^\n]+$"):
         load_rows("nobody/nothing-here")
+
+
+def test_fields_that_are_not_text_are_left_out_and_counted(tmp_path):
+    good = {"instruction": "Add.", "output": "3"}
+    bad = [{**good, "input": 3}, {**good, "instruction": ["x"]}, {**good, "instruction": " "}, {**good, "output": None}]
+    rows = load_rows(write(tmp_path / "a.json", json.dumps([*bad, {**good, "input": None}])))
+    assert [(r.instruction, r.input, r.output) for r in rows.instructions] == [("Add.", "", "3")]
+    assert rows.dropped == {"not text": 2, "no instruction": 1, "no response": 1}
+    rows = load_rows(write(tmp_path / "b.json", json.dumps([{"text": 5}, {"text": ""}, {"text": "y"}])))
+    assert rows.texts == ("y",)
+    assert rows.dropped == {"not text": 1, "empty": 1}
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    assert load_rows(write(tmp_path / "a.jsonl", '\ufeff{"text": "x"}')).texts == ("x",)
+    assert load_rows(write(tmp_path / "a.txt.gz", "\ufeffx")).texts == ("x",)
+
+
+def test_a_name_too_long_for_the_file_system():
+    with pytest.raises(ConfigError, match="--data.text 'a{80}' cannot be looked up: File name too long"):
+        check_source("a" * 5000, "--data.text")
+
+
+def test_truth_values_are_not_token_ids(tmp_path):
+    save_file({"input_ids": torch.ones(2, 3, dtype=torch.bool)}, tmp_path / "t.safetensors")
+    with pytest.raises(ConfigError, match=r"must hold an integer tensor.*torch.bool"):
+        load_rows(str(tmp_path / "t.safetensors"))

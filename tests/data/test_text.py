@@ -206,6 +206,48 @@ def test_pretokenised_rows_serve_calibration_alone(tokenizer, tmp_path):
         data.train_dataloader()
 
 
+def rows_of(loader):
+    return {tuple(row) for batch in loader for row in batch["input_ids"].tolist()}
+
+
+def test_pretokenised_rows_that_repeat_serve_one_role(tokenizer, tmp_path):
+    ids = token_ids(20, 10)
+    save_file({"input_ids": torch.cat([ids, ids, ids])}, tmp_path / "t.safetensors")
+    data = bound(tokenizer, recovery=str(tmp_path / "t.safetensors"), recovery_sequences=None)
+    recovery, validation = rows_of(data.train_dataloader()), rows_of(data.val_dataloader())
+    assert recovery
+    assert validation
+    assert not recovery & validation
+    assert recovery | validation == set(map(tuple, ids.tolist()))
+    assert sum(found["dropped"]["repeated"] for found in data.summary().values()) == 40
+
+
+def test_too_few_pretokenised_rows_to_share(tokenizer, tmp_path):
+    save_file({"input_ids": token_ids(3, 10)}, tmp_path / "t.safetensors")
+    data = bound(tokenizer, recovery=str(tmp_path / "t.safetensors"))
+    with pytest.raises(ConfigError, match="holds 3 sequences, too few .* left for validation; give --data.validation"):
+        data.val_dataloader()
+
+
+def test_repeats_within_a_shared_source_are_counted(tokenizer, tmp_path):
+    source = lines(tmp_path / "a.jsonl", 60)
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(f"{text}\n{text}")
+    data = bound(tokenizer, calibration=source)
+    documents = all_documents(data)
+    assert sum(map(len, documents.values())) == 60
+    assert data._roles.duplicates == {role: len(found) for role, found in documents.items()}
+
+
+def test_one_file_named_in_two_ways_is_one_source(tokenizer, tmp_path, monkeypatch):
+    lines(tmp_path / "a.jsonl", 60)
+    monkeypatch.chdir(tmp_path)
+    data = bound(tokenizer, calibration="a.jsonl", recovery="./a.jsonl", text=str(tmp_path / "a.jsonl"))
+    documents = all_documents(data)
+    assert all(documents.values())
+    assert sum(map(len, documents.values())) == 60 == len(set().union(*documents.values()))
+
+
 @pytest.mark.parametrize("bad", [-1, 61])
 def test_ids_of_another_tokenizer(tokenizer, tmp_path, bad):
     ids = token_ids(2, 10)
@@ -229,6 +271,9 @@ def test_tokenizer_larger_than_the_model(tokenizer):
         ({"eval_windows": -1}, "--data.eval_windows -1"),
         ({"recovery_sequences": 0}, "--data.recovery_sequences 0"),
         ({"calibration_layout": "crops"}, "neither concat nor crop"),
+        ({"num_workers": -1}, "--data.num_workers -1 is negative"),
+        ({"seed": -1}, "--data.seed -1 is not between"),
+        ({"seed": 2**32}, "--data.seed 4294967296 is not between"),
         ({"text": "nowhere.txt"}, "--data.text 'nowhere.txt' does not exist"),
         ({"recovery": "./nowhere"}, "--data.recovery './nowhere' does not exist"),
     ],
