@@ -23,7 +23,7 @@ class Roles:
         sources: Role -> source, for the roles that exist.
         split: Split of hub data sets.
         text_field: Column of the text.
-        seed: Seed of the assignment of a shared source's documents.
+        seed: Seed of the order of documents, and of who gets which of a shared source.
     """
 
     def __init__(self, sources: Mapping[Role, str], *, split: str, text_field: str | None, seed: int) -> None:
@@ -73,15 +73,14 @@ class Roles:
 
     def _take(self, role: Role) -> list[Any]:
         rows = self.rows(role)
-        documents: Any = rows.instructions if rows.kind == "instruction" else rows.documents()
-        if not self.alone(role):
-            documents = [documents[i] for i in self._own(role, [_text(d) for d in documents])]
-        kept = unique_documents([_text(d) for d in documents], seen=self._seen)
+        documents: Any = rows.instructions if rows.kind == "instruction" else rows.texts
+        documents = [documents[i] for i in self._own(role, [plain(d) for d in documents])]
+        kept = unique_documents([plain(d) for d in documents], seen=self._seen)
         self.duplicates[role] = self.duplicates.get(role, 0) + len(documents) - len(kept)
         return [documents[i] for i in kept]
 
     def _own(self, role: Role, texts: Sequence[str]) -> list[int]:
-        """Returns the numbers of the role's documents of a shared source, each text once, and counts the repeats."""
+        """Returns the numbers of the role's documents, shuffled by the seed, each text once, and counts the repeats."""
         first = unique_documents(texts)
         numbers = [first[i] for i in self._share(role, len(first))]
         own = {texts[number] for number in numbers}
@@ -108,10 +107,6 @@ def _identity(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def _text(document: str | InstructionRow) -> str:
-    return document if isinstance(document, str) else full_text(document)
-
-
-def full_text(row: InstructionRow) -> str:
-    """Returns an example as plain text: prompt and response."""
-    return prompt_of(row) + row.output
+def plain(document: str | InstructionRow) -> str:
+    """Returns a document as plain text; an example as its prompt and response."""
+    return document if isinstance(document, str) else prompt_of(document) + document.output

@@ -22,7 +22,7 @@ BUILTIN = "builtin"
 Kind = Literal["text", "instruction", "tokens"]
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".safetensors")
 _TEXT_COLUMNS = ("text", "content")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,9 @@ class Rows:
     Attributes:
         source: As the user named it.
         kind: Which of the three.
-        texts: Documents.
-        whole: True when ``texts`` is one running text (a ``.txt`` file): its paragraphs are its documents.
+        texts: Documents; the paragraphs of a ``.txt`` file, or its lines when it has no blank one.
+        running: The whole source as one text, for evaluation: a ``.txt`` file as it is, else every row, empty ones too,
+            joined with blank lines (the usual WikiText protocol).
         instructions: Examples in Alpaca layout.
         token_ids: [N, T] int64, pre-tokenised sequences.
         dropped: Reason -> number of rows left out.
@@ -51,16 +52,10 @@ class Rows:
     source: str
     kind: Kind
     texts: tuple[str, ...] = ()
-    whole: bool = False
+    running: str = ""
     instructions: tuple[InstructionRow, ...] = ()
     token_ids: Tensor | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
-
-    def documents(self) -> tuple[str, ...]:
-        """Returns the documents; a running text is split at its blank lines."""
-        if not self.whole:
-            return self.texts
-        return tuple(p for text in self.texts for p in re.split(r"\n[ \t]*\n", text) if p.strip())
 
 
 def check_source(source: str, flag: str) -> None:
@@ -94,8 +89,8 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
     Args:
         source: ``builtin``; a ``.txt``, ``.json``, ``.jsonl`` (or ``.gz`` of those), ``.parquet`` or ``.safetensors``
             file (tensor ``input_ids`` [N, T]); a folder that ``datasets.save_to_disk`` wrote; else a hub data set id,
-            with ``:config`` behind it if it has several.
-        split: Split of a hub data set or of a saved ``DatasetDict``.
+            with ``:config`` behind it if it has several, and ``:split`` behind that (``owner/name:config:test``).
+        split: Split of a saved ``DatasetDict``, or of a hub data set that names none itself.
         text_field: Column that holds the text; by default ``text`` or ``content``.
 
     Raises:
@@ -114,7 +109,7 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
         text = _read_text(path)
         if not text.strip():
             raise ConfigError(f"'{source}' holds no text.")
-        return Rows(source=source, kind="text", texts=(text,), whole=True)
+        return Rows(source=source, kind="text", texts=_paragraphs(text), running=text)
     records = _json_records(path, suffix) if suffix in (".json", ".jsonl") else _dataset(source, suffix, split)
     return _from_records(source, records, text_field)
 
@@ -177,8 +172,8 @@ def _dataset(source: str, suffix: str, split: str) -> Any:
             if split not in found:
                 raise ConfigError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
             return found[split]
-        name, _, config = source.partition(":")
-        return datasets.load_dataset(name, config or None, split=split)
+        name, config, own_split = (*source.split(":"), "", "")[:3]
+        return datasets.load_dataset(name, config or None, split=own_split or split)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
@@ -195,7 +190,7 @@ def _from_records(source: str, records: Iterable[Any], text_field: str | None) -
     if not all(isinstance(row, Mapping) for row in rows):
         raise ConfigError(f"'{source}' must hold objects or strings, one kind throughout.")
     columns = sorted({key for row in rows for key in row})
-    if text_field is None and {"instruction", "output"} <= set(columns):
+    if text_field not in columns and {"instruction", "output"} <= set(columns):
         return _instruction_rows(source, rows)
     name = text_field or next((c for c in _TEXT_COLUMNS if c in columns), None)
     if name not in columns:
@@ -204,12 +199,19 @@ def _from_records(source: str, records: Iterable[Any], text_field: str | None) -
     return _text_rows(source, [row.get(name) for row in rows])
 
 
+def _paragraphs(text: str) -> tuple[str, ...]:
+    """Returns the parts between blank lines, or the lines of a text that has no blank one."""
+    parts = [part for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+    return tuple(parts if len(parts) > 1 else [line for line in text.split("\n") if line.strip()])
+
+
 def _text_rows(source: str, values: list[Any]) -> Rows:
     texts = tuple(v for v in values if isinstance(v, str) and v.strip())
     if not texts:
         raise ConfigError(f"'{source}' holds no text.")
     dropped = Counter(reason for value in values if (reason := _fault(value, "empty")))
-    return Rows(source=source, kind="text", texts=texts, dropped=dict(dropped))
+    running = "\n\n".join(v for v in values if isinstance(v, str))
+    return Rows(source=source, kind="text", texts=texts, running=running, dropped=dict(dropped))
 
 
 def _instruction_rows(source: str, rows: list[Mapping[str, Any]]) -> Rows:

@@ -17,7 +17,7 @@ from hfprune.data.encode import (
     encode_instruction,
     pad,
 )
-from hfprune.data.roles import Role, Roles, full_text
+from hfprune.data.roles import Role, Roles, plain
 from hfprune.data.sampler import EpochShuffle
 from hfprune.data.sources import BUILTIN, InstructionRow, check_source
 from hfprune.errors import ConfigError
@@ -165,7 +165,7 @@ class TextDataModule(LightningDataModule):
     def evaluation_windows(self) -> Tensor | None:
         """Returns the evaluation windows [N, W], None when there is no evaluation text.
 
-        A ``.txt`` file is tokenised once, as a whole, without special tokens.
+        The text is tokenised once, as a whole, without special tokens.
         """
         windows: Tensor | None = self._once("evaluation", self._evaluation_ids)
         return windows
@@ -215,7 +215,7 @@ class TextDataModule(LightningDataModule):
             check_vocabulary(ids, vocab_size=self._vocab_size, source=source)
             return ids
         self._check_length(self.seq_len, "--data.seq_len")
-        texts = [d if isinstance(d, str) else full_text(d) for d in self._roles.documents(role)]
+        texts = [plain(d) for d in self._roles.documents(role)]
         try:
             if crop:
                 return crop_documents(texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed)
@@ -267,17 +267,17 @@ class TextDataModule(LightningDataModule):
             check_vocabulary(ids, vocab_size=self._vocab_size, source=rows.source)
             return ids
         self._check_length(self.eval_window, "--data.eval_window")
-        whole = rows.whole and self._roles.alone("evaluation")
-        texts = rows.texts if whole else [
-            d if isinstance(d, str) else full_text(d) for d in self._roles.documents("evaluation")
-        ]  # fmt: skip
-        (stream,) = encode(["\n\n".join(texts)], self._tokenizer)
+        if rows.kind == "text" and self._roles.alone("evaluation"):
+            text = rows.running
+        else:
+            text = "\n\n".join(plain(d) for d in self._roles.documents("evaluation"))
+        (stream,) = encode([text], self._tokenizer)
         count = len(stream) // self.eval_window
         if not count:
-            text = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({self.eval_window})"
+            short = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({self.eval_window})"
             if self._explicit_text:
-                raise ConfigError(f"{text}; see --data.eval_window.")
-            warnings.warn(f"{text}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
+                raise ConfigError(f"{short}; see --data.eval_window.")
+            warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
             return None
         count = count if self.eval_windows is None else min(count, self.eval_windows)
         return torch.tensor(stream[: count * self.eval_window]).view(count, self.eval_window)

@@ -46,8 +46,8 @@ def test_text_files_are_one_running_text_with_unix_line_ends(tmp_path, suffix):
     raw = b"first\r\nline\r\n\r\nsecond\r\n"
     path.write_bytes(gzip.compress(raw) if suffix else raw)
     rows = load_rows(str(path))
-    assert rows.texts == ("first\nline\n\nsecond\n",)
-    assert rows.documents() == ("first\nline", "second\n")
+    assert rows.running == "first\nline\n\nsecond\n"
+    assert rows.texts == ("first\nline", "second\n")
 
 
 def test_parquet_and_save_to_disk(tmp_path):
@@ -67,6 +67,20 @@ def test_alpaca_layout_leaves_out_empty_responses(tmp_path):
     assert rows.kind == "instruction"
     assert [r.output for r in rows.instructions] == ["3", "hi"]
     assert rows.dropped == {"no response": 1}
+
+
+def test_text_without_blank_lines_is_a_document_a_line(tmp_path):
+    rows = load_rows(write(tmp_path / "a.txt", "one\ntwo\nthree\n"))
+    assert rows.texts == ("one", "two", "three")
+
+
+def test_rows_as_one_text_keep_the_empty_ones(tmp_path):
+    rows = load_rows(write(tmp_path / "a.json", json.dumps(["", " = A = \n", "", "b", "b"])))
+    assert rows.running == "\n\n".join(["", " = A = \n", "", "b", "b"])
+
+
+def test_text_field_does_not_hide_the_alpaca_layout(tmp_path):
+    assert load_rows(write(tmp_path / "a.json", json.dumps(ALPACA)), text_field="body").kind == "instruction"
 
 
 def test_token_ids(tmp_path):
@@ -138,7 +152,7 @@ def test_paths_are_checked_by_name_alone(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):
         check_source(str(tmp_path / "x.png"), "--data.text")
-    for hub in ("wikitext", "allenai/c4", "allenai/c4:en"):
+    for hub in ("wikitext", "allenai/c4", "allenai/c4:en", "allenai/c4:en:validation"):
         check_source(hub, "--data.text")
 
 

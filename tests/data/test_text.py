@@ -96,6 +96,13 @@ def test_calibration_does_not_depend_on_whether_recovery_is_used(tokenizer):
     assert torch.equal(alone._calibration_ids(), after._calibration_ids())
 
 
+def test_seed_orders_a_source_that_serves_calibration_alone(tokenizer, tmp_path):
+    other = {"recovery": lines(tmp_path / "r.jsonl", 5, "other"), "eval_windows": 0}
+    calibration = lines(tmp_path / "a.jsonl", 40)
+    ids = {s: bound(tokenizer, calibration=calibration, seed=s, **other)._calibration_ids() for s in (0, 1)}
+    assert not torch.equal(ids[0], ids[1])
+
+
 def test_seeds_change_the_calibration_set(tokenizer):
     ids = {seed: bound(tokenizer, seed=seed)._calibration_ids() for seed in (0, 1)}
     assert not torch.equal(ids[0], ids[1])
@@ -178,7 +185,7 @@ def test_evaluation_text_is_tokenised_once_as_a_whole(tokenizer, tmp_path):
 def test_wikitext_windows(shared_dir, tokenizer):
     """The shared file is read in text mode: its CRLF line ends become LF."""
     rows = load_rows(str(shared_dir / "data/wikitext2_test_raw.txt"))
-    assert len(rows.texts[0].encode()) == 1_296_370
+    assert len(rows.running.encode()) == 1_296_370
 
 
 def test_evaluation_text_too_short(tokenizer, tmp_path):
@@ -295,9 +302,11 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     data.calibration_dataloader()
     data.train_dataloader()
     summary = data.summary()
+    texts = load_rows("builtin").texts  # some topics of Python's documentation stand there twice
+    repeated = sum(texts.count(document) - 1 for document in data._roles.documents("calibration"))
     assert summary["calibration"] | {"sha256": ""} == {
-        "source": "builtin", "kind": "text", "sequences": 4, "tokens": 64, "supervised_tokens": None, "dropped": {},
-        "sha256": "",
+        "source": "builtin", "kind": "text", "sequences": 4, "tokens": 64, "supervised_tokens": None, "sha256": "",
+        "dropped": {"repeated": repeated} if repeated else {},
     }  # fmt: skip
     assert summary["recovery"]["supervised_tokens"] == 8 * 16
     assert len(summary["recovery"]["sha256"]) == 64
