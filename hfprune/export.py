@@ -131,6 +131,8 @@ def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) ->
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
+        for file in stage.iterdir():  # safetensors writes private files; whoever serves the model must read them
+            file.chmod((stage / PLAN_FILE).stat().st_mode)
         return measure_saved(stage, model)
 
 

@@ -199,11 +199,8 @@ class TextDataModule(LightningDataModule):
     def _calibration_ids(self) -> Tensor:
         ids = self._sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
         if len(ids) < self.calibration_sequences:
-            warnings.warn(
-                f"--data.calibration '{self._sources['calibration']}' gives {len(ids)} sequences of {ids.shape[1]} "
-                f"tokens, not {self.calibration_sequences}.",
-                stacklevel=2,
-            )
+            source, asked = self._sources["calibration"], self.calibration_sequences
+            warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {asked}.", stacklevel=2)
         return ids
 
     def _sequences(self, role: Role, count: int | None, *, crop: bool = False) -> Tensor:
