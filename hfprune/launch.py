@@ -161,7 +161,12 @@ def launch(command: str, args: list[str]) -> None:
         _quieten()
     try:
         cli = (EvaluateCLI if command == "evaluate" else RunCLI)(command, args)
-        cli.run()
+        try:
+            cli.run()
+        except SystemExit as error:
+            if cli.trainer.interrupted:  # Lightning turns Ctrl-C into exit status 1
+                raise KeyboardInterrupt from error
+            raise
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
 
@@ -182,7 +187,8 @@ def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
 
 
 def _quieten() -> None:
-    """Hides what a user of the command line can do nothing about."""
+    """Hides what a user of the command line can do nothing about, and prints other warnings as one line."""
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {' '.join(str(message).split())}\n"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):

@@ -92,7 +92,8 @@ class ReportCallback(Callback, PruningEvents):
         """Measures the dense model and remembers its final hidden states."""
         assert isinstance(pl_module, PruningModule)
         model, windows = pl_module.causal_lm, _windows(trainer)
-        check_output_dir(self.output_dir, overwrite=True, need_bytes=_size(model))
+        copies = 1 + bool(trainer.checkpoint_callbacks)  # the exported model, and a checkpoint of as many weights
+        check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(model))
         if windows is not None:
             # recovery that trains the head must not move the reference along with it
             self._reference = DenseReference.collect(model, windows, copy_head=True)
