@@ -1,7 +1,7 @@
 """Accumulating importance during forward and backward passes, without Lightning.
 
 ``ImportanceAccumulator`` hooks the projections of the groups, lets a gradient flow from the first of them on (all
-weights frozen), and adds each backward pass to float64 sums. Nothing of the graph outlives its backward pass.
+weights frozen), and adds each backward pass to exact sums. Nothing of the graph outlives its backward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,7 @@ from hfprune.arch.groups import group_modules
 from hfprune.arch.projection import weight_of
 from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals
 from hfprune.errors import CalibrationError
+from hfprune.sums import LIMIT, ExactSum
 from hfprune.types import Group, Slice
 
 
@@ -25,7 +26,7 @@ class ObjectiveSum:
 
     Attributes:
         total: Scalar, differentiable, nats.
-        num_tokens: [B], tokens counted in each sequence.
+        num_tokens: [B], int64, tokens counted in each sequence.
         padding: [B, T] boolean, True at padding; None when there is none.
     """
 
@@ -35,30 +36,44 @@ class ObjectiveSum:
 
 
 class ImportanceAccumulator:
-    """Sums of a criterion over calibration batches.
+    """Sums of a criterion over calibration sequences.
+
+    All units of all groups live in one vector, in the order of the groups.
 
     Args:
-        model: The Hugging Face model, dense.
+        model: The module that the groups' names refer to, dense.
         groups: What is scored.
         criterion: How.
+        root: The module that is frozen and put into eval mode while recording; ``model`` if not given.
+        device: Where sums live; the first parameter's device if not given.
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], criterion: Criterion) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        criterion: Criterion,
+        *,
+        root: nn.Module | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._model, self._groups, self._criterion = model, tuple(groups), criterion
-        device = next(model.parameters()).device
-        self.states = {g.name: criterion.init_state(g, device) for g in groups}
-        # tokens, sequences, objective: float64 holds counts exactly up to 2^53
-        self.counts = torch.zeros(3, dtype=torch.float64, device=device)
+        self._root = model if root is None else root
+        self._device = device or next(model.parameters()).device
+        self._scores = criterion.new_sum(sum(g.num_units for g in groups), self._device)
+        self._objective = ExactSum(1, device=self._device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=self._device)  # tokens, sequences
         self._batch: BatchInfo | None = None
+        self._pending: dict[str, list[Tensor]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Freezes the model, puts it into eval mode and hooks it; undoes all three at the end."""
-        requires_grad = [(p, p.requires_grad) for p in self._model.parameters()]
-        training = [(m, m.training) for m in self._model.modules()]
+        """Freezes the root, puts it into eval mode and hooks the model; undoes all three at the end."""
+        requires_grad = [(p, p.requires_grad) for p in self._root.parameters()]
+        training = [(m, m.training) for m in self._root.modules()]
         for p, _ in requires_grad:
             p.requires_grad_(False)
-        self._model.eval()
+        self._root.eval()
         handles = self._attach()
         try:
             yield
@@ -70,8 +85,12 @@ class ImportanceAccumulator:
             for m, flag in training:
                 m.training = flag
 
-    def step(self, objective: Callable[[], ObjectiveSum]) -> tuple[float, int]:
+    def step(self, objective: Callable[[], ObjectiveSum], *, count: bool = True) -> tuple[float, int]:
         """Runs one forward and backward pass of ``objective`` and adds it.
+
+        Args:
+            objective: Runs the forward pass.
+            count: False runs the passes and adds nothing: what a rank of a sharded model does that has no batch left.
 
         Returns:
             The batch's summed objective (nats) and its number of tokens.
@@ -82,22 +101,62 @@ class ImportanceAccumulator:
         with torch.enable_grad():
             out = objective()
             self._batch = BatchInfo(num_sequences=len(out.num_tokens), num_tokens=out.num_tokens, padding=out.padding)
+            self._pending = {}
             total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())
             if total != total or abs(total) == float("inf"):
                 raise CalibrationError(f"The objective is {total} in this batch. {self._blame(objective)}")
-            if num_tokens:
-                out.total.backward()
-        self.counts += self.counts.new_tensor([num_tokens, len(out.num_tokens), total])
-        self._check_states()
+            if not out.total.requires_grad:
+                raise CalibrationError(
+                    "The objective does not depend on any scored activation: no scored module ran, or the objective "
+                    "was computed without gradients."
+                )
+            out.total.backward()
+        if count and num_tokens:
+            self._add(out.num_tokens, out.total.detach())
+        self._pending = {}
         return total, num_tokens
+
+    def _add(self, num_tokens: Tensor, total: Tensor) -> None:
+        """Adds the pending rows of every group at once."""
+        height = max((sum(map(len, rows)) for rows in self._pending.values()), default=0)
+        columns = []
+        for group in self._groups:
+            rows = self._pending.get(group.name, [])
+            missing = height - sum(map(len, rows))  # a group whose modules did not run
+            if missing:
+                rows = [*rows, torch.zeros(missing, group.num_units, dtype=torch.float64, device=self._device)]
+            columns.append(torch.cat(rows) if len(rows) > 1 else rows[0])
+        found = torch.cat(columns, dim=1)
+        if not bool((found.abs() < LIMIT).all()):  # NaN compares false
+            self._raise_not_finite(found)
+        self._scores.add(found)
+        self._objective.add(total.to(self._device, torch.float64).reshape(1, 1))
+        self._counts += torch.stack([num_tokens.sum(), (num_tokens > 0).sum()]).to(self._device)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
         """Returns every sum, in a fixed order: adding them over ranks gives the sums of the whole set."""
-        return [*self.states.values(), self.counts]
+        return [*self._scores.tensors(), *self._objective.tensors(), self._counts]
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Takes over sums that ``tensors`` returned, here or on all ranks together.
+
+        Raises:
+            CalibrationError: They belong to other groups or another criterion.
+        """
+        mine = self.tensors()
+        if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in tensors]:
+            raise CalibrationError("The saved calibration sums belong to another model or criterion.")
+        *scores, objective, counts = tensors
+        self._scores.load(tuple(scores))
+        self._objective.load((objective,))
+        self._counts.copy_(counts)
 
     def totals(self) -> Totals:
         """Returns how much was accumulated."""
-        return Totals(num_tokens=int(self.counts[0]), num_sequences=int(self.counts[1]))
+        tokens, sequences = self._counts.tolist()
+        return Totals(num_tokens=tokens, num_sequences=sequences)
 
     def scores(self) -> dict[str, Tensor]:
         """Returns group name -> importance [U], float64, on the CPU.
@@ -108,7 +167,9 @@ class ImportanceAccumulator:
         totals = self.totals()
         if not totals.num_tokens:
             raise CalibrationError("Calibration saw no token: the calibration data is empty.")
-        scores = {name: self._criterion.score(state, totals).cpu() for name, state in self.states.items()}
+        flat = self._criterion.score(self._scores.total(), totals).cpu()
+        parts = flat.split([g.num_units for g in self._groups])
+        scores = {group.name: part.clone() for group, part in zip(self._groups, parts, strict=True)}
         for name, score in scores.items():
             if not score.any():
                 raise CalibrationError(
@@ -119,7 +180,8 @@ class ImportanceAccumulator:
 
     def mean_objective(self) -> float:
         """Returns the objective per token so far, in nats."""
-        return float(self.counts[2] / self.counts[0]) if self.counts[0] else float("nan")
+        tokens = int(self._counts[0])
+        return float(self._objective.total()) / tokens if tokens else float("nan")
 
     def _attach(self) -> list[Any]:
         modules = group_modules(self._model, self._groups)
@@ -158,18 +220,16 @@ class ImportanceAccumulator:
     def _record(self, module: nn.Module, group: Group, part: Slice, value: Tensor, grad: Tensor) -> None:
         assert self._batch is not None
         signal = Signal(input=value, grad=grad, weight=weight_of(module))
-        self._criterion.update(self.states[group.name], group, part, signal, self._batch)
+        rows = self._criterion.rows(group, part, signal, self._batch)
+        self._pending.setdefault(group.name, []).append(rows.to(self._device))
 
-    def _check_states(self) -> None:
-        sums = torch.stack([state.sum(dtype=torch.float64) for state in self.states.values()])
-        if not bool(sums.isfinite().all()):
-            names = [
-                name for name, s in zip(self.states, sums.tolist(), strict=True) if s != s or abs(s) == float("inf")
-            ]
-            raise CalibrationError(
-                f"The scores of {names[-1]} are not finite ({len(names)} of {len(sums)} layers): a gradient "
-                "overflowed. Calibrate in float32 or bfloat16."
-            )
+    def _raise_not_finite(self, rows: Tensor) -> None:
+        parts = rows.split([g.num_units for g in self._groups], dim=1)
+        bad = [g.name for g, part in zip(self._groups, parts, strict=True) if not bool((part.abs() < LIMIT).all())]
+        raise CalibrationError(
+            f"The scores of {bad[-1]} are not finite ({len(bad)} of {len(parts)} layers): a gradient "
+            "overflowed. Calibrate in float32 or bfloat16."
+        )
 
     def _blame(self, objective: Callable[[], ObjectiveSum]) -> str:
         """Runs the batch again without gradients and names the first group whose activations are not finite."""

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from hfprune.arch.groups import find_groups, find_spec, parameter_count
+from hfprune.arch.groups import class_name, find_groups, find_spec, parameter_count
 from hfprune.errors import ConfigError, OutputError
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.quiet import no_progress_bars
+from hfprune.sharding import whole_parameters
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
@@ -131,9 +134,80 @@ def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) ->
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
-        for file in stage.iterdir():  # safetensors writes private files; whoever serves the model must read them
-            file.chmod((stage / PLAN_FILE).stat().st_mode)
+        _make_readable(stage)
         return measure_saved(stage, model)
+
+
+def _make_readable(folder: Path) -> None:
+    """Gives every file the plan's mode: safetensors writes private files, which those who serve could not read."""
+    for file in folder.iterdir():
+        file.chmod((folder / PLAN_FILE).stat().st_mode)
+
+
+def export_sharded(
+    model: Any, tokenizer: Any, plan: PruningPlan, target: Path, *, writer: bool, file_bytes: int = 2**30
+) -> dict[str, Any]:
+    """Writes a pruned model whose weights are spread over ranks: gathered one parameter at a time, in several files.
+
+    Every rank must call it.
+
+    Args:
+        model: The sharded model, without adapters.
+        tokenizer: Its tokenizer, or None.
+        plan: What was pruned.
+        target: The model folder.
+        writer: Whether this rank writes; exactly one does.
+        file_bytes: Start a new file when the present one holds so much.
+
+    Returns:
+        As ``export_model``; nothing on the ranks that do not write.
+    """
+    parameters = whole_parameters(model)
+    try:
+        if not writer:
+            return {}
+        with staged(target) as stage:
+            _write_weights(parameters, stage, file_bytes=file_bytes)
+            model.config.architectures = [class_name(model)]
+            model.config.save_pretrained(stage)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(stage)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+            plan.save(stage / PLAN_FILE)
+            _make_readable(stage)
+            return measure_saved(stage, model)
+    finally:
+        deque(parameters, maxlen=0)  # also after an error: the other ranks go on gathering
+
+
+def _write_weights(parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int) -> None:
+    """Writes the files and the index that ``from_pretrained`` reads."""
+    files: list[dict[str, Tensor]] = [{}]
+    where: dict[str, int] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(files[-1], folder / f"part-{len(files)}", metadata={"format": "pt"})
+        files[-1] = {}
+
+    for name, value in parameters:
+        if size and size + value.nbytes > file_bytes:
+            flush()
+            files.append({})
+            size = 0
+        files[-1][name] = value.contiguous()
+        where[name] = len(files)
+        size, total = size + value.nbytes, total + value.nbytes
+    flush()
+    if len(files) == 1:
+        (folder / "part-1").rename(folder / "model.safetensors")
+        return
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    for i, name in enumerate(names, start=1):
+        (folder / f"part-{i}").rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:

@@ -104,6 +104,30 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     return model
 
 
+def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
+    """Returns the safetensors files of a saved model, fetched from the hub when ``path`` is a hub id.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    folder = Path(resolve_model_path(path))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigError(f"Cannot fetch the weights of --model.path '{path}': {_first_line(error)}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"--model.path '{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
+            "Save the model again with save_pretrained."
+        )
+    return files
+
+
 def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
     """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
     from transformers import AutoTokenizer

@@ -1,24 +1,30 @@
 """How modules shrink: a plan applied by cutting channels, or by zeroing them.
 
-Both read the plan's slices. A projection's channels that no removed unit owns stay, so that fused projections and any
-mix of groups need no special case.
+Surgery, masks and optimizer states all read one table, :func:`plan_cuts`, which follows from the plan's slices. A
+projection's channels that no removed unit owns stay, so that fused projections and any mix of groups need no special
+case.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch.groups import find_spec, group_modules
+from hfprune.arch.groups import class_name, find_spec, group_modules, is_supported
 from hfprune.arch.projection import num_channels, weight_axis
 from hfprune.errors import PlanError, UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
 from hfprune.types import Side
 
+Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
+"""Parameter name -> (axis, kept indices of that axis, ascending), for every parameter that shrinks."""
+
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     """Raises ``PlanError`` unless ``plan`` was made for a model of this class and of these widths."""
-    name = type(model).__name__
+    name = class_name(model)
     if name != plan.model_class:
         raise PlanError(f"The plan was made for {plan.model_class}, the model is {name}.")
     try:
@@ -36,6 +42,35 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
                 )
 
 
+def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
+    """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks.
+
+    Works on any device, the meta device included, and on sharded models.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+    check_fits(model, plan)
+    modules = group_modules(model, plan.groups)
+    cuts: dict[str, tuple[tuple[int, Tensor], ...]] = defaultdict(tuple)
+    for (name, side), removed in _removed_channels(plan).items():
+        module = modules[name]
+        mask = torch.ones(num_channels(module, side), dtype=torch.bool)
+        mask[removed] = False
+        keep = mask.nonzero().squeeze(1)
+        cuts[f"{name}.weight"] += ((weight_axis(module, side), keep),)
+        if side == "out" and isinstance(module.bias, Tensor):
+            cuts[f"{name}.bias"] += ((0, keep),)
+    return dict(cuts)
+
+
+def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
+    """Returns the kept part of ``tensor``, contiguous, not a view."""
+    for axis, keep in where:
+        tensor = tensor.index_select(axis, keep.to(tensor.device))
+    return tensor.contiguous()
+
+
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the plan's kept units and rewrites its config.
 
@@ -44,14 +79,41 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
     """
-    check_fits(model, plan)
-    modules = group_modules(model, plan.groups)
-    for (name, side), removed in _removed_channels(plan).items():
-        module = modules[name]
-        mask = torch.ones(num_channels(module, side), dtype=torch.bool)
-        mask[removed] = False
-        _cut(module, side, mask.nonzero().squeeze(1))
-    _rewrite_config(model, plan)
+    for name, where in plan_cuts(model, plan).items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, attribute)
+        setattr(module, attribute, nn.Parameter(cut(old.detach(), where), requires_grad=old.requires_grad))
+    rewrite_sizes(model, plan)
+
+
+def cut_optimizer_state(state: dict[str, Any], parameters: Sequence[tuple[str, torch.Size]], cuts: Cuts) -> int:
+    """Cuts, in place, what an optimizer remembers of its parameters as these were cut.
+
+    Tensors of their parameter's shape (moments) keep what survived; single numbers (step counts) stay. A parameter with
+    anything else in its state (factored moments) starts afresh.
+
+    Args:
+        state: ``state_dict()`` of an optimizer over the dense parameters.
+        parameters: Name and dense shape of every parameter, in the order of the optimizer's groups.
+        cuts: What was cut.
+
+    Returns:
+        The number of parameters whose state could not be kept.
+    """
+    lost = []
+    for index, entry in state["state"].items():
+        name, shape = parameters[index]
+        for key, value in entry.items():
+            if name not in cuts or not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if value.shape != shape:
+                lost.append(index)
+                break
+            entry[key] = cut(value, cuts[name])
+    for index in lost:
+        del state["state"][index]
+    return len(lost)
 
 
 def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
@@ -78,20 +140,15 @@ def _removed_channels(plan: PruningPlan) -> dict[tuple[str, Side], list[int]]:
     return removed
 
 
-def _cut(module: nn.Module, side: Side, keep: Tensor) -> None:
-    """Keeps the channels ``keep`` on one side of a projection and updates the sizes it stores."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    keep = keep.to(weight.device)
-    module.weight = _parameter(weight, weight_axis(module, side), keep)
-    if side == "out" and isinstance(bias, Tensor):
-        module.bias = _parameter(bias, 0, keep)
-    linear, conv = ("out_features", "nf") if side == "out" else ("in_features", "nx")
-    setattr(module, linear if isinstance(module, nn.Linear) else conv, len(keep))
-
-
-def _parameter(old: Tensor, axis: int, keep: Tensor) -> nn.Parameter:
-    return nn.Parameter(old.detach().index_select(axis, keep).contiguous(), requires_grad=old.requires_grad)
+def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
+    """Updates the sizes that modules and config repeat, after their parameters were cut."""
+    modules = group_modules(model, plan.groups)
+    for name, side in _removed_channels(plan):
+        module = modules[name]
+        linear, conv = ("out_features", "nf") if side == "out" else ("in_features", "nx")
+        setattr(module, linear if isinstance(module, nn.Linear) else conv, num_channels(module, side))
+    if is_supported(model):
+        _rewrite_config(model, plan)
 
 
 def _rewrite_config(model: nn.Module, plan: PruningPlan) -> None:

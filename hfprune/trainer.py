@@ -25,14 +25,18 @@ class PruneTrainer(Trainer):
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaylorImportanceCallback):
                 callback.check(model)
+                callback.resume_from = kwargs.get("ckpt_path")
         super().fit(model, *args, **kwargs)
 
-    def prune(self, model: PruningModule, datamodule: LightningDataModule) -> None:
+    def prune(
+        self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
+    ) -> None:
         """Calibrates and prunes, without recovery: the same phase as in ``fit``, and no loop after it.
 
         Args:
             model: The dense model's module.
             datamodule: Provides ``calibration_dataloader()``.
+            ckpt_path: Checkpoint of an interrupted run to go on from.
 
         Raises:
             ConfigError: The trainer has no ``TaylorImportanceCallback``.
@@ -43,7 +47,7 @@ class PruneTrainer(Trainer):
         for callback in found:
             callback.recovery = None
         self.limit_train_batches = self.limit_val_batches = self.num_sanity_val_steps = 0
-        self.fit(model, datamodule=datamodule)
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def evaluate(
         self,

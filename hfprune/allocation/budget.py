@@ -1,7 +1,8 @@
 """From what the user asked for to a kept width, exactly (methods section 8)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from hfprune.errors import ConfigError
 from hfprune.types import Budget, Group
@@ -9,25 +10,35 @@ from hfprune.types import Budget, Group
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedBudget:
-    """A budget turned into one kept width for every layer, and what it means in parameters.
+    """A budget turned into a kept width for every group, and what it means in parameters.
 
     Attributes:
         asked: The budget in the user's words.
-        width: Kept units per layer.
-        dense_width: Units per layer of the dense model.
-        exact_width: The width that meets the target before rounding.
+        widths: Kept units per group.
+        dense_widths: Units per group of the dense model.
+        exact_width: The width that meets the target before rounding; None where groups differ in width.
         dense_params: Parameters of the dense model, tied weights once.
         target_params: Parameters that were asked for.
-        params: Parameters that ``width`` gives.
+        params: Parameters that ``widths`` gives.
     """
 
     asked: str
-    width: int
-    dense_width: int
-    exact_width: float
+    widths: tuple[int, ...]
+    dense_widths: tuple[int, ...]
+    exact_width: float | None
     dense_params: int
     target_params: int
     params: int
+
+    @property
+    def width(self) -> int | None:
+        """Kept units of every group; None where groups differ."""
+        return _common(self.widths)
+
+    @property
+    def dense_width(self) -> int | None:
+        """Units of every group of the dense model; None where groups differ."""
+        return _common(self.dense_widths)
 
     @property
     def removed_share(self) -> float:
@@ -36,60 +47,107 @@ class ResolvedBudget:
 
     @property
     def removed_width_share(self) -> float:
-        """Share of MLP neurons that goes."""
-        return 1 - self.width / self.dense_width
+        """Share of neurons that goes."""
+        return 1 - sum(self.widths) / sum(self.dense_widths)
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns all figures, for reports."""
-        return asdict(self) | {
+        return {
+            "asked": self.asked,
+            "width": self.width,
+            "dense_width": self.dense_width,
+            "exact_width": self.exact_width,
+            "dense_params": self.dense_params,
+            "target_params": self.target_params,
+            "params": self.params,
             "removed_share": self.removed_share,
             "removed_width_share": self.removed_width_share,
         }
 
     def describe(self) -> str:
         """Returns target and achieved, for parameters and MLP width, in one line."""
+        exact = "" if self.exact_width is None else f"exact {self.exact_width:.2f}; "
+        one = self.width is not None and self.dense_width is not None
+        dense, kept = (self.dense_width, self.width) if one else (list(self.dense_widths), list(self.widths))
         return (
             f"{self.asked}: parameters {self.dense_params:,} -> {self.params:,} (target {self.target_params:,}; "
-            f"{self.removed_share:.2%} removed), MLP width {self.dense_width} -> {self.width} (exact "
-            f"{self.exact_width:.2f}; {self.removed_width_share:.2%} removed)"
+            f"{self.removed_share:.2%} removed), MLP width {dense} -> {kept} ({exact}"
+            f"{self.removed_width_share:.2%} removed)"
         )
 
 
-def resolve(
-    budget: Budget, groups: Sequence[Group], costs: Sequence[int], *, dense_params: int, hidden_size: int
-) -> ResolvedBudget:
-    """Returns the uniform width that meets ``budget``.
+def _common(widths: Sequence[int]) -> int | None:
+    return widths[0] if len(set(widths)) == 1 else None
 
-    k* = I - r * P / sum of unit costs over layers, rounded to the nearest multiple of ``round_to``.
+
+def resolve(
+    budget: Budget, groups: Sequence[Group], costs: Sequence[int], *, dense_params: int, hidden_size: int | None
+) -> ResolvedBudget:
+    """Returns the widths that meet ``budget``, the same share of every group.
+
+    Groups of one width I: k* = I - r * P / sum of unit costs over layers, rounded to the nearest multiple of
+    ``round_to``. Groups of different widths: the same with shares in place of widths.
 
     Args:
         budget: What was asked.
-        groups: The groups of the dense model, all of the same width.
+        groups: The groups of the dense model.
         costs: Parameters that one unit of each group owns.
         dense_params: P, parameters of the dense model.
-        hidden_size: For ``mlp_ratio``.
+        hidden_size: For ``mlp_ratio``; None where the model has no such figure.
 
     Raises:
-        ConfigError: The widths differ, or the budget asks for more than the MLPs hold or for nothing; the message gives
-            the largest possible value.
+        ConfigError: The budget asks for more than the MLPs hold or for nothing (the message gives the largest possible
+            value), or names a width where groups differ in width.
     """
-    dense = groups[0].num_units
-    if any(group.num_units != dense for group in groups):
-        raise ConfigError("The layers of this model differ in MLP width; uniform pruning needs one width for all.")
+    dense = [group.num_units for group in groups]
+    if _common(dense) is None or (budget.mlp_ratio is not None and hidden_size is None):
+        return _resolve_unequal(budget, dense, costs, dense_params)
     per_unit = sum(costs)
-    exact = _exact_width(budget, dense, per_unit, dense_params, hidden_size)
+    exact = _exact_width(budget, dense[0], per_unit, dense_params, hidden_size or 0)
     width = round_width(exact, budget.round_to)
-    if not budget.round_to <= width < dense:
-        raise ConfigError(_impossible(budget, dense, per_unit, dense_params, hidden_size))
-    target = dense_params - (dense - exact) * per_unit
+    if not budget.round_to <= width < dense[0]:
+        raise ConfigError(_impossible(budget, dense[0], per_unit, dense_params, hidden_size or 0))
     return ResolvedBudget(
         asked=budget.describe(),
-        width=width,
-        dense_width=dense,
+        widths=(width,) * len(dense),
+        dense_widths=tuple(dense),
         exact_width=exact,
         dense_params=dense_params,
-        target_params=round(target),
-        params=dense_params - (dense - width) * per_unit,
+        target_params=round(dense_params - (dense[0] - exact) * per_unit),
+        params=dense_params - (dense[0] - width) * per_unit,
+    )
+
+
+def _resolve_unequal(budget: Budget, dense: list[int], costs: Sequence[int], dense_params: int) -> ResolvedBudget:
+    """Removes the same share of every group."""
+    held = sum(width * cost for width, cost in zip(dense, costs, strict=True))
+    if budget.pruning_ratio is not None:
+        target = round(dense_params * (1 - budget.pruning_ratio))
+    elif budget.target_params is not None:
+        target = budget.target_params
+    else:
+        raise ConfigError(
+            f"{budget.describe()}: the groups here have widths {sorted(set(dense))} and no hidden size; give "
+            "--pruning_ratio or --target_params."
+        )
+    share = (dense_params - target) / held
+    widths = [round_width(width * (1 - share), budget.round_to) for width in dense]
+    kept = zip(widths, dense, strict=True)
+    if not 0 < share < 1 or any(not budget.round_to <= w <= d for w, d in kept) or widths == dense:
+        raise ConfigError(
+            f"{budget.describe()} is impossible here: the groups hold {held / dense_params:.2%} of the parameters, and "
+            f"every group keeps at least {budget.round_to} units; the largest possible --pruning_ratio is below "
+            f"{held / dense_params:.4f}."
+        )
+    removed = sum((d - w) * cost for d, w, cost in zip(dense, widths, costs, strict=True))
+    return ResolvedBudget(
+        asked=budget.describe(),
+        widths=tuple(widths),
+        dense_widths=tuple(dense),
+        exact_width=None,
+        dense_params=dense_params,
+        target_params=target,
+        params=dense_params - removed,
     )
 
 

@@ -18,6 +18,9 @@ def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
     return tuple(sorted(order[:width].tolist()))
 
 
-def uniform_keep(scores: Mapping[str, Tensor], groups: Sequence[Group], width: int) -> dict[str, tuple[int, ...]]:
-    """Returns the kept units of every group at one width."""
-    return {group.name: keep_top(scores[group.name], width) for group in groups}
+def uniform_keep(
+    scores: Mapping[str, Tensor], groups: Sequence[Group], widths: int | Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the kept units of every group, at one width or at a width for each."""
+    listed = [widths] * len(groups) if isinstance(widths, int) else widths
+    return {group.name: keep_top(scores[group.name], width) for group, width in zip(groups, listed, strict=True)}

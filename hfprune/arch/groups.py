@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hfprune.arch.projection import num_channels
 from hfprune.arch.spec import ARCHITECTURES, ArchSpec
@@ -17,7 +18,17 @@ def find_spec(model: nn.Module) -> ArchSpec:
     Raises:
         UnsupportedArchitectureError: No table describes the class; the message lists the known ones.
     """
-    return ARCHITECTURES.get(type(model).__name__)
+    return ARCHITECTURES.get(class_name(model))
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Returns whether a table describes ``model``'s exact class."""
+    return class_name(model) in ARCHITECTURES
+
+
+def class_name(model: nn.Module) -> str:
+    """Returns the name of ``model``'s own class, also where FSDP2 put a subclass of it in its place."""
+    return next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def find_groups(model: nn.Module, spec: ArchSpec | None = None) -> tuple[Group, ...]:

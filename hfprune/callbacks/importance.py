@@ -2,36 +2,53 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 import transformers
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from hfprune.allocation import ResolvedBudget, resolve, uniform_keep
-from hfprune.arch import find_groups, find_spec, parameter_count, unit_cost
-from hfprune.calibration import ImportanceAccumulator
+from hfprune.allocation import ResolvedBudget, uniform_keep
+from hfprune.arch import Neurons, class_name, parameter_count
+from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
+from hfprune.callbacks.checkpointing import CheckpointTap
 from hfprune.callbacks.events import listeners
-from hfprune.callbacks.progress import calibration_progress
+from hfprune.callbacks.target import Target, find_target
+from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.criteria import ActivationTaylor, Criterion
-from hfprune.errors import CalibrationError, ConfigError
-from hfprune.modules.causal_lm import PruningModule
+from hfprune.errors import ConfigError
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
+from hfprune.surgery import cut_optimizer_state, plan_cuts
 from hfprune.types import Budget, Group
 from hfprune.version import __version__
 
 _log = logging.getLogger(__name__)
+
+PROGRESS_CHECKPOINT = "last-pruning.ckpt"
+"""Written beside the checkpoints of a ``ModelCheckpoint`` until the fit has ended; ``ckpt_path="last"`` finds it."""
 
 
 class TaylorImportanceCallback(Callback):
     """Accumulates importance over the calibration batches in ``on_fit_start``, prunes, and hands over to recovery.
 
     After it, the strategy is set up a second time: it wraps the small model and rebuilds optimizers and schedulers, so
-    ``global_step``, schedules and checkpoints count recovery only. A run resumed from a pruned checkpoint skips this.
+    ``global_step``, schedules and checkpoints count recovery only.
+
+    It works on a ``PruningModule`` or on any LightningModule that contains one supported Hugging Face model, or neurons
+    described by ``neurons``, on a single device, under DDP, and, with a ``PruningModule``, under FSDP2
+    (``ModelParallelStrategy``).
+
+    With a ``ModelCheckpoint`` in the trainer, progress is saved beside its checkpoints, and ``fit(ckpt_path="last")``
+    continues within the calibration data, between pruning and recovery, or in recovery, also with another number of
+    processes.
 
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
@@ -40,8 +57,18 @@ class TaylorImportanceCallback(Callback):
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
         round_to: Kept widths are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
         criterion: How activations and gradients become scores; HFPrune's per-token activation Taylor by default.
-        recovery: LoRA settings; None trains all weights of the pruned model.
-        calibration_batches: Use at most this many batches of the calibration data.
+        objective: ``entropy`` or ``cross_entropy`` of the wrapped model's logits. None takes a ``PruningModule``'s own
+            objective, or the loss of the ``training_step`` of a module of your own.
+        recovery: LoRA settings; None trains on what the module trains.
+        calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
+            data.
+        exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, whatever the batch
+            size, padding, packing or number of processes. False runs batches as they come: faster on a GPU when
+            sequences are short, and equal up to float rounding.
+        checkpoint_every: Save progress each time that about so many sequences (batches, where these are run as they
+            come) were done; None never does.
+        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        neurons: Neurons of a module of your own that holds no Hugging Face model.
     """
 
     def __init__(
@@ -53,11 +80,17 @@ class TaylorImportanceCallback(Callback):
         mlp_ratio: float | None = None,
         round_to: int = 1,
         criterion: Criterion | None = None,
+        objective: str | None = None,
         recovery: LoraRecovery | None = None,
         calibration_batches: int | None = None,
+        exact: bool = True,
+        checkpoint_every: int | None = 64,
+        model: str | None = None,
+        neurons: Sequence[Neurons] = (),
     ) -> None:
-        if calibration_batches is not None and calibration_batches < 1:
-            raise ConfigError(f"--importance.calibration_batches {calibration_batches} is not positive.")
+        for name, value in (("calibration_batches", calibration_batches), ("checkpoint_every", checkpoint_every)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--importance.{name} {value} is not positive.")
         self.budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,
@@ -66,103 +99,165 @@ class TaylorImportanceCallback(Callback):
             round_to=round_to,
         )
         self.criterion = criterion or ActivationTaylor()
-        self.recovery = recovery
-        self.calibration_batches = calibration_batches
+        self.objective, self.recovery = objective, recovery
+        self.calibration_batches, self.exact, self.checkpoint_every = calibration_batches, exact, checkpoint_every
+        self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
         self.resolved: ResolvedBudget | None = None
+        self.resume_from: str | Path | None = None
+        """Checkpoint that ``fit`` will restore, where that is known beforehand (``PruneTrainer`` sets it)."""
+        self._target: Target | None = None
+        self._tap: CheckpointTap | None = None
+        self._phase: Phase = "training"
+        self._calibration: Calibration | None = None
+        self._record: Record | None = None
+        self._loaded: dict[str, Any] = {}
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
 
     def check(self, module: LightningModule) -> ResolvedBudget:
         """Returns what the budget means for ``module``'s model, from its shapes alone.
 
         Raises:
-            ConfigError: The module is no ``PruningModule``, or the budget is impossible for its model.
+            ConfigError: There is nothing to prune in the module, or the budget is impossible for it.
             UnsupportedArchitectureError: No table describes the model's class.
         """
-        if not isinstance(module, PruningModule):
-            raise ConfigError(
-                f"TaylorImportanceCallback prunes a PruningModule; this trainer fits a {type(module).__name__}."
-            )
-        if module.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
+        target = self._find(module)
+        if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
             return self.resolved
-        model = module.meta_model()
-        groups = find_groups(model, find_spec(model))
-        self.resolved = resolve(
-            self.budget,
-            groups,
-            [unit_cost(model, group) for group in groups],
-            dense_params=parameter_count(model),
-            hidden_size=model.config.hidden_size,
-        )
+        self.resolved = target.resolve(self.budget)
         return self.resolved
+
+    def _find(self, module: LightningModule) -> Target:
+        return find_target(module, objective=self.objective, model=self.model, neurons=self.neurons)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the budget and what is around the callback, before any weight is loaded."""
-        if stage != "fit":
-            return
+        self._target = self._find(pl_module)
+        self._record, self._loaded, self._phase = None, {}, "training"
+        if stage == "fit":
+            self._check_strategy(trainer)
+            if self._target.plan is None:
+                check_source(trainer, limit=self.calibration_batches)
+            self.check(pl_module)
+        self._tap = CheckpointTap(
+            trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
+        )
+        if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
+            path = self.resume_from or trainer.ckpt_path
+            if path is not None:  # "last" and the like become a file
+                path = trainer._checkpoint_connector._parse_ckpt_path(
+                    TrainerFn.FITTING, path, model_provided=True, model_connected=True
+                )
+            self._record = Record.of(read_metadata(path)) if path else None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the strategy back as it was."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the strategy back as it was."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._tap is not None:
+            self._tap.detach()
+            self._tap = None
+
+    def _check_strategy(self, trainer: Trainer) -> None:
+        """Raises ``ConfigError`` for a strategy under which pruning is not known to be right."""
         strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        if isinstance(strategy, ModelParallelStrategy):
+            assert self._target is not None
+            if not self._target.reloads_weights:
+                raise ConfigError(
+                    "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "
+                    f"how; {type(self._target.module).__name__} shards itself. Use a PruningModule, or DDP."
+                )
+            size = strategy.device_mesh["tensor_parallel"].size()
+            if size != 1:
+                raise ConfigError(
+                    f"hfprune shards data-parallel (FSDP2), not tensor-parallel ({size}): use ModelParallelStrategy("
+                    f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
+                )
+        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
-                f"TaylorImportanceCallback runs on a single device or under DDP; {type(strategy).__name__} is not "
-                "supported."
+                "TaylorImportanceCallback runs on a single device, under DDP, and under FSDP2 (ModelParallelStrategy); "
+                f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
+                "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
             )
-        if not hasattr(trainer.datamodule, "calibration_dataloader"):  # type: ignore[attr-defined]
-            raise ConfigError(
-                "TaylorImportanceCallback needs calibration data: pass a TextDataModule (or a datamodule with a "
-                "calibration_dataloader() method) to fit."
-            )
-        self.check(pl_module)
+
+    # ---- the work ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrates, prunes, adds adapters and sets the strategy up again."""
-        assert isinstance(pl_module, PruningModule)
-        assert self.resolved is not None
-        if pl_module.plan is not None:
-            self._check_resumed(pl_module.plan, self.resolved)
-            _say(trainer, f"Resumed a pruned model ({self.resolved.asked}): no calibration.")
+        target, resolved = self._target, self.resolved
+        assert target is not None
+        assert resolved is not None
+        if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
+            self._replay(trainer, self._record)
+            self._set_up_again(trainer)
+        if target.plan is not None:
+            made = target.plan.provenance["budget"]["asked"]
+            if made != resolved.asked:
+                raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
+            _say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
             pl_module.train()
             return
-        for listener in listeners(trainer):
-            listener.on_pruning_start(trainer, pl_module)
-        _say(trainer, self.resolved.describe())
-        plan = self._plan(trainer, pl_module, self.resolved)
-        pl_module.apply_plan(plan)
-        found = parameter_count(pl_module.causal_lm)
-        assert found == self.resolved.params, f"surgery left {found} parameters, not {self.resolved.params}"
-        for listener in listeners(trainer):
-            listener.on_pruning_end(trainer, pl_module, plan)
-        if self.recovery is not None:
-            pl_module.add_lora(self.recovery)
-        trainer.strategy.model = pl_module
-        trainer.strategy.setup(trainer)
+        seed = self._record.seed if self._record else torch.initial_seed() % 2**32
+        target.start(trainer.strategy.broadcast(seed))
+        self._prune(trainer, pl_module, target, resolved)
+        self._set_up_again(trainer)
+        self._phase = "pruned"
+        self._save_progress(trainer)
+        self._phase = "training"
         pl_module.train()
 
-    def _check_resumed(self, plan: PruningPlan, resolved: ResolvedBudget) -> None:
-        """Raises ``ConfigError`` when the checkpoint's model was pruned to another budget than is asked for now."""
-        made = plan.provenance["budget"]["asked"]
-        if made != resolved.asked:
-            raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes the progress checkpoint: what ``fit`` was to leave is there."""
+        path = _progress_path(trainer)
+        if path is not None and trainer.is_global_zero and path.exists():
+            trainer.strategy.remove_checkpoint(path)
 
-    def _plan(self, trainer: Trainer, module: PruningModule, resolved: ResolvedBudget) -> PruningPlan:
-        groups = find_groups(module.causal_lm)
+    def _prune(self, trainer: Trainer, module: LightningModule, target: Target, resolved: ResolvedBudget) -> None:
+        for listener in listeners(trainer):
+            listener.on_pruning_start(trainer, module)
+        _say(trainer, resolved.describe())
+        groups = target.groups(target.model)
+        plan = self._plan(trainer, target, groups, resolved)
+        self._cut_restored_optimizers(target, plan)
+        target.apply_plan(plan)
+        found = parameter_count(target.model)
+        assert found == resolved.params, f"surgery left {found} parameters, not {resolved.params}"
+        for listener in listeners(trainer):
+            listener.on_pruning_end(trainer, module, plan)
+        if self.recovery is not None:
+            target.add_lora(self.recovery)
+        _average_anew(trainer, module)
+
+    def _plan(
+        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
+    ) -> PruningPlan:
         start = time.perf_counter()
-        accumulator = self._calibrate(trainer, module, groups)
+        accumulator = self._calibrate(trainer, target, groups)
         self.importance = accumulator.scores()
         totals = accumulator.totals()
         plan = PruningPlan(
-            model_class=type(module.causal_lm).__name__,
+            model_class=class_name(target.model),
             groups=groups,
-            keep=uniform_keep(self.importance, groups, resolved.width),
-            config={find_spec(module.causal_lm).width_key: resolved.width},
+            keep=uniform_keep(self.importance, groups, resolved.widths),
+            config=target.config_keys(resolved),
             provenance={
                 "budget": resolved.to_dict(),
                 "criterion": self.criterion.describe(),
-                "objective": module.objective.name,
-                "model": {"path": module.path, "revision": module.revision, "dtype": str(module.causal_lm.dtype)},
+                "objective": target.objective_name,
+                "model": target.describe(),
                 "calibration": {
                     "sequences": totals.num_sequences,
                     "tokens": totals.num_tokens,
                     "mean_objective_nats": accumulator.mean_objective(),
-                    "data": _summary(trainer.datamodule),  # type: ignore[attr-defined]
+                    "exact": self.exact,
+                    "data": data_summary(trainer),
                 },
                 "versions": versions(),
             },
@@ -172,38 +267,106 @@ class TaylorImportanceCallback(Callback):
         shared: PruningPlan = trainer.strategy.broadcast(plan)
         return shared
 
-    def _calibrate(self, trainer: Trainer, module: PruningModule, groups: tuple[Group, ...]) -> ImportanceAccumulator:
-        """Runs the calibration batches; every rank takes its share and the sums are added over ranks."""
-        loader = trainer.datamodule.calibration_dataloader()  # type: ignore[attr-defined]
-        limit = min(len(loader), self.calibration_batches or len(loader))
-        accumulator = ImportanceAccumulator(module.causal_lm, groups, self.criterion)
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        mine = range(trainer.global_rank, limit, trainer.world_size)
-        with (
-            accumulator.recording(),
-            calibration_progress(len(mine), objective=module.objective.name, enabled=shown) as advance,
-        ):
-            for index, batch in enumerate(loader):
-                if index >= limit:
-                    break
-                if index % trainer.world_size != trainer.global_rank:
-                    continue
-                num_tokens = self._step(trainer, module, accumulator, batch, index)
-                advance(num_tokens, accumulator.mean_objective())
-        if trainer.world_size > 1:
-            for tensor in accumulator.tensors():
-                tensor.copy_(trainer.strategy.reduce(tensor, reduce_op="sum"))
-        return accumulator
-
-    def _step(
-        self, trainer: Trainer, module: PruningModule, accumulator: ImportanceAccumulator, batch: Any, index: int
-    ) -> int:
-        batch = trainer.strategy.batch_to_device(batch)
+    def _calibrate(self, trainer: Trainer, target: Target, groups: tuple[Group, ...]) -> Any:
+        calibration = Calibration(
+            trainer,
+            target,
+            groups,
+            self.criterion,
+            limit=self.calibration_batches,
+            exact=self.exact,
+            seed=target.record("calibrating", None).seed,
+        )
+        if self._record is not None and self._record.calibration is not None:
+            calibration.load(self._record.calibration)
+            _say(trainer, f"Resumed calibration after {self._record.calibration['position']} sequences.")
+        self._phase, self._calibration = "calibrating", calibration
         try:
-            with trainer.precision_plugin.forward_context():
-                return accumulator.step(lambda: module.calibration_step(batch, index))[1]
-        except CalibrationError as error:
-            raise CalibrationError(f"Calibration batch {index}: {error}") from error
+            return calibration.run(every=self.checkpoint_every, save=lambda: self._save_progress(trainer))
+        finally:
+            self._phase, self._calibration = "training", None
+
+    def _set_up_again(self, trainer: Trainer) -> None:
+        """Wraps the model as it is now, and builds optimizers and schedulers for it."""
+        trainer.strategy.model = trainer.lightning_module
+        trainer.strategy.setup(trainer)
+
+    def _replay(self, trainer: Trainer, record: Record) -> None:
+        assert self._target is not None
+        self._target.replay(record)
+        _average_anew(trainer, trainer.lightning_module)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_progress(self, trainer: Trainer) -> None:
+        path = _progress_path(trainer)
+        if path is not None and self.checkpoint_every is not None:
+            trainer.save_checkpoint(path, weights_only=True)  # optimizers have no state yet
+
+    def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Adds the pruning state to a checkpoint that is about to be written."""
+        assert self._target is not None
+        state = self._calibration.state() if self._calibration is not None else None
+        checkpoint[KEY] = self._target.record(self._phase, state).to_dict()
+        if self._phase == "training":
+            return
+        # training has not begun: what a dense checkpoint brought along waits to be restored, else there is nothing yet
+        checkpoint.pop("loops", None)
+        for name in ("loops", "epoch", "global_step"):
+            if name in self._loaded:
+                checkpoint[name] = self._loaded[name]
+        for name in ("optimizer_states", "lr_schedulers"):
+            checkpoint[name] = self._loaded.get(name, [])
+        states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
+        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+        if self._phase == "calibrating" and self._target.reloads_weights:
+            checkpoint["state_dict"] = {}
+
+    def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds the shapes of a checkpoint that was just read, before anything is restored from it."""
+        assert self._target is not None
+        record = Record.of(checkpoint)
+        self._loaded = checkpoint
+        if record is None:
+            return
+        self._record = record
+        if record.phase != "calibrating" or self._target.plan is None:
+            self._replay(trainer, record)
+
+    def _cut_restored_optimizers(self, target: Target, plan: PruningPlan) -> None:
+        """Cuts the optimizer states of a dense checkpoint, which Lightning restores after this callback has pruned."""
+        states = self._loaded.get("optimizer_states")
+        if not states or not any(state["state"] for state in states):
+            return
+        if self.recovery is not None:
+            rank_zero_warn("The checkpoint's optimizer states belong to weights that adapters now replace: dropped.")
+            self._loaded["optimizer_states"], self._loaded["lr_schedulers"] = [], []
+            return
+        cuts = plan_cuts(target.model, plan)
+        names = {id(p): name for name, p in target.model.named_parameters()}
+        lost = 0
+        for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
+            order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
+            lost += cut_optimizer_state(state, order, cuts)
+        if lost:
+            rank_zero_warn(
+                f"The optimizer starts afresh for {lost} pruned parameters: its state is not of their shape."
+            )
+
+
+def _average_anew(trainer: Trainer, module: LightningModule) -> None:
+    """Lets weight averaging take its copy of the pruned model; the one it took in ``setup`` was dense."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback.setup(trainer, module, "fit")
+
+
+def _progress_path(trainer: Trainer) -> Path | None:
+    """Returns where progress is saved: beside the first ``ModelCheckpoint``'s files; None without one."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
+        return None
+    return Path(callback.dirpath) / PROGRESS_CHECKPOINT
 
 
 def _say(trainer: Trainer, text: str) -> None:
@@ -219,9 +382,3 @@ def versions() -> dict[str, str]:
         "lightning": lightning.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _summary(datamodule: Any) -> Any:
-    """Returns what the datamodule tells about its calibration data, None when it tells nothing."""
-    summary = getattr(datamodule, "summary", None)
-    return summary().get("calibration") if callable(summary) else None

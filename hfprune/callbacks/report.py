@@ -27,6 +27,7 @@ from hfprune.export import (
     check_output_dir,
     check_reload,
     export_model,
+    export_sharded,
     staged,
     write_json,
 )
@@ -34,6 +35,7 @@ from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.recovery.lora import merge_lora
+from hfprune.sharding import whole
 
 EXPLODED = 10.0
 """A perplexity this many times the dense model's is said loudly."""
@@ -75,10 +77,15 @@ class ReportCallback(Callback, PruningEvents):
         self._start = time.time()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ``ConfigError`` unless a ``TaylorImportanceCallback`` prunes beside this callback."""
+        """Raises ``ConfigError`` unless a ``TaylorImportanceCallback`` prunes a ``PruningModule`` beside it."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, TaylorImportanceCallback) for callback in callbacks):
             raise ConfigError("ReportCallback reports on pruning: add a TaylorImportanceCallback to the trainer.")
+        if not isinstance(pl_module, PruningModule):
+            raise ConfigError(
+                f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
+                "own: leave it out, and save the pruned model with save_pretrained."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
@@ -96,8 +103,8 @@ class ReportCallback(Callback, PruningEvents):
         check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(model))
         if windows is not None:
             # recovery that trains the head must not move the reference along with it
-            self._reference = DenseReference.collect(model, windows, copy_head=True)
-        self._measure("dense", model, trainer)
+            self._reference = pl_module.run(DenseReference.collect, model, windows)
+        self._measure("dense", pl_module, trainer)
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
         """Writes ``plan.json`` and measures the pruned model."""
@@ -105,47 +112,89 @@ class ReportCallback(Callback, PruningEvents):
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)
-        self._measure("pruned", pl_module.causal_lm, trainer)
+        self._measure("pruned", pl_module, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges adapters, exports, checks what was saved, writes the report and prints the table."""
         assert isinstance(pl_module, PruningModule)
         assert pl_module.plan is not None
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not pl_module.sharded:  # the ranks of a sharded model gather it together
             return
         recovery = pl_module.lora.to_dict() if pl_module.lora else None
         if recovery and not self.merge_adapters:
-            with staged(self.output_dir / ADAPTER_FOLDER) as stage:
-                pl_module.model.save_pretrained(stage)
+            self._save_adapter(trainer, pl_module)
         if trainer.global_step:
             self._measure_recovered(trainer, pl_module)
-        model = pl_module.unwrap(merge=self.merge_adapters)
-        folder = self.output_dir / MODEL_FOLDER
-        saved = export_model(model, pl_module.tokenizer, pl_module.plan, folder)
-        saved["max_logit_difference_after_reload"] = check_reload(folder, model)
+        saved = self._export(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
         self._write_report(trainer, pl_module, saved, recovery)
         Console().print(stage_table(self.stages))
         for warning in self.warnings:
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
+        folder = self.output_dir / MODEL_FOLDER
         Console().print(f"Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB)", soft_wrap=True)
+
+    def _export(self, trainer: Trainer, module: PruningModule) -> dict[str, Any]:
+        assert module.plan is not None
+        model, folder = module.unwrap(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER
+        if module.sharded:
+            return export_sharded(model, module.tokenizer, module.plan, folder, writer=trainer.is_global_zero)
+        saved = export_model(model, module.tokenizer, module.plan, folder)
+        saved["max_logit_difference_after_reload"] = check_reload(folder, model)
+        return saved
+
+    def _save_adapter(self, trainer: Trainer, module: PruningModule) -> None:
+        state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}
+        if trainer.is_global_zero:
+            with staged(self.output_dir / ADAPTER_FOLDER) as stage:
+                module.model.save_pretrained(stage, state_dict=state)
 
     def _measure_recovered(self, trainer: Trainer, module: PruningModule) -> None:
         """Measures the recovered model, adapters merged, on the device that Lightning has just moved it from."""
+        if module.sharded:
+            self._measure_recovered_sharded(trainer, module)
+            return
         device, windows = trainer.strategy.root_device, _windows(trainer)
         if self._reference is None and windows is not None:  # a resumed run
             dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
             self._reference = DenseReference.collect(dense.to(device), windows)
-        merged = module.unwrap() if self.merge_adapters or not module.lora else merge_lora(copy.deepcopy(module.model))
-        self._measure("recovered", merged.to(device), trainer)
-        self.stages["recovered"]["optimizer_steps"] = trainer.global_step
+        if self.merge_adapters or not module.lora:
+            module.unwrap()
+            merged = module.model
+        else:
+            merged = merge_lora(copy.deepcopy(module.model))
+        self._record("recovered", self._figures(merged.to(device), trainer, self.latency), trainer)
         merged.cpu()
 
-    def _measure(self, name: str, model: Any, trainer: Trainer) -> None:
+    def _measure_recovered_sharded(self, trainer: Trainer, module: PruningModule) -> None:
+        """Measures with the adapters in place: merging them would need a second model."""
         windows = _windows(trainer)
-        result: Measurement = measure(model, windows, reference=self._reference, latency=self.latency)
-        self.stages[name] = result.to_dict()
-        dense = self.stages.get("dense", {}).get("perplexity")
-        found = self.stages[name].get("perplexity")
+        if self._reference is None and windows is not None:
+            dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
+            dense._device_mesh = module.device_mesh
+            dense.configure_model()
+            self._reference = dense.run(DenseReference.collect, dense.causal_lm, windows)
+            del dense
+        if self.merge_adapters:
+            module.unwrap()
+        figures = module.run(self._figures, module.causal_lm, trainer, False)
+        figures["parameters"] -= sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)
+        self._record("recovered", figures, trainer)
+
+    def _measure(self, name: str, module: PruningModule, trainer: Trainer) -> None:
+        latency = self.latency and not module.sharded  # the time of gathering weights says nothing of the model
+        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency), trainer)
+
+    def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
+        result: Measurement = measure(model, _windows(trainer), reference=self._reference, latency=latency)
+        return result.to_dict()
+
+    def _record(self, name: str, figures: dict[str, Any], trainer: Trainer) -> None:
+        self.stages[name] = figures
+        if name == "recovered":
+            figures["optimizer_steps"] = trainer.global_step
+        dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
                 f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals, Weighting
 from hfprune.errors import ConfigError
+from hfprune.sums import Bfloat16Sum, UnitSum
 from hfprune.types import Group, Slice
 
 Reduction = Literal["per_token", "per_sequence", "signed"]
@@ -52,35 +53,32 @@ class ActivationTaylor(Criterion):
             raise ConfigError(f"compat='official' exists for reduction='per_token' only, not '{reduction}'.")
         self.reduction, self.weighting, self.compat = reduction, weighting, compat
 
-    def init_state(self, group: Group, device: torch.device) -> Tensor:
-        """Returns the empty sum [U]."""
-        state = super().init_state(group, device)
-        return state.to(torch.bfloat16) if self.compat else state
+    def new_sum(self, num_units: int, device: torch.device) -> UnitSum:
+        """Returns the empty sum; ``compat="official"`` rounds it to bfloat16 after every sequence."""
+        return Bfloat16Sum(num_units, device=device) if self.compat else super().new_sum(num_units, device)
 
-    def update(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
-        """Adds this batch's products, reduced over tokens."""
+    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
+        """Returns the products of every sequence, reduced over its tokens, [B, U]."""
         if self.compat:
-            self._update_official(state, group, part, signal, batch)
-            return
+            return self._official_rows(group, part, signal, batch)
         product = _unit_products(signal.input, signal.grad, group, part, batch)
         if self.reduction == "per_token":
             product = product.abs_()
-        by_sequence = product.sum(dim=1).to(state.dtype)
+        by_sequence = product.sum(dim=1).to(torch.float64)
         if self.reduction == "per_sequence":
             by_sequence = by_sequence.abs_()
-        state += batch.weights(self.weighting).to(state.device) @ by_sequence
+        return by_sequence.mul_(batch.weights(self.weighting).to(by_sequence.device)[:, None])
 
-    def _update_official(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
-        """One sequence after another, the mean objective's gradient, every number rounded to bfloat16."""
+    def _official_rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
+        """The mean objective's gradient of every sequence, every number rounded to bfloat16."""
         counts = batch.num_tokens.clamp(min=1).to(signal.grad.device, signal.grad.dtype)
         grad = batch.by_sequence(signal.grad) / counts[:, None, None]
         product = _unit_products(signal.input.bfloat16(), grad.bfloat16(), group, part, batch, exact=False)
-        for row in product.abs_():
-            state += row.sum(dim=0)
+        return product.abs_().sum(dim=1)
 
-    def score(self, state: Tensor, totals: Totals) -> Tensor:
+    def score(self, total: Tensor, totals: Totals) -> Tensor:
         """Returns |sum| / count; the absolute value matters for ``signed`` only."""
-        return state.to(torch.float64).abs() / totals.divisor(self.weighting)
+        return total.abs() / totals.divisor(self.weighting)
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""

@@ -1,7 +1,7 @@
-"""The contract of a criterion: signals in, one score per unit out, every state a plain sum.
+"""The contract of a criterion: signals in, one score per unit out, everything in between a plain sum over sequences.
 
-Because states are sums over sequences, they do not depend on how sequences are batched, and ranks are combined by
-adding them; whatever is not additive (an absolute value, a division) happens in ``score``, once.
+So scores do not depend on how sequences are batched, and ranks are combined by adding their sums; whatever is not
+additive (an absolute value, a division) happens in ``score``, once.
 
 Shape legend: B sequences, T tokens, C channels, U units.
 """
@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hfprune.sums import ExactSum, UnitSum
 from hfprune.types import Group, Slice
 
 Weighting = Literal["token", "sequence"]
@@ -38,7 +39,7 @@ class BatchInfo:
         return signal.reshape(self.num_sequences, -1, signal.shape[-1])
 
     def weights(self, weighting: Weighting) -> Tensor:
-        """Returns the weight [B] of each sequence's token sum."""
+        """Returns the weight [B] of each sequence's token sum, float64."""
         counts = self.num_tokens.to(torch.float64)
         return torch.ones_like(counts) if weighting == "token" else 1 / counts.clamp(min=1)
 
@@ -80,17 +81,17 @@ class Criterion(ABC):
 
     signal: ClassVar[Literal["activation", "weight"]]
 
-    def init_state(self, group: Group, device: torch.device) -> Tensor:
-        """Returns the empty state of a group: [U] float64 unless a criterion says otherwise."""
-        return torch.zeros(group.num_units, dtype=torch.float64, device=device)
+    def new_sum(self, num_units: int, device: torch.device) -> UnitSum:
+        """Returns the empty sum that rows are added to: exact unless a criterion says otherwise."""
+        return ExactSum(num_units, device=device)
 
     @abstractmethod
-    def update(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
-        """Adds one batch's contribution of one slice to ``state``, in place."""
+    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
+        """Returns what one slice of one batch adds: [B, U], one row per sequence, float64."""
 
     @abstractmethod
-    def score(self, state: Tensor, totals: Totals) -> Tensor:
-        """Returns the importance [U] float64, >= 0, of a state that was summed over all batches and ranks."""
+    def score(self, total: Tensor, totals: Totals) -> Tensor:
+        """Returns the importance [U] float64, >= 0, of rows that were summed over all batches and ranks."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

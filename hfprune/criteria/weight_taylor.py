@@ -28,8 +28,8 @@ class WeightTaylor(Criterion):
             raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
         self.weighting = weighting
 
-    def update(self, state: Tensor, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> None:
-        """Adds |w * dw_n| of this projection, summed over each unit's channels, for every sequence of the batch."""
+    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
+        """Returns |w * dw_n| of this projection, summed over each unit's channels, for every sequence n: [B, U]."""
         inputs, grads = batch.by_sequence(signal.input), batch.by_sequence(signal.grad)
         if inputs.dtype != torch.float64:
             inputs, grads = inputs.float(), grads.float()
@@ -37,16 +37,18 @@ class WeightTaylor(Criterion):
             grads = grads.masked_fill(batch.padding.unsqueeze(-1), 0.0)
         channels = slice(part.offset, part.offset + group.num_units * part.width)
         weight = signal.weight.detach()[channels] if part.side == "out" else signal.weight.detach()[:, channels]
-        for x, g, scale in zip(inputs, grads, batch.weights(self.weighting).tolist(), strict=True):
+        rows = []
+        for x, g in zip(inputs, grads, strict=True):
             if part.side == "out":
                 by_channel = (g[:, channels].T @ x).mul_(weight).abs_().sum(dim=1)
             else:
                 by_channel = (g.T @ x[:, channels]).mul_(weight).abs_().sum(dim=0)
-            state.add_(by_channel.to(state.dtype).unflatten(0, (group.num_units, part.width)).sum(1), alpha=scale)
+            rows.append(by_channel.to(torch.float64).unflatten(0, (group.num_units, part.width)).sum(1))
+        return torch.stack(rows).mul_(batch.weights(self.weighting).to(rows[0].device)[:, None])
 
-    def score(self, state: Tensor, totals: Totals) -> Tensor:
+    def score(self, total: Tensor, totals: Totals) -> Tensor:
         """Returns sum / count."""
-        return state / totals.divisor(self.weighting)
+        return total / totals.divisor(self.weighting)
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""

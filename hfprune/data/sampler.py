@@ -1,33 +1,73 @@
-"""Shuffling that a resumed run repeats."""
+"""Shuffled batches that a resumed run continues, on one process or several."""
 
 from collections.abc import Iterator
+from typing import Any
 
-import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
-class EpochShuffle(Sampler[int]):
-    """A permutation that depends on the seed and the epoch only; Lightning calls ``set_epoch``.
+class EpochShuffle(DistributedSampler[Any]):
+    """A permutation that depends on the seed and the epoch only, dealt out to the ranks; it can start within an epoch.
 
-    ``RandomSampler`` with a generator would start over from the first epoch's permutation after a resume.
+    Lightning calls ``set_epoch`` and, since this is a ``DistributedSampler``, puts no sampler of its own in its place.
 
-    Args:
-        size: Number of examples.
-        seed: Seed; 0 is a seed.
+    Attributes:
+        start: Samples of this rank to skip when iterated next.
     """
 
-    def __init__(self, size: int, *, seed: int) -> None:
-        self._size, self._seed, self._epoch = size, seed, 0
+    start: int = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Selects the permutation of ``epoch``."""
-        self._epoch = epoch
+    def __iter__(self) -> Iterator[Any]:
+        """Iterates over this rank's indices, from ``start`` on."""
+        start, self.start = self.start, 0
+        return iter(list(super().__iter__())[start:])
 
-    def __iter__(self) -> Iterator[int]:
-        """Iterates over the permutation."""
-        generator = torch.Generator().manual_seed((self._seed << 20) + self._epoch)
-        return iter(torch.randperm(self._size, generator=generator).tolist())
 
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-        return self._size
+class ResumableLoader(DataLoader[Any]):
+    """A ``DataLoader`` over an ``EpochShuffle`` whose position Lightning saves and restores.
+
+    The position is counted in samples over all ranks, so that a run can be resumed on another number of processes.
+    """
+
+    _batches = 0  # of this epoch, taken so far
+    _skip = 0
+
+    @classmethod
+    def over(
+        cls, examples: Any, *, batch_size: int, seed: int, num_replicas: int, rank: int, **kwargs: Any
+    ) -> "ResumableLoader":
+        """Returns the loader of one rank.
+
+        Args:
+            examples: A sized, indexable collection.
+            batch_size: Samples per batch and rank.
+            seed: Seed of the permutations; 0 is a seed.
+            num_replicas: Number of ranks.
+            rank: This one.
+            **kwargs: Passed on to ``DataLoader``.
+        """
+        dataset: Dataset[Any] = examples
+        sampler: EpochShuffle = EpochShuffle(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
+        return cls(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
+
+    def __iter__(self) -> Any:
+        """Iterates over the batches that are left of the epoch."""
+        sampler = self.sampler
+        assert isinstance(sampler, EpochShuffle)
+        skip, self._skip = self._skip, 0
+        self._batches, sampler.start = skip, skip * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._batches += 1
+            yield batch
+
+    def _per_step(self) -> int:
+        assert isinstance(self.sampler, EpochShuffle)
+        return (self.batch_size or 1) * self.sampler.num_replicas
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position: samples taken in this epoch, over all ranks; 0 at its end."""
+        return {"samples": 0 if self._batches >= len(self) else self._batches * self._per_step()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues after ``state_dict``'s position, at the next whole batch."""
+        self._skip = -(-state_dict["samples"] // self._per_step())

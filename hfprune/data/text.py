@@ -18,7 +18,7 @@ from hfprune.data.encode import (
     pad,
 )
 from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.sampler import EpochShuffle
+from hfprune.data.sampler import ResumableLoader
 from hfprune.data.sources import BUILTIN, InstructionRow, check_source
 from hfprune.errors import ConfigError
 from hfprune.objectives.base import IGNORE_INDEX
@@ -98,6 +98,8 @@ class TextDataModule(LightningDataModule):
         self._vocab_size = 0
         self._max_positions: int | None = None
         self._cache: dict[str, Any] = {}
+        self._loader: ResumableLoader | None = None
+        self._position: dict[str, int] | None = None
         self._dropped: dict[str, dict[str, int]] = {}
 
     def _check_values(self) -> None:
@@ -156,11 +158,53 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the recovery batches, shuffled by the seed: ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
         examples = self._once("recovery", lambda: self._examples("recovery", self.recovery_sequences))
-        return self._loader(examples, sampler=EpochShuffle(len(examples), seed=self.seed))
+        trainer = self.trainer
+        self._loader = ResumableLoader.over(
+            examples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+        )
+        if self._position is not None:
+            self._loader.load_state_dict(self._position)
+            self._position = None
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the training data.
+
+        Lightning restores a loader's own position only when nothing has asked for the number of training steps before,
+        as schedulers do.
+        """
+        return {} if self._loader is None else {"train": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues in the training data where the checkpoint left it."""
+        self._position = state_dict.get("train")
+        if self._loader is not None and self._position is not None:
+            self._loader.load_state_dict(self._position)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches."""
-        return self._loader(self._once("validation", lambda: self._examples("validation", self.validation_sequences)))
+        examples = self._once("validation", lambda: self._examples("validation", self.validation_sequences))
+        return DataLoader(examples, batch_size=self.batch_size, collate_fn=self._collate, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns the evaluation windows in batches of ``input_ids`` and ``attention_mask``; also for ``predict``.
+
+        Raises:
+            ConfigError: There is no evaluation text.
+        """
+        windows = self.evaluation_windows()
+        if windows is None:
+            raise ConfigError("There is no evaluation text: give --data.text and --data.eval_windows above 0.")
+        rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
+        return DataLoader(rows, batch_size=self.batch_size)
+
+    predict_dataloader = test_dataloader
 
     def evaluation_windows(self) -> Tensor | None:
         """Returns the evaluation windows [N, W], None when there is no evaluation text.
@@ -284,15 +328,6 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(
                 f"{what}: {tokens} tokens are more than the {self._max_positions} positions that the model allows."
             )
-
-    def _loader(self, examples: Any, *, sampler: EpochShuffle | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            examples,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=self._collate,
-            num_workers=self.num_workers,
-        )
 
     def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
         filler = self._tokenizer.pad_token_id

@@ -1,14 +1,18 @@
 """``PruningModule``: a Hugging Face causal LM in Lightning that computes the calibration objective and recovers."""
 
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from hfprune.arch.groups import backbone, output_head
 from hfprune.calibration import ObjectiveSum
+from hfprune.causal import objective_sum
+from hfprune.checkpoints import KEY, Phase, Record
 from hfprune.errors import ConfigError
+from hfprune.fingerprint import fingerprint
 from hfprune.loading import (
     DTypeName,
     check_model_path,
@@ -20,12 +24,11 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
-from hfprune.objectives import OBJECTIVES, Objective, chunked_objective
+from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
+from hfprune.sharding import load_sharded, rebuild
 from hfprune.surgery import apply_plan
-
-_STATE_KEY = "hfprune"
 
 
 class PruningModule(LightningModule):
@@ -78,14 +81,43 @@ class PruningModule(LightningModule):
         self.model: Any = None
         self.plan: PruningPlan | None = None
         self.lora: LoraRecovery | None = None
+        self.fingerprint = ""
+        self.run_seed: int | None = None
         self._tokenizer: Any = None
+        self.__dict__["_root"] = None  # the root unit of a sharded model, not a submodule: names stay those of `model`
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the model; does nothing when it is there."""
-        if self.model is None:
+        """Loads the model, sharded over the ranks under ``ModelParallelStrategy``; does nothing when it is there."""
+        if self.model is not None:
+            return
+        if self._mesh is not None:
+            half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
+            name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
+            loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
+            self.model, self.__dict__["_root"], self.fingerprint = loaded
+        else:
             self.model = load_causal_lm(self.path, dtype=self.dtype_name, revision=self.revision)
+            self.fingerprint = fingerprint(self.model)
+
+    @property
+    def _mesh(self) -> Any:
+        """The mesh that weights are sharded over, None when they are not."""
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model's weights are spread over the ranks."""
+        return self.__dict__["_root"] is not None
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns ``function(*args)``, computed where head and embeddings are whole also when the model is sharded.
+
+        What needs a gradient must be among the returned tensors. Under a sharded strategy every rank must call it.
+        """
+        root = self.__dict__["_root"]
+        return function(*args) if root is None else root(function, *args)
 
     @property
     def causal_lm(self) -> Any:
@@ -123,33 +155,56 @@ class PruningModule(LightningModule):
         return resolve_model_path(self.path)
 
     def apply_plan(self, plan: PruningPlan) -> None:
-        """Cuts the model; see :func:`hfprune.surgery.apply_plan`."""
-        apply_plan(self.causal_lm, plan)
+        """Cuts the model; see :func:`hfprune.surgery.apply_plan`. A sharded model is rebuilt, one layer at a time."""
+        if self.sharded:
+            self._rebuild(plan=plan)
+        else:
+            apply_plan(self.causal_lm, plan)
         self.plan = plan
 
     def add_lora(self, lora: LoraRecovery) -> None:
         """Wraps the model with adapters, from then on its only trainable weights."""
-        self.model = add_lora(self.model, lora)
+        if self.sharded:
+            self._rebuild(lora=lora, seed=self.run_seed or 0)
+        else:
+            self.model = add_lora(self.model, lora, seed=self.run_seed or 0)
         self.lora = lora
 
     def unwrap(self, *, merge: bool = True) -> Any:
         """Merges the adapters into the weights, or drops them; returns the plain model, which the module then holds."""
         if self.lora is not None:
-            self.model, self.lora = merge_lora(self.model) if merge else self.model.unload(), None
+            if self.sharded:
+                self._rebuild(merge=merge)
+            else:
+                self.model = merge_lora(self.model) if merge else self.model.unload()
+            self.lora = None
         return self.model
+
+    def _rebuild(self, **kwargs: Any) -> None:
+        self.model, self.__dict__["_root"] = rebuild(self.model, self._mesh, **kwargs)
 
     # ---- the objective and the steps ---------------------------------------------------------------------------------
 
-    def calibration_step(self, batch: dict[str, Tensor], batch_idx: int) -> ObjectiveSum:
+    def calibration_step(
+        self, batch: dict[str, Tensor], batch_idx: int, objective: Objective | None = None
+    ) -> ObjectiveSum:
         """Returns the calibration objective of a batch, summed over its tokens.
 
         Args:
-            batch: ``input_ids`` [B, T] and ``attention_mask`` [B, T]; ``labels`` [B, T] are optional.
+            batch: ``input_ids`` [B, T]; ``attention_mask`` and ``labels`` [B, T] are optional.
             batch_idx: Position of the batch in the calibration data.
+            objective: What to sum; the module's own objective if not given.
         """
-        total, valid = self._objective_sum(self.objective, batch)
-        padding = None if bool(batch["attention_mask"].all()) else batch["attention_mask"] == 0
+        total, valid = self.run(objective_sum, self.causal_lm, objective or self.objective, batch)
+        mask = batch.get("attention_mask")
+        padding = None if mask is None or bool(mask.all()) else mask == 0
         return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=padding)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
+        if self.run_seed is not None:
+            text = f"{self.run_seed} {self.trainer.current_epoch} {batch_idx} {self.global_rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the next-token cross-entropy, nats per supervised token."""
@@ -162,27 +217,21 @@ class PruningModule(LightningModule):
         loss, num_tokens = self._next_token_loss(batch)
         self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
 
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs ``test_loss``, nats per supervised token."""
+        loss, num_tokens = self._next_token_loss(batch)
+        self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the logits [B, T, V] of every position."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
+        return logits
+
     def _next_token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        total, valid = self._objective_sum(OBJECTIVES.get("cross_entropy"), batch)
+        total, valid = self.run(objective_sum, self.causal_lm, OBJECTIVES.get("cross_entropy"), batch)
         num_tokens = int(valid.sum())
         return (total / max(num_tokens, 1)).float(), num_tokens
-
-    def _objective_sum(self, objective: Objective, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the sum of ``objective`` over the positions that count, and those positions [B, T]."""
-        input_ids, mask = batch["input_ids"], batch["attention_mask"]
-        targets, valid = objective.targets(input_ids, mask, batch.get("labels"))
-        model = self.causal_lm
-        unpadded = bool(mask.all())
-        hidden = backbone(model)(
-            input_ids=input_ids,
-            attention_mask=None if unpadded else mask,
-            position_ids=None if unpadded else (mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        ).last_hidden_state
-        every = bool(valid.all())
-        tokens = hidden.flatten(0, 1) if every else hidden[valid]
-        targets = None if targets is None else (targets.flatten() if every else targets[valid])
-        return chunked_objective(objective, tokens, output_head(model), targets), valid
 
     def configure_optimizers(self) -> Any:
         """AdamW with float32 states on the trainable weights, cosine decay to zero after the warm-up, per step."""
@@ -204,20 +253,43 @@ class PruningModule(LightningModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    def record(self, phase: Phase, calibration: dict[str, Any] | None = None) -> Record:
+        """Returns the pruning state that checkpoints carry."""
+        return Record(
+            phase=phase,
+            fingerprint=self.fingerprint,
+            model=f"'{self.path}'",
+            seed=self.run_seed or 0,
+            plan=self.plan,
+            lora=self.lora.to_dict() if self.lora else None,
+            calibration=calibration,
+        )
+
+    def replay(self, record: Record) -> None:
+        """Rebuilds the shapes that ``record`` describes: plan first, then adapters. What is there already stays.
+
+        Raises:
+            ConfigError: The record belongs to another dense model, or to another plan than the one applied here.
+        """
+        self.configure_model()
+        record.check_model(self.fingerprint, f"'{self.path}'")
+        self.run_seed = record.seed
+        if record.plan is not None and self.plan is None:
+            self.apply_plan(record.plan)
+        if record.plan is not None and self.plan is not None and self.plan.keep != record.plan.keep:
+            raise ConfigError("The checkpoint's model was pruned to other units than the model here.")
+        if record.lora is not None and self.lora is None:
+            self.add_lora(LoraRecovery(**record.lora))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the plan and the LoRA settings, as plain data."""
-        checkpoint[_STATE_KEY] = {
-            "plan": self.plan.to_json() if self.plan else None,
-            "lora": self.lora.to_dict() if self.lora else None,
-        }
+        """Stores the pruning state, as plain data."""
+        checkpoint[KEY] = self.record("training").to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored, so that every shape fits."""
-        self.configure_model()
-        state = checkpoint.get(_STATE_KEY)
-        if state is None:
+        record = Record.of(checkpoint)
+        if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
-        if state["plan"] and self.plan is None:
-            self.apply_plan(PruningPlan.from_json(state["plan"]))
-        if state["lora"] and self.lora is None:
-            self.add_lora(LoraRecovery(**state["lora"]))
+        self.replay(record)
+        if record.phase == "calibrating":  # it carries no weights: they are the dense model's
+            checkpoint["state_dict"] = self.state_dict()

@@ -1,9 +1,11 @@
 """LoRA recovery through PEFT, with HFPrune's settings as defaults (methods section 11)."""
 
+import hashlib
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from hfprune.arch.groups import find_spec
@@ -40,8 +42,11 @@ class LoraRecovery:
         return asdict(self)
 
 
-def add_lora(model: Any, lora: LoraRecovery) -> Any:
+def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     """Returns ``model`` wrapped by PEFT, with fresh adapters (B = 0: outputs unchanged) as its only trainable weights.
+
+    The first weights of an adapter follow from ``seed`` and the adapter's name, not from the state of a random number
+    generator: a resumed run, and every rank, starts from the same ones.
 
     Raises:
         ConfigError: A target matches no module of the model; the message lists what exists.
@@ -66,7 +71,27 @@ def add_lora(model: Any, lora: LoraRecovery) -> Any:
     with warnings.catch_warnings():
         # peft 0.21 asks for an attribute that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+    _initialise(wrapped, seed)
+    return wrapped
+
+
+def _initialise(model: nn.Module, seed: int) -> None:
+    """Gives every adapter PEFT's default first weights: A uniform in +-1/sqrt(inputs), B zero."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        for adapter in layer.active_adapters:
+            a: Any = layer.lora_A[adapter]
+            b: Any = layer.lora_B[adapter]
+            values = torch.empty(a.weight.shape).uniform_(-1, 1, generator=generator) / a.weight.shape[1] ** 0.5
+            for projection, value in ((a, values), (b, torch.zeros(b.weight.shape))):
+                device = "cpu" if projection.weight.is_meta else projection.weight.device
+                projection.weight = nn.Parameter(value.to(device, projection.weight.dtype))
 
 
 def merge_lora(model: Any) -> Any:

@@ -312,7 +312,7 @@ def test_failing_calibration_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         PruningModule, "calibration_step", lambda *a: (_ for _ in ()).throw(CalibrationError("gone wrong"))
     )
-    with pytest.raises(CalibrationError, match="Calibration batch 0: gone wrong"):
+    with pytest.raises(CalibrationError, match="Calibration sequence 0: gone wrong"):
         fit(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -329,9 +329,9 @@ def test_other_modules_strategies_and_data_are_refused(folder):
     from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
     importance = TaylorImportanceCallback(pruning_ratio=0.2)
-    with pytest.raises(ConfigError, match="this trainer fits a BoringModel"):
+    with pytest.raises(ConfigError, match="BoringModel holds no supported Hugging Face model.*Neurons"):
         fit(None, module=BoringModel(), importance=importance)
-    with pytest.raises(ConfigError, match="calibration_dataloader"):
+    with pytest.raises(ConfigError, match="no calibration_dataloader.*calibration_batches=N"):
         fit(folder, importance=importance, datamodule=BoringDataModule())
     with pytest.raises(ConfigError, match="prune needs a TaylorImportanceCallback"):
         trainer().prune(PruningModule(folder), datamodule=data())

@@ -188,13 +188,13 @@ def test_nothing_stays_hooked_and_training_mode_returns():
 
 def constant_updates(criterion, steps, value=1.0):
     group = Group(name="g", kind="mlp", num_units=2, slices=(Slice(module="m", side="in"),))
-    state = criterion.init_state(group, torch.device("cpu"))
+    total = criterion.new_sum(2, torch.device("cpu"))
     ones = torch.full((1, 1, 2), value, dtype=torch.bfloat16)
     batch = BatchInfo(num_sequences=1, num_tokens=torch.tensor([1]), padding=None)
     signal = Signal(input=ones, grad=torch.ones_like(ones), weight=torch.empty(3, 2))
     for _ in range(steps):
-        criterion.update(state, group, group.slices[0], signal, batch)
-    return criterion.score(state, Totals(num_tokens=1, num_sequences=1))
+        total.add(criterion.rows(group, group.slices[0], signal, batch))
+    return criterion.score(total.total(), Totals(num_tokens=1, num_sequences=1))
 
 
 def test_official_bfloat16_sum_stalls_and_ours_does_not():
@@ -214,12 +214,10 @@ def test_official_and_exact_agree_on_the_scale():
 def test_units_of_several_channels_are_summed_before_the_absolute_value():
     group = Group(name="g", kind="mlp", num_units=2, slices=(Slice(module="m", side="in", offset=1, width=2),))
     criterion = ActivationTaylor()
-    state = criterion.init_state(group, torch.device("cpu"))
     values = torch.tensor([[[9.0, 1.0, -3.0, 2.0, 2.0, 9.0]]])
     signal = Signal(input=values, grad=torch.ones_like(values), weight=torch.empty(1, 6))
     batch = BatchInfo(num_sequences=1, num_tokens=torch.tensor([1]), padding=None)
-    criterion.update(state, group, group.slices[0], signal, batch)
-    assert state.tolist() == [2.0, 4.0]
+    assert criterion.rows(group, group.slices[0], signal, batch).tolist() == [[2.0, 4.0]]
 
 
 def test_nan_weights_are_named_by_layer():

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from hfprune.data import TextDataModule, load_rows
 from hfprune.data.encode import concat_blocks, crop_documents, encode_instruction, prompt_of
-from hfprune.data.sampler import EpochShuffle
 from hfprune.data.sources import InstructionRow
 from hfprune.data.splits import assign_documents, unique_documents
 from hfprune.errors import ConfigError
@@ -311,12 +310,3 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     assert summary["recovery"]["supervised_tokens"] == 8 * 16
     assert len(summary["recovery"]["sha256"]) == 64
     assert summary["recovery"]["sha256"] != summary["calibration"]["sha256"]
-
-
-def test_shuffling_depends_on_seed_and_epoch_only():
-    first, second = EpochShuffle(20, seed=0), EpochShuffle(20, seed=0)
-    assert list(first) == list(second) == list(first)
-    first.set_epoch(1)
-    assert sorted(first) == list(range(20))
-    assert list(first) != list(second)
-    assert list(EpochShuffle(20, seed=1)) != list(second)

@@ -1,12 +1,38 @@
-"""Fits a tiny model under a strategy and writes what each rank ended with. Run by test_ddp.py, one thread per process."""
+"""Fits a tiny model under a strategy and writes what each rank ended with. Run as a process of its own, one thread.
 
+Takes one JSON object: see ``DEFAULTS``.
+"""
+
+import json
+import os
 import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
+from hfprune.calibration import ImportanceAccumulator
+from hfprune.sharding import whole
+
+DEFAULTS = {
+    "model": None,
+    "out": None,
+    "strategy": "auto",  # auto, ddp, fsdp2
+    "devices": 1,
+    "sequences": 6,
+    "calibration_batch_size": 1,
+    "seq_len": 16,
+    "lora": True,
+    "prune_only": False,
+    "dtype": "float64",
+    "precision": "32-true",
+    "die": None,  # [phase, step]: leave without a word there
+    "ckpt_path": None,
+    "report": True,
+    "plain_trainer": False,
+}
 
 
 class Record(Callback):
@@ -15,42 +41,91 @@ class Record(Callback):
     def __init__(self, folder, importance):
         self.folder, self.importance = folder, importance
 
-    def on_train_end(self, trainer, pl_module):
+    def on_fit_end(self, trainer, pl_module):
         torch.save(
             {
                 "scores": self.importance.importance,
                 "keep": dict(pl_module.plan.keep),
-                "weights": {n: p.detach().clone() for n, p in pl_module.named_parameters()},
+                "weights": {n: whole(p.detach()).clone() for n, p in pl_module.named_parameters()},
+                "local": sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters()),
                 "steps": trainer.global_step,
             },
             self.folder / f"rank{trainer.global_rank}.pt",
         )
 
 
-def main(model, out, devices, sequences):
+class Die(Callback):
+    """Ends the process at a moment: ``pruned`` before the first step, ``recovery`` before step n."""
+
+    def __init__(self, phase, step):
+        self.phase, self.step = phase, step
+        if phase == "calibration":
+            self._count_calibration()
+
+    def _count_calibration(self):
+        original, seen = ImportanceAccumulator.step, []
+
+        def step(accumulator, *args, **kwargs):
+            if len(seen) == self.step:
+                os._exit(9)
+            seen.append(1)
+            return original(accumulator, *args, **kwargs)
+
+        ImportanceAccumulator.step = step
+
+    def on_train_start(self, trainer, pl_module):
+        if self.phase == "pruned":
+            os._exit(9)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.phase == "recovery" and trainer.global_step == self.step:
+            os._exit(9)
+
+
+def strategy(name, devices):
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=devices, tensor_parallel_size=1)
+    return name
+
+
+def main(**given):
+    c = DEFAULTS | given
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=2))
-    out = Path(out)
+    out = Path(c["out"])
     out.mkdir(parents=True, exist_ok=True)
-    callbacks = [importance, Record(out, importance), ReportCallback(str(out / "run"), latency=False)]
+    recovery = LoraRecovery(rank=2, dropout=0.2) if c["lora"] else None
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=recovery, checkpoint_every=1)
+    callbacks = [importance, Record(out, importance)]
+    if c["report"]:
+        callbacks.append(ReportCallback(str(out / "run"), latency=False, overwrite=True))
+    if c["die"]:
+        callbacks.append(Die(*c["die"]))
+    callbacks.append(ModelCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=1))
     trainer = PruneTrainer(
         accelerator="cpu",
-        devices=int(devices),
-        strategy="ddp" if int(devices) > 1 else "auto",
-        max_epochs=1,
+        devices=c["devices"],
+        strategy=strategy(c["strategy"], c["devices"]),
+        precision=c["precision"],
+        max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=1,
         callbacks=callbacks,
     )
     data = TextDataModule(
-        seq_len=16, calibration_sequences=int(sequences), batch_size=2, recovery_sequences=8, validation_sequences=2,
-        eval_windows=2, eval_window=16,
+        seq_len=c["seq_len"], calibration_sequences=c["sequences"], batch_size=2, recovery_sequences=8,
+        validation_sequences=2, eval_windows=2, eval_window=16, calibration_batch_size=c["calibration_batch_size"],
     )  # fmt: skip
-    trainer.fit(PruningModule(model, dtype="float64", learning_rate=1e-2), datamodule=data)
+    module = PruningModule(c["model"], dtype=c["dtype"], learning_rate=1e-2)
+    if c["prune_only"]:
+        trainer.prune(module, datamodule=data, ckpt_path=c["ckpt_path"])
+    elif c["plain_trainer"]:
+        super(PruneTrainer, trainer).fit(module, datamodule=data, ckpt_path=c["ckpt_path"])
+    else:
+        trainer.fit(module, datamodule=data, ckpt_path=c["ckpt_path"])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,218 @@
+"""One pass over the calibration data: every rank takes its share, and the pass can be left and taken up again."""
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from hfprune.calibration import ImportanceAccumulator
+from hfprune.callbacks.progress import calibration_progress
+from hfprune.callbacks.target import Target
+from hfprune.criteria import Criterion
+from hfprune.errors import CalibrationError, ConfigError
+from hfprune.types import Group
+
+
+class Calibration:
+    """Runs the calibration items and adds up their scores.
+
+    Item i of the data, counted over all ranks, goes to rank ``i mod world_size``, so every item is run once, whatever
+    the number of processes; no sampler repeats any. The state that ``state`` returns holds the sums of all ranks and
+    the number of items done, so a run can go on with another number of processes.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        target: What is scored.
+        groups: Its groups.
+        criterion: How.
+        limit: Use at most this many batches.
+        exact: Run each sequence alone, see ``TaylorImportanceCallback``.
+        seed: Seed of the loader's shuffling.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        target: Target,
+        groups: tuple[Group, ...],
+        criterion: Criterion,
+        *,
+        limit: int | None,
+        exact: bool,
+        seed: int,
+    ) -> None:
+        self._trainer, self._target, self._limit, self._exact, self._seed = trainer, target, limit, exact, seed
+        check_source(trainer, limit=limit)
+        self._loader = _loader(trainer)
+        self._settings = {
+            "criterion": criterion.describe(),
+            "objective": target.objective_name,
+            "exact": exact,
+            "batches": limit,
+            "data": _fingerprint_of_data(trainer),
+        }
+        device = trainer.strategy.root_device
+        self.accumulator = ImportanceAccumulator(target.model, groups, criterion, root=target.module, device=device)
+        self._done = 0  # items, over all ranks
+
+    # ---- leaving and taking up ---------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
+        return {"position": self._done, "sums": self._summed(), "settings": self._settings}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes up a pass that was left.
+
+        Raises:
+            ConfigError: It was calibrating with other settings or other data.
+        """
+        for name, made in state["settings"].items():
+            if made != self._settings[name]:
+                raise ConfigError(
+                    f"The checkpoint was written while calibrating with {name} {made}; this run has "
+                    f"{self._settings[name]}. Resume with the same, or start anew."
+                )
+        self._done = state["position"]
+        if self._trainer.is_global_zero:  # the sums of all ranks so far, counted once
+            device = self._trainer.strategy.root_device
+            self.accumulator.load([tensor.to(device) for tensor in state["sums"]])
+
+    def _summed(self) -> list[torch.Tensor]:
+        """Returns the sums over all ranks; exact sums do not depend on which rank added what."""
+        strategy = self._trainer.strategy
+        return [strategy.reduce(t.clone(), reduce_op="sum").cpu() for t in self.accumulator.tensors()]
+
+    # ---- the pass ----------------------------------------------------------------------------------------------------
+
+    def run(self, *, every: int | None, save: Callable[[], None]) -> ImportanceAccumulator:
+        """Runs what is left of the data; afterwards every rank holds the sums of all.
+
+        Args:
+            every: Call ``save`` each time that about this many items were done.
+            save: Writes a checkpoint.
+        """
+        trainer = self._trainer
+        world, rank = trainer.world_size, trainer.global_rank
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        saved = self._done
+        mine: Any = None
+        with (
+            isolate_rng(),
+            self.accumulator.recording(),
+            calibration_progress(self._expected(), objective=self._target.objective_name, enabled=shown) as advance,
+        ):
+            _seed(self._seed)
+            first, index = self._done, self._done - 1
+            item: Any = None
+            for index, item in enumerate(islice(self._items(), first, None), start=first):
+                slot = (index - first) % world
+                if slot == rank:
+                    mine = (index, item)
+                if slot == world - 1:
+                    self._step(*mine, advance=advance)
+                    mine, self._done = None, index + 1
+                    if every and self._done - saved >= every:
+                        saved = self._done
+                        save()
+            if self._done < index + 1:  # the last round is not full
+                if mine is not None:
+                    self._step(*mine, advance=advance)
+                elif self._target.sharded:  # the ranks of a sharded model run it together
+                    self._step(index, item, advance=advance, count=False)
+                self._done = index + 1
+        self.accumulator.load([t.to(trainer.strategy.root_device) for t in self._summed()])
+        return self.accumulator
+
+    def _items(self) -> Iterator[Any]:
+        for batch in islice(self._loader, self._limit):
+            yield from self._target.items(batch, exact=self._exact)
+
+    def _expected(self) -> int | None:
+        """Returns how many items this rank will run, where that is known beforehand."""
+        try:
+            batches = min(len(self._loader), self._limit or len(self._loader))
+        except (TypeError, NotImplementedError):
+            return None
+        rows = getattr(self._loader, "batch_size", None) if self._exact and self._target.objective else 1
+        return None if rows is None else -(-(batches * rows - self._done) // self._trainer.world_size)
+
+    def _step(self, index: int, item: Any, *, advance: Callable[[int, float], None], count: bool = True) -> None:
+        strategy = self._trainer.strategy
+        item = strategy.batch_to_device(item)
+        try:
+            with strategy.precision_plugin.forward_context():
+                _, tokens = self.accumulator.step(lambda: self._target.objective_sum(item, index), count=count)
+        except CalibrationError as error:
+            kind = "sequence" if self._exact and self._target.objective else "batch"
+            raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
+        advance(tokens, self.accumulator.mean_objective())
+
+
+def check_source(trainer: Trainer, *, limit: int | None) -> None:
+    """Raises ``ConfigError`` unless there is calibration data: before any of it is read.
+
+    Args:
+        trainer: The trainer, its module and data attached.
+        limit: Number of batches to use; needed when the training data serve.
+    """
+    if _owner(trainer) is not None:
+        return
+    if not trainer.fit_loop._data_source.is_defined():
+        raise ConfigError(
+            "TaylorImportanceCallback needs calibration data: a datamodule or module with a calibration_dataloader() "
+            "method, or training data with calibration_batches=N."
+        )
+    if limit is None:
+        raise ConfigError(
+            "There is no calibration_dataloader(), so the training data calibrate: say how many of its batches with "
+            "calibration_batches=N."
+        )
+
+
+def _owner(trainer: Trainer) -> Any:
+    """Returns the datamodule or module that has calibration data of its own, None when neither has."""
+    owners: list[Any] = [trainer.datamodule, trainer.lightning_module]  # type: ignore[attr-defined]
+    return next((o for o in owners if callable(getattr(o, "calibration_dataloader", None))), None)
+
+
+def _loader(trainer: Trainer) -> Any:
+    """Returns the calibration batches: ``calibration_dataloader()``, or the training batches read afresh.
+
+    The training batches are read as the user's loader gives them, with no distributed sampler put in: each process sees
+    the same batches in the same order, and takes its share of them.
+    """
+    owner = _owner(trainer)
+    if owner is not None:
+        return owner.calibration_dataloader()
+    loader = trainer.fit_loop._data_source.dataloader()
+    if isinstance(loader, list | tuple | dict):
+        loader = CombinedLoader(loader, "max_size_cycle")
+    if isinstance(loader, CombinedLoader):
+        return (batch for batch, _, _ in loader)
+    return loader
+
+
+def _seed(seed: int) -> None:
+    """Seeds what a loader may shuffle or augment with."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def _fingerprint_of_data(trainer: Trainer) -> Any:
+    """Returns what tells the calibration data from others, None when the datamodule tells nothing."""
+    summary = data_summary(trainer)
+    return summary.get("sha256") if isinstance(summary, dict) else None
+
+
+def data_summary(trainer: Trainer) -> Any:
+    """Returns what the datamodule tells about its calibration data, None when it tells nothing."""
+    summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
+    return summary().get("calibration") if callable(summary) else None

@@ -1,0 +1,115 @@
+"""Checkpoints: written in one step, carrying the pruning state, and read before Lightning restores anything."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+
+from hfprune.checkpoints import KEY, read_metadata
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its target and moves it into place: a killed run leaves the old file or the new one.
+
+    Lightning's own writer stages in the system's temporary folder, from where a move to another disk is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Saves to a local path in one step; leaves remote ones to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class CheckpointTap:
+    """Stands between the trainer's strategy and its checkpoints, from ``setup`` to ``teardown``.
+
+    Strategies that restore after the model was laid out (FSDP2) call no hook in time to rebuild a pruned model, and a
+    LightningModule of somebody else has none of ours: the strategy's ``load_checkpoint`` is where every one of them
+    passes.
+
+    Args:
+        trainer: Whose strategy.
+        saving: Called with every checkpoint before it is written; may add to it.
+        loaded: Called with every checkpoint that was read, before anything is restored from it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, *, saving: Callable[[dict[str, Any]], None], loaded: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._strategy: Strategy = trainer.strategy
+        self._saving, self._loaded = saving, loaded
+        self._save, self._load = self._strategy.save_checkpoint, self._strategy.load_checkpoint
+        if type(self._strategy.checkpoint_io) is TorchCheckpointIO:
+            self._strategy.checkpoint_io = AtomicCheckpointIO()
+        self._strategy.save_checkpoint = self.save  # type: ignore[method-assign]
+        self._strategy.load_checkpoint = self.load  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Gives the strategy its own methods back."""
+        for name in ("save_checkpoint", "load_checkpoint"):
+            self._strategy.__dict__.pop(name, None)
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Saves ``checkpoint`` with what ``saving`` adds."""
+        self._saving(checkpoint)
+        strategy = self._strategy
+        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+            self._save_folder(checkpoint, Path(strategy.broadcast(filepath)), storage_options)
+        else:
+            self._save(checkpoint, filepath, storage_options)
+
+    def load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads a checkpoint, shows it to ``loaded``, and returns it."""
+        if not isinstance(self._strategy, ModelParallelStrategy):
+            checkpoint = self._load(checkpoint_path, weights_only)
+            self._loaded(checkpoint)
+            return checkpoint
+        checkpoint = read_metadata(self._strategy.broadcast(checkpoint_path))
+        self._loaded(checkpoint)  # rebuilds the model whose weights come next
+        phase = checkpoint.get(KEY, {}).get("phase", "training")
+        if phase == "calibrating":  # it carries no weights
+            return checkpoint
+        optimizers = self._strategy.optimizers
+        try:
+            if phase == "pruned":  # it carries no optimizer states
+                self._strategy.optimizers = []
+            return self._load(checkpoint_path, weights_only)
+        finally:
+            self._strategy.optimizers = optimizers
+
+    def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
+        """Saves a folder of shards beside its target and moves it into place."""
+        strategy = self._strategy
+        temporary, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
+        if strategy.is_global_zero:
+            for folder in (temporary, old):
+                shutil.rmtree(folder, ignore_errors=True)
+        strategy.barrier()
+        self._save(checkpoint, temporary, storage_options)
+        strategy.barrier()
+        if strategy.is_global_zero:
+            if target.is_dir():
+                os.replace(target, old)
+            elif target.exists():
+                target.unlink()
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        strategy.barrier()

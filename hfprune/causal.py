@@ -1,0 +1,95 @@
+"""A causal LM, a batch and an objective: the forward pass that calibration and recovery share.
+
+Shape legend: B sequences, T tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.arch.groups import backbone, output_head
+from hfprune.errors import ConfigError
+from hfprune.objectives import Objective, chunked_objective
+
+Batch = Mapping[str, Tensor]
+"""``input_ids`` [B, T], and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T]. Position ids that
+start again at 0 within a row mark packed documents, which do not attend to each other."""
+
+
+def as_batch(batch: Any) -> dict[str, Tensor]:
+    """Returns the tensors of ``batch`` that a causal LM reads.
+
+    Args:
+        batch: A mapping with ``input_ids``, token ids [B, T], or a tuple or list that starts with either.
+
+    Raises:
+        ConfigError: Nothing in it can be told to be token ids.
+    """
+    if isinstance(batch, tuple | list) and batch:
+        return as_batch(batch[0])
+    if isinstance(batch, Tensor) and batch.dim() == 2 and not batch.dtype.is_floating_point:
+        return {"input_ids": batch}
+    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
+        names = ("input_ids", "attention_mask", "labels", "position_ids")
+        return {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
+    found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise ConfigError(
+        "objective='entropy' or 'cross_entropy' reads token ids from the batch: a mapping with 'input_ids' [B, T], or "
+        f"an integer tensor [B, T]. Found: {found}."
+    )
+
+
+def sequences(batch: Batch) -> list[dict[str, Tensor]]:
+    """Returns every sequence of ``batch`` alone, [1, T_n], without padding; packed documents come apart.
+
+    What is computed on a sequence then depends on its tokens only, to the last bit, not on what it was batched with.
+    """
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    found = []
+    for row in range(len(ids)):
+        real = torch.ones_like(ids[row], dtype=torch.bool) if mask is None else mask[row].bool()
+        restarts = [] if positions is None else (positions[row][real] == 0).nonzero().flatten().tolist()
+        starts = sorted({0, *restarts})
+        index = real.nonzero().flatten()
+        for start, end in zip(starts, [*starts[1:], len(index)], strict=True):
+            part = index[start:end]
+            if len(part):
+                names = [name for name in ("input_ids", "labels") if name in batch]
+                found.append({name: batch[name][row : row + 1, part] for name in names})
+    return found
+
+
+def is_packed(batch: Batch) -> bool:
+    """Returns whether rows of ``batch`` hold several documents: position ids that start again within a row."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None:
+        return False
+    real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask.bool()
+    return bool((((positions == 0) & real).sum(dim=1) > 1).any())
+
+
+def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the sum of ``objective`` over the tokens that count, float64, and which tokens these are, [B, T].
+
+    Args:
+        model: A supported Hugging Face causal LM; its head is applied to a chunk of tokens at a time.
+        objective: What to sum.
+        batch: One sequence per row (packed rows: see :func:`sequences`); padding on either side.
+    """
+    input_ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    targets, valid = objective.targets(input_ids, mask, batch.get("labels"))
+    unpadded = bool(mask.all())
+    hidden = backbone(model)(
+        input_ids=input_ids,
+        attention_mask=None if unpadded else mask,
+        position_ids=None if unpadded else (mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    every = bool(valid.all())
+    tokens = hidden.flatten(0, 1) if every else hidden[valid]
+    targets = None if targets is None else (targets.flatten() if every else targets[valid])
+    return chunked_objective(objective, tokens, output_head(model), targets), valid
