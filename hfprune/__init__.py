@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hfprune.version import __version__
 
 if TYPE_CHECKING:
+    from hfprune.arch import Neurons
     from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
@@ -24,6 +25,7 @@ _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
     "Budget": "hfprune.types",
     "LoraRecovery": "hfprune.recovery",
+    "Neurons": "hfprune.arch",
     "PruneTrainer": "hfprune.trainer",
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
@@ -39,6 +41,7 @@ __all__ = [
     "ActivationTaylor",
     "Budget",
     "LoraRecovery",
+    "Neurons",
     "PruneTrainer",
     "PruningModule",
     "PruningPlan",

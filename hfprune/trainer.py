@@ -1,5 +1,6 @@
 """``PruneTrainer``: Lightning's Trainer with ``prune`` and ``evaluate`` beside ``fit``."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class PruneTrainer(Trainer):
         for callback in found:
             callback.recovery = None
         self.limit_train_batches = self.limit_val_batches = self.num_sanity_val_steps = 0
-        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        with warnings.catch_warnings():  # nothing will be validated
+            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def evaluate(
         self,

@@ -1,6 +1,6 @@
 """Which units stay: budget to widths, scores to kept units."""
 
-from hfprune.allocation.budget import ResolvedBudget, resolve
+from hfprune.allocation.budget import ResolvedBudget, resolve, resolve_shares
 from hfprune.allocation.uniform import keep_top, uniform_keep
 
-__all__ = ["ResolvedBudget", "keep_top", "resolve", "uniform_keep"]
+__all__ = ["ResolvedBudget", "keep_top", "resolve", "resolve_shares", "uniform_keep"]

@@ -1,6 +1,6 @@
 """From what the user asked for to a kept width, exactly (methods section 8)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,73 +81,94 @@ def _common(widths: Sequence[int]) -> int | None:
 
 
 def resolve(
-    budget: Budget, groups: Sequence[Group], costs: Sequence[int], *, dense_params: int, hidden_size: int | None
+    budget: Budget, groups: Sequence[Group], costs: Sequence[int], *, dense_params: int, hidden_size: int
 ) -> ResolvedBudget:
-    """Returns the widths that meet ``budget``, the same share of every group.
+    """Returns the uniform width that meets ``budget``.
 
-    Groups of one width I: k* = I - r * P / sum of unit costs over layers, rounded to the nearest multiple of
-    ``round_to``. Groups of different widths: the same with shares in place of widths.
+    k* = I - r * P / sum of unit costs over layers, rounded to the nearest multiple of ``round_to``.
 
     Args:
         budget: What was asked.
-        groups: The groups of the dense model.
-        costs: Parameters that one unit of each group owns.
+        groups: The groups of the dense model, all of the same width I.
+        costs: Parameters that one unit of each group owns; no parameter belongs to units of two groups.
         dense_params: P, parameters of the dense model.
-        hidden_size: For ``mlp_ratio``; None where the model has no such figure.
+        hidden_size: For ``mlp_ratio``.
 
     Raises:
-        ConfigError: The budget asks for more than the MLPs hold or for nothing (the message gives the largest possible
-            value), or names a width where groups differ in width.
+        ConfigError: The widths differ, or the budget asks for more than the MLPs hold or for nothing; the message gives
+            the largest possible value.
     """
-    dense = [group.num_units for group in groups]
-    if _common(dense) is None or (budget.mlp_ratio is not None and hidden_size is None):
-        return _resolve_unequal(budget, dense, costs, dense_params)
+    dense = groups[0].num_units
+    if any(group.num_units != dense for group in groups):
+        raise ConfigError("The layers of this model differ in MLP width; uniform pruning needs one width for all.")
     per_unit = sum(costs)
-    exact = _exact_width(budget, dense[0], per_unit, dense_params, hidden_size or 0)
+    exact = _exact_width(budget, dense, per_unit, dense_params, hidden_size)
     width = round_width(exact, budget.round_to)
-    if not budget.round_to <= width < dense[0]:
-        raise ConfigError(_impossible(budget, dense[0], per_unit, dense_params, hidden_size or 0))
+    if not budget.round_to <= width < dense:
+        raise ConfigError(_impossible(budget, dense, per_unit, dense_params, hidden_size))
     return ResolvedBudget(
         asked=budget.describe(),
-        widths=(width,) * len(dense),
-        dense_widths=tuple(dense),
+        widths=(width,) * len(groups),
+        dense_widths=(dense,) * len(groups),
         exact_width=exact,
         dense_params=dense_params,
-        target_params=round(dense_params - (dense[0] - exact) * per_unit),
-        params=dense_params - (dense[0] - width) * per_unit,
+        target_params=round(dense_params - (dense - exact) * per_unit),
+        params=dense_params - (dense - width) * per_unit,
     )
 
 
-def _resolve_unequal(budget: Budget, dense: list[int], costs: Sequence[int], dense_params: int) -> ResolvedBudget:
-    """Removes the same share of every group."""
-    held = sum(width * cost for width, cost in zip(dense, costs, strict=True))
+def resolve_shares(
+    budget: Budget, groups: Sequence[Group], count: Callable[[Sequence[int]], int], *, dense_params: int
+) -> ResolvedBudget:
+    """Returns the widths that meet ``budget`` by removing the same share of every group, up to rounding.
+
+    Args:
+        budget: What was asked: ``pruning_ratio``, ``target_params``, or, for groups of one width,
+            ``intermediate_size``.
+        groups: The groups of the dense model; consecutive ones may share a matrix.
+        count: Parameters of the model at given widths.
+        dense_params: Parameters of the dense model.
+
+    Raises:
+        ConfigError: The budget is out of reach, or does not apply to these groups.
+    """
+    dense = [group.num_units for group in groups]
+
+    def widths(share: float) -> list[int]:
+        return [min(d, max(budget.round_to, round_width(d * (1 - share), budget.round_to))) for d in dense]
+
     if budget.pruning_ratio is not None:
         target = round(dense_params * (1 - budget.pruning_ratio))
     elif budget.target_params is not None:
         target = budget.target_params
+    elif budget.intermediate_size is not None and _common(dense) is not None:
+        target = count([budget.intermediate_size] * len(dense))
     else:
         raise ConfigError(
             f"{budget.describe()}: the groups here have widths {sorted(set(dense))} and no hidden size; give "
             "--pruning_ratio or --target_params."
         )
-    share = (dense_params - target) / held
-    widths = [round_width(width * (1 - share), budget.round_to) for width in dense]
-    kept = zip(widths, dense, strict=True)
-    if not 0 < share < 1 or any(not budget.round_to <= w <= d for w, d in kept) or widths == dense:
+    smallest = count(widths(1.0))
+    if not smallest <= target < dense_params:
         raise ConfigError(
-            f"{budget.describe()} is impossible here: the groups hold {held / dense_params:.2%} of the parameters, and "
-            f"every group keeps at least {budget.round_to} units; the largest possible --pruning_ratio is below "
-            f"{held / dense_params:.4f}."
+            f"{budget.describe()} is impossible here: the described groups can shrink the module from {dense_params:,} "
+            f"to {smallest:,} parameters; the largest possible --pruning_ratio is {1 - smallest / dense_params:.4f}."
         )
-    removed = sum((d - w) * cost for d, w, cost in zip(dense, widths, costs, strict=True))
+    low, high = 0.0, 1.0  # the parameter count falls with the share
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if count(widths(middle)) > target else (low, middle)
+    best = min((widths(low), widths(high)), key=lambda w: abs(count(w) - target))
+    if best == dense:
+        best = widths(high)
     return ResolvedBudget(
         asked=budget.describe(),
-        widths=tuple(widths),
+        widths=tuple(best),
         dense_widths=tuple(dense),
         exact_width=None,
         dense_params=dense_params,
         target_params=target,
-        params=dense_params - removed,
+        params=count(best),
     )
 
 

@@ -1,6 +1,6 @@
 """Architectures as data: one table per Hugging Face model class, and how a table becomes groups of units."""
 
-from hfprune.arch.custom import Neurons, custom_groups
+from hfprune.arch.custom import Neurons, custom_groups, pruned_count
 from hfprune.arch.groups import (
     backbone,
     class_name,
@@ -26,6 +26,7 @@ __all__ = [
     "is_supported",
     "output_head",
     "parameter_count",
+    "pruned_count",
     "register",
     "unit_cost",
 ]

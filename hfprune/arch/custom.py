@@ -62,6 +62,30 @@ def custom_groups(model: nn.Module, neurons: Iterable[Neurons]) -> tuple[Group, 
     return groups
 
 
+def pruned_count(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]) -> int:
+    """Returns the parameters of ``model`` with ``widths`` units left in ``groups``, which may share matrices.
+
+    Args:
+        model: The dense model.
+        groups: Its groups.
+        widths: Kept units per group.
+    """
+    removed: dict[tuple[str, Side], int] = {}
+    for group, width in zip(groups, widths, strict=True):
+        for s in group.slices:
+            key = s.module, s.side
+            removed[key] = removed.get(key, 0) + (group.num_units - width) * s.width
+    total = sum(p.numel() for p in model.parameters())
+    for name in {s.module for group in groups for s in group.slices}:
+        module = model.get_submodule(name)
+        outputs, inputs = num_channels(module, "out"), num_channels(module, "in")
+        kept_outputs, kept_inputs = outputs - removed.get((name, "out"), 0), inputs - removed.get((name, "in"), 0)
+        total -= outputs * inputs - kept_outputs * kept_inputs
+        if module.bias is not None:
+            total -= outputs - kept_outputs
+    return total
+
+
 def _listed(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
@@ -73,9 +97,7 @@ def _matches(model: nn.Module, name: str) -> dict[tuple[str, ...], str]:
     if not found:
         known = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise ConfigError(
-            f"Neurons: no module is called '{name}'. Linear projections of this module: {shown or 'none'}."
-        )
+        raise ConfigError(f"Neurons: no module is called '{name}'. Linear projections here: {shown or 'none'}.")
     return found
 
 

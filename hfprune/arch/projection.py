@@ -24,9 +24,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 def weight_of(module: nn.Module) -> Tensor:
     """Returns the weight of a projection as [out, in], a view."""
+    transposed = is_transposed(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.T if is_transposed(module) else weight
+    return weight.T if transposed else weight
 
 
 def num_channels(module: nn.Module, side: Side) -> int:

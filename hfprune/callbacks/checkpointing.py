@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from hfprune.checkpoints import KEY, read_metadata
+from hfprune.errors import ConfigError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -33,6 +34,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if target.is_dir():  # a sharded strategy's
+                shutil.rmtree(target)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -79,7 +82,10 @@ class CheckpointTap:
     def load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads a checkpoint, shows it to ``loaded``, and returns it."""
         if not isinstance(self._strategy, ModelParallelStrategy):
-            checkpoint = self._load(checkpoint_path, weights_only)
+            if Path(checkpoint_path).is_dir():
+                checkpoint = _folder_without_weights(Path(checkpoint_path))
+            else:
+                checkpoint = self._load(checkpoint_path, weights_only)
             self._loaded(checkpoint)
             return checkpoint
         checkpoint = read_metadata(self._strategy.broadcast(checkpoint_path))
@@ -113,3 +119,18 @@ class CheckpointTap:
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
         strategy.barrier()
+
+
+def _folder_without_weights(path: Path) -> dict[str, Any]:
+    """Returns a sharded checkpoint that any strategy can go on from: one written during calibration.
+
+    Raises:
+        ConfigError: It holds shards of weights.
+    """
+    checkpoint = read_metadata(path)
+    if checkpoint.get(KEY, {}).get("phase") != "calibrating":
+        raise ConfigError(
+            f"'{path}' holds weights in shards: resume it under ModelParallelStrategy, with any number of processes. "
+            "(ModelParallelStrategy(save_distributed_checkpoint=False) writes files that every strategy resumes.)"
+        )
+    return checkpoint

@@ -202,7 +202,6 @@ class TaylorImportanceCallback(Callback):
             if made != resolved.asked:
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
             _say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
-            pl_module.train()
             return
         seed = self._record.seed if self._record else torch.initial_seed() % 2**32
         target.start(trainer.strategy.broadcast(seed))
@@ -211,7 +210,6 @@ class TaylorImportanceCallback(Callback):
         self._phase = "pruned"
         self._save_progress(trainer)
         self._phase = "training"
-        pl_module.train()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the progress checkpoint: what ``fit`` was to leave is there."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from hfprune.allocation import ResolvedBudget, resolve
+from hfprune.allocation import ResolvedBudget, resolve, resolve_shares
 from hfprune.arch import (
     ARCHITECTURES,
     Neurons,
@@ -21,6 +22,7 @@ from hfprune.arch import (
     find_spec,
     is_supported,
     parameter_count,
+    pruned_count,
     unit_cost,
 )
 from hfprune.calibration import ObjectiveSum
@@ -115,16 +117,11 @@ class Target(ABC):
             ConfigError: It is impossible, or the layers of a Hugging Face model differ in width already.
         """
         model = self.shapes()
-        groups = self.groups(model)
-        if is_supported(model) and len({group.num_units for group in groups}) > 1:
-            raise ConfigError("The layers of this model differ in MLP width; uniform pruning needs one width for all.")
-        return resolve(
-            budget,
-            groups,
-            [unit_cost(model, group) for group in groups],
-            dense_params=parameter_count(model),
-            hidden_size=model.config.hidden_size if is_supported(model) else None,
-        )
+        groups, dense_params = self.groups(model), parameter_count(model)
+        if not is_supported(model):
+            return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
+        costs = [unit_cost(model, group) for group in groups]
+        return resolve(budget, groups, costs, dense_params=dense_params, hidden_size=model.config.hidden_size)
 
     def config_keys(self, resolved: ResolvedBudget) -> dict[str, int]:
         """Returns the config keys that change."""

@@ -200,6 +200,10 @@ class PruningModule(LightningModule):
         padding = None if mask is None or bool(mask.all()) else mask == 0
         return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=padding)
 
+    def on_fit_start(self) -> None:
+        """Goes into training mode: ``from_pretrained`` leaves a model in eval mode."""
+        self.train()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
         if self.run_seed is not None:

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.sharding import whole
+from tests.foreign import FineTuner
+from tests.ragged import RaggedData
 
 DEFAULTS = {
     "model": None,
@@ -32,20 +34,23 @@ DEFAULTS = {
     "ckpt_path": None,
     "report": True,
     "plain_trainer": False,
+    "ragged": None,  # [batch size, layout] of calibration sequences of different lengths
+    "exact": True,
+    "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
 
 
 class Record(Callback):
     """Saves importance, kept units and final weights of this rank."""
 
-    def __init__(self, folder, importance):
-        self.folder, self.importance = folder, importance
+    def __init__(self, folder, importance, foreign):
+        self.folder, self.importance, self.foreign = folder, importance, foreign
 
     def on_fit_end(self, trainer, pl_module):
         torch.save(
             {
                 "scores": self.importance.importance,
-                "keep": dict(pl_module.plan.keep),
+                "keep": dict(trainer.lightning_module._hfprune["plan"].keep if self.foreign else pl_module.plan.keep),
                 "weights": {n: whole(p.detach()).clone() for n, p in pl_module.named_parameters()},
                 "local": sum(getattr(p, "_local_tensor", p).numel() for p in pl_module.parameters()),
                 "steps": trainer.global_step,
@@ -94,10 +99,16 @@ def main(**given):
     torch.manual_seed(0)
     out = Path(c["out"])
     out.mkdir(parents=True, exist_ok=True)
-    recovery = LoraRecovery(rank=2, dropout=0.2) if c["lora"] else None
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=recovery, checkpoint_every=1)
-    callbacks = [importance, Record(out, importance)]
-    if c["report"]:
+    recovery = LoraRecovery(rank=2, dropout=0.2) if c["lora"] and not c["foreign"] else None
+    importance = TaylorImportanceCallback(
+        pruning_ratio=0.2,
+        recovery=recovery,
+        checkpoint_every=1,
+        calibration_batches=5 if c["foreign"] else None,
+        exact=c["exact"],
+    )
+    callbacks = [importance, Record(out, importance, c["foreign"])]
+    if c["report"] and not c["foreign"]:
         callbacks.append(ReportCallback(str(out / "run"), latency=False, overwrite=True))
     if c["die"]:
         callbacks.append(Die(*c["die"]))
@@ -114,10 +125,15 @@ def main(**given):
         num_sanity_val_steps=1,
         callbacks=callbacks,
     )
+    if c["foreign"]:
+        trainer.fit(FineTuner().double(), ckpt_path=c["ckpt_path"])
+        return
     data = TextDataModule(
         seq_len=c["seq_len"], calibration_sequences=c["sequences"], batch_size=2, recovery_sequences=8,
         validation_sequences=2, eval_windows=2, eval_window=16, calibration_batch_size=c["calibration_batch_size"],
     )  # fmt: skip
+    if c["ragged"]:
+        data = RaggedData(*c["ragged"])
     module = PruningModule(c["model"], dtype=c["dtype"], learning_rate=1e-2)
     if c["prune_only"]:
         trainer.prune(module, datamodule=data, ckpt_path=c["ckpt_path"])
@@ -129,3 +145,5 @@ def main(**given):
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them

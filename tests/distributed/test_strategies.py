@@ -15,6 +15,7 @@ from tests.models import save_tiny
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = 9
 STRATEGIES = {"single": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": ("fsdp2", 2)}
+MORE = {"fsdp2_alone": ("fsdp2", 1)}
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +23,19 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
-def start(folder, out, strategy, **kwargs):
-    name, devices = STRATEGIES[strategy]
+def start(folder, out, strategy, *, fails=False, **kwargs):
+    name, devices = (STRATEGIES | MORE)[strategy]
     config = {"model": folder, "out": str(out), "strategy": name, "devices": devices} | kwargs
     command = [sys.executable, "-m", "tests.distributed.fit_script", json.dumps(config)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == (KILLED if config.get("die") else 0), done.stderr[-3000:]
+    expected = 1 if fails else KILLED if config.get("die") else 0
+    assert done.returncode == expected, done.stderr[-3000:]
     return done.stderr
 
 
 def results(out, strategy):
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(STRATEGIES[strategy][1])]
+    return [torch.load(out / f"rank{rank}.pt") for rank in range((STRATEGIES | MORE)[strategy][1])]
 
 
 def run(folder, out, strategy, **kwargs):
@@ -108,3 +110,66 @@ def test_fit_resumes_at_every_stage(folder, tmp_path, undisturbed, strategy):
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert list(report["stages"]) == ["dense", "pruned", "recovered"]
     assert not (tmp_path / "checkpoints/last-pruning.ckpt").exists()
+
+
+def test_module_of_ones_own_under_ddp(folder, tmp_path):
+    """The same kept units from one process and from two, also when two take up what one left in mid-calibration."""
+    (alone,) = run(folder, tmp_path / "one", "single", foreign=True)
+    ranks = run(folder, tmp_path / "two", "ddp", foreign=True)
+    start(folder, tmp_path / "both", "single", foreign=True, die=["calibration", 2])
+    resumed = run(folder, tmp_path / "both", "ddp", foreign=True, ckpt_path="last")
+    for rank in (*ranks, *resumed):
+        assert rank["keep"] == alone["keep"]
+        assert equal(rank["scores"], alone["scores"])
+        assert equal(rank["weights"], ranks[0]["weights"])
+
+
+@pytest.mark.parametrize(
+    "chain", [("ddp", "single", "ddp"), ("single", "fsdp2", "fsdp2_alone"), ("fsdp2", "ddp", "ddp")], ids="-".join
+)
+def test_another_number_of_processes_takes_over(folder, tmp_path, undisturbed, chain):
+    """In the middle of calibration, and in the middle of recovery, whose steps then are of another size."""
+    start(folder, tmp_path, chain[0], die=["calibration", 1])
+    said = start(folder, tmp_path, chain[1], die=["recovery", 1], ckpt_path="last")
+    assert "Resumed calibration after" in said
+    ranks = run(folder, tmp_path, chain[2], ckpt_path="last")
+    expected = undisturbed("single", prune_only=True)[0]
+    for rank in ranks:
+        assert rank["keep"] == expected["keep"]
+        assert equal(rank["weights"], ranks[0]["weights"])
+
+
+def test_shards_of_weights_need_a_sharded_strategy(folder, tmp_path):
+    start(folder, tmp_path, "fsdp2", die=["recovery", 1])
+    said = start(folder, tmp_path, "single", ckpt_path="last", fails=True)
+    assert "holds weights in shards: resume it under ModelParallelStrategy" in said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ragged"), [("ddp", [4, "left"]), ("fsdp2", [3, "right"]), ("fsdp2", [11, "packed"])], ids=str
+)
+def test_ragged_sequences_in_uneven_shards(folder, tmp_path, strategy, ragged):
+    """Acceptance test 3 on two ranks, one by one and in batches: 11 sequences, so that one rank always has less to do."""
+    for exact in (True, False):
+        settings = {"prune_only": True, "report": False, "exact": exact}
+        (alone,) = run(folder, tmp_path / f"one{exact}", "single", ragged=[1, "right"], **settings)
+        for rank in run(folder, tmp_path / f"two{exact}", strategy, ragged=ragged, **settings):
+            assert rank["keep"] == alone["keep"]
+            for name, score in alone["scores"].items():
+                torch.testing.assert_close(rank["scores"][name], score, atol=0 if exact else 1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_fewer_sequences_than_ranks(folder, tmp_path, strategy):
+    (alone,) = run(folder, tmp_path / "one", "single", prune_only=True, sequences=1, report=False)
+    for rank in run(folder, tmp_path / "two", strategy, prune_only=True, sequences=1, report=False):
+        assert rank["keep"] == alone["keep"]
+        assert equal(rank["scores"], alone["scores"])
+
+
+def test_plain_trainer_resumes_a_sharded_run(folder, tmp_path, undisturbed):
+    """Lightning tells no callback which checkpoint it will restore: calibration runs again, and must agree."""
+    start(folder, tmp_path, "fsdp2", die=["recovery", 1])
+    ranks = run(folder, tmp_path, "fsdp2", plain_trainer=True, ckpt_path="last")
+    for rank, expected in zip(ranks, undisturbed("fsdp2", prune_only=False), strict=True):
+        assert equal(rank["weights"], expected["weights"])

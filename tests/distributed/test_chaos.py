@@ -1,0 +1,36 @@
+"""A run killed with SIGKILL at random moments, and resumed each time, ends as one that was left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.models import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = 24
+
+
+def test_killed_runs_end_as_undisturbed_ones(tmp_path):
+    folder = save_tiny(tmp_path / "dense")
+    command = [sys.executable, "-m", "tests.distributed.chaos_script", folder, str(tmp_path), str(KILLS), "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["moments"]) >= KILLS
+    kinds = {moment.split()[0] for moment in found["moments"]}
+    assert {"sequence", "step"} <= kinds, found["moments"]  # it was hit within calibration and within recovery
+    expected = torch.load(Path(found["undisturbed"]) / "rank0.pt")
+    for run in found["runs"]:
+        result = torch.load(Path(run) / "rank0.pt")
+        assert result["keep"] == expected["keep"]
+        assert result["steps"] == expected["steps"]
+        for name, weight in expected["weights"].items():
+            assert torch.equal(result["weights"][name], weight), (run, name)
+        saved = (Path(run) / "run/model/model.safetensors").read_bytes()
+        assert saved == (Path(found["undisturbed"]) / "run/model/model.safetensors").read_bytes()
+        assert not list((Path(run) / "checkpoints").glob("last-pruning*"))
