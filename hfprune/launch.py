@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from jsonargparse import ArgumentError, Namespace
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -79,11 +81,14 @@ class RunCLI(BaseCLI):
         for name in _BUDGET:
             parser.link_arguments(name, f"importance.{name}")
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
+        )
         if self.command == "fit":
             parser.set_defaults({"importance.recovery": LoraRecovery()})
             parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
             parser.add_argument(
-                "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last'"
+                "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
@@ -93,21 +98,22 @@ class RunCLI(BaseCLI):
         callbacks: list[Any] = [
             ReportCallback(
                 str(out),
-                overwrite=config.overwrite or config.get("ckpt_path") is not None,
+                overwrite=config.overwrite or config.ckpt_path is not None,
                 latency=config.latency,
                 merge_adapters=config.get("merge_adapters", True),
                 config=self.plain_config(),
             )
         ]
+        folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
+        callbacks.append(ModelCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
         if self.command == "fit":
-            callbacks.append(
-                ModelCheckpoint(dirpath=out / CHECKPOINT_FOLDER, save_last="link", enable_version_counter=False)
-            )
+            within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
+            callbacks.append(ModelCheckpoint(dirpath=folder, auto_insert_metric_name=False, **within))
         self.trainer_defaults["callbacks"] = callbacks
         if config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(out)
         if self.command == "prune":
-            kwargs |= {"enable_checkpointing": False, "logger": False}
+            kwargs |= {"logger": False}
         elif config.trainer.logger is None:
             kwargs["logger"] = CSVLogger(out, name="", version="logs")
         try:
@@ -124,13 +130,30 @@ class RunCLI(BaseCLI):
 
     def run(self) -> None:
         """Runs the command."""
+        path = self._resume_from()
+        trainer = cast(PruneTrainer, self.trainer)
         if self.command == "prune":
-            cast(PruneTrainer, self.trainer).prune(self.model, datamodule=self.datamodule)
-            return
-        ckpt_path = self.config.ckpt_path
-        if ckpt_path is not None and ckpt_path != "last" and not Path(ckpt_path).exists():
-            raise ConfigError(f"--ckpt_path '{ckpt_path}' does not exist.")
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=ckpt_path)
+            trainer.prune(self.model, datamodule=self.datamodule, ckpt_path=path)
+        else:
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
+
+    def _resume_from(self) -> str | None:
+        """Returns the checkpoint to resume from; for ``last`` the newest of the output folder, if there is any yet.
+
+        Raises:
+            ConfigError: It does not exist.
+        """
+        asked: str | None = self.config.ckpt_path
+        if asked is None or Path(asked).exists():
+            return asked
+        if asked != "last":
+            raise ConfigError(f"--ckpt_path '{asked}' does not exist.")
+        folder = Path(self.config.output_dir) / CHECKPOINT_FOLDER
+        found = [path for path in folder.glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
+        if not found:
+            logging.getLogger("hfprune").info("There is no checkpoint in %s yet: starting anew.", folder)
+            return None
+        return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
 class EvaluateCLI(BaseCLI):
@@ -167,6 +190,8 @@ def launch(command: str, args: list[str]) -> None:
             if cli.trainer.interrupted:  # Lightning turns Ctrl-C into exit status 1
                 raise KeyboardInterrupt from error
             raise
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
 

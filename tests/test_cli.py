@@ -94,9 +94,10 @@ def test_prune_evaluate_round_trip(dense, capsys):
 def test_fit_resumes_from_last(dense):
     flags = ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
     fit = ["fit", f"--model.path={dense}", "--output_dir=out", *SMALL, *flags, "--importance.recovery.rank=2"]
-    assert main(fit) == 0
+    assert main([*fit, "--ckpt_path=last"]) == 0  # there is none yet: a command that can always be given again
     steps = json.loads(Path("out/report.json").read_text())["stages"]["recovered"]["optimizer_steps"]
-    assert main([*fit, "--ckpt_path=out/checkpoints/last.ckpt", "--trainer.max_epochs=2"]) == 0
+    assert main([*fit, "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+    assert main([*fit, "--ckpt_path=out/checkpoints/last.ckpt", "--trainer.max_epochs=2"]) == 0  # after the end
     report = json.loads(Path("out/report.json").read_text())
     assert report["stages"]["recovered"]["optimizer_steps"] == 2 * steps
     assert report["recovery"]["rank"] == 2
@@ -199,7 +200,10 @@ def test_full_disk_while_writing_leaves_no_half_model(dense, capsys, monkeypatch
     captured = capsys.readouterr()
     assert code == 2
     assert "No space left on device" in captured.err
-    assert [p.name for p in Path("out").iterdir()] == ["plan.json"]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["checkpoints", "plan.json"]
+    assert prune(dense, "--pruning_ratio=0.2", "--ckpt_path=last") == 0  # with a disk that has room again
+    assert Path("out/model/model.safetensors").is_file()
+    assert not Path("out/checkpoints").exists()
 
 
 def test_too_small_disk_is_seen_before_calibration(dense, capsys, monkeypatch):

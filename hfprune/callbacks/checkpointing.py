@@ -90,16 +90,9 @@ class CheckpointTap:
             return checkpoint
         checkpoint = read_metadata(self._strategy.broadcast(checkpoint_path))
         self._loaded(checkpoint)  # rebuilds the model whose weights come next
-        phase = checkpoint.get(KEY, {}).get("phase", "training")
-        if phase == "calibrating":  # it carries no weights
+        if checkpoint.get(KEY, {}).get("phase", "training") != "training":  # it carries no weights
             return checkpoint
-        optimizers = self._strategy.optimizers
-        try:
-            if phase == "pruned":  # it carries no optimizer states
-                self._strategy.optimizers = []
-            return self._load(checkpoint_path, weights_only)
-        finally:
-            self._strategy.optimizers = optimizers
+        return self._load(checkpoint_path, weights_only)
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
         """Saves a folder of shards beside its target and moves it into place."""
@@ -122,13 +115,13 @@ class CheckpointTap:
 
 
 def _folder_without_weights(path: Path) -> dict[str, Any]:
-    """Returns a sharded checkpoint that any strategy can go on from: one written during calibration.
+    """Returns a sharded checkpoint that any strategy can go on from: one written before training.
 
     Raises:
         ConfigError: It holds shards of weights.
     """
     checkpoint = read_metadata(path)
-    if checkpoint.get(KEY, {}).get("phase") != "calibrating":
+    if checkpoint.get(KEY, {}).get("phase", "training") == "training":
         raise ConfigError(
             f"'{path}' holds weights in shards: resume it under ModelParallelStrategy, with any number of processes. "
             "(ModelParallelStrategy(save_distributed_checkpoint=False) writes files that every strategy resumes.)"

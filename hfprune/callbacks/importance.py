@@ -11,7 +11,7 @@ import torch
 import transformers
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -152,8 +152,13 @@ class TaylorImportanceCallback(Callback):
             self._record = Record.of(read_metadata(path)) if path else None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the strategy back as it was."""
+        """Gives the strategy back as it was; what ``fit`` was to leave is there, so its progress is not needed."""
         self._detach()
+        path = _progress_path(trainer)
+        if stage == "fit" and path is not None and trainer.is_global_zero and path.exists():
+            trainer.strategy.remove_checkpoint(path)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""
@@ -180,7 +185,7 @@ class TaylorImportanceCallback(Callback):
                     f"hfprune shards data-parallel (FSDP2), not tensor-parallel ({size}): use ModelParallelStrategy("
                     f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
                 )
-        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
             raise ConfigError(
                 "TaylorImportanceCallback runs on a single device, under DDP, and under FSDP2 (ModelParallelStrategy); "
                 f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
@@ -210,12 +215,6 @@ class TaylorImportanceCallback(Callback):
         self._phase = "pruned"
         self._save_progress(trainer)
         self._phase = "training"
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes the progress checkpoint: what ``fit`` was to leave is there."""
-        path = _progress_path(trainer)
-        if path is not None and trainer.is_global_zero and path.exists():
-            trainer.strategy.remove_checkpoint(path)
 
     def _prune(self, trainer: Trainer, module: LightningModule, target: Target, resolved: ResolvedBudget) -> None:
         for listener in listeners(trainer):
@@ -317,7 +316,7 @@ class TaylorImportanceCallback(Callback):
             checkpoint[name] = self._loaded.get(name, [])
         states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        if self._phase == "calibrating" and self._target.reloads_weights:
+        if self._target.reloads_weights:  # they follow from the dense weights, the plan and the seed
             checkpoint["state_dict"] = {}
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
