@@ -1,22 +1,54 @@
-"""Prune and recover a model from Python: the same phases as `hfprune fit`, in a script of your own.
+"""Prune inside a Lightning project of your own by adding one callback.
 
 python examples/drop_in.py MODEL_DIR OUT_DIR
+
+`FineTuner` knows nothing of hfprune. Its training loss is the objective (the cross-entropy Taylor criterion), its
+training batches calibrate, and the pruned model then trains on as `configure_optimizers` says.
 """
 
 import sys
 
-from lightning import Trainer
+import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfprune import LoraRecovery, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
+from hfprune import TaylorImportanceCallback
+
+
+class FineTuner(LightningModule):
+    """Fine-tunes a causal LM on a few lines of text."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.lm = AutoModelForCausalLM.from_pretrained(path).train()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Returns the model's own loss."""
+        loss = self.lm(**batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader:
+        """Returns batches of equal length."""
+        text = "The quick brown fox jumps over the lazy dog. " * 200
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+        return DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=4, shuffle=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Trains every weight."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 def main(model: str, out: str) -> None:
-    """Removes 20 % of all parameters and trains adapters for one short epoch on Python's documentation."""
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=8))
-    report = ReportCallback(out, latency=False)
-    data = TextDataModule(seq_len=32, calibration_sequences=8, recovery_sequences=16, eval_window=32, eval_windows=4)
-    trainer = Trainer(max_epochs=1, devices=1, logger=False, enable_checkpointing=False, callbacks=[report, importance])
-    trainer.fit(PruningModule(model), datamodule=data)
+    """Removes 20 % of the parameters before the first step, trains on, and saves what stock transformers loads."""
+    module = FineTuner(model)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=8)
+    Trainer(max_epochs=1, devices=1, logger=False, enable_checkpointing=False, callbacks=[importance]).fit(module)
+    module.lm.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Examples and README blocks run."""
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from hfprune.cli import COMMANDS
 from tests.models import save_tiny
@@ -13,12 +17,26 @@ from tests.models import save_tiny
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec")
-def test_drop_in_example(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*exists and is not empty", "ignore:.*no last checkpoint")
+@pytest.mark.parametrize("name", ["prune_and_recover", "drop_in", "resume"])
+def test_example(name, tmp_path, monkeypatch):
     folder = save_tiny(tmp_path / "dense")
-    monkeypatch.setattr("sys.argv", ["drop_in.py", folder, str(tmp_path / "out")])
-    runpy.run_path(str(ROOT / "examples/drop_in.py"), run_name="__main__")
-    assert (tmp_path / "out/model/model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", folder, str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    saved = tmp_path / "out" if name == "drop_in" else tmp_path / "out/model"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert model.config.intermediate_size == 14
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_process_example(strategy, tmp_path):
+    folder = save_tiny(tmp_path / "dense")
+    command = [sys.executable, str(ROOT / "examples/two_processes.py"), folder, str(tmp_path / "out"), strategy]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert (tmp_path / "out/report.json").is_file(), done.stderr[-2000:]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/model").config.intermediate_size == 14
 
 
 def documented_commands():
@@ -42,11 +60,17 @@ def test_documented_commands_parse(page, line, monkeypatch):
     (EvaluateCLI if command == "evaluate" else RunCLI)(command, flags)
 
 
-def test_readme_python_block_runs(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def python_blocks():
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)):
+            yield pytest.param(block, id=f"{path.name}-{number}")
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9")  # the default logger without tensorboard
+@pytest.mark.parametrize("block", list(python_blocks()))
+def test_documented_python_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "my-model")
     small = "TextDataModule(seq_len=16, calibration_sequences=4, recovery_sequences=4, eval_window=16, eval_windows=2"
-    exec(compile(block.replace("TextDataModule(", small + ", "), "README.md", "exec"), {})
-    assert (tmp_path / "pruned/model/config.json").is_file()
+    exec(compile(block.replace("TextDataModule(", small + ", "), "documentation", "exec"), {})
+    assert ("pruned" not in block) or (tmp_path / "pruned/model/config.json").is_file()

@@ -66,11 +66,6 @@ def test_optimizer_states_are_cut_like_their_parameters(optimizer):
     state = trained.state_dict()
     before = {i: dict(entry) for i, entry in state["state"].items()}
     lost = cut_optimizer_state(state, [(n, p.shape) for n, p in model.named_parameters()], cuts)
-    apply_plan(model, plan)
-    again = optimizer(model.parameters(), lr=0.1)
-    again.load_state_dict(state)
-    model(torch.randn(4, 5)).square().sum().backward()
-    again.step()  # every state fits its parameter
     if optimizer is torch.optim.Adafactor:
         assert lost == 3  # factored moments of the three cut matrices; vectors have plain ones
     else:
@@ -78,3 +73,8 @@ def test_optimizer_states_are_cut_like_their_parameters(optimizer):
         key = "exp_avg" if optimizer is torch.optim.AdamW else "momentum_buffer"
         assert torch.equal(state["state"][2][key], before[2][key][:3, :5])  # the matrix that two groups share
         assert torch.equal(state["state"][4][key], before[4][key])  # the last bias
+    apply_plan(model, plan)
+    again = optimizer(model.parameters(), lr=0.1)
+    again.load_state_dict(state)
+    model(torch.randn(4, 5)).square().sum().backward()
+    again.step()  # every state fits its parameter
