@@ -55,6 +55,18 @@ class FineTuner(L.LightningModule):
         return DataLoader(TokenData(size=4, seed=9), batch_size=4)
 
 
+class LateFineTuner(FineTuner):
+    """Makes its model in ``configure_model``, as large ones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.ModuleDict({"lm": tiny(dtype=torch.float32, seed=1).train()})
+
+
 class ManualFineTuner(FineTuner):
     """Steps its optimizer by hand."""
 

@@ -120,7 +120,7 @@ def _folder_without_weights(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It holds shards of weights.
     """
-    checkpoint = read_metadata(path)
+    checkpoint = {"state_dict": {}, "optimizer_states": []} | read_metadata(path)
     if checkpoint.get(KEY, {}).get("phase", "training") == "training":
         raise ConfigError(
             f"'{path}' holds weights in shards: resume it under ModelParallelStrategy, with any number of processes. "

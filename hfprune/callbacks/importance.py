@@ -115,8 +115,10 @@ class TaylorImportanceCallback(Callback):
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
-    def check(self, module: LightningModule) -> ResolvedBudget:
+    def check(self, module: LightningModule) -> ResolvedBudget | None:
         """Returns what the budget means for ``module``'s model, from its shapes alone.
+
+        None where these are not known yet: a module of your own that makes its model in ``configure_model``.
 
         Raises:
             ConfigError: There is nothing to prune in the module, or the budget is impossible for it.
@@ -125,7 +127,7 @@ class TaylorImportanceCallback(Callback):
         target = self._find(module)
         if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
             return self.resolved
-        self.resolved = target.resolve(self.budget)
+        self.resolved = target.resolve(self.budget) if target.known else None
         return self.resolved
 
     def _find(self, module: LightningModule) -> Target:
@@ -196,12 +198,13 @@ class TaylorImportanceCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrates, prunes, adds adapters and sets the strategy up again."""
-        target, resolved = self._target, self.resolved
+        target = self._target
         assert target is not None
-        assert resolved is not None
         if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
             self._replay(trainer, self._record)
             self._set_up_again(trainer)
+        resolved = self.resolved or target.resolve(self.budget)
+        self.resolved = resolved
         if target.plan is not None:
             made = target.plan.provenance["budget"]["asked"]
             if made != resolved.asked:
@@ -214,7 +217,7 @@ class TaylorImportanceCallback(Callback):
         self._set_up_again(trainer)
         self._phase = "pruned"
         self._save_progress(trainer)
-        self._phase = "training"
+        self._phase, self._loaded = "training", {}
 
     def _prune(self, trainer: Trainer, module: LightningModule, target: Target, resolved: ResolvedBudget) -> None:
         for listener in listeners(trainer):

@@ -28,7 +28,7 @@ from hfprune.arch import (
 from hfprune.calibration import ObjectiveSum
 from hfprune.causal import as_batch, is_packed, objective_sum, sequences
 from hfprune.checkpoints import Phase, Record
-from hfprune.errors import CalibrationError, ConfigError
+from hfprune.errors import CalibrationError, ConfigError, HFPruneError
 from hfprune.fingerprint import structure_fingerprint
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import OBJECTIVES, Objective
@@ -109,6 +109,11 @@ class Target(ABC):
     def sharded(self) -> bool:
         """Whether the ranks must run the model in step."""
         return False
+
+    @property
+    def known(self) -> bool:
+        """Whether the model's shapes are known already."""
+        return True
 
     def resolve(self, budget: Budget) -> ResolvedBudget:
         """Returns what ``budget`` means here, from shapes alone.
@@ -277,6 +282,16 @@ class ForeignTarget(Target):
             f"{kind} holds no supported Hugging Face model (known: {', '.join(ARCHITECTURES)}). Describe its neurons: "
             "neurons=[Neurons('net.0', 'net.2')]."
         )
+
+    @property
+    def known(self) -> bool:
+        """Whether the model is there: a module may make it in ``configure_model`` only."""
+        if not is_overridden("configure_model", self.module, LightningModule):
+            return True
+        try:
+            return len(self.groups(self.model)) > 0
+        except HFPruneError:
+            return False
 
     def _named(self, name: str) -> nn.Module:
         """Returns the model called ``name``; when PEFT was put in its place, the model inside."""

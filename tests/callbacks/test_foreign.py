@@ -24,6 +24,7 @@ from tests.criteria.test_criteria import calibrate
 from tests.foreign import (
     Classifier,
     FineTuner,
+    LateFineTuner,
     ManualFineTuner,
     NanoGPT,
     PointData,
@@ -165,6 +166,17 @@ def test_entropy_needs_no_training_step(kind):
     assert module.net["lm"].config.intermediate_size == 14
     assert module._hfprune["plan"].provenance["calibration"]["tokens"] == 4 * 4 * 12
     assert runner.global_step == 12
+
+
+def test_model_made_in_configure_model(tmp_path):
+    module = LateFineTuner()
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2)
+    trainer(importance, ModelCheckpoint(dirpath=tmp_path, save_last=True)).fit(module)
+    assert module.net["lm"].config.intermediate_size == 14
+    again = LateFineTuner()
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2)
+    trainer(importance).fit(again, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert again._hfprune["plan"].keep == module._hfprune["plan"].keep
 
 
 def test_unlabelled_batches_of_ids():

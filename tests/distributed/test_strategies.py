@@ -124,8 +124,16 @@ def test_module_of_ones_own_under_ddp(folder, tmp_path):
         assert equal(rank["weights"], ranks[0]["weights"])
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "chain", [("ddp", "single", "ddp"), ("single", "fsdp2", "fsdp2_alone"), ("fsdp2", "ddp", "ddp")], ids="-".join
+    "chain",
+    [
+        pytest.param(("ddp", "single", "ddp"), id="ddp-single-ddp"),
+        pytest.param(("single", "fsdp2", "fsdp2_alone"), id="single-fsdp2-fsdp2", marks=SLOW),
+        pytest.param(("fsdp2", "ddp", "ddp"), id="fsdp2-ddp-ddp", marks=SLOW),
+    ],
 )
 def test_another_number_of_processes_takes_over(folder, tmp_path, undisturbed, chain):
     """In the middle of calibration, and in the middle of recovery, whose steps then are of another size."""
@@ -145,21 +153,34 @@ def test_shards_of_weights_need_a_sharded_strategy(folder, tmp_path):
     assert "holds weights in shards: resume it under ModelParallelStrategy" in said
 
 
+@pytest.fixture(scope="module")
+def ragged_alone(folder, tmp_path_factory):
+    settings = {"prune_only": True, "report": False, "ragged": [1, "right"]}
+    (found,) = run(folder, tmp_path_factory.mktemp("ragged"), "single", **settings)
+    return found
+
+
 @pytest.mark.parametrize(
-    ("strategy", "ragged"), [("ddp", [4, "left"]), ("fsdp2", [3, "right"]), ("fsdp2", [11, "packed"])], ids=str
+    ("strategy", "ragged"),
+    [
+        ("ddp", [4, "left"]),
+        ("fsdp2", [3, "right"]),
+        pytest.param("fsdp2", [11, "packed"], marks=SLOW),
+        pytest.param("ddp", [11, "packed"], marks=SLOW),
+    ],
 )
-def test_ragged_sequences_in_uneven_shards(folder, tmp_path, strategy, ragged):
+def test_ragged_sequences_in_uneven_shards(folder, tmp_path, ragged_alone, strategy, ragged):
     """Acceptance test 3 on two ranks, one by one and in batches: 11 sequences, so that one rank always has less to do."""
+    alone = ragged_alone
     for exact in (True, False):
         settings = {"prune_only": True, "report": False, "exact": exact}
-        (alone,) = run(folder, tmp_path / f"one{exact}", "single", ragged=[1, "right"], **settings)
         for rank in run(folder, tmp_path / f"two{exact}", strategy, ragged=ragged, **settings):
             assert rank["keep"] == alone["keep"]
             for name, score in alone["scores"].items():
                 torch.testing.assert_close(rank["scores"][name], score, atol=0 if exact else 1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=SLOW), "fsdp2"])
 def test_fewer_sequences_than_ranks(folder, tmp_path, strategy):
     (alone,) = run(folder, tmp_path / "one", "single", prune_only=True, sequences=1, report=False)
     for rank in run(folder, tmp_path / "two", strategy, prune_only=True, sequences=1, report=False):
@@ -167,6 +188,7 @@ def test_fewer_sequences_than_ranks(folder, tmp_path, strategy):
         assert equal(rank["scores"], alone["scores"])
 
 
+@SLOW
 def test_plain_trainer_resumes_a_sharded_run(folder, tmp_path, undisturbed):
     """Lightning tells no callback which checkpoint it will restore: calibration runs again, and must agree."""
     start(folder, tmp_path, "fsdp2", die=["recovery", 1])
