@@ -10,23 +10,23 @@ import lightning
 import torch
 import transformers
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
 from hfprune.allocation import ResolvedBudget, uniform_keep
 from hfprune.arch import Neurons, class_name, parameter_count
 from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
+from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap
 from hfprune.callbacks.events import listeners
-from hfprune.callbacks.target import Target, find_target
+from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.strategies import check_strategy
+from hfprune.callbacks.target import Target
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.criteria import ActivationTaylor, Criterion
 from hfprune.errors import ConfigError
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
-from hfprune.surgery import cut_optimizer_state, plan_cuts
 from hfprune.types import Budget, Group
 from hfprune.version import __version__
 
@@ -138,7 +138,7 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
-            self._check_strategy(trainer)
+            check_strategy(trainer, self._target)
             if self._target.plan is None:
                 check_source(trainer, limit=self.calibration_batches)
             self.check(pl_module)
@@ -171,29 +171,6 @@ class TaylorImportanceCallback(Callback):
             self._tap.detach()
             self._tap = None
 
-    def _check_strategy(self, trainer: Trainer) -> None:
-        """Raises ``ConfigError`` for a strategy under which pruning is not known to be right."""
-        strategy = trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            assert self._target is not None
-            if not self._target.reloads_weights:
-                raise ConfigError(
-                    "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "
-                    f"how; {type(self._target.module).__name__} shards itself. Use a PruningModule, or DDP."
-                )
-            size = strategy.device_mesh["tensor_parallel"].size()
-            if size != 1:
-                raise ConfigError(
-                    f"hfprune shards data-parallel (FSDP2), not tensor-parallel ({size}): use ModelParallelStrategy("
-                    f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
-                )
-        elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-            raise ConfigError(
-                "TaylorImportanceCallback runs on a single device, under DDP, and under FSDP2 (ModelParallelStrategy); "
-                f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
-                "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
-            )
-
     # ---- the work ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,7 +202,8 @@ class TaylorImportanceCallback(Callback):
         _say(trainer, resolved.describe())
         groups = target.groups(target.model)
         plan = self._plan(trainer, target, groups, resolved)
-        self._cut_restored_optimizers(target, plan)
+        if self._loaded:
+            cut_restored_optimizers(self._loaded, target, plan, keep=self.recovery is None)
         target.apply_plan(plan)
         found = parameter_count(target.model)
         assert found == resolved.params, f"surgery left {found} parameters, not {resolved.params}"
@@ -233,7 +211,7 @@ class TaylorImportanceCallback(Callback):
             listener.on_pruning_end(trainer, module, plan)
         if self.recovery is not None:
             target.add_lora(self.recovery)
-        _average_anew(trainer, module)
+        average_anew(trainer, module)
 
     def _plan(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
@@ -294,7 +272,7 @@ class TaylorImportanceCallback(Callback):
     def _replay(self, trainer: Trainer, record: Record) -> None:
         assert self._target is not None
         self._target.replay(record)
-        _average_anew(trainer, trainer.lightning_module)
+        average_anew(trainer, trainer.lightning_module)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -332,33 +310,6 @@ class TaylorImportanceCallback(Callback):
         self._record = record
         if record.phase != "calibrating" or self._target.plan is None:
             self._replay(trainer, record)
-
-    def _cut_restored_optimizers(self, target: Target, plan: PruningPlan) -> None:
-        """Cuts the optimizer states of a dense checkpoint, which Lightning restores after this callback has pruned."""
-        states = self._loaded.get("optimizer_states")
-        if not states or not any(state["state"] for state in states):
-            return
-        if self.recovery is not None:
-            rank_zero_warn("The checkpoint's optimizer states belong to weights that adapters now replace: dropped.")
-            self._loaded["optimizer_states"], self._loaded["lr_schedulers"] = [], []
-            return
-        cuts = plan_cuts(target.model, plan)
-        names = {id(p): name for name, p in target.model.named_parameters()}
-        lost = 0
-        for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
-            order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
-            lost += cut_optimizer_state(state, order, cuts)
-        if lost:
-            rank_zero_warn(
-                f"The optimizer starts afresh for {lost} pruned parameters: its state is not of their shape."
-            )
-
-
-def _average_anew(trainer: Trainer, module: LightningModule) -> None:
-    """Lets weight averaging take its copy of the pruned model; the one it took in ``setup`` was dense."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
-            callback.setup(trainer, module, "fit")
 
 
 def _progress_path(trainer: Trainer) -> Path | None:

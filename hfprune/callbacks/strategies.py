@@ -1,0 +1,30 @@
+"""Strategies under which pruning is known to be right; the others are refused by name."""
+
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from hfprune.callbacks.target import Target
+from hfprune.errors import ConfigError
+
+
+def check_strategy(trainer: Trainer, target: Target) -> None:
+    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; looks at nothing that is loaded."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        if not target.reloads_weights:
+            raise ConfigError(
+                "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "
+                f"how; {type(target.module).__name__} shards itself. Use a PruningModule, or DDP."
+            )
+        size = strategy.device_mesh["tensor_parallel"].size()
+        if size != 1:
+            raise ConfigError(
+                f"hfprune shards data-parallel (FSDP2), not tensor-parallel ({size}): use ModelParallelStrategy("
+                f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigError(
+            "TaylorImportanceCallback runs on a single device, under DDP, and under FSDP2 (ModelParallelStrategy); "
+            f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
+            "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
+        )
