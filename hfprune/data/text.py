@@ -21,6 +21,7 @@ from hfprune.data.roles import Role, Roles, plain
 from hfprune.data.sampler import ResumableLoader
 from hfprune.data.sources import BUILTIN, InstructionRow, check_source
 from hfprune.errors import ConfigError
+from hfprune.evaluation.windows import Windows
 from hfprune.objectives.base import IGNORE_INDEX
 
 Example = tuple[list[int], list[int]]
@@ -50,6 +51,9 @@ class TextDataModule(LightningDataModule):
         validation_sequences: Use at most this many validation sequences.
         eval_windows: Evaluation windows: the first so many, all of them if null, none if 0.
         eval_window: Tokens per evaluation window.
+        eval_stride: Tokens from one evaluation window to the next; windows do not overlap if not given. With a smaller
+            stride, each scores its last ``eval_stride`` tokens only, with the rest as context.
+        eval_bos: Begin every evaluation window with the BOS token.
         seed: Seed of document assignment, crops and shuffling; 0 is a seed.
         num_workers: Worker processes of the training loader.
     """
@@ -72,6 +76,8 @@ class TextDataModule(LightningDataModule):
         validation_sequences: int = 16,
         eval_windows: int | None = 40,
         eval_window: int = 512,
+        eval_stride: int | None = None,
+        eval_bos: bool = False,
         seed: int = 42,
         num_workers: int = 0,
     ) -> None:
@@ -84,6 +90,7 @@ class TextDataModule(LightningDataModule):
             validation_sequences,
         )
         self.eval_windows, self.eval_window, self.seed, self.num_workers = eval_windows, eval_window, seed, num_workers
+        self.eval_stride, self.eval_bos = eval_stride, eval_bos
         self._check_values()
         given = {"calibration": calibration, "recovery": recovery, "validation": validation, "evaluation": text}
         for role, source in given.items():
@@ -113,6 +120,9 @@ class TextDataModule(LightningDataModule):
                 raise ConfigError(f"--data.{name} {getattr(self, name)} is less than 2 tokens.")
         if self.eval_windows is not None and self.eval_windows < 0:
             raise ConfigError(f"--data.eval_windows {self.eval_windows} is negative.")
+        longest = self.eval_window - self.eval_bos
+        if self.eval_stride is not None and not 1 <= self.eval_stride <= longest:
+            raise ConfigError(f"--data.eval_stride {self.eval_stride} is not between 1 and {longest}, a window's text.")
         if self.num_workers < 0:
             raise ConfigError(f"--data.num_workers {self.num_workers} is negative; 0 loads in the main process.")
         if not 0 <= self.seed < 2**32:
@@ -201,17 +211,17 @@ class TextDataModule(LightningDataModule):
         windows = self.evaluation_windows()
         if windows is None:
             raise ConfigError("There is no evaluation text: give --data.text and --data.eval_windows above 0.")
-        rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows]
+        rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows.ids]
         return DataLoader(rows, batch_size=self.batch_size)
 
     predict_dataloader = test_dataloader
 
-    def evaluation_windows(self) -> Tensor | None:
-        """Returns the evaluation windows [N, W], None when there is no evaluation text.
+    def evaluation_windows(self) -> Windows | None:
+        """Returns the evaluation windows and their protocol, None when there is no evaluation text.
 
         The text is tokenised once, as a whole, without special tokens.
         """
-        windows: Tensor | None = self._once("evaluation", self._evaluation_ids)
+        windows: Windows | None = self._once("evaluation", self._evaluation_ids)
         return windows
 
     def summary(self) -> dict[str, Any]:
@@ -220,6 +230,7 @@ class TextDataModule(LightningDataModule):
         for role, value in self._cache.items():
             if value is None:
                 continue
+            value = value.ids if isinstance(value, Windows) else value
             sequences = [row.tolist() for row in value] if isinstance(value, Tensor) else [ids for ids, _ in value]
             labels = [] if isinstance(value, Tensor) else [label for _, labels in value for label in labels]
             found[role] = {
@@ -298,30 +309,42 @@ class TextDataModule(LightningDataModule):
             )
         return examples
 
-    def _evaluation_ids(self) -> Tensor | None:
+    def _evaluation_ids(self) -> Windows | None:
         if "evaluation" not in self._sources:
             return None
         rows = self._roles.rows("evaluation")
         if rows.kind == "tokens":
-            ids = self._roles.tokens("evaluation")[: self.eval_windows]
+            every = self._roles.tokens("evaluation")
+            ids = every[: self.eval_windows]
             self._check_length(ids.shape[1], f"--data.text '{rows.source}'")
             check_vocabulary(ids, vocab_size=self._vocab_size, source=rows.source)
-            return ids
+            return Windows(ids=ids, source=rows.source, stride=ids.shape[1], available=len(every))
         self._check_length(self.eval_window, "--data.eval_window")
         if rows.kind == "text" and self._roles.alone("evaluation"):
             text = rows.running
         else:
             text = "\n\n".join(plain(d) for d in self._roles.documents("evaluation"))
         (stream,) = encode([text], self._tokenizer)
-        count = len(stream) // self.eval_window
-        if not count:
+        windows = Windows.cut(
+            stream,
+            window=self.eval_window,
+            stride=self.eval_stride,
+            count=self.eval_windows,
+            bos_id=self._bos_id() if self.eval_bos else None,
+            source=rows.source,
+        )
+        if not len(windows.ids):
             short = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({self.eval_window})"
             if self._explicit_text:
                 raise ConfigError(f"{short}; see --data.eval_window.")
             warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
             return None
-        count = count if self.eval_windows is None else min(count, self.eval_windows)
-        return torch.tensor(stream[: count * self.eval_window]).view(count, self.eval_window)
+        return windows
+
+    def _bos_id(self) -> int:
+        if self._tokenizer.bos_token_id is None:
+            raise ConfigError("--data.eval_bos: the tokenizer has no BOS token.")
+        return int(self._tokenizer.bos_token_id)
 
     def _check_length(self, tokens: int, what: str) -> None:
         if self._max_positions is not None and tokens > self._max_positions:

@@ -1,22 +1,37 @@
-"""Fidelity to the dense model, exact, without ever holding two [T, V] logit tensors.
+"""Fidelity to the dense model, without ever holding two [T, V] logit tensors.
 
-The dense model is remembered by its final hidden states and its output head. Shape legend: N windows, W tokens, D
-hidden size, V vocabulary.
+The dense model is remembered by its final hidden states and its output head, which is exact, or read back from disk as
+the top K of its logits. Shape legend: N windows, W tokens, D hidden size, V vocabulary.
 """
 
-import math
-import statistics
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from hfprune.arch import output_head
 from hfprune.errors import ConfigError
+from hfprune.evaluation.divergence import TopK
 from hfprune.evaluation.hidden import final_hidden
+from hfprune.evaluation.metrics import Fidelity, FidelityMetric, HeadLogits, Logits
+from hfprune.evaluation.windows import Windows
 from hfprune.objectives import OutputHead
-from hfprune.objectives.chunked import CHUNK_BYTES, chunk_tokens
+from hfprune.objectives.chunked import CHUNK_BYTES
+
+
+class Reference(Protocol):
+    """The dense model's predictions on some windows."""
+
+    @property
+    def windows(self) -> Windows:
+        """The windows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the dense model predicts."""
+
+    def logits(self, index: int) -> Logits:
+        """Returns its logits at the positions of one window that are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,24 +39,24 @@ class DenseReference:
     """What later stages are compared with.
 
     Attributes:
-        windows: [N, W] token ids.
+        windows: N windows of W tokens.
         hidden: [N, W, D] final hidden states of the dense model, on the CPU.
         head: The dense model's output head.
     """
 
-    windows: Tensor
+    windows: Windows
     hidden: Tensor
     head: OutputHead
 
     @classmethod
     def collect(
-        cls, model: nn.Module, windows: Tensor, *, batch_size: int = 1, copy_head: bool = True
+        cls, model: nn.Module, windows: Tensor | Windows, *, batch_size: int = 1, copy_head: bool = True
     ) -> "DenseReference":
         """Runs the dense model once.
 
         Args:
             model: The dense model.
-            windows: [N, W] token ids.
+            windows: Token ids [N, W], or windows with their protocol.
             batch_size: Windows per forward pass.
             copy_head: Clone the head's weights; False shares them, right only while nothing trains them.
         """
@@ -49,76 +64,58 @@ class DenseReference:
         if copy_head:
             bias = None if head.bias is None else head.bias.detach().clone()
             head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-        return cls(windows=windows, hidden=final_hidden(model, windows, batch_size=batch_size), head=head)
+        found = Windows.of(windows)
+        return cls(windows=found, hidden=final_hidden(model, found.ids, batch_size=batch_size), head=head)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the dense model predicts."""
+        return int(self.head.weight.shape[0])
+
+    def logits(self, index: int) -> Logits:
+        """Returns the logits of one window, computed as they are asked for."""
+        return HeadLogits(self.head, self.hidden[index, self.windows.compared])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
-    """How close a model's predictions are to the dense model's, over every position of the windows.
+class TopKReference:
+    """The top K of the dense model's logits, small enough to keep on disk; see :mod:`hfprune.evaluation.cache`.
 
     Attributes:
-        kl: KL(dense || model), nats per token; infinite when ``model`` rules out a token that the dense model does not.
-        kl_stderr: Standard error of ``kl`` over windows; None for a single window or a ``kl`` that is not finite.
-        top1_agreement: Share of positions with the same most likely token.
-        num_tokens: Positions compared.
+        windows: N windows of W tokens.
+        top: Logits of every window, [N, W, K].
+        vocab_size: V.
     """
 
-    kl: float
-    kl_stderr: float | None
-    top1_agreement: float
-    num_tokens: int
+    windows: Windows
+    top: TopK
+    vocab_size: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the figures, for reports."""
-        return asdict(self)
+    def logits(self, index: int) -> Logits:
+        """Returns the top K of one window."""
+        return self.top[index][self.windows.compared]
 
 
-def fidelity(reference: DenseReference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
+def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
     """Returns the fidelity of ``model`` to the reference.
 
     Raises:
         ConfigError: The vocabularies differ in size, or the reference holds no windows.
     """
-    hidden = final_hidden(model, reference.windows, batch_size=batch_size)
+    hidden = final_hidden(model, reference.windows.ids, batch_size=batch_size)
     return fidelity_of(reference, hidden, output_head(model))
 
 
-def fidelity_of(
-    reference: DenseReference, hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES
-) -> Fidelity:
+def fidelity_of(reference: Reference, hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES) -> Fidelity:
     """Returns the fidelity from final hidden states [N, W, D']; see :func:`fidelity`."""
-    if reference.hidden[..., 0].numel() == 0:
-        raise ConfigError(f"The reference windows hold no tokens: hidden states {list(reference.hidden.shape)}.")
-    dense_vocab, vocab = reference.head.weight.shape[0], head.weight.shape[0]
-    if dense_vocab != vocab:
+    if not reference.windows.ids.numel():
+        raise ConfigError(f"The reference windows hold no tokens: windows {list(reference.windows.ids.shape)}.")
+    if reference.vocab_size != head.weight.shape[0]:
         raise ConfigError(
-            f"The dense model predicts {dense_vocab} tokens, the other one {vocab}: their distributions "
-            "cannot be compared."
+            f"The dense model predicts {reference.vocab_size} tokens, the other one {head.weight.shape[0]}: their "
+            "distributions cannot be compared."
         )
-    size = chunk_tokens(vocab, chunk_bytes=chunk_bytes)
-    kls, same = [], 0
-    with torch.no_grad():
-        for dense_row, row in zip(reference.hidden, hidden, strict=True):
-            total = 0.0
-            for dense_part, part in zip(dense_row.split(size), row.split(size), strict=True):
-                chunk_kl, agree = _compare(reference.head, dense_part, head, part)
-                total, same = total + chunk_kl, same + agree
-            kls.append(total / len(row))
-    kl = statistics.fmean(kls)
-    return Fidelity(
-        kl=kl,
-        kl_stderr=statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 and math.isfinite(kl) else None,
-        top1_agreement=same / hidden[..., 0].numel(),
-        num_tokens=hidden[..., 0].numel(),
-    )
-
-
-def _compare(dense_head: OutputHead, dense_hidden: Tensor, head: OutputHead, hidden: Tensor) -> tuple[float, int]:
-    """Returns the summed KL of a chunk of tokens and how many agree on the most likely one."""
-    dense_z = dense_head.logits(dense_hidden.to(dense_head.weight.device))
-    z = head.logits(hidden.to(head.weight.device)).to(dense_z.device)
-    agree = int((dense_z.argmax(-1) == z.argmax(-1)).sum())
-    log_p, log_q = torch.log_softmax(dense_z, -1), torch.log_softmax(z, -1)
-    p = log_p.exp()
-    terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, masked-out vocabulary included; NaN stays
-    return float(terms.sum(dtype=torch.float64)), agree
+    metric = FidelityMetric(chunk_bytes=chunk_bytes, sync_on_compute=False)
+    for index, row in enumerate(hidden):
+        metric.update(reference.logits(index), HeadLogits(head, row[reference.windows.compared]))
+    return metric.result()

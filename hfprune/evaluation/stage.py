@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from hfprune.arch import find_groups, output_head, parameter_count
-from hfprune.evaluation.fidelity import DenseReference, Fidelity, fidelity_of
+from hfprune.evaluation.fidelity import Reference, fidelity_of
 from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.latency import Latency, measure_latency
+from hfprune.evaluation.metrics import Fidelity
 from hfprune.evaluation.perplexity import Perplexity, perplexity_of
+from hfprune.evaluation.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Measurement:
         return {"parameters": self.parameters, "width": self.width, **known, "seconds": self.seconds}
 
 
-def measure(model: Any, windows: Tensor | None, *, reference: DenseReference | None, latency: bool) -> Measurement:
+def measure(model: Any, windows: Tensor | Windows | None, *, reference: Reference | None, latency: bool) -> Measurement:
     """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
 
     Args:
@@ -52,8 +54,9 @@ def measure(model: Any, windows: Tensor | None, *, reference: DenseReference | N
     start = time.perf_counter()
     found, close = None, None
     if windows is not None:
-        hidden, head = final_hidden(model, windows), output_head(model)
-        found = perplexity_of(hidden, head, windows)
+        found_windows = Windows.of(windows)
+        hidden, head = final_hidden(model, found_windows.ids), output_head(model)
+        found = perplexity_of(hidden, head, found_windows)
         close = fidelity_of(reference, hidden, head) if reference is not None else None
     return Measurement(
         parameters=parameter_count(model),

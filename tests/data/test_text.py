@@ -176,8 +176,8 @@ def test_evaluation_text_is_tokenised_once_as_a_whole(tokenizer, tmp_path):
     (tmp_path / "w.txt").write_text(text)
     data = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_windows=None)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert data.evaluation_windows().flatten().tolist() == ids[: len(ids) // 16 * 16]
-    assert bound(tokenizer, text=str(tmp_path / "w.txt")).evaluation_windows().shape == (3, 16)
+    assert data.evaluation_windows().ids.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    assert bound(tokenizer, text=str(tmp_path / "w.txt")).evaluation_windows().ids.shape == (3, 16)
     assert bound(tokenizer, eval_windows=0).evaluation_windows() is None
 
 
@@ -194,6 +194,23 @@ def test_evaluation_text_too_short(tokenizer, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(["the assert", "is a", "of", "while"]))
     with pytest.warns(UserWarning, match="perplexity and fidelity are not measured"):
         assert bound(tokenizer, calibration=str(tmp_path / "a.json"), eval_window=64).evaluation_windows() is None
+
+
+def test_evaluation_windows_with_stride_and_bos(tokenizer, tmp_path):
+    (tmp_path / "w.txt").write_text("the assert is a statement of the language and so is while\n" * 20)
+    plain = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_windows=None).evaluation_windows()
+    strided = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_windows=None, eval_stride=4).evaluation_windows()
+    assert torch.equal(strided.ids[::4], plain.ids)
+    assert strided.source == str(tmp_path / "w.txt")
+    tokenizer.bos_token = "<s>" if tokenizer.bos_token is None else tokenizer.bos_token
+    with_bos = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_bos=True).evaluation_windows()
+    assert (with_bos.ids[:, 0] == tokenizer.bos_token_id).all()
+    assert with_bos.ids.flatten()[1:16].tolist() == plain.ids.flatten()[:15].tolist()
+    with pytest.raises(ConfigError, match="eval_stride 17 is not between 1 and 16"):
+        bound(tokenizer, eval_stride=17)
+    tokenizer.bos_token = None
+    with pytest.raises(ConfigError, match="no BOS token"):
+        bound(tokenizer, text=str(tmp_path / "w.txt"), eval_bos=True).evaluation_windows()
 
 
 def test_fewer_calibration_sequences_than_asked_is_said_with_both_numbers(tokenizer, tmp_path):

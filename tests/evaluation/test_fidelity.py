@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfprune.errors import ConfigError
-from hfprune.evaluation import DenseReference, fidelity, final_hidden
+from hfprune.evaluation import DenseReference, Windows, fidelity, final_hidden
 from hfprune.evaluation.fidelity import fidelity_of
 from hfprune.objectives import OutputHead
 from tests.models import tiny, token_ids
@@ -117,15 +117,21 @@ def test_masked_vocabulary():
     hidden, other = torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64)
     windows = torch.zeros(3, 5, dtype=torch.int64)
     both = fidelity_of(
-        DenseReference(windows=windows, hidden=hidden, head=masked(full, [7, 8])), other, masked(full, [7, 8])
+        DenseReference(windows=Windows.of(windows), hidden=hidden, head=masked(full, [7, 8])),
+        other,
+        masked(full, [7, 8]),
     )
     cut = OutputHead(weight=full.weight[:7])
     assert both.kl == pytest.approx(
-        fidelity_of(DenseReference(windows=windows, hidden=hidden, head=cut), other, cut).kl
+        fidelity_of(DenseReference(windows=Windows.of(windows), hidden=hidden, head=cut), other, cut).kl
     )
-    dense_only = fidelity_of(DenseReference(windows=windows, hidden=hidden, head=masked(full, [7])), other, full)
+    dense_only = fidelity_of(
+        DenseReference(windows=Windows.of(windows), hidden=hidden, head=masked(full, [7])), other, full
+    )
     assert 0 < dense_only.kl < math.inf
-    pruned_only = fidelity_of(DenseReference(windows=windows, hidden=hidden, head=full), other, masked(full, [7]))
+    pruned_only = fidelity_of(
+        DenseReference(windows=Windows.of(windows), hidden=hidden, head=full), other, masked(full, [7])
+    )
     assert (pruned_only.kl, pruned_only.kl_stderr) == (math.inf, None)
 
 
@@ -134,7 +140,7 @@ def test_nan_is_not_hidden(broken):
     head, good = OutputHead(weight=torch.randn(9, 4)), torch.randn(2, 5, 4)
     bad = torch.full_like(good, math.nan)
     dense, other = (bad, good) if broken == "dense" else (good, bad)
-    reference = DenseReference(windows=torch.zeros(2, 5, dtype=torch.int64), hidden=dense, head=head)
+    reference = DenseReference(windows=Windows.of(torch.zeros(2, 5, dtype=torch.int64)), hidden=dense, head=head)
     assert math.isnan(fidelity_of(reference, other, head).kl)
 
 
@@ -153,6 +159,6 @@ def test_other_vocabulary_is_an_error_that_names_both_sizes():
 
 def test_no_windows_is_an_error():
     head, nothing = OutputHead(weight=torch.randn(9, 4)), torch.zeros(0, 5, 4)
-    reference = DenseReference(windows=torch.zeros(0, 5, dtype=torch.int64), hidden=nothing, head=head)
+    reference = DenseReference(windows=Windows.of(torch.zeros(0, 5, dtype=torch.int64)), hidden=nothing, head=head)
     with pytest.raises(ConfigError, match="no tokens"):
         fidelity_of(reference, nothing, head)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hfprune.errors import ConfigError
-from hfprune.evaluation import perplexity
+from hfprune.evaluation import Windows, perplexity
 from hfprune.evaluation.perplexity import perplexity_of
 from hfprune.objectives import OutputHead
 from tests.models import tiny, token_ids
@@ -57,9 +57,8 @@ def test_says_what_was_measured():
     found = perplexity(tiny(), token_ids(3, 12))
     assert (found.num_windows, found.window, found.num_tokens) == (3, 12, 33)
     report = json.loads(json.dumps(found.to_dict()))
-    assert (
-        report["protocol"] == "3 non-overlapping windows of 12 tokens, no BOS added, mean over 11 predictions a window"
-    )
+    expected = "all 3 non-overlapping windows of 12 tokens, no BOS added, mean over 33 predicted tokens"
+    assert report["protocol"] == expected
     assert report["value"] == found.value
 
 
@@ -76,3 +75,28 @@ def test_a_broken_model_is_reported_as_it_is(scale, check):
 def test_nothing_to_predict_is_an_error(shape):
     with pytest.raises(ConfigError, match="got shape"):
         perplexity(tiny(), torch.zeros(shape, dtype=torch.int64))
+
+
+def independent_perplexity(model, stream, window, stride):
+    """Fifteen lines that share nothing with the product: every token once, with the context its window gives it."""
+    total, count, done = 0.0, 0, 1
+    for start in range(0, len(stream) - window + 1, stride):
+        ids = torch.tensor([stream[start : start + window]])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0].double().log_softmax(-1)
+        for position in range(1, window):
+            if start + position >= done:
+                total -= float(log_probs[position - 1, stream[start + position]])
+                count += 1
+        done = start + window
+    return math.exp(total / count), count
+
+
+@pytest.mark.parametrize("stride", [16, 5, 1])
+def test_equals_an_independent_computation(stride):
+    model, stream = tiny(), token_ids(1, 70)[0].tolist()
+    windows = Windows.cut(stream, window=16, stride=stride)
+    found = perplexity(model, windows)
+    value, count = independent_perplexity(model, stream, 16, stride)
+    assert found.value == pytest.approx(value, abs=1e-5)
+    assert found.num_tokens == count

@@ -1,0 +1,105 @@
+"""The dense model's predictions on disk: the top K logits and the log-sum-exp of every token.
+
+A comparison with the same dense model on the same windows then needs no pass of it. 40 windows of 512 tokens take 42 MB
+at K = 256, where the logits would take 4 GB (V = 49,152).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.arch import output_head
+from hfprune.errors import ConfigError
+from hfprune.evaluation.divergence import TopK
+from hfprune.evaluation.fidelity import TopKReference
+from hfprune.evaluation.hidden import final_hidden
+from hfprune.evaluation.metrics import HeadLogits
+from hfprune.evaluation.windows import Windows
+from hfprune.fingerprint import fingerprint
+from hfprune.objectives.chunked import chunk_tokens
+
+DEFAULT_TOP_K = 256
+
+
+def cached_reference(
+    folder: str | Path, model: nn.Module, windows: Tensor | Windows, *, top_k: int = DEFAULT_TOP_K
+) -> TopKReference:
+    """Returns the reference of a dense model on ``windows``, from ``folder`` if it was made before.
+
+    The file's name tells model, windows and K apart; it is written in whole or not at all.
+
+    Args:
+        folder: Receives ``*.safetensors``; made when missing.
+        model: The dense model.
+        windows: Token ids [N, W], or windows with their protocol.
+        top_k: K.
+
+    Raises:
+        ConfigError: A file there is damaged, or K is not positive.
+    """
+    if top_k < 1:
+        raise ConfigError(f"The number of cached logits {top_k} is not positive.")
+    found = Windows.of(windows)
+    name = f"{fingerprint(model)}-{found.sha256[:16]}-{top_k}.safetensors"
+    path = Path(folder) / name
+    if path.is_file():
+        return _load(path, found)
+    reference = collect_top_k(model, found, top_k=top_k)
+    _save(path, reference)
+    return reference
+
+
+def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = DEFAULT_TOP_K) -> TopKReference:
+    """Returns the top K logits of ``model`` on ``windows`` [N, W], a chunk of tokens at a time."""
+    found = Windows.of(windows)
+    head = output_head(model)
+    size = chunk_tokens(head.weight.shape[0])
+    parts: list[TopK] = []
+    with torch.no_grad():
+        for window in found.ids:
+            logits = HeadLogits(head, final_hidden(model, window[None])[0])
+            parts += [TopK.of(logits[start : start + size], top_k) for start in range(0, len(logits), size)]
+    shape = found.ids.shape
+    top = TopK(
+        logits=torch.cat([p.logits.cpu() for p in parts]).unflatten(0, shape),
+        indices=torch.cat([p.indices.cpu() for p in parts]).unflatten(0, shape),
+        lse=torch.cat([p.lse.cpu() for p in parts]).unflatten(0, shape),
+    )
+    return TopKReference(windows=found, top=top, vocab_size=int(head.weight.shape[0]))
+
+
+def _save(path: Path, reference: TopKReference) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        "windows": reference.windows.ids.to(torch.int32),
+        "logits": reference.top.logits.contiguous(),
+        "indices": reference.top.indices.to(torch.int32),
+        "lse": reference.top.lse,
+        "vocab_size": torch.tensor(reference.vocab_size),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, stage)
+        os.replace(stage, path)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def _load(path: Path, windows: Windows) -> TopKReference:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Any] = load_file(path)
+        same = torch.equal(found["windows"].long(), windows.ids)
+        top = TopK(logits=found["logits"], indices=found["indices"].long(), lse=found["lse"])
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ConfigError(f"The cached predictions '{path}' cannot be read ({error}): delete the file.") from error
+    if not same:
+        raise ConfigError(f"The cached predictions '{path}' are those of other windows: delete the file.")
+    return TopKReference(windows=windows, top=top, vocab_size=int(found["vocab_size"]))
