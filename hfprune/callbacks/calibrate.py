@@ -208,11 +208,11 @@ def _seed(seed: int) -> None:
 
 def _fingerprint_of_data(trainer: Trainer) -> Any:
     """Returns what tells the calibration data from others, None when the datamodule tells nothing."""
-    summary = data_summary(trainer)
+    summary = data_summary(trainer, "calibration")
     return summary.get("sha256") if isinstance(summary, dict) else None
 
 
-def data_summary(trainer: Trainer) -> Any:
-    """Returns what the datamodule tells about its calibration data, None when it tells nothing."""
+def data_summary(trainer: Trainer, role: str) -> Any:
+    """Returns what the datamodule tells about its data for ``role``, None when it tells nothing."""
     summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
-    return summary().get("calibration") if callable(summary) else None
+    return summary().get(role) if callable(summary) else None

@@ -235,8 +235,9 @@ class TaylorImportanceCallback(Callback):
                     "tokens": totals.num_tokens,
                     "mean_objective_nats": accumulator.mean_objective(),
                     "exact": self.exact,
-                    "data": data_summary(trainer),
+                    "data": data_summary(trainer, "calibration"),
                 },
+                "recovery": {"data": data_summary(trainer, "recovery")},
                 "versions": versions(),
             },
         )

@@ -1,6 +1,5 @@
 """``TextDataModule``: every token that a run sees, with its provenance."""
 
-import hashlib
 import warnings
 from typing import Any, Literal
 
@@ -9,23 +8,16 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hfprune.data.encode import (
-    check_vocabulary,
-    concat_blocks,
-    crop_documents,
-    encode,
-    encode_instruction,
-    pad,
-)
-from hfprune.data.roles import Role, Roles, plain
+from hfprune.data.build import Builder, Example
+from hfprune.data.encode import pad
+from hfprune.data.roles import Role, Roles
 from hfprune.data.sampler import ResumableLoader
-from hfprune.data.sources import BUILTIN, InstructionRow, check_source
+from hfprune.data.sources import BUILTIN, check_source
+from hfprune.data.summary import SEEN, summarise, token_ids
 from hfprune.errors import ConfigError
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.windows import Windows
 from hfprune.objectives.base import IGNORE_INDEX
-
-Example = tuple[list[int], list[int]]
-"""Token ids and labels of one sequence."""
 
 
 class TextDataModule(LightningDataModule):
@@ -101,13 +93,11 @@ class TextDataModule(LightningDataModule):
             self._sources.pop("evaluation", None)
         self._explicit_text = text is not None
         self._roles = Roles(self._sources, split=split, text_field=text_field, seed=seed)
-        self._tokenizer: Any = None
-        self._vocab_size = 0
-        self._max_positions: int | None = None
-        self._cache: dict[str, Any] = {}
+        self._builder: Builder | None = None
+        self._cache: dict[Role, Any] = {}
+        self._summaries: dict[Role, dict[str, Any]] = {}
         self._loader: ResumableLoader | None = None
         self._position: dict[str, int] | None = None
-        self._dropped: dict[str, dict[str, int]] = {}
 
     def _check_values(self) -> None:
         names = ("calibration_sequences", "calibration_batch_size", "batch_size", "validation_sequences")
@@ -141,12 +131,20 @@ class TextDataModule(LightningDataModule):
                 f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
                 "belong together."
             )
-        self._tokenizer, self._vocab_size, self._max_positions = tokenizer, vocab_size, max_positions
+        self._builder = Builder(
+            roles=self._roles,
+            sources=self._sources,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+            seq_len=self.seq_len,
+            seed=self.seed,
+        )
 
     def setup(self, stage: str) -> None:
         """Builds what the run will need, so that unusable data is said before a model is loaded."""
         assert self.trainer is not None
-        if self._tokenizer is None:
+        if self._builder is None:
             module: Any = self.trainer.lightning_module
             self.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
         if stage == "fit":
@@ -156,6 +154,7 @@ class TextDataModule(LightningDataModule):
                 self.train_dataloader()
             if self.trainer.limit_val_batches:
                 self.val_dataloader()
+            self._warn_of_overlap()
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +166,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the recovery batches, shuffled by the seed: ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
-        examples = self._once("recovery", lambda: self._examples("recovery", self.recovery_sequences))
+        examples = self._once("recovery", lambda: self._build.examples("recovery", self.recovery_sequences))
         trainer = self.trainer
         self._loader = ResumableLoader.over(
             examples,
@@ -199,7 +198,7 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches."""
-        examples = self._once("validation", lambda: self._examples("validation", self.validation_sequences))
+        examples = self._once("validation", lambda: self._build.examples("validation", self.validation_sequences))
         return DataLoader(examples, batch_size=self.batch_size, collate_fn=self._collate, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -221,148 +220,71 @@ class TextDataModule(LightningDataModule):
 
         The text is tokenised once, as a whole, without special tokens.
         """
-        windows: Windows | None = self._once("evaluation", self._evaluation_ids)
+        windows: Windows | None = self._once(
+            "evaluation",
+            lambda: self._build.windows(
+                window=self.eval_window,
+                stride=self.eval_stride,
+                count=self.eval_windows,
+                bos=self.eval_bos,
+                explicit=self._explicit_text,
+            ),
+        )
         return windows
+
+    def overlap(self) -> dict[str, float]:
+        """Returns, for calibration and recovery data built so far, the share of the evaluation text's 13-grams in it.
+
+        Documents are never shared, but texts from different sources may quote each other.
+        """
+        windows = self.evaluation_windows()
+        if windows is None:
+            return {}
+        summary, asked = self.summary(), token_ids(windows)
+        return {r: Sketch.from_text(summary[r]["ngrams"]).share_of(asked) for r in SEEN if r in summary}
+
+    def _warn_of_overlap(self) -> None:
+        for role, share in self.overlap().items():
+            if share >= SUSPICIOUS:
+                warnings.warn(
+                    f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
+                    "better than they are. Give another --data.text.",
+                    stacklevel=2,
+                )
 
     def summary(self) -> dict[str, Any]:
         """Returns, for every role used so far, where its tokens came from, how many, and their SHA-256."""
-        found = {}
         for role, value in self._cache.items():
-            if value is None:
-                continue
-            value = value.ids if isinstance(value, Windows) else value
-            sequences = [row.tolist() for row in value] if isinstance(value, Tensor) else [ids for ids, _ in value]
-            labels = [] if isinstance(value, Tensor) else [label for _, labels in value for label in labels]
-            found[role] = {
-                "source": self._sources[role],  # type: ignore[index]
-                "kind": self._roles.rows(role).kind,  # type: ignore[arg-type]
-                "sequences": len(sequences),
-                "tokens": sum(map(len, sequences)),
-                "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
-                "dropped": self._dropped_counts(role),  # type: ignore[arg-type]
-                "sha256": _digest(sequences),
-            }
-        return found
+            if value is not None and role not in self._summaries:
+                self._summaries[role] = summarise(role, value, self._build)
+        return {str(role): found for role, found in self._summaries.items()}
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _once(self, role: str, build: Any) -> Any:
+    def _once(self, role: Role, build: Any) -> Any:
         if role not in self._cache:
             self._cache[role] = build()
         return self._cache[role]
 
+    @property
+    def _build(self) -> Builder:
+        if self._builder is None:
+            raise ConfigError("The data do not know the model's tokenizer yet: call bind() or setup() first.")
+        return self._builder
+
     def _calibration_ids(self) -> Tensor:
-        ids = self._sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
+        ids = self._build.sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
         if len(ids) < self.calibration_sequences:
             source, asked = self._sources["calibration"], self.calibration_sequences
             warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {asked}.", stacklevel=2)
         return ids
 
-    def _sequences(self, role: Role, count: int | None, *, crop: bool = False) -> Tensor:
-        """Returns up to ``count`` full sequences of a role, [N, T]."""
-        source = self._sources[role]
-        if self._roles.rows(role).kind == "tokens":
-            ids = self._roles.tokens(role)[:count]
-            self._check_length(ids.shape[1], f"--data.{role} '{source}'")
-            check_vocabulary(ids, vocab_size=self._vocab_size, source=source)
-            return ids
-        self._check_length(self.seq_len, "--data.seq_len")
-        texts = [plain(d) for d in self._roles.documents(role)]
-        try:
-            if crop:
-                return crop_documents(texts, self._tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed)
-            return concat_blocks(texts, self._tokenizer, seq_len=self.seq_len, max_blocks=count)
-        except ConfigError as error:
-            raise ConfigError(
-                f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
-            ) from error
-
-    def _examples(self, role: Role, count: int | None) -> list[Example]:
-        if role not in self._sources:
-            raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
-        if self._roles.rows(role).kind == "instruction":
-            return self._instruction_examples(role, count)
-        return [(row, row) for row in self._sequences(role, count).tolist()]
-
-    def _instruction_examples(self, role: Role, count: int | None) -> list[Example]:
-        self._check_length(self.seq_len, "--data.seq_len")
-        examples: list[Example] = []
-        too_long = 0
-        for row in self._roles.documents(role):
-            assert isinstance(row, InstructionRow)
-            if count is not None and len(examples) >= count:
-                break
-            example = encode_instruction(row, self._tokenizer)
-            if len(example[0]) > self.seq_len:
-                too_long += 1
-                continue
-            examples.append(example)
-        if not examples:
-            raise ConfigError(
-                f"--data.{role}: no example of '{self._sources[role]}' fits into {self.seq_len} tokens "
-                f"({too_long} of its examples serve {role}); see --data.seq_len."
-            )
-        if too_long:  # cutting them would cost EOS, and with a long prompt the whole response
-            self._dropped[role] = {"longer than seq_len": too_long}
-            warnings.warn(
-                f"--data.{role}: {too_long} examples longer than {self.seq_len} tokens are left out.", stacklevel=2
-            )
-        return examples
-
-    def _evaluation_ids(self) -> Windows | None:
-        if "evaluation" not in self._sources:
-            return None
-        rows = self._roles.rows("evaluation")
-        if rows.kind == "tokens":
-            every = self._roles.tokens("evaluation")
-            ids = every[: self.eval_windows]
-            self._check_length(ids.shape[1], f"--data.text '{rows.source}'")
-            check_vocabulary(ids, vocab_size=self._vocab_size, source=rows.source)
-            return Windows(ids=ids, source=rows.source, stride=ids.shape[1], available=len(every))
-        self._check_length(self.eval_window, "--data.eval_window")
-        if rows.kind == "text" and self._roles.alone("evaluation"):
-            text = rows.running
-        else:
-            text = "\n\n".join(plain(d) for d in self._roles.documents("evaluation"))
-        (stream,) = encode([text], self._tokenizer)
-        windows = Windows.cut(
-            stream,
-            window=self.eval_window,
-            stride=self.eval_stride,
-            count=self.eval_windows,
-            bos_id=self._bos_id() if self.eval_bos else None,
-            source=rows.source,
-        )
-        if not len(windows.ids):
-            short = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({self.eval_window})"
-            if self._explicit_text:
-                raise ConfigError(f"{short}; see --data.eval_window.")
-            warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
-            return None
-        return windows
-
-    def _bos_id(self) -> int:
-        if self._tokenizer.bos_token_id is None:
-            raise ConfigError("--data.eval_bos: the tokenizer has no BOS token.")
-        return int(self._tokenizer.bos_token_id)
-
-    def _check_length(self, tokens: int, what: str) -> None:
-        if self._max_positions is not None and tokens > self._max_positions:
-            raise ConfigError(
-                f"{what}: {tokens} tokens are more than the {self._max_positions} positions that the model allows."
-            )
-
     def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        filler = self._tokenizer.pad_token_id
-        ids = pad([e[0] for e in examples], self._tokenizer.eos_token_id or 0 if filler is None else filler)
+        filler = self._build.tokenizer.pad_token_id
+        ids = pad([e[0] for e in examples], self._build.tokenizer.eos_token_id or 0 if filler is None else filler)
         labels = pad([e[1] for e in examples], IGNORE_INDEX)
         mask = pad([[1] * len(e[0]) for e in examples], 0)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def _dropped_counts(self, role: Role) -> dict[str, int]:
-        repeated = self._roles.duplicates.get(role, 0)
-        counts = dict(self._roles.rows(role).dropped) | self._dropped.get(role, {})
-        return counts | ({"repeated": repeated} if repeated else {})
 
 
 def _fill_in(calibration: str, recovery: str | None, validation: str | None, text: str | None) -> dict[Role, str]:
@@ -379,10 +301,3 @@ def _fill_in(calibration: str, recovery: str | None, validation: str | None, tex
         "evaluation": text or lender,
     }
     return {role: source for role, source in given.items() if source is not None}
-
-
-def _digest(sequences: list[list[int]]) -> str:
-    digest = hashlib.sha256()
-    for ids in sequences:
-        digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Prefill and decode speed at batch 1."""
+"""Prefill and decode speed at batch 1, of one model or of several in alternation, and the memory it takes."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,11 @@ from torch import Tensor
 
 from hfprune.errors import ConfigError
 from hfprune.evaluation.hidden import inference
+from hfprune.evaluation.memory import peak_bytes
 from hfprune.loading import max_positions
+
+Spread = tuple[float, float]
+"""Smallest and largest value over repeats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,24 +27,35 @@ class Latency:
         prefill_spread_ms: Fastest and slowest repeat.
         decode_ms: Greedy decoding with a cache, milliseconds per token.
         decode_spread_ms: Fastest and slowest repeat.
+        peak_bytes: Weights and the most that was alive beside them at once, see :mod:`hfprune.evaluation.memory`.
         device: Device type.
         dtype: Type of the weights.
         threads: CPU threads of the process.
         prompt_tokens: Length of the prompt.
         new_tokens: Decoded tokens.
         repeats: Number of repeats.
+        prefill_ratio: Median over repeats of the time relative to the first model's in the same repeat; None for the
+            first model.
+        prefill_ratio_spread: Smallest and largest of these ratios.
+        decode_ratio: The same for decoding.
+        decode_ratio_spread: Smallest and largest.
     """
 
     prefill_ms: float
-    prefill_spread_ms: tuple[float, float]
+    prefill_spread_ms: Spread
     decode_ms: float
-    decode_spread_ms: tuple[float, float]
+    decode_spread_ms: Spread
+    peak_bytes: int
     device: str
     dtype: str
     threads: int
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    prefill_ratio: float | None = None
+    prefill_ratio_spread: Spread | None = None
+    decode_ratio: float | None = None
+    decode_ratio_spread: Spread | None = None
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -55,12 +70,29 @@ class Latency:
 def measure_latency(
     model: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 5, warmup: int = 1, seed: int = 0
 ) -> Latency:
-    """Returns how fast ``model`` reads a prompt of random tokens and continues it.
+    """Returns how fast ``model`` reads a prompt of random tokens and continues it; see :func:`compare_latency`."""
+    (found,) = compare_latency(
+        [model], prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup, seed=seed
+    )
+    return found
 
-    Prompt and continuation are shortened to what the model's positions allow.
+
+def compare_latency(
+    models: Sequence[Any],
+    *,
+    prompt_tokens: int = 256,
+    new_tokens: int = 16,
+    repeats: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+) -> list[Latency]:
+    """Returns how fast each model reads a prompt of random tokens and continues it.
+
+    The models take turns within every repeat, so that what else the machine does meets all of them, and ratios to the
+    first model are those of one repeat. Prompt and continuation are shortened to what the models' positions allow.
 
     Args:
-        model: A Hugging Face causal LM.
+        models: Hugging Face causal LMs, the dense one first.
         prompt_tokens: Length of the prompt.
         new_tokens: Tokens decoded greedily, one forward pass each.
         repeats: Timed repeats.
@@ -71,25 +103,53 @@ def measure_latency(
         ConfigError: A length or the number of repeats is below one.
     """
     _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup)
-    prompt_tokens, new_tokens = _fit(prompt_tokens, new_tokens, max_positions(model.config))
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
-    device = next(model.parameters()).device
+    for model in models:
+        prompt_tokens, new_tokens = _fit(prompt_tokens, new_tokens, max_positions(model.config))
+    vocab = min(model.config.vocab_size for model in models)
+    ids = torch.randint(vocab, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for _ in range(warmup + repeats):
+        for model, found in zip(models, times, strict=True):
+            with inference(model):
+                found.append(_measure_once(model, ids.to(_device(model)), new_tokens))
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    times = [found[warmup:] for found in times]
+    return [
+        _latency(model, found, None if index == 0 else times[0], ids, settings)
+        for index, (model, found) in enumerate(zip(models, times, strict=True))
+    ]
+
+
+def _latency(
+    model: Any,
+    times: list[tuple[float, float]],
+    base: list[tuple[float, float]] | None,
+    ids: Tensor,
+    settings: Mapping[str, int],
+) -> Latency:
+    figures: dict[str, Any] = dict(settings)
+    for column, name in enumerate(("prefill", "decode")):
+        values = [row[column] for row in times]
+        figures |= {f"{name}_ms": statistics.median(values), f"{name}_spread_ms": (min(values), max(values))}
+        if base is not None:
+            ratios = [value / row[column] for value, row in zip(values, base, strict=True)]
+            figures |= {f"{name}_ratio": statistics.median(ratios)}
+            figures |= {f"{name}_ratio_spread": (min(ratios), max(ratios))}
+    device = _device(model)
     with inference(model):
-        times = [_measure_once(model, ids.to(device), new_tokens) for _ in range(warmup + repeats)][warmup:]
-    prefill, decode = zip(*times, strict=True)
+        peak = peak_bytes(model, lambda: _measure_once(model, ids.to(device), 2))
     return Latency(
-        prefill_ms=statistics.median(prefill),
-        prefill_spread_ms=(min(prefill), max(prefill)),
-        decode_ms=statistics.median(decode),
-        decode_spread_ms=(min(decode), max(decode)),
+        **figures,
+        peak_bytes=peak,
         device=device.type,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
     )
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def _check(*, warmup: int, **counts: int) -> None:

@@ -13,6 +13,7 @@ from hfprune.data.encode import concat_blocks, crop_documents, encode_instructio
 from hfprune.data.sources import InstructionRow
 from hfprune.data.splits import assign_documents, unique_documents
 from hfprune.errors import ConfigError
+from hfprune.evaluation.overlap import Sketch
 from tests.models import tiny_tokenizer, token_ids
 
 
@@ -152,7 +153,7 @@ def alpaca(path, outputs):
 def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
     source = alpaca(tmp_path / "a.json", ["is a", "is " * 500, "an of"])
     data = bound(tokenizer, recovery=source, validation="builtin", seq_len=400)
-    data._max_positions = 400
+    data.bind(tokenizer, vocab_size=61, max_positions=400)
     with pytest.warns(UserWarning, match="1 examples longer than 400 tokens"):
         batches = list(data.train_dataloader())
     (batch,) = batches
@@ -320,6 +321,9 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     summary = data.summary()
     texts = load_rows("builtin").texts  # some topics of Python's documentation stand there twice
     repeated = sum(texts.count(document) - 1 for document in data._roles.documents("calibration"))
+    sketch = Sketch.from_text(summary["calibration"].pop("ngrams"))
+    ids = [row["input_ids"].tolist() for row in data.calibration_dataloader().dataset]
+    assert (sketch.share_of(ids), sketch.complete) == (1.0, True)
     assert summary["calibration"] | {"sha256": ""} == {
         "source": "builtin", "kind": "text", "sequences": 4, "tokens": 64, "supervised_tokens": None, "sha256": "",
         "dropped": {"repeated": repeated} if repeated else {},
@@ -327,3 +331,24 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     assert summary["recovery"]["supervised_tokens"] == 8 * 16
     assert len(summary["recovery"]["sha256"]) == 64
     assert summary["recovery"]["sha256"] != summary["calibration"]["sha256"]
+
+
+def test_evaluation_text_that_calibrates_too_is_said(tokenizer, tmp_path):
+    """The same text under another name, in another layout: documents are not equal, their words are."""
+    words = "the assert statement is a part of the language and so is while and for in it " * 30
+    (tmp_path / "eval.txt").write_text(words)
+    (tmp_path / "calibration.json").write_text(json.dumps([words[:900] + "x", words[100:] + "y"]))
+    data = bound(tokenizer, calibration=str(tmp_path / "calibration.json"), text=str(tmp_path / "eval.txt"))
+    data.calibration_dataloader()
+    assert data.overlap()["calibration"] > 0.5
+    with pytest.warns(UserWarning, match="% of the evaluation text's 13-grams occur in the calibration text"):
+        data._warn_of_overlap()
+    other = bound(tokenizer, text=str(tmp_path / "eval.txt"))
+    other.calibration_dataloader()
+    assert other.overlap() == {"calibration": 0.0}
+    assert bound(tokenizer, eval_windows=0).overlap() == {}
+
+
+def test_data_without_a_tokenizer_is_an_error():
+    with pytest.raises(ConfigError, match="bind"):
+        TextDataModule().calibration_dataloader()

@@ -6,6 +6,7 @@ import torch
 
 from hfprune.errors import ConfigError
 from hfprune.evaluation import measure_latency
+from hfprune.evaluation.latency import compare_latency
 from tests.models import tiny
 
 
@@ -38,7 +39,31 @@ def test_each_repeat_is_one_prefill_and_one_call_per_token():
 
     model.forward = spy
     measure_latency(model, prompt_tokens=8, new_tokens=3, repeats=2, warmup=1)
-    assert calls == ([(8, 1, False)] + [(1, None, False)] * 3) * 3
+    assert calls[:12] == ([(8, 1, False)] + [(1, None, False)] * 3) * 3
+    assert calls[12:] == [(8, 1, False)] + [(1, None, False)] * 2  # not timed: the memory
+
+
+def test_models_take_turns_and_ratios_are_those_of_a_turn(monkeypatch):
+    order = []
+    seconds = {
+        "dense": iter([9, 9, 2.0, 1.0, 4.0, 1.0, 2.0, 1.0, 0, 0]),
+        "small": iter([9, 9, 1.0, 0.5, 1.0, 0.25, 1.0, 1.0, 0, 0]),
+    }
+    dense, small = tiny(), tiny()
+    names = {id(dense): "dense", id(small): "small"}
+
+    def timed(model, ids, new_tokens):
+        name = names[id(model)]
+        order.append(name)
+        return next(seconds[name]), next(seconds[name])
+
+    monkeypatch.setattr("hfprune.evaluation.latency._measure_once", timed)
+    first, second = compare_latency([dense, small], prompt_tokens=4, new_tokens=2, repeats=3)
+    assert order[:8] == ["dense", "small"] * 4
+    assert (first.prefill_ratio, first.decode_ratio) == (None, None)
+    assert (second.prefill_ratio, second.prefill_ratio_spread) == (0.5, (0.25, 0.5))
+    assert (second.decode_ratio, second.decode_ratio_spread) == (0.5, (0.25, 1.0))
+    assert (first.prefill_ms, first.prefill_spread_ms, second.decode_ms) == (2.0, (2.0, 4.0), 0.5)
 
 
 def test_restores_every_training_flag():

@@ -1,0 +1,251 @@
+"""Zero-shot tasks through lm-eval's Python API, on the model in memory."""
+
+import difflib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from hfprune.errors import ConfigError
+from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
+
+_MAIN = ("acc_norm", "acc", "pct_stereotype")
+"""Which figure of a task counts for the average: the first that it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """One task's figures.
+
+    Attributes:
+        metrics: Name -> value, every one that the task defines (``acc``, ``acc_norm``, ``pct_stereotype``, ...).
+        stderr: Name -> standard error, where the harness gives one.
+        num_items: Items evaluated.
+        version: The task's version in the harness.
+    """
+
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    num_items: int
+    version: str
+
+    @property
+    def main(self) -> tuple[str, float] | None:
+        """The figure that counts for the average: acc_norm, else acc, else pct_stereotype."""
+        return next(((name, self.metrics[name]) for name in _MAIN if name in self.metrics), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroShot:
+    """Figures of all tasks.
+
+    Attributes:
+        tasks: Task -> figures.
+        average: Mean over tasks of acc_norm, or acc where there is none, or pct_stereotype (CrowS-Pairs, which the
+            HFPrune paper averages with the accuracies; it measures a bias, more is not better).
+        average_acc: Mean of acc over the tasks that have it.
+        harness: Version of lm-eval.
+        limit: Items per task that were asked for; None for all.
+        num_fewshot: Examples in the prompt.
+        data_dir: Folder of local data sets; None when they came from the hub.
+        seconds: Time taken.
+    """
+
+    tasks: dict[str, TaskResult]
+    average: float | None
+    average_acc: float | None
+    harness: str
+    limit: int | None
+    num_fewshot: int
+    data_dir: str | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures, for reports: those of a task side by side, ``acc`` and ``acc_stderr``."""
+        found = asdict(self)
+        for name, task in self.tasks.items():
+            errors = {f"{metric}_stderr": value for metric, value in task.stderr.items()}
+            found["tasks"][name] = {**task.metrics, **errors, "num_items": task.num_items, "version": task.version}
+        return found
+
+
+class Tasks:
+    """The tasks of an evaluation, found before any model is loaded.
+
+    Args:
+        names: Tasks, groups and tags of the harness; also ``paper10``, ``llmpruner7`` and ``zpruner5``.
+        data_dir: Folder of data sets as they were released, read in place of the hub's.
+        include_path: Folder of task files of one's own.
+
+    Raises:
+        ConfigError: A name is unknown (the nearest ones are given), a folder is missing, lm-eval is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], *, data_dir: str | None = None, include_path: str | None = None) -> None:
+        _check_installed()
+        for flag, folder in (("--task_data", data_dir), ("--include_path", include_path)):
+            if folder is not None and not Path(folder).is_dir():
+                raise ConfigError(f"{flag} '{folder}' is not a folder.")
+        if not names:
+            raise ConfigError("No task was named.")
+        self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
+        paths = [str(GROUPS_FOLDER)]
+        if data_dir is not None:
+            paths.append(str(LOCAL_FOLDER))
+        if include_path is not None:
+            paths.append(include_path)
+        self.manager = self._find(paths)
+
+    def _find(self, paths: list[str]) -> Any:
+        """Returns a task manager that knows all names; the harness's own tasks are listed only when needed."""
+        from lm_eval.tasks import TaskManager
+
+        metadata = {} if self.data_dir is None else {"data_dir": str(Path(self.data_dir).resolve())}
+        with _quiet():
+            if self.data_dir is not None:
+                local = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+                if all(name in local.all_tasks for name in self.names):
+                    return local
+            every = TaskManager(include_path=paths, metadata=metadata)
+        unknown = [name for name in self.names if name not in every.all_tasks]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
+            guess = f" Nearest: {', '.join(near)}." if near else ""
+            raise ConfigError(
+                f"Unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval (lm-eval ls "
+                "tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
+            )
+        return every
+
+    def load(self) -> list[Any]:
+        """Returns the task objects, their data read, in the order of their names.
+
+        Raises:
+            ConfigError: A data set cannot be read (no network, or no such file).
+        """
+        with _quiet():
+            try:
+                loaded: dict[str, Any] = self.manager.load(list(self.names))
+            except ConfigError:
+                raise
+            except Exception as error:  # datasets and the hub raise whatever the network does
+                line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
+                hint = "" if self.data_dir is not None else " Without a network, give local copies with --task_data."
+                raise ConfigError(
+                    f"The data of the tasks {', '.join(self.names)} cannot be read: {line}.{hint}"
+                ) from error
+        return list(loaded["tasks"].values())
+
+
+def zero_shot(
+    model: Any,
+    tokenizer: Any,
+    tasks: Tasks,
+    *,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    batch_size: int = 8,
+    share_prefixes: bool | None = None,
+) -> ZeroShot:
+    """Returns the zero-shot figures of ``model``.
+
+    Args:
+        model: A supported Hugging Face causal LM.
+        tokenizer: Its tokenizer.
+        tasks: What to evaluate.
+        limit: Use the first so many items of each task.
+        num_fewshot: Examples in the prompt.
+        batch_size: Requests per forward pass.
+        share_prefixes: Run what answers share once (see :mod:`hfprune.evaluation.prefix_lm`); False runs the harness's
+            own model class, as its command line does. None shares on the CPU, where it is several times faster.
+
+    Raises:
+        ConfigError: A number is not positive, or the data cannot be read.
+    """
+    if (limit is not None and limit < 1) or num_fewshot < 0 or batch_size < 1:
+        raise ConfigError(
+            f"Zero-shot tasks need --limit and --task_batch_size above 0; got {limit}, {batch_size} "
+            f"(and {num_fewshot} examples in the prompt)."
+        )
+    import lm_eval
+
+    start = time.perf_counter()
+    objects = tasks.load()
+    with _quiet(), isolate_rng():  # the harness seeds everything
+        found: Any = lm_eval.simple_evaluate(
+            model=_harness_model(model, tokenizer, batch_size, share_prefixes),
+            tasks=objects,
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot or None,
+            limit=limit,
+            bootstrap_iters=1000,
+            log_samples=False,
+            random_seed=0,
+        )
+    results = {task.task_name: _result(found, task.task_name) for task in objects}
+    main = [task.main[1] for task in results.values() if task.main is not None]
+    acc = [task.metrics["acc"] for task in results.values() if "acc" in task.metrics]
+    return ZeroShot(
+        tasks=results,
+        average=sum(main) / len(main) if main else None,
+        average_acc=sum(acc) / len(acc) if acc else None,
+        harness=lm_eval.__version__,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        data_dir=tasks.data_dir,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _harness_model(model: Any, tokenizer: Any, batch_size: int, share_prefixes: bool | None) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    from hfprune.evaluation.prefix_lm import PrefixLM
+
+    share = model.device.type == "cpu" if share_prefixes is None else share_prefixes
+    if share:
+        return PrefixLM(model, tokenizer, batch_size=batch_size)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _result(found: Any, name: str) -> TaskResult:
+    """Returns a task's figures; the harness calls them ``metric,filter``."""
+    metrics: dict[str, float] = {}
+    stderr: dict[str, float] = {}
+    for key, value in found["results"][name].items():
+        metric = key.partition(",")[0]
+        if not isinstance(value, int | float) or "," not in key:
+            continue
+        if metric.endswith("_stderr"):
+            stderr[metric.removesuffix("_stderr")] = float(value)
+        else:
+            metrics[metric] = float(value)
+    samples = found["n-samples"][name]["effective"]
+    return TaskResult(metrics=metrics, stderr=stderr, num_items=samples, version=str(found["versions"].get(name)))
+
+
+def _check_installed() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError('Zero-shot tasks need lm-eval: pip install "hfprune[eval]".')
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the harness logs about overridden tasks and a loaded model, and third parties' warnings."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lm_eval|datasets|fsspec")
+            yield
+    finally:
+        logger.setLevel(level)
