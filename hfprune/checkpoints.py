@@ -4,6 +4,7 @@ A checkpoint of a pruned model rebuilds its shapes from this record before weigh
 calibration continues there. ``torch.load(weights_only=True)`` reads it.
 """
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,11 +89,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """Returns a checkpoint without reading more of its weights than it must: a file, or a folder of shards.
 
     Raises:
-        ConfigError: There is no checkpoint at ``path``.
+        ConfigError: There is no checkpoint at ``path``, or a damaged one.
     """
     path = Path(path)
     file = path / _SHARDED_METADATA if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"'{path}' is not a checkpoint: neither a file nor a folder with {_SHARDED_METADATA}.")
-    metadata: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        metadata: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"'{path}' is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
     return metadata

@@ -9,7 +9,7 @@ from hfprune.version import __version__
 COMMANDS = {
     "fit": "calibrate, prune and recover with LoRA in one run",
     "prune": "calibrate and prune, without recovery",
-    "evaluate": "perplexity, fidelity to a dense model, size and speed",
+    "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
 }
 
 HELP = f"""hfprune {__version__}: prune a Hugging Face causal LM in the Lightning Trainer that also heals it.
@@ -23,7 +23,7 @@ examples:
   hfprune fit --config configs/quickstart.yaml
   hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
   hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
-  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID
+  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
 
 Each command lists its flags with: hfprune COMMAND --help
 """

@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
-from rich.console import Console
 
 from hfprune.callbacks.importance import TaylorImportanceCallback
 from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError
-from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.stage import measure
-from hfprune.evaluation.table import stage_table
-from hfprune.export import write_json
-from hfprune.loading import check_model_path, load_causal_lm, load_config
+from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.evaluator import Evaluation
 from hfprune.modules.causal_lm import PruningModule
 
 
@@ -58,43 +54,31 @@ class PruneTrainer(Trainer):
         datamodule: TextDataModule,
         *,
         dense: str | None = None,
+        ckpt_path: str | Path | None = None,
         latency: bool = True,
+        zero_shot: ZeroShotTasks | None = None,
+        dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures size, perplexity and speed of a model, and its fidelity to a dense one.
+        """Measures size, perplexity, speed and zero-shot tasks of a model, beside a dense one when that is given.
 
         Args:
-            model: The model to measure.
+            model: The model to measure; one that is configured is measured as it is.
             datamodule: Its ``text`` is the evaluation text.
             dense: Folder or hub id of the dense model to compare with.
-            latency: Measure prefill and decode speed.
+            ckpt_path: Lightning checkpoint to measure, written while pruning or recovering ``model``; adapters are
+                merged.
+            latency: Measure prefill and decode speed, of both models in alternation.
+            zero_shot: Tasks to run.
+            dense_cache: Folder that keeps the top logits of the dense model for later comparisons.
             output: JSON file for the figures.
 
         Returns:
             Stage name (``dense``, ``model``) -> figures.
+
+        Raises:
+            ConfigError: A model, text, task or checkpoint cannot be used; most of it is said before weights are loaded.
         """
-        if dense is not None:
-            check_model_path(dense)
-            other_vocab = load_config(dense).vocab_size
-            if other_vocab != model.vocab_size:
-                raise ConfigError(
-                    f"--dense '{dense}' has {other_vocab} tokens, the model {model.vocab_size}: their predictions "
-                    "cannot be compared."
-                )
-        datamodule.bind(model.tokenizer, vocab_size=model.vocab_size, max_positions=model.max_positions)
-        windows = datamodule.evaluation_windows()
-        model.configure_model()
-        device = self.strategy.root_device
-        stages, reference = {}, None
-        if dense is not None:
-            other = load_causal_lm(dense, dtype=model.dtype_name).to(device)
-            if windows is not None:
-                reference = DenseReference.collect(other, windows)
-            stages["dense"] = measure(other, windows, reference=reference, latency=latency).to_dict()
-            del other
-        found = measure(model.causal_lm.to(device), windows, reference=reference, latency=latency)
-        stages["model"] = found.to_dict()
-        Console().print(stage_table(stages))
-        if output is not None:
-            write_json(Path(output), {"model": model.path, "dense": dense, "stages": stages})
-        return stages
+        return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
+            latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
+        )

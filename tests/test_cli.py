@@ -259,6 +259,100 @@ def test_evaluate_refuses_what_cannot_be_compared(dense, tmp_path, capsys):
     assert "has 70 tokens, the model 61" in capsys.readouterr().err
 
 
+EVALUATE = ["--data.eval_window=16", "--data.eval_windows=2", "--latency=false", "--output=eval.json"]
+
+
+def evaluate(*flags):
+    assert main(["evaluate", *EVALUATE, *flags]) == 0
+    return json.loads(Path("eval.json").read_text())
+
+
+def test_evaluate_a_checkpoint_equals_the_exported_model(dense, capsys):
+    flags = ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
+    fit = ["fit", f"--model.path={dense}", "--output_dir=out", *SMALL, *flags, "--importance.recovery.rank=2"]
+    assert main(fit) == 0
+    exported = evaluate("--model.path=out/model", f"--dense={dense}")["stages"]["model"]
+    found = evaluate(f"--model.path={dense}", "--ckpt_path=out/checkpoints/last.ckpt", f"--dense={dense}")
+    checkpoint = found["stages"]["model"]
+    assert found["ckpt_path"] == "out/checkpoints/last.ckpt"
+    assert checkpoint["width"] == exported["width"] < 24
+    assert checkpoint["perplexity"]["value"] == pytest.approx(exported["perplexity"]["value"], rel=1e-5)
+    assert exported["size"]["disk_bytes"] == Path("out/model/model.safetensors").stat().st_size
+    assert checkpoint["size"]["disk_bytes"] is None
+    for bad, message in (
+        (["--ckpt_path=out/model/config.json"], "can be read"),
+        (["--ckpt_path=out/none"], "is not a"),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", f"--model.path={dense}", *EVALUATE, *bad]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evaluate_keeps_the_dense_predictions(dense):
+    assert prune(dense, "--intermediate_size=12") == 0
+    flags = ["--model.path=out/model", f"--dense={dense}"]
+    exact = evaluate(*flags)["stages"]["model"]["fidelity"]
+    first, second = (evaluate(*flags, "--dense_cache=cache")["stages"]["model"]["fidelity"] for _ in range(2))
+    assert first == second
+    assert len(list(Path("cache").iterdir())) == 1
+    assert (exact["dense_top_k"], first["dense_top_k"]) == (None, 61)
+    assert first["kl"] == pytest.approx(exact["kl"], rel=1e-5)
+
+
+def test_evaluate_measures_speed_in_alternation(dense, capsys):
+    stages = evaluate(f"--model.path={dense}", f"--dense={dense}", "--latency=true")["stages"]
+    assert stages["dense"]["latency"]["prefill_ratio"] is None
+    assert stages["model"]["latency"]["prefill_ratio"] > 0
+    assert "in alternation" in " ".join(capsys.readouterr().out.split())
+
+
+def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
+    from pydoc_data.topics import topics
+
+    documents = [text for _, text in sorted(topics.items())]
+    Path("seen.json").write_text(json.dumps(documents[:6]))
+    Path("seen.txt").write_text("\n\n".join(documents[:6]))
+    Path("other.txt").write_text(documents[40])
+    flags = ["--data.calibration=seen.json", "--data.recovery=other.txt", "--data.text=other.txt"]
+    assert prune(dense, "--intermediate_size=12", "--data.calibration_sequences=1400", *flags) == 0
+    with pytest.warns(UserWarning, match="13-grams occur in the text of the model's calibration"):
+        found = evaluate("--model.path=out/model", "--data.text=seen.txt", "--data.eval_windows=null")
+    assert "its figures look better" in found["warnings"][0]
+    Path("new.txt").write_text("Nothing of this stands in there, not a line of it, and so it goes on. " * 20)
+    assert evaluate("--model.path=out/model", "--data.text=new.txt")["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--limit=5"], "--limit belongs to zero-shot tasks: give --tasks"),
+        (["--task_data=here"], "--task_data belongs to"),
+        (["--tasks=arc_easy", "--task_data=nowhere"], "--task_data 'nowhere' is not a folder"),
+        (["--tasks=,"], "--tasks names no task"),
+        (["--data.eval_window=999"], "more than the 64 positions"),
+        (["--data.text=empty.txt"], "holds no text"),
+        (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(dense, capsys, flags, message):
+    Path("empty.txt").write_text("\n")
+    code = main(["evaluate", f"--model.path={dense}", *EVALUATE, *flags])
+    assert message in error_of(capsys, code)
+    assert not Path("eval.json").exists()
+
+
+def test_evaluate_refuses_a_model_without_a_tokenizer(tmp_path, capsys):
+    tiny(dtype=torch.float32).save_pretrained(tmp_path / "bare")
+    code = main(["evaluate", f"--model.path={tmp_path / 'bare'}", *EVALUATE])
+    assert "no usable tokenizer" in error_of(capsys, code)
+
+
+def test_evaluate_without_a_network(capsys):
+    """Tests run offline: a hub id that is not in the cache."""
+    code = main(["evaluate", "--model.path=nobody/no-such-model", *EVALUATE])
+    assert "nobody/no-such-model" in error_of(capsys, code)
+
+
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

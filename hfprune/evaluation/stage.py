@@ -1,6 +1,7 @@
-"""Everything that is measured at one stage of a run (dense, pruned, recovered)."""
+"""Everything that is measured of one model, or of a dense and a pruned one side by side."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ from torch import Tensor
 from hfprune.arch import find_groups, output_head, parameter_count
 from hfprune.evaluation.fidelity import Reference, fidelity_of
 from hfprune.evaluation.hidden import final_hidden
-from hfprune.evaluation.latency import Latency, measure_latency
+from hfprune.evaluation.latency import Latency, compare_latency, measure_latency
 from hfprune.evaluation.metrics import Fidelity
 from hfprune.evaluation.perplexity import Perplexity, perplexity_of
+from hfprune.evaluation.size import Size, measure_size
 from hfprune.evaluation.windows import Windows
 
 
@@ -21,7 +23,8 @@ class Measurement:
 
     Attributes:
         parameters: Parameters, tied weights once.
-        width: MLP width.
+        width: MLP width of the first layer.
+        size: Bytes, multiply-accumulates, key-value cache.
         perplexity: On the evaluation windows.
         fidelity: To the dense model, on the same windows.
         latency: Prefill and decode speed.
@@ -30,6 +33,7 @@ class Measurement:
 
     parameters: int
     width: int
+    size: Size
     perplexity: Perplexity | None
     fidelity: Fidelity | None
     latency: Latency | None
@@ -37,12 +41,24 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, for reports; what was not measured is left out."""
-        parts = {"perplexity": self.perplexity, "fidelity": self.fidelity, "latency": self.latency}
+        parts = {
+            "size": self.size,
+            "perplexity": self.perplexity,
+            "fidelity": self.fidelity,
+            "latency": self.latency,
+        }
         known = {name: part.to_dict() for name, part in parts.items() if part is not None}
         return {"parameters": self.parameters, "width": self.width, **known, "seconds": self.seconds}
 
 
-def measure(model: Any, windows: Tensor | Windows | None, *, reference: Reference | None, latency: bool) -> Measurement:
+def measure(
+    model: Any,
+    windows: Tensor | Windows | None,
+    *,
+    reference: Reference | None,
+    latency: bool,
+    folder: str | None = None,
+) -> Measurement:
     """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
 
     Args:
@@ -50,19 +66,28 @@ def measure(model: Any, windows: Tensor | Windows | None, *, reference: Referenc
         windows: [N, W] evaluation windows, None to measure neither perplexity nor fidelity.
         reference: The dense model's predictions on the same windows.
         latency: Measure speed.
+        folder: Where the model is saved, for its size on disk.
     """
     start = time.perf_counter()
     found, close = None, None
     if windows is not None:
-        found_windows = Windows.of(windows)
-        hidden, head = final_hidden(model, found_windows.ids), output_head(model)
-        found = perplexity_of(hidden, head, found_windows)
+        cut = Windows.of(windows)
+        hidden, head = final_hidden(model, cut.ids), output_head(model)
+        found = perplexity_of(hidden, head, cut)
         close = fidelity_of(reference, hidden, head) if reference is not None else None
     return Measurement(
         parameters=parameter_count(model),
         width=find_groups(model)[0].num_units,
+        size=measure_size(model, folder=folder),
         perplexity=found,
         fidelity=close,
         latency=measure_latency(model) if latency else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) -> None:
+    """Adds ``latency`` to every stage's figures, the models timed in alternation, ratios relative to the first."""
+    found = compare_latency(list(models.values()))
+    for name, speed in zip(models, found, strict=True):
+        stages[name]["latency"] = speed.to_dict()

@@ -75,32 +75,56 @@ class ZeroShot:
         return found
 
 
-class Tasks:
-    """The tasks of an evaluation, found before any model is loaded.
+class ZeroShotTasks:
+    """Tasks and how to run them; names are checked, and nothing is read, before any model is loaded.
 
     Args:
         names: Tasks, groups and tags of the harness; also ``paper10``, ``llmpruner7`` and ``zpruner5``.
         data_dir: Folder of data sets as they were released, read in place of the hub's.
         include_path: Folder of task files of one's own.
+        limit: Use the first so many items of each task.
+        num_fewshot: Examples in the prompt.
+        batch_size: Requests per forward pass.
+        share_prefixes: Run what answers share once (see :mod:`hfprune.evaluation.prefix_lm`); False runs the harness's
+            own model class, as its command line does. None shares on the CPU, where it is faster.
 
     Raises:
-        ConfigError: A name is unknown (the nearest ones are given), a folder is missing, lm-eval is not installed.
+        ConfigError: A name is unknown (the nearest ones are given), a folder is missing, a number is not positive, or
+            lm-eval is not installed.
     """
 
-    def __init__(self, names: Sequence[str], *, data_dir: str | None = None, include_path: str | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        data_dir: str | None = None,
+        include_path: str | None = None,
+        limit: int | None = None,
+        num_fewshot: int = 0,
+        batch_size: int = 8,
+        share_prefixes: bool | None = None,
+    ) -> None:
         _check_installed()
         for flag, folder in (("--task_data", data_dir), ("--include_path", include_path)):
             if folder is not None and not Path(folder).is_dir():
                 raise ConfigError(f"{flag} '{folder}' is not a folder.")
         if not names:
-            raise ConfigError("No task was named.")
+            raise ConfigError("--tasks names no task.")
+        if (limit is not None and limit < 1) or num_fewshot < 0 or batch_size < 1:
+            raise ConfigError(
+                "Tasks need --limit and --task_batch_size above 0 and --num_fewshot of at least 0; got "
+                f"{limit}, {batch_size}, {num_fewshot}."
+            )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
+        self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
+        self.share_prefixes = share_prefixes
         paths = [str(GROUPS_FOLDER)]
         if data_dir is not None:
             paths.append(str(LOCAL_FOLDER))
         if include_path is not None:
             paths.append(include_path)
-        self.manager = self._find(paths)
+        self._manager = self._find(paths)
+        self._objects: list[Any] | None = None
 
     def _find(self, paths: list[str]) -> Any:
         """Returns a task manager that knows all names; the harness's own tasks are listed only when needed."""
@@ -118,89 +142,68 @@ class Tasks:
             near = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
             guess = f" Nearest: {', '.join(near)}." if near else ""
             raise ConfigError(
-                f"Unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval (lm-eval ls "
-                "tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
+                f"--tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
+                "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
             )
         return every
 
     def load(self) -> list[Any]:
-        """Returns the task objects, their data read, in the order of their names.
+        """Returns the task objects, their data read once, in the order of their names.
 
         Raises:
             ConfigError: A data set cannot be read (no network, or no such file).
         """
-        with _quiet():
-            try:
-                loaded: dict[str, Any] = self.manager.load(list(self.names))
-            except ConfigError:
-                raise
-            except Exception as error:  # datasets and the hub raise whatever the network does
-                line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
-                hint = "" if self.data_dir is not None else " Without a network, give local copies with --task_data."
-                raise ConfigError(
-                    f"The data of the tasks {', '.join(self.names)} cannot be read: {line}.{hint}"
-                ) from error
-        return list(loaded["tasks"].values())
+        if self._objects is None:
+            with _quiet():
+                try:
+                    loaded: dict[str, Any] = self._manager.load(list(self.names))
+                except ConfigError:
+                    raise
+                except Exception as error:  # datasets and the hub raise whatever the network does
+                    line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
+                    hint = "" if self.data_dir else " Without a network, give local copies with --task_data."
+                    names = ", ".join(self.names)
+                    raise ConfigError(f"The data of the tasks {names} cannot be read: {line}.{hint}") from error
+            self._objects = list(loaded["tasks"].values())
+        return self._objects
 
+    def run(self, model: Any, tokenizer: Any) -> ZeroShot:
+        """Returns the figures of ``model``.
 
-def zero_shot(
-    model: Any,
-    tokenizer: Any,
-    tasks: Tasks,
-    *,
-    limit: int | None = None,
-    num_fewshot: int = 0,
-    batch_size: int = 8,
-    share_prefixes: bool | None = None,
-) -> ZeroShot:
-    """Returns the zero-shot figures of ``model``.
+        Args:
+            model: A supported Hugging Face causal LM.
+            tokenizer: Its tokenizer.
 
-    Args:
-        model: A supported Hugging Face causal LM.
-        tokenizer: Its tokenizer.
-        tasks: What to evaluate.
-        limit: Use the first so many items of each task.
-        num_fewshot: Examples in the prompt.
-        batch_size: Requests per forward pass.
-        share_prefixes: Run what answers share once (see :mod:`hfprune.evaluation.prefix_lm`); False runs the harness's
-            own model class, as its command line does. None shares on the CPU, where it is several times faster.
+        Raises:
+            ConfigError: The data cannot be read.
+        """
+        import lm_eval
 
-    Raises:
-        ConfigError: A number is not positive, or the data cannot be read.
-    """
-    if (limit is not None and limit < 1) or num_fewshot < 0 or batch_size < 1:
-        raise ConfigError(
-            f"Zero-shot tasks need --limit and --task_batch_size above 0; got {limit}, {batch_size} "
-            f"(and {num_fewshot} examples in the prompt)."
+        start = time.perf_counter()
+        objects = self.load()
+        with _quiet(), isolate_rng():  # the harness seeds everything
+            found: Any = lm_eval.simple_evaluate(
+                model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
+                tasks=objects,
+                task_manager=self._manager,
+                num_fewshot=self.num_fewshot or None,
+                limit=self.limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+        results = {task.task_name: _result(found, task.task_name) for task in objects}
+        main = [task.main[1] for task in results.values() if task.main is not None]
+        acc = [task.metrics["acc"] for task in results.values() if "acc" in task.metrics]
+        return ZeroShot(
+            tasks=results,
+            average=sum(main) / len(main) if main else None,
+            average_acc=sum(acc) / len(acc) if acc else None,
+            harness=lm_eval.__version__,
+            limit=self.limit,
+            num_fewshot=self.num_fewshot,
+            data_dir=self.data_dir,
+            seconds=time.perf_counter() - start,
         )
-    import lm_eval
-
-    start = time.perf_counter()
-    objects = tasks.load()
-    with _quiet(), isolate_rng():  # the harness seeds everything
-        found: Any = lm_eval.simple_evaluate(
-            model=_harness_model(model, tokenizer, batch_size, share_prefixes),
-            tasks=objects,
-            task_manager=tasks.manager,
-            num_fewshot=num_fewshot or None,
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=False,
-            random_seed=0,
-        )
-    results = {task.task_name: _result(found, task.task_name) for task in objects}
-    main = [task.main[1] for task in results.values() if task.main is not None]
-    acc = [task.metrics["acc"] for task in results.values() if "acc" in task.metrics]
-    return ZeroShot(
-        tasks=results,
-        average=sum(main) / len(main) if main else None,
-        average_acc=sum(acc) / len(acc) if acc else None,
-        harness=lm_eval.__version__,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        data_dir=tasks.data_dir,
-        seconds=time.perf_counter() - start,
-    )
 
 
 def _harness_model(model: Any, tokenizer: Any, batch_size: int, share_prefixes: bool | None) -> Any:

@@ -1,0 +1,156 @@
+"""``Evaluation``: one model, beside the dense one when that is given, measured in every way that was asked for."""
+
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from hfprune.checkpoints import Record, read_metadata
+from hfprune.data.text import TextDataModule
+from hfprune.errors import ConfigError, PlanError
+from hfprune.evaluation.cache import cached_reference
+from hfprune.evaluation.fidelity import DenseReference, Reference
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.stage import add_speeds, measure
+from hfprune.evaluation.table import stage_table
+from hfprune.evaluation.windows import Windows
+from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.export import write_json
+from hfprune.loading import check_model_path, load_causal_lm, load_config, previous_plan
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.plan import PruningPlan
+
+
+class Evaluation:
+    """Checks what is to be compared, before weights are loaded; ``run`` measures.
+
+    Args:
+        module: The model to measure.
+        data: Its ``text`` is the evaluation text.
+        device: Where to run.
+        dense: Folder or hub id of the dense model to compare with.
+        ckpt_path: Lightning checkpoint to restore into ``module``.
+
+    Raises:
+        ConfigError: The dense model has another vocabulary, or the checkpoint is not one that can be measured.
+    """
+
+    def __init__(
+        self,
+        module: PruningModule,
+        data: TextDataModule,
+        *,
+        device: torch.device,
+        dense: str | None = None,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        self.module, self.data, self.device, self.dense, self.ckpt_path = module, data, device, dense, ckpt_path
+        self.warnings: list[str] = []
+        if dense is not None:
+            check_model_path(dense)
+            other_vocab = load_config(dense).vocab_size
+            if other_vocab != module.vocab_size:
+                raise ConfigError(
+                    f"--dense '{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
+                    "cannot be compared."
+                )
+        if ckpt_path is not None:
+            _check_checkpoint(Path(ckpt_path))
+
+    def run(
+        self,
+        *,
+        latency: bool = True,
+        zero_shot: ZeroShotTasks | None = None,
+        dense_cache: str | None = None,
+        output: str | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
+        module, data = self.module, self.data
+        data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+        windows = data.evaluation_windows()
+        if zero_shot is not None:
+            zero_shot.load()
+        models, reference = self._load(windows, dense_cache)
+        self._warn_of_overlap(windows)
+        stages = {}
+        for name, model in models.items():
+            folder = self.dense if name == "dense" else (None if self.ckpt_path else module.path)
+            figures = measure(model, windows, reference=reference, latency=False, folder=folder)
+            stages[name] = figures.to_dict()
+            if zero_shot is not None:
+                stages[name]["zero_shot"] = zero_shot.run(model, module.tokenizer).to_dict()
+        if latency:
+            add_speeds(stages, models)
+        Console().print(stage_table(stages))
+        if output is not None:
+            facts = {"command": shlex.join(sys.argv), "model": module.path, "dense": self.dense}
+            facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}
+            write_json(Path(output), {**facts, "warnings": self.warnings, "stages": stages})
+        return stages
+
+    def _load(self, windows: Windows | None, dense_cache: str | None) -> tuple[dict[str, Any], Reference | None]:
+        """Returns the models by stage, the dense one first, and the dense one's predictions."""
+        models: dict[str, Any] = {}
+        reference: Reference | None = None
+        if self.dense is not None:
+            dense = load_causal_lm(self.dense, dtype=self.module.dtype_name).to(self.device)
+            models["dense"] = dense
+            if windows is not None and dense_cache is not None:
+                reference = cached_reference(dense_cache, dense, windows)
+            elif windows is not None:
+                reference = DenseReference.collect(dense, windows, copy_head=False)
+        models["model"] = self._model().to(self.device)
+        return models, reference
+
+    def _model(self) -> nn.Module:
+        self.module.configure_model()
+        if self.ckpt_path is not None:
+            checkpoint = torch.load(self.ckpt_path, map_location="cpu", weights_only=True)
+            self.module.on_load_checkpoint(checkpoint)
+            self.module.load_state_dict(checkpoint["state_dict"])
+            self.module.unwrap()
+        model: nn.Module = self.module.causal_lm
+        return model
+
+    def _warn_of_overlap(self, windows: Windows | None) -> None:
+        """Says when the evaluation text was seen in calibration or recovery, as far as the model's plan tells."""
+        plan = self._plan()
+        if plan is None or windows is None:
+            return
+        for role in ("calibration", "recovery"):
+            seen = (plan.provenance.get(role) or {}).get("data") or {}
+            if "ngrams" not in seen:
+                continue
+            share = Sketch.from_text(seen["ngrams"]).share_of(windows.ids.tolist())
+            if share >= SUSPICIOUS:
+                text = (
+                    f"{share:.0%} of the evaluation text's 13-grams occur in the text of the model's {role} "
+                    f"('{seen['source']}'): its figures look better than they are."
+                )
+                self.warnings.append(text)
+                warnings.warn(text, stacklevel=2)
+
+    def _plan(self) -> PruningPlan | None:
+        if self.module.plan is not None:
+            return self.module.plan
+        path = previous_plan(self.module.path)
+        try:
+            return None if path is None else PruningPlan.load(path)
+        except PlanError as error:
+            raise ConfigError(f"--model.path '{self.module.path}': {error}") from error
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raises ``ConfigError`` unless ``path`` is a checkpoint in one file that a ``PruningModule`` wrote."""
+    if path.is_dir():
+        raise ConfigError(
+            f"--ckpt_path '{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
+        )
+    if Record.of(read_metadata(path)) is None:
+        raise ConfigError(f"--ckpt_path '{path}' was not written by a PruningModule: it carries no pruning state.")
