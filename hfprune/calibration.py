@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hfprune.arch.groups import group_modules
 from hfprune.arch.projection import weight_of
-from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals
+from hfprune.criteria.base import BatchInfo, GradientCriterion, Signal, Totals, WeightCriterion
 from hfprune.errors import CalibrationError
 from hfprune.sums import LIMIT, ExactSum
 from hfprune.types import Group, Slice
@@ -35,6 +36,61 @@ class ObjectiveSum:
     padding: Tensor | None
 
 
+def weight_scores(model: nn.Module, groups: Sequence[Group], criterion: WeightCriterion) -> dict[str, Tensor]:
+    """Returns group name -> importance [U], float64, on the CPU; every rank of a sharded model must ask for it."""
+    modules = group_modules(model, groups)
+    with torch.no_grad():
+        return {g.name: criterion.score(g, [_whole(modules[s.module]) for s in g.slices]).cpu() for g in groups}
+
+
+def _whole(module: nn.Module) -> Tensor:
+    """Returns a projection's weight [out, in], gathered where it is sharded."""
+    weight = weight_of(module).detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+class NotFiniteError(CalibrationError):
+    """The objective of a batch is NaN or infinite."""
+
+
+def backward(
+    out: ObjectiveSum,
+    accumulators: Sequence["ImportanceAccumulator"],
+    *,
+    count: bool = True,
+    retain_graph: bool = False,
+) -> tuple[float, int]:
+    """Runs the backward pass of one batch's objective; every accumulator adds what its criterion makes of it.
+
+    Args:
+        out: The objective.
+        accumulators: Those that hooked the model.
+        count: False adds nothing.
+        retain_graph: Whether another objective of the same forward pass follows.
+
+    Returns:
+        The summed objective (nats) and its number of tokens.
+
+    Raises:
+        NotFiniteError: The objective is not finite.
+        CalibrationError: A score is not finite, or the objective depends on nothing that is scored.
+    """
+    total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())
+    if total != total or abs(total) == float("inf"):
+        raise NotFiniteError(f"The objective is {total} in this batch.")
+    if not out.total.requires_grad:
+        raise CalibrationError(
+            "The objective does not depend on any scored activation: no scored module ran, or the objective was "
+            "computed without gradients."
+        )
+    for accumulator in accumulators:
+        accumulator.arm(out)
+    out.total.backward(retain_graph=retain_graph)
+    for accumulator in accumulators:
+        accumulator.commit(out, count=count)
+    return total, num_tokens
+
+
 class ImportanceAccumulator:
     """Sums of a criterion over calibration sequences.
 
@@ -52,7 +108,7 @@ class ImportanceAccumulator:
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        criterion: Criterion,
+        criterion: GradientCriterion,
         *,
         root: nn.Module | None = None,
         device: torch.device | None = None,
@@ -100,21 +156,22 @@ class ImportanceAccumulator:
         """
         with torch.enable_grad():
             out = objective()
-            self._batch = BatchInfo(num_sequences=len(out.num_tokens), num_tokens=out.num_tokens, padding=out.padding)
-            self._pending = {}
-            total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())
-            if total != total or abs(total) == float("inf"):
-                raise CalibrationError(f"The objective is {total} in this batch. {self._blame(objective)}")
-            if not out.total.requires_grad:
-                raise CalibrationError(
-                    "The objective does not depend on any scored activation: no scored module ran, or the objective "
-                    "was computed without gradients."
-                )
-            out.total.backward()
-        if count and num_tokens:
+            try:
+                return backward(out, [self], count=count)
+            except NotFiniteError as error:
+                raise CalibrationError(f"{error} {self._blame(objective)}") from None
+
+    def arm(self, out: ObjectiveSum) -> None:
+        """Makes the hooks record what the next backward pass, that of ``out``, brings."""
+        self._batch = BatchInfo(num_sequences=len(out.num_tokens), num_tokens=out.num_tokens, padding=out.padding)
+        self._pending = {}
+
+    def commit(self, out: ObjectiveSum, *, count: bool = True) -> None:
+        """Adds what was recorded, unless ``count`` is false, and stops recording."""
+        self._batch = None
+        if count and int(out.num_tokens.sum()):
             self._add(out.num_tokens, out.total.detach())
         self._pending = {}
-        return total, num_tokens
 
     def _add(self, num_tokens: Tensor, total: Tensor) -> None:
         """Adds the pending rows of every group at once."""
@@ -218,7 +275,8 @@ class ImportanceAccumulator:
         return hook
 
     def _record(self, module: nn.Module, group: Group, part: Slice, value: Tensor, grad: Tensor) -> None:
-        assert self._batch is not None
+        if self._batch is None:  # the backward pass of another objective
+            return
         signal = Signal(input=value, grad=grad, weight=weight_of(module))
         rows = self._criterion.rows(group, part, signal, self._batch)
         self._pending.setdefault(group.name, []).append(rows.to(self._device))

@@ -3,7 +3,7 @@
 Shape legend: B sequences, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hfprune.arch.groups import backbone, output_head
 from hfprune.errors import ConfigError
-from hfprune.objectives import Objective, chunked_objective
+from hfprune.objectives import Objective, Term, chunked_objective, chunked_objectives
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` [B, T], and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T]. Position ids that
@@ -78,18 +78,39 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
         objective: What to sum.
         batch: One sequence per row (packed rows: see :func:`sequences`); padding on either side.
     """
+    hidden, mask = _final_hidden(model, batch)
+    targets, valid = objective.targets(batch["input_ids"], mask, batch.get("labels"))
+    every = bool(valid.all())
+    tokens = hidden.flatten(0, 1) if every else hidden[valid]
+    targets = None if targets is None else (targets.flatten() if every else targets[valid])
+    return chunked_objective(objective, tokens, output_head(model), targets), valid
+
+
+def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
+    hidden, mask = _final_hidden(model, batch)
+    terms, valid = [], []
+    for objective in objectives:
+        targets, counted = objective.targets(batch["input_ids"], mask, batch.get("labels"))
+        every = bool(counted.all())
+        terms.append(
+            Term(objective, None if targets is None else targets.flatten(), None if every else counted.flatten())
+        )
+        valid.append(counted)
+    totals = chunked_objectives(terms, hidden.flatten(0, 1), output_head(model))
+    return list(zip(totals, valid, strict=True))
+
+
+def _final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the final hidden states [B, T, D] and the attention mask [B, T]."""
     input_ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    targets, valid = objective.targets(input_ids, mask, batch.get("labels"))
     unpadded = bool(mask.all())
-    hidden = backbone(model)(
+    hidden: Tensor = backbone(model)(
         input_ids=input_ids,
         attention_mask=None if unpadded else mask,
         position_ids=None if unpadded else (mask.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     ).last_hidden_state
-    every = bool(valid.all())
-    tokens = hidden.flatten(0, 1) if every else hidden[valid]
-    targets = None if targets is None else (targets.flatten() if every else targets[valid])
-    return chunked_objective(objective, tokens, output_head(model), targets), valid
+    return hidden, mask

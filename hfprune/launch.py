@@ -269,7 +269,8 @@ def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     if value is None:
         return text
     kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
-    expected = [c.__name__ for c in Criterion.__subclasses__()] if kinds == ["Criterion"] else kinds
+    kinds_of = [c for kind in Criterion.__subclasses__() for c in kind.__subclasses__()]
+    expected = [c.__name__ for c in kinds_of] if kinds == ["Criterion"] else kinds
     return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
 
 

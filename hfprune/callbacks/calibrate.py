@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.callbacks.progress import calibration_progress
 from hfprune.callbacks.target import Target
-from hfprune.criteria import Criterion
+from hfprune.criteria import GradientCriterion
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.types import Group
 
@@ -41,7 +41,7 @@ class Calibration:
         trainer: Trainer,
         target: Target,
         groups: tuple[Group, ...],
-        criterion: Criterion,
+        criterion: GradientCriterion,
         *,
         limit: int | None,
         exact: bool,

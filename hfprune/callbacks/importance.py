@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import ResolvedBudget, uniform_keep
 from hfprune.arch import Neurons, class_name, parameter_count
+from hfprune.calibration import weight_scores
 from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap
@@ -23,7 +24,7 @@ from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
-from hfprune.criteria import ActivationTaylor, Criterion
+from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, WeightCriterion
 from hfprune.errors import ConfigError
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
@@ -139,7 +140,7 @@ class TaylorImportanceCallback(Callback):
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
             check_strategy(trainer, self._target)
-            if self._target.plan is None:
+            if self._target.plan is None and isinstance(self.criterion, GradientCriterion):
                 check_source(trainer, limit=self.calibration_batches)
             self.check(pl_module)
         self._tap = CheckpointTap(
@@ -216,10 +217,7 @@ class TaylorImportanceCallback(Callback):
     def _plan(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> PruningPlan:
-        start = time.perf_counter()
-        accumulator = self._calibrate(trainer, target, groups)
-        self.importance = accumulator.scores()
-        totals = accumulator.totals()
+        calibration = self._score(trainer, target, groups)
         plan = PruningPlan(
             model_class=class_name(target.model),
             groups=groups,
@@ -228,25 +226,36 @@ class TaylorImportanceCallback(Callback):
             provenance={
                 "budget": resolved.to_dict(),
                 "criterion": self.criterion.describe(),
-                "objective": target.objective_name,
+                "objective": target.objective_name if calibration else None,
                 "model": target.describe(),
-                "calibration": {
-                    "sequences": totals.num_sequences,
-                    "tokens": totals.num_tokens,
-                    "mean_objective_nats": accumulator.mean_objective(),
-                    "exact": self.exact,
-                    "data": data_summary(trainer, "calibration"),
-                },
+                "calibration": calibration,
                 "recovery": {"data": data_summary(trainer, "recovery")},
                 "versions": versions(),
             },
         )
-        seconds = time.perf_counter() - start
-        _say(trainer, f"Calibrated on {totals.num_tokens:,} tokens in {seconds:.1f} s.")
         shared: PruningPlan = trainer.strategy.broadcast(plan)
         return shared
 
+    def _score(self, trainer: Trainer, target: Target, groups: tuple[Group, ...]) -> dict[str, Any] | None:
+        """Sets ``importance``; returns what is told about the calibration, None when the weights alone tell."""
+        if isinstance(self.criterion, WeightCriterion):
+            self.importance = weight_scores(target.model, groups, self.criterion)
+            return None
+        start = time.perf_counter()
+        accumulator = self._calibrate(trainer, target, groups)
+        self.importance = accumulator.scores()
+        totals = accumulator.totals()
+        _say(trainer, f"Calibrated on {totals.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s.")
+        return {
+            "sequences": totals.num_sequences,
+            "tokens": totals.num_tokens,
+            "mean_objective_nats": accumulator.mean_objective(),
+            "exact": self.exact,
+            "data": data_summary(trainer, "calibration"),
+        }
+
     def _calibrate(self, trainer: Trainer, target: Target, groups: tuple[Group, ...]) -> Any:
+        assert isinstance(self.criterion, GradientCriterion)
         calibration = Calibration(
             trainer,
             target,

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals, Weighting
+from hfprune.criteria.base import BatchInfo, GradientCriterion, Signal, Totals, Weighting
 from hfprune.errors import ConfigError
 from hfprune.sums import Bfloat16Sum, UnitSum
 from hfprune.types import Group, Slice
@@ -13,7 +13,7 @@ from hfprune.types import Group, Slice
 Reduction = Literal["per_token", "per_sequence", "signed"]
 
 
-class ActivationTaylor(Criterion):
+class ActivationTaylor(GradientCriterion):
     """|activation * activation gradient| of a unit, where the absolute value is taken per token, sequence or data set.
 
     With a_nt the unit's activation and g_nt the gradient of sequence n's summed objective there:

@@ -7,6 +7,7 @@ Shape legend: B sequences, T tokens, C channels, U units.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,7 +73,28 @@ class Totals:
 
 
 class Criterion(ABC):
-    """Turns signals into scores. One instance serves all groups; it holds settings, never sums.
+    """Turns what is known about units into scores. One instance serves all groups; it holds settings, never sums."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """Returns the criterion's name and settings for the plan's provenance."""
+
+
+class WeightCriterion(Criterion):
+    """Scores that follow from the weights alone: no calibration data is run."""
+
+    @abstractmethod
+    def score(self, group: Group, weights: Sequence[Tensor]) -> Tensor:
+        """Returns the importance [U] float64, >= 0.
+
+        Args:
+            group: The group.
+            weights: The weight [out, in] of each of its slices' projections.
+        """
+
+
+class GradientCriterion(Criterion):
+    """Scores from activations or weights and the objective's gradients, summed over the calibration set.
 
     Attributes:
         signal: ``activation`` reads the gradient at the input of the group's ``in`` slices; ``weight`` reads the input
@@ -92,7 +114,3 @@ class Criterion(ABC):
     @abstractmethod
     def score(self, total: Tensor, totals: Totals) -> Tensor:
         """Returns the importance [U] float64, >= 0, of rows that were summed over all batches and ranks."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, str]:
-        """Returns the criterion's name and settings for the plan's provenance."""

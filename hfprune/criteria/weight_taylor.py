@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import BatchInfo, Criterion, Signal, Totals, Weighting
+from hfprune.criteria.base import BatchInfo, GradientCriterion, Signal, Totals, Weighting
 from hfprune.errors import ConfigError
 from hfprune.types import Group, Slice
 
 
-class WeightTaylor(Criterion):
+class WeightTaylor(GradientCriterion):
     """sum_n sum |w * dw_n| over every weight that a unit owns, dw_n the gradient of sequence n's objective.
 
     The absolute value is taken per weight and per sequence: with a larger batch it would depend on the batch size

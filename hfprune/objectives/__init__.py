@@ -1,6 +1,6 @@
 """What scalar is differentiated: functions of the logits with closed-form gradients, one file each."""
 
 from hfprune.objectives.base import OBJECTIVES, Objective, ValueAndGrad
-from hfprune.objectives.chunked import OutputHead, chunked_objective
+from hfprune.objectives.chunked import OutputHead, Term, chunked_objective, chunked_objectives
 
-__all__ = ["OBJECTIVES", "Objective", "OutputHead", "ValueAndGrad", "chunked_objective"]
+__all__ = ["OBJECTIVES", "Objective", "OutputHead", "Term", "ValueAndGrad", "chunked_objective", "chunked_objectives"]

@@ -7,6 +7,7 @@ ordinary backward pass starts at the hidden states (methods section 9, identity 
 Shape legend: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +63,31 @@ def chunk_tokens(vocab_size: int, *, chunk_bytes: int = CHUNK_BYTES) -> int:
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
-def _chunk(head: OutputHead, objective: Objective, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
-    logits = head.logits(hidden)
-    saved = logits.clone() if head.softcap is not None else None
-    value, grad = objective.value_and_grad(logits, targets)
-    return value.sum(dtype=torch.float64), head.pull_back(grad, saved).to(hidden.dtype)
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One objective over some of the tokens.
+
+    Attributes:
+        objective: What to sum.
+        targets: [N] int64, or None when the objective needs none.
+        tokens: [N] boolean, the tokens that count; None for all.
+    """
+
+    objective: Objective
+    targets: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns logits and targets of this term's tokens in a chunk."""
+        targets = None if self.targets is None else self.targets[part]
+        if self.tokens is None:
+            return logits, targets
+        chosen = self.tokens[part]
+        return logits[chosen], None if targets is None else targets[chosen]
 
 
-class _ChunkedObjective(torch.autograd.Function):
-    """Sum of an objective over tokens; gradients are computed in the forward pass and scaled in the backward pass."""
+class _ChunkedObjectives(torch.autograd.Function):
+    """Sums of objectives over tokens; gradients are computed in the forward pass and scaled in the backward pass."""
 
     @staticmethod
     def forward(
@@ -80,42 +96,81 @@ class _ChunkedObjective(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         head: OutputHead,
-        objective: Objective,
-        targets: Tensor | None,
+        terms: Sequence[Term],
         size: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None
+        totals, saved = [], []
+        for _ in terms:
+            totals.append(torch.zeros((), dtype=torch.float64, device=hidden.device))
+            saved += [
+                torch.zeros_like(hidden) if need_hidden else None,
+                torch.zeros_like(weight, dtype=wide) if need_weight else None,
+                torch.zeros_like(bias, dtype=wide) if need_bias and bias is not None else None,
+            ]
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            value, grad = _chunk(head, objective, hidden[part], None if targets is None else targets[part])
-            total += value
-            if grad_hidden is not None:
-                torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            del grad  # or it would live on beside the next chunk's logits
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            logits = head.logits(hidden[part])
+            for index, term in enumerate(terms):
+                last = index == len(terms) - 1
+                rows, targets = term.part(part, logits if last or term.tokens is not None else logits.clone())
+                value, grad = _value_and_grad(head, term.objective, rows, targets, hidden.dtype)
+                totals[index] += value
+                inputs = hidden[part] if term.tokens is None else hidden[part][term.tokens[part]]
+                _add(saved[3 * index : 3 * index + 3], part, term.tokens, grad, inputs, weight)
+                del rows, grad  # or they would live on beside the next chunk's logits
+            del logits
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return total
+        return tuple(totals)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        sums: list[Tensor | None] = [None, None, None]
+        for index, scale in enumerate(grad_outputs):
+            if scale is None:  # another objective of the same pass is differentiated
+                continue
+            for kind in range(3):
+                grad = saved[3 * index + kind]
+                if grad is not None:
+                    scaled = grad * scale.to(grad.dtype)
+                    before = sums[kind]
+                    sums[kind] = scaled if before is None else before + scaled
+        hidden, weight, bias = sums
         return (
-            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_output).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_output).to(bias_dtype),
-            *(None,) * 4,
+            hidden,
+            None if weight is None else weight.to(weight_dtype),
+            None if bias is None else bias.to(bias_dtype),
+            *(None,) * 3,
         )
+
+
+def _value_and_grad(
+    head: OutputHead, objective: Objective, logits: Tensor, targets: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns an objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
+    saved = logits.clone() if head.softcap is not None else None
+    value, grad = objective.value_and_grad(logits, targets)
+    return value.sum(dtype=torch.float64), head.pull_back(grad, saved).to(dtype)
+
+
+def _add(
+    sums: list[Tensor | None], part: slice, tokens: Tensor | None, grad: Tensor, inputs: Tensor, weight: Tensor
+) -> None:
+    """Adds a chunk's gradients to those of hidden states, weight and bias."""
+    grad_hidden, grad_weight, grad_bias = sums
+    if grad_hidden is not None and tokens is None:
+        torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
+    elif grad_hidden is not None and tokens is not None:
+        grad_hidden[part][tokens[part]] = grad @ weight.to(grad.dtype)
+    if grad_weight is not None:
+        grad_weight += grad.T @ inputs
+    if grad_bias is not None:
+        grad_bias += grad.sum(0)
 
 
 def chunked_objective(
@@ -126,10 +181,7 @@ def chunked_objective(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Returns the sum of ``objective`` over tokens, a float64 scalar that is differentiable in ``hidden`` and the head.
-
-    Arithmetic on logits is float32 whatever the model's dtype (float64 for a float64 model). The result does not depend
-    on the chunk size beyond rounding.
+    """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
 
     Args:
         objective: What to sum.
@@ -138,8 +190,26 @@ def chunked_objective(
         targets: [N] int64, or None when the objective needs none.
         chunk_bytes: Size of one chunk of fp32 logits.
     """
-    size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes)
-    total: Tensor = _ChunkedObjective.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head, objective, targets, size
-    )
+    (total,) = chunked_objectives([Term(objective, targets)], hidden, head, chunk_bytes=chunk_bytes)
     return total
+
+
+def chunked_objectives(
+    terms: Sequence[Term], hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, ...]:
+    """Returns each objective's sum over its tokens: float64 scalars, differentiable in ``hidden`` and the head.
+
+    Logits are computed once for all objectives. Arithmetic on them is float32 whatever the model's dtype (float64 for a
+    float64 model). The results do not depend on the chunk size beyond rounding.
+
+    Args:
+        terms: Objectives and their tokens.
+        hidden: [N, D], final hidden states.
+        head: The output head.
+        chunk_bytes: Size of one chunk of fp32 logits.
+    """
+    size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes)
+    totals: tuple[Tensor, ...] = _ChunkedObjectives.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, tuple(terms), size
+    )
+    return totals

@@ -1,10 +1,13 @@
 """Every criterion against loops over sequences, tokens and neurons in float64 (acceptance tests 2 to 5)."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from hfprune.arch import backbone, find_groups, output_head
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
+from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
+from hfprune.causal import objective_sums
 from hfprune.criteria import ActivationTaylor, BatchInfo, Signal, Totals, WeightTaylor
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.objectives import OBJECTIVES, chunked_objective
@@ -257,3 +260,35 @@ def test_zero_scores_and_no_tokens_are_errors():
 def test_settings_are_checked(kwargs, match):
     with pytest.raises(ConfigError, match=match):
         ActivationTaylor(**kwargs)
+
+
+def test_one_forward_pass_serves_several_objectives_and_criteria():
+    """Each pair gets what it gets alone; padding and labels differ between the objectives."""
+    model = tiny("llama_untied_bias")
+    groups = find_groups(model)
+    batches = [padded([token_ids(1, n, seed=n)[0] for n in lengths], "left") for lengths in ((5, 9), (7, 3))]
+    pairs = [
+        ("entropy", ActivationTaylor()),
+        ("cross_entropy", ActivationTaylor(reduction="signed")),
+        ("entropy", WeightTaylor()),
+    ]
+    several = [ImportanceAccumulator(model, groups, criterion) for _, criterion in pairs]
+    with ExitStack() as stack:
+        for accumulator in several:
+            stack.enter_context(accumulator.recording())
+        for ids, mask in batches:
+            batch = {"input_ids": ids, "attention_mask": mask}
+            names = ["entropy", "cross_entropy"]
+            with torch.enable_grad():
+                found = objective_sums(model, [OBJECTIVES.get(name) for name in names], batch)
+            for index, (name, (total, valid)) in enumerate(zip(names, found, strict=True)):
+                out = ObjectiveSum(total=total, num_tokens=valid.sum(1), padding=mask == 0)
+                mine = [a for a, (objective, _) in zip(several, pairs, strict=True) if objective == name]
+                backward(out, mine, retain_graph=index == 0)
+    for accumulator, (name, criterion) in zip(several, pairs, strict=True):
+        alone = calibrate(model, batches, criterion, name)
+        assert accumulator.mean_objective() == pytest.approx(alone.mean_objective(), rel=1e-12)
+        for group in groups:
+            torch.testing.assert_close(
+                accumulator.scores()[group.name], alone.scores()[group.name], rtol=1e-10, atol=1e-14
+            )

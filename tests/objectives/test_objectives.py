@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hfprune.errors import ConfigError
-from hfprune.objectives import OBJECTIVES, OutputHead, chunked_objective
+from hfprune.objectives import OBJECTIVES, OutputHead, Term, chunked_objective, chunked_objectives
 from hfprune.objectives.chunked import CHUNK_BYTES, chunk_tokens
 from hfprune.objectives.cross_entropy import cross_entropy
 from hfprune.objectives.entropy import entropy
@@ -103,6 +103,27 @@ def test_chunked_equals_whole(name, softcap, scale, bias, rows_per_chunk):
     found_grads = torch.autograd.grad(2 * found, leaves)
     torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
     for f, e in zip(found_grads, expected_grads, strict=True):
+        torch.testing.assert_close(f, e, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows_per_chunk", [1, 4, 100])
+def test_several_objectives_over_their_own_tokens(softcap, rows_per_chunk):
+    hidden = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (9,))
+    tokens = torch.tensor([True, False, True, True, False, True, True, False, True])
+    h = head(softcap=softcap)
+    terms = [Term(OBJECTIVES.get("entropy")), Term(OBJECTIVES.get("cross_entropy"), targets, tokens)]
+    leaves = [hidden, h.weight, h.bias]
+    expected = [plain_sum("entropy", hidden, h, None), plain_sum("cross_entropy", hidden[tokens], h, targets[tokens])]
+    found = chunked_objectives(terms, hidden, h, chunk_bytes=rows_per_chunk * 4 * 11)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-11, rtol=0)
+        wanted = torch.autograd.grad(other, leaves, retain_graph=True)
+        for f, e in zip(torch.autograd.grad(mine, leaves, retain_graph=True), wanted, strict=True):
+            torch.testing.assert_close(f, e, atol=1e-11, rtol=0)
+    both = torch.autograd.grad(found[0] - 2 * found[1], leaves)
+    for f, e in zip(both, torch.autograd.grad(expected[0] - 2 * expected[1], leaves), strict=True):
         torch.testing.assert_close(f, e, atol=1e-11, rtol=0)
 
 

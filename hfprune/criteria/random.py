@@ -1,0 +1,34 @@
+"""Random scores: what any criterion must beat."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.base import WeightCriterion
+from hfprune.errors import ConfigError
+from hfprune.types import Group
+
+
+class Random(WeightCriterion):
+    """Uniform random numbers, drawn anew for every group from the seed and the group's name.
+
+    Args:
+        seed: Which numbers; equal on every machine and rank.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        if seed < 0:
+            raise ConfigError(f"The seed {seed} is negative.")
+        self.seed = seed
+
+    def score(self, group: Group, weights: Sequence[Tensor]) -> Tensor:
+        """Returns numbers in [0, 1), [U]; the weights are not looked at."""
+        digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        return torch.rand(group.num_units, generator=generator, dtype=torch.float64)
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and seed."""
+        return {"name": "random", "seed": str(self.seed)}
