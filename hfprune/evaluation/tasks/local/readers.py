@@ -1,0 +1,293 @@
+"""From data sets as they were released to the layout that the stock tasks read from the hub.
+
+lm-eval calls these as ``custom_dataset`` with the task's metadata, ``data_dir`` among it. Each returns the split that
+the stock task evaluates on, and nothing is cached.
+"""
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from hfprune.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def arc_easy(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns ARC-Easy's test split."""
+    return _arc("arc_easy", data_dir, "ARC-Easy-Test.jsonl", "ARC-Easy/ARC-Easy-Test.jsonl", "arc_easy_test.jsonl")
+
+
+def arc_challenge(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns ARC-Challenge's test split."""
+    names = ("ARC-Challenge-Test.jsonl", "ARC-Challenge/ARC-Challenge-Test.jsonl", "arc_challenge_test.jsonl")
+    return _arc("arc_challenge", data_dir, *names)
+
+
+def _arc(task: str, data_dir: str | None, *names: str) -> DatasetDict:
+    def convert(row: Row) -> Row:
+        return {"id": row["id"], "question": row["question"]["stem"], **_labelled(row)}
+
+    return _split("test", _converted(_json_lines(_find(task, data_dir, *names)), convert))
+
+
+def _labelled(row: Row) -> Row:
+    """Returns choices as columns and the answer, which must be one of their labels."""
+    choices = row["question"]["choices"]
+    labels = [choice["label"] for choice in choices]
+    if row["answerKey"] not in labels:
+        raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {labels}")
+    return {
+        "choices": {"text": [choice["text"] for choice in choices], "label": labels},
+        "answerKey": row["answerKey"],
+    }
+
+
+def boolq(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns BoolQ's validation split; labels may be booleans, or the words of the SuperGLUE copies."""
+    path = _find("boolq", data_dir, "BoolQ/val.jsonl", "boolq_val.jsonl", "boolq_val.jsonl.gz", "dev.jsonl")
+
+    def convert(row: Row) -> Row:
+        label = {"true": 1, "false": 0}[str(row.get("label", row.get("answer"))).lower()]
+        return {"question": row["question"], "passage": row["passage"], "idx": row.get("idx", 0), "label": label}
+
+    return _split("validation", _converted(_json_lines(path), convert))
+
+
+def crows_pairs_english(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns the released CrowS-Pairs, 1,508 pairs."""
+    path = _find("crows_pairs_english", data_dir, "crows_pairs_anonymized.csv")
+    names = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
+    return _split("test", _converted(_table(path, ","), lambda row: {name: row[name] for name in names}))
+
+
+def openbookqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns OpenBookQA's test split."""
+    path = _find("openbookqa", data_dir, "openbookqa_test.jsonl", "OpenBookQA-V1-Sep2018/Data/Main/test.jsonl")
+
+    def convert(row: Row) -> Row:
+        return {"id": row["id"], "question_stem": row["question"]["stem"], **_labelled(row)}
+
+    return _split("test", _converted(_json_lines(path), convert))
+
+
+def piqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns PIQA's validation split, its labels from the file beside it."""
+    path = _find("piqa", data_dir, "piqa_valid.jsonl", "piqa/valid.jsonl", "valid.jsonl")
+    labels = _labels("piqa", path)
+    rows = [row | {"label": label} for row, label in _beside("piqa", path, labels)]
+    return _split(
+        "validation",
+        _converted(enumerate(rows, 1), lambda row: {k: row[k] for k in ("goal", "sol1", "sol2", "label")}, path),
+    )
+
+
+def race(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns RACE-high, one row a passage: stock asks the last question, with the others answered before it."""
+    path = _find("race", data_dir, "RACE/test/high", "test/high", "RACE/dev/high", "race_dev.tar.gz")
+
+    def convert(row: Row) -> Row:
+        problems = [
+            {"question": question, "answer": answer, "options": options}
+            for question, answer, options in zip(row["questions"], row["answers"], row["options"], strict=True)
+        ]
+        return {"article": row["article"], "problems": str(problems)}
+
+    return _split("test", _converted(_race_rows(path), convert, path))
+
+
+def _race_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields the passages in the order of their names."""
+    if path.is_dir():
+        for number, passage in enumerate(sorted(path.glob("*.txt")), 1):
+            yield number, json.loads(passage.read_text(encoding="utf-8"))
+        return
+    with tarfile.open(path) as archive:
+        members = sorted((m for m in archive.getmembers() if "/high/" in m.name and m.isfile()), key=lambda m: m.name)
+        for number, member in enumerate(members, 1):
+            file = archive.extractfile(member)
+            assert file is not None
+            yield number, json.loads(file.read().decode("utf-8"))
+
+
+def social_iqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns Social IQa's validation split: released with labels beside it, or with the right option's text."""
+    path = _find("social_iqa", data_dir, "siqa_dev.jsonl", "socialiqa-train-dev/dev.jsonl", "socialIWa_v1.4_dev.jsonl")
+
+    def convert(row: Row) -> Row:
+        if "options" in row:
+            options, label = row["options"], row["options"].index(row["answer"]) + 1
+        else:
+            options, label = [row[f"answer{letter}"] for letter in "ABC"], int(row["label"])
+        answers = dict(zip(("answerA", "answerB", "answerC"), options, strict=True))
+        return {"context": row["context"], "question": row["question"], **answers, "label": str(label)}
+
+    rows: Any = _json_lines(path)
+    if path.name == "dev.jsonl":
+        pairs = _beside("social_iqa", path, _labels("social_iqa", path))
+        rows = enumerate((row | {"label": label} for row, label in pairs), 1)
+    return _split("validation", _converted(rows, convert, path))
+
+
+def truthfulqa_mc1(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns TruthfulQA's multiple-choice set."""
+    path = _find("truthfulqa", data_dir, "truthfulqa_mc_task.json", "mc_task.json", "data/mc_task.json")
+
+    def convert(row: Row) -> Row:
+        targets = {
+            name: {"choices": list(row[name]), "labels": list(row[name].values())}
+            for name in ("mc1_targets", "mc2_targets")
+        }
+        return {"question": row["question"], **targets}
+
+    rows = _parsed(path, lambda: json.loads(_text(path)))
+    return _split("validation", _converted(enumerate(rows, 1), convert, path))
+
+
+truthfulqa_mc2 = truthfulqa_mc1
+
+
+def winogrande(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns WinoGrande's validation split."""
+    path = _find("winogrande", data_dir, "winogrande_1.1/dev.jsonl", "winogrande_dev.jsonl")
+    names = ("sentence", "option1", "option2", "answer")
+    return _split("validation", _converted(_json_lines(path), lambda row: {name: row[name] for name in names}))
+
+
+def hellaswag(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns HellaSwag's validation split, or as much of it as the file holds."""
+    path = _find("hellaswag", data_dir, "hellaswag_val.jsonl", "hellaswag_val_1000.jsonl")
+    names = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type")
+
+    def convert(row: Row) -> Row:
+        return {name: row[name] for name in names} | {"label": str(row["label"])}
+
+    return _split("validation", _converted(_json_lines(path), convert))
+
+
+def mnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns MNLI's matched validation split, from GLUE's file."""
+    path = _find("mnli", data_dir, "MNLI/dev_matched.tsv", "mnli_dev_matched.tsv")
+    labels = ("entailment", "neutral", "contradiction")
+
+    def convert(row: Row) -> Row:
+        return {
+            "premise": row["sentence1"],
+            "hypothesis": row["sentence2"],
+            "label": labels.index(row["gold_label"]),
+            "idx": int(row["index"]),
+        }
+
+    return _split("validation_matched", _converted(_table(path, "\t"), convert))
+
+
+def wnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns WNLI's validation split, from GLUE's file."""
+    path = _find("wnli", data_dir, "WNLI/dev.tsv", "wnli_dev.tsv")
+
+    def convert(row: Row) -> Row:
+        return {name: row[name] for name in ("sentence1", "sentence2")} | {"label": int(row["label"])}
+
+    return _split("validation", _converted(_table(path, "\t"), convert))
+
+
+def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
+    """Returns RTE's validation split, from SuperGLUE's file; GLUE's task reads the same pairs."""
+    path = _find("rte", data_dir, "RTE/val.jsonl", "rte_val.jsonl")
+    labels = ("entailment", "not_entailment")
+
+    def convert(row: Row) -> Row:
+        return {"sentence1": row["premise"], "sentence2": row["hypothesis"], "label": labels.index(row["label"])}
+
+    return _split("validation", _converted(_json_lines(path), convert))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _find(task: str, data_dir: str | None, *names: str) -> Path:
+    """Returns the first of ``names`` that exists in ``data_dir``."""
+    if data_dir is None:
+        raise ConfigError(
+            f"Task {task} reads local files: give their folder as data_dir in the metadata (--task_data)."
+        )
+    found = next((path for name in names if (path := Path(data_dir) / name).exists()), None)
+    if found is None:
+        raise ConfigError(f"Task {task} finds none of its files in '{data_dir}': {', '.join(names)}.")
+    return found
+
+
+def _labels(task: str, path: Path) -> list[str]:
+    """Returns the labels of the ``-labels.lst`` file beside ``path``."""
+    beside = path.with_name(f"{path.stem}-labels.lst")
+    if not beside.is_file():
+        raise ConfigError(f"Task {task}: '{path}' needs its labels beside it, in {beside.name}.")
+    return _text(beside).split()
+
+
+def _beside(task: str, path: Path, labels: list[str]) -> Iterator[tuple[Row, int]]:
+    rows = [row for _, row in _json_lines(path)]
+    if len(rows) != len(labels):
+        raise ConfigError(f"Task {task}: '{path}' has {len(rows)} rows, its labels are {len(labels)}.")
+    yield from ((row, int(label)) for row, label in zip(rows, labels, strict=True))
+
+
+def _text(path: Path) -> str:
+    def read() -> str:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+
+    return str(_parsed(path, read))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields the rows of a JSON-lines file with their line numbers."""
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(path, partial(json.loads, line), number)
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+    """Yields the rows of a CSV file, or of a TSV file, where quotation marks mean nothing."""
+    file = io.StringIO(_text(path), newline="")
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader: Iterator[Row] = csv.DictReader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[call-overload]
+    yield from enumerate(reader, 2)
+
+
+def _parsed(path: Path, parse: Callable[[], Any], number: int | None = None) -> Any:
+    try:
+        return parse()
+    except (ValueError, OSError, EOFError) as error:
+        where = "" if number is None else f", line {number},"
+        raise ConfigError(f"'{path}'{where} cannot be read: {error}.") from error
+
+
+def _converted(
+    rows: Iterator[tuple[int, Row]] | Any, convert: Callable[[Row], Row], path: Path | None = None
+) -> list[Row]:
+    """Returns the rows converted; a row that is not what was released is an error with its number."""
+    found = []
+    for number, row in rows:
+        try:
+            found.append(convert(row))
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            file = "" if path is None else f" of '{path}'"
+            raise ConfigError(
+                f"Row {number}{file} is not laid out as released: {type(error).__name__} {error}."
+            ) from error
+    if not found:
+        raise ConfigError(f"'{path}' holds no rows." if path else "The file holds no rows.")
+    return found
+
+
+def _split(name: str, rows: list[Row]) -> DatasetDict:
+    return DatasetDict({name: Dataset.from_list(rows)})

@@ -1,0 +1,17 @@
+"""What people look at after a run or a sweep: one HTML page that needs nothing else, and its figures."""
+
+from hfprune.report.data import ConvergencePoint, FrontierPoint, Generation, ReportData, read_run
+from hfprune.report.figures import figures, save_figures
+from hfprune.report.page import render, write_report
+
+__all__ = [
+    "ConvergencePoint",
+    "FrontierPoint",
+    "Generation",
+    "ReportData",
+    "figures",
+    "read_run",
+    "render",
+    "save_figures",
+    "write_report",
+]

@@ -1,0 +1,237 @@
+"""What a report can show, and how it is read from the folder of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfprune.errors import ConfigError
+from hfprune.export import REPORT_FILE
+from hfprune.plan import PLAN_FILE, PruningPlan
+
+QUANTITIES = ("perplexity", "kl", "accuracy")
+"""What the quality of a model in a sweep is told by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvergencePoint:
+    """How near the ranking of the units already was to the final one.
+
+    Attributes:
+        tokens: Calibration tokens seen.
+        overlap: Share of the finally kept units that would have been kept at this point, in [0, 1].
+    """
+
+    tokens: int
+    overlap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One model of a sweep; what was not measured is None.
+
+    Attributes:
+        label: The model, for example ``entropy, 20 %``.
+        series: The method that made it; points of one series are joined. ``dense`` marks the dense model.
+        parameters: Parameters, tied weights once.
+        latency_ms: Prefill time.
+        perplexity: On the evaluation windows.
+        kl: KL(dense || model), nats per token.
+        accuracy: Mean zero-shot accuracy, in [0, 1].
+        spread: Field name -> lowest and highest value over seeds.
+    """
+
+    label: str
+    series: str
+    parameters: int | None = None
+    latency_ms: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    accuracy: float | None = None
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """How the model of each stage continues one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        texts: Stage -> continuation.
+    """
+
+    prompt: str
+    texts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportData:
+    """What a report shows; what is empty is left out of it.
+
+    Attributes:
+        title: Heading of the page.
+        commands: What was typed, to be typed again.
+        stages: Stage -> figures, as in ``report.json``; numbers that JSON has not are NaN, infinite, or text that says
+            so.
+        importance: Group -> score of every unit, groups in the order of the layers.
+        kept: Group -> kept units and units of the dense model.
+        convergence: How the choice of units settled while calibration went on.
+        frontier: The models of a sweep.
+        generations: Sample continuations.
+        facts: Label -> text: budget, data, seed, versions.
+        warnings: What the reader must know first.
+    """
+
+    title: str
+    commands: Sequence[str] = ()
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    importance: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    convergence: Sequence[ConvergencePoint] = ()
+    frontier: Sequence[FrontierPoint] = ()
+    generations: Sequence[Generation] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
+def number(value: Any) -> float | None:
+    """Returns a figure as a number, also where a strict JSON file holds it as text; None when there is none.
+
+    >>> number("inf"), number(3), number(None)
+    (inf, 3.0, None)
+    """
+    if isinstance(value, str) and value.lower() in ("nan", "inf", "-inf", "infinity", "-infinity"):
+        return float(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def look_up(value: Any, *path: str) -> Any:
+    """Returns what nested mappings hold at ``path``; None when a step of it is missing."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def read_run(folder: str | Path) -> ReportData:
+    """Returns what the folder of a run holds.
+
+    Args:
+        folder: Holds ``report.json`` and, where something was pruned, ``plan.json``.
+
+    Raises:
+        ConfigError: There is no ``report.json``, or it is not one.
+        PlanError: ``plan.json`` is not a plan.
+    """
+    folder = Path(folder)
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"'{folder}' holds no {REPORT_FILE}: it is not the folder of a finished run.") from error
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"'{path}' is not valid JSON: {error}.") from error
+    try:
+        return _from_report(report, folder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"'{path}' is not the report of a run: {type(error).__name__}: {error}.") from error
+
+
+def _from_report(report: Any, folder: Path) -> ReportData:
+    stages = report["stages"]
+    if not all(isinstance(stage, Mapping) for stage in stages.values()):
+        raise TypeError("every stage must be an object")
+    plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
+    kept = {g.name: (len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
+    importance = {str(name): _scores(scores) for name, scores in (report.get("importance") or {}).items()}
+    return ReportData(
+        title=_title(report, folder),
+        commands=[report["command"]] if report.get("command") else [],
+        stages=stages,
+        importance=importance,
+        kept=kept,
+        convergence=[
+            ConvergencePoint(tokens=int(tokens), overlap=float(overlap))
+            for tokens, overlap in report.get("convergence") or ()
+        ],
+        generations=[
+            Generation(prompt=str(item["prompt"]), texts={str(k): str(v) for k, v in item["texts"].items()})
+            for item in report.get("generations") or ()
+        ],
+        facts=_facts(report),
+        warnings=[str(text) for text in report.get("warnings") or ()],
+    )
+
+
+def _scores(values: Sequence[Any]) -> list[float]:
+    found = [number(value) for value in values]
+    return [float("nan") if value is None else value for value in found]
+
+
+def _title(report: Mapping[str, Any], folder: Path) -> str:
+    model, asked = look_up(report, "plan", "model", "path"), look_up(report, "plan", "budget", "asked")
+    known = ", ".join(str(part) for part in (model, asked) if part)
+    return f"Pruning {known}" if known else f"Run {folder.resolve().name}"
+
+
+def _facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what the report says of how it came about; what it does not say is left out."""
+    calibration = look_up(report, "plan", "calibration") or {}
+    objective = number(calibration.get("mean_objective_nats"))
+    facts = {
+        "Budget": _budget(look_up(report, "plan", "budget") or {}),
+        "Model": _settings(look_up(report, "plan", "model")),
+        "Criterion": _settings(look_up(report, "plan", "criterion")),
+        "Objective": look_up(report, "plan", "objective") or "",
+        "Mean objective": "" if objective is None else f"{objective:.4f} nats per token",
+        "Recovery": _settings(report.get("recovery")),
+    }
+    for role, found in (report.get("data") or {}).items():
+        facts[f"{role.capitalize()} data"] = _data(found)
+    for label, key in (("Seed", "seed_everything"), ("Data seed", "data.seed")):
+        seed = look_up(report.get("config"), *key.split("."))
+        facts[label] = "" if seed is None else str(seed)
+    seconds = number(report.get("seconds"))
+    facts["Duration"] = "" if seconds is None else _duration(seconds)
+    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items())
+    return {label: text for label, text in facts.items() if text}
+
+
+def _budget(budget: Mapping[str, Any]) -> str:
+    parts = [str(budget["asked"])] if budget.get("asked") else []
+    if budget.get("dense_params") and budget.get("params"):
+        parts.append(f"parameters {budget['dense_params']:,} to {budget['params']:,}")
+    if budget.get("dense_width") and budget.get("width"):
+        parts.append(f"MLP width {budget['dense_width']:,} to {budget['width']:,}")
+    return "; ".join(parts)
+
+
+def _settings(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return str(found or "")
+    known = ((key, value) for key, value in found.items() if value is not None and not isinstance(value, Mapping))
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known)
+
+
+def _data(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return str(found or "")
+    parts = [str(found["source"])] if found.get("source") else []
+    counts = ("sequences", "tokens")
+    parts += [f"{found[name]:,} {name}" for name in counts if isinstance(found.get(name), int)]
+    parts += [f"dropped {count:,} ({reason})" for reason, count in (found.get("dropped") or {}).items()]
+    return ", ".join(parts) + (f"; SHA-256 {str(found['sha256'])[:12]}" if found.get("sha256") else "")
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time as people say it.
+
+    >>> _duration(4.25), _duration(605), _duration(7384)
+    ('4.2 s', '10 min 5 s', '2 h 3 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

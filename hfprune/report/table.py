@@ -1,0 +1,241 @@
+"""The tables of a report as text: what every stage measured, beside the dense model, and the models of a sweep."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hfprune.report.data import FrontierPoint, ReportData, look_up, number
+from hfprune.report.figures import task_figures
+
+Change = Literal["ratio", "points", "none"]
+"""How a figure is compared with the dense model's: as a factor, as a difference in per cent points, or not."""
+
+NONE = "–"  # noqa: RUF001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One figure of one stage.
+
+    Attributes:
+        text: The figure.
+        spread: Its error or range, or nothing.
+        change: How it compares with the dense model, or nothing.
+        alarming: Whether it is not a finite number.
+    """
+
+    text: str
+    spread: str = ""
+    change: str = ""
+    alarming: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Rows under one heading; every row is a label and a cell per stage."""
+
+    heading: str
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figure:
+    """One kind of figure: where it is found, how it is written."""
+
+    label: str
+    paths: tuple[str, ...]
+    text: Callable[[float], str]
+    change: Change = "ratio"
+    stderr: str = ""
+    spread: str = ""
+
+
+def count(value: float) -> str:
+    """Returns a whole number with separators; what is not finite as a word.
+
+    >>> count(134515008.0), count(float("inf"))
+    ('134,515,008', 'infinite')
+    """
+    return f"{value:,.0f}" if math.isfinite(value) else words(value)
+
+
+def words(value: float) -> str:
+    """Returns how a number that is not finite is written."""
+    return "NaN" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+
+
+def decimals(places: int) -> Callable[[float], str]:
+    """Returns what writes a number with so many decimals, or in powers of ten when that would be absurd.
+
+    >>> decimals(2)(29.189), decimals(2)(3.2e9), decimals(4)(float("nan"))
+    ('29.19', '3.20e+09', 'NaN')
+    """
+
+    def text(value: float) -> str:
+        if not math.isfinite(value):
+            return words(value)
+        return f"{value:,.{places}f}" if abs(value) < 1e7 else f"{value:.2e}"
+
+    return text
+
+
+def percent(value: float) -> str:
+    """Returns a share.
+
+    >>> percent(0.2)
+    '20.0 %'
+    """
+    return f"{100 * value:.1f} %" if math.isfinite(value) else words(value)
+
+
+def mebibytes(value: float) -> str:
+    """Returns bytes as MiB.
+
+    >>> mebibytes(3 * 2**20)
+    '3.0 MiB'
+    """
+    return f"{value / 2**20:,.1f} MiB" if math.isfinite(value) else words(value)
+
+
+def _giga(value: float) -> str:
+    return f"{value / 1e9:,.2f} G" if math.isfinite(value) else words(value)
+
+
+def _known(label: str, name: str, text: Callable[[float], str], change: Change = "none") -> _Figure:
+    return _Figure(label=label, paths=(f"fidelity.{name}",), text=text, change=change, stderr=f"fidelity.{name}_stderr")
+
+
+_SIZE = (
+    _Figure(label="Parameters", paths=("parameters",), text=count),
+    _Figure(label="MLP width", paths=("width",), text=count),
+    _Figure(label="Size on disk", paths=("size.disk_bytes",), text=mebibytes),
+    _Figure(label="Size of the weights", paths=("size.bytes", "size.weight_bytes"), text=mebibytes),
+    _Figure(label="Multiply-accumulates", paths=("size.macs",), text=_giga),
+    _Figure(label="Key-value cache", paths=("size.kv_cache_bytes",), text=mebibytes),
+)
+_QUALITY = (
+    _Figure(label="Perplexity", paths=("perplexity.value",), text=decimals(2)),
+    _known("KL to dense (nats/token)", "kl", decimals(4)),
+    _known("Reverse KL (nats/token)", "reverse_kl", decimals(4)),
+    _known("Jensen-Shannon distance", "js_distance", decimals(4)),
+    _known("Top-1 agreement", "top1_agreement", percent),
+    _known("Jaccard index of the top 5", "jaccard_5", decimals(3)),
+    _known("Jaccard index of the top 15", "jaccard_15", decimals(3)),
+)
+_SPEED = (
+    _Figure(label="Prefill (ms)", paths=("latency.prefill_ms",), text=decimals(1), spread="latency.prefill_spread_ms"),
+    _Figure(label="Decoding (tokens/s)", paths=("latency.decode_tokens_per_s",), text=decimals(1)),
+    _Figure(label="Peak memory", paths=("latency.peak_bytes",), text=mebibytes),
+)
+
+
+def summary(data: ReportData) -> list[Section]:
+    """Returns the before/after table; a row appears when some stage has its figure."""
+    kinds = (("Size", _SIZE), ("Quality", _QUALITY), ("Speed and memory", _SPEED))
+    sections = [Section(heading=heading, rows=_rows(data, figures)) for heading, figures in kinds]
+    average = _Figure(label="Average", paths=("zero_shot.average",), text=percent, change="points")
+    sections.append(Section(heading="Zero-shot tasks", rows=_task_rows(data) + _rows(data, (average,))))
+    return [section for section in sections if section.rows]
+
+
+def _rows(data: ReportData, figures: tuple[_Figure, ...]) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    found = []
+    for figure in figures:
+        values = {stage: _value(measured, figure.paths) for stage, measured in data.stages.items()}
+        if any(value is not None for value in values.values()):
+            cells = []
+            for stage, value in values.items():
+                base = None if stage == "dense" else values.get("dense")
+                cells.append(_cell(value, base, figure.text, figure.change, _spread(data.stages[stage], figure)))
+            found.append((figure.label, tuple(cells)))
+    return tuple(found)
+
+
+def _value(measured: Mapping[str, Any], paths: tuple[str, ...]) -> float | None:
+    found = (number(look_up(measured, *path.split("."))) for path in paths)
+    return next((value for value in found if value is not None), None)
+
+
+def _spread(measured: Mapping[str, Any], figure: _Figure) -> str:
+    error = number(look_up(measured, *figure.stderr.split("."))) if figure.stderr else None
+    if error:
+        return f"± {figure.text(error)}"
+    ends = look_up(measured, *figure.spread.split(".")) if figure.spread else None
+    return f"{figure.text(ends[0])} to {figure.text(ends[1])}" if ends else ""
+
+
+def _task_rows(data: ReportData) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    found = []
+    for (task, metric), row in task_figures(data).items():
+        base, cells = row.get("dense", (None, None))[0], []
+        for stage in data.stages:
+            value, error = row.get(stage, (None, None))
+            cells.append(
+                _cell(
+                    value, None if stage == "dense" else base, percent, "points", f"± {percent(error)}" if error else ""
+                )
+            )
+        found.append((f"{task} ({metric})", tuple(cells)))
+    return tuple(found)
+
+
+def _cell(value: float | None, base: float | None, text: Callable[[float], str], change: Change, spread: str) -> Cell:
+    if value is None:
+        return Cell(text=NONE)
+    if not math.isfinite(value):
+        return Cell(text=text(value), alarming=True)
+    return Cell(text=text(value), spread=spread, change=_change(value, base, change))
+
+
+def _change(value: float, base: float | None, change: Change) -> str:
+    """Returns ``x0.80`` or ``-3.1 points`` with typographic signs; nothing where there is nothing to compare with."""
+    if base is None or not math.isfinite(base) or change == "none":
+        return ""
+    if change == "points":
+        points = round(100 * (value - base), 1) or 0.0  # never -0.0
+        return f"{points:+.1f} points".replace("-", "−")  # noqa: RUF001
+    if not base:
+        return ""
+    ratio = value / base
+    return f"×{ratio:.2f}" if 0.01 <= ratio < 1e4 else f"×{ratio:.1e}"  # noqa: RUF001
+
+
+def models(data: ReportData) -> tuple[list[str], list[tuple[FrontierPoint, list[Cell]]]]:
+    """Returns the headings and rows of the table of a sweep: the quantities that some model has."""
+    columns: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("Parameters", "parameters", count),
+        ("Prefill (ms)", "latency_ms", decimals(1)),
+        ("Perplexity", "perplexity", decimals(2)),
+        ("KL to dense (nats/token)", "kl", decimals(4)),
+        ("Zero-shot accuracy", "accuracy", percent),
+    )
+    wanted = [c for c in columns if any(number(getattr(point, c[1])) is not None for point in data.frontier)]
+    rows = []
+    for point in data.frontier:
+        cells = []
+        for _, name, text in wanted:
+            ends = point.spread.get(name)
+            spread = f"{text(ends[0])} to {text(ends[1])}" if ends else ""
+            cells.append(_cell(number(getattr(point, name)), None, text, "none", spread))
+        rows.append((point, cells))
+    return [heading for heading, _, _ in wanted], rows
+
+
+def notes(data: ReportData) -> list[str]:
+    """Returns how the figures were measured, each way once."""
+    found: dict[str, None] = {}
+    for stage in data.stages.values():
+        if protocol := look_up(stage, "perplexity", "protocol"):
+            found[f"Perplexity: {protocol}."] = None
+    for stage in data.stages.values():
+        latency = look_up(stage, "latency") or {}
+        if all(key in latency for key in ("device", "threads", "prompt_tokens", "new_tokens", "repeats")):
+            text = (
+                f"Speed: batch 1, {latency['prompt_tokens']} prompt and {latency['new_tokens']} new tokens, "
+                f"{latency['device']}, {latency['threads']} threads, median of {latency['repeats']}."
+            )
+            found[text] = None
+    if any(stage.get("zero_shot") or look_up(stage, "fidelity", "kl_stderr") for stage in data.stages.values()):
+        found["± is one standard error."] = None
+    return list(found)
