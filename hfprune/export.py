@@ -1,7 +1,7 @@
 """Results on disk: written beside, checked, moved into place; an interrupted run leaves no half model.
 
-``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``report.json`` and, for
-``fit``, ``checkpoints/``.
+``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``plan.json``,
+``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
 """
 
 import json
@@ -10,14 +10,14 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hfprune.arch.groups import class_name, find_groups, find_spec, parameter_count
@@ -29,6 +29,9 @@ from hfprune.sharding import whole_parameters
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 REPORT_FILE = "report.json"
+REPORT_PAGE = "report.html"
+FIGURES_FOLDER = "figures"
+IMPORTANCE_FILE = "importance.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
@@ -103,6 +106,34 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OutputError(f"Writing '{path}' failed: {error}") from error
+
+
+def save_importance(importance: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes the scores of every group, [U] float64, in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{IMPORTANCE_FILE}.tmp"
+    try:
+        save_file({name: scores.contiguous() for name, scores in importance.items()}, temporary)
+        os.replace(temporary, folder / IMPORTANCE_FILE)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"Writing '{folder / IMPORTANCE_FILE}' failed: {error}") from error
+
+
+def load_importance(folder: str | Path) -> dict[str, Tensor]:
+    """Returns group name -> scores [U] of a run's folder; empty when it holds none.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    path = Path(folder) / IMPORTANCE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}.") from error
+    return found
 
 
 def _strict(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """One pass over the calibration data: every rank takes its share, and the pass can be left and taken up again."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,8 +11,9 @@ from lightning import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from hfprune.allocation import KeptHistory
 from hfprune.calibration import ImportanceAccumulator
-from hfprune.callbacks.progress import calibration_progress
+from hfprune.callbacks.progress import Advance, calibration_progress
 from hfprune.callbacks.target import Target
 from hfprune.criteria import GradientCriterion
 from hfprune.errors import CalibrationError, ConfigError
@@ -34,6 +35,9 @@ class Calibration:
         limit: Use at most this many batches.
         exact: Run each sequence alone, see ``TaylorImportanceCallback``.
         seed: Seed of the loader's shuffling.
+        widths: Kept units of each group, for the history of what is kept.
+        look_every: Look at the kept units each time that so many items were done.
+        stop_at: End when two looks in a row find this share of the kept units unchanged since the look before.
     """
 
     def __init__(
@@ -46,8 +50,12 @@ class Calibration:
         limit: int | None,
         exact: bool,
         seed: int,
+        widths: Sequence[int] = (),
+        look_every: int | None = None,
+        stop_at: float | None = None,
     ) -> None:
         self._trainer, self._target, self._limit, self._exact, self._seed = trainer, target, limit, exact, seed
+        self._look_every, self._stop_at = look_every, stop_at
         check_source(trainer, limit=limit)
         self._loader = _loader(trainer)
         self._settings = {
@@ -56,16 +64,24 @@ class Calibration:
             "exact": exact,
             "batches": limit,
             "data": _fingerprint_of_data(trainer),
+            "stop_at": stop_at,
         }
         device = trainer.strategy.root_device
         self.accumulator = ImportanceAccumulator(target.model, groups, criterion, root=target.module, device=device)
+        self.history = KeptHistory(groups, widths)
+        self.stability: float | None = None
+        """Share of the kept units that did not change between the last two looks."""
+        self.stopped = False
+        """Whether the calibration ended early."""
+        self._calm = 0  # looks in a row that found the units settled
         self._done = 0  # items, over all ranks
 
     # ---- leaving and taking up ---------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
-        return {"position": self._done, "sums": self._summed(), "settings": self._settings}
+        looks = {"history": self.history.state(), "calm": self._calm}
+        return {"position": self._done, "sums": self._summed(), "settings": self._settings, **looks}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes up a pass that was left.
@@ -80,6 +96,8 @@ class Calibration:
                     f"{self._settings[name]}. Resume with the same, or start anew."
                 )
         self._done = state["position"]
+        self.history.load(state["history"])
+        self._calm = state["calm"]
         if self._trainer.is_global_zero:  # the sums of all ranks so far, counted once
             device = self._trainer.strategy.root_device
             self.accumulator.load([tensor.to(device) for tensor in state["sums"]])
@@ -118,10 +136,12 @@ class Calibration:
                 if slot == world - 1:
                     self._step(*mine, advance=advance)
                     mine, self._done = None, index + 1
+                    if self._look(self._done - world):
+                        break
                     if every and self._done - saved >= every:
                         saved = self._done
                         save()
-            if self._done < index + 1:  # the last round is not full
+            if self._done < index + 1 and not self.stopped:  # the last round is not full
                 if mine is not None:
                     self._step(*mine, advance=advance)
                 elif self._target.sharded:  # the ranks of a sharded model run it together
@@ -129,6 +149,20 @@ class Calibration:
                 self._done = index + 1
         self.accumulator.load([t.to(trainer.strategy.root_device) for t in self._summed()])
         return self.accumulator
+
+    def _look(self, before: int) -> bool:
+        """Looks at the units that would be kept now, where it is time; returns whether they have settled."""
+        every = self._look_every
+        if every is None or self._done // every == before // every:
+            return False
+        mine = [tensor.clone() for tensor in self.accumulator.tensors()]
+        self.accumulator.load([t.to(self._trainer.strategy.root_device) for t in self._summed()])
+        self.stability = self.history.add(self.accumulator.totals().num_tokens, self.accumulator.scores())
+        self.accumulator.load(mine)
+        settled = self._stop_at is not None and self.stability is not None and self.stability >= self._stop_at
+        self._calm = self._calm + 1 if settled else 0
+        self.stopped = self._calm >= 2
+        return self.stopped
 
     def _items(self) -> Iterator[Any]:
         for batch in islice(self._loader, self._limit):
@@ -143,7 +177,7 @@ class Calibration:
         rows = getattr(self._loader, "batch_size", None) if self._exact and self._target.objective else 1
         return None if rows is None else -(-(batches * rows - self._done) // self._trainer.world_size)
 
-    def _step(self, index: int, item: Any, *, advance: Callable[[int, float], None], count: bool = True) -> None:
+    def _step(self, index: int, item: Any, *, advance: Advance, count: bool = True) -> None:
         strategy = self._trainer.strategy
         item = strategy.batch_to_device(item)
         try:
@@ -152,7 +186,7 @@ class Calibration:
         except CalibrationError as error:
             kind = "sequence" if self._exact and self._target.objective else "batch"
             raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
-        advance(tokens, self.accumulator.mean_objective())
+        advance(tokens, self.accumulator.mean_objective(), self.stability)
 
 
 def check_source(trainer: Trainer, *, limit: int | None) -> None:

@@ -68,6 +68,11 @@ class TaylorImportanceCallback(Callback):
             sequences are short, and equal up to float rounding.
         checkpoint_every: Save progress each time that about so many sequences (batches, where these are run as they
             come) were done; None never does.
+        look_every: Look at the units that would be kept each time that so many sequences (or batches) were done, for
+            the report's convergence curve; None never does.
+        stop_when_settled: End calibration when two looks in a row find this share of the kept units unchanged since the
+            look before, for example 0.99; None runs all the data. With several processes ``look_every`` must be a
+            multiple of their number, so that every run stops at the same sequence.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
         neurons: Neurons of a module of your own that holds no Hugging Face model.
     """
@@ -86,12 +91,24 @@ class TaylorImportanceCallback(Callback):
         calibration_batches: int | None = None,
         exact: bool = True,
         checkpoint_every: int | None = 64,
+        look_every: int | None = 16,
+        stop_when_settled: float | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
-        for name, value in (("calibration_batches", calibration_batches), ("checkpoint_every", checkpoint_every)):
+        counts = {
+            "calibration_batches": calibration_batches,
+            "checkpoint_every": checkpoint_every,
+            "look_every": look_every,
+        }
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ConfigError(f"--importance.{name} {value} is not positive.")
+        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
+            raise ConfigError(
+                f"--importance.stop_when_settled {stop_when_settled} is a share in (0, 1], and needs look_every."
+            )
+        self.look_every, self.stop_when_settled = look_every, stop_when_settled
         self.budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,
@@ -104,6 +121,8 @@ class TaylorImportanceCallback(Callback):
         self.calibration_batches, self.exact, self.checkpoint_every = calibration_batches, exact, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
+        self.convergence: list[tuple[int, float]] = []
+        """Calibration tokens, and the share of the finally kept units that were kept after so many."""
         self.resolved: ResolvedBudget | None = None
         self.resume_from: str | Path | None = None
         """Checkpoint that ``fit`` will restore, where that is known beforehand (``PruneTrainer`` sets it)."""
@@ -142,6 +161,9 @@ class TaylorImportanceCallback(Callback):
             check_strategy(trainer, self._target)
             if self._target.plan is None and isinstance(self.criterion, GradientCriterion):
                 check_source(trainer, limit=self.calibration_batches)
+            if self.stop_when_settled is not None and self.look_every and self.look_every % trainer.world_size:
+                number = trainer.world_size
+                raise ConfigError(f"--importance.look_every {self.look_every} is not a multiple of {number} processes.")
             self.check(pl_module)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
@@ -217,7 +239,7 @@ class TaylorImportanceCallback(Callback):
     def _plan(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> PruningPlan:
-        calibration = self._score(trainer, target, groups)
+        calibration = self._score(trainer, target, groups, resolved)
         plan = PruningPlan(
             model_class=class_name(target.model),
             groups=groups,
@@ -236,25 +258,35 @@ class TaylorImportanceCallback(Callback):
         shared: PruningPlan = trainer.strategy.broadcast(plan)
         return shared
 
-    def _score(self, trainer: Trainer, target: Target, groups: tuple[Group, ...]) -> dict[str, Any] | None:
+    def _score(
+        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
+    ) -> dict[str, Any] | None:
         """Sets ``importance``; returns what is told about the calibration, None when the weights alone tell."""
         if isinstance(self.criterion, WeightCriterion):
             self.importance = weight_scores(target.model, groups, self.criterion)
             return None
         start = time.perf_counter()
-        accumulator = self._calibrate(trainer, target, groups)
+        calibration = self._calibrate(trainer, target, groups, resolved)
+        accumulator = calibration.accumulator
         self.importance = accumulator.scores()
+        self.convergence = calibration.history.convergence(self.importance)
         totals = accumulator.totals()
-        _say(trainer, f"Calibrated on {totals.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s.")
+        seconds = time.perf_counter() - start
+        early = "; the kept units had settled" if calibration.stopped else ""
+        _say(trainer, f"Calibrated on {totals.num_tokens:,} tokens in {seconds:.1f} s{early}.")
         return {
             "sequences": totals.num_sequences,
             "tokens": totals.num_tokens,
             "mean_objective_nats": accumulator.mean_objective(),
             "exact": self.exact,
+            "settled": calibration.stopped,
+            "convergence": self.convergence,
             "data": data_summary(trainer, "calibration"),
         }
 
-    def _calibrate(self, trainer: Trainer, target: Target, groups: tuple[Group, ...]) -> Any:
+    def _calibrate(
+        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
+    ) -> Calibration:
         assert isinstance(self.criterion, GradientCriterion)
         calibration = Calibration(
             trainer,
@@ -264,15 +296,19 @@ class TaylorImportanceCallback(Callback):
             limit=self.calibration_batches,
             exact=self.exact,
             seed=target.record("calibrating", None).seed,
+            widths=resolved.widths,
+            look_every=self.look_every,
+            stop_at=self.stop_when_settled,
         )
         if self._record is not None and self._record.calibration is not None:
             calibration.load(self._record.calibration)
             _say(trainer, f"Resumed calibration after {self._record.calibration['position']} sequences.")
         self._phase, self._calibration = "calibrating", calibration
         try:
-            return calibration.run(every=self.checkpoint_every, save=lambda: self._save_progress(trainer))
+            calibration.run(every=self.checkpoint_every, save=lambda: self._save_progress(trainer))
         finally:
             self._phase, self._calibration = "training", None
+        return calibration
 
     def _set_up_again(self, trainer: Trainer) -> None:
         """Wraps the model as it is now, and builds optimizers and schedulers for it."""

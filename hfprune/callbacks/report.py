@@ -18,16 +18,21 @@ from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback, versions
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.stage import Measurement, measure
+from hfprune.evaluation.samples import continuations
+from hfprune.evaluation.stage import Measurement, flat, measure
 from hfprune.evaluation.table import stage_table
+from hfprune.evaluation.windows import Windows
 from hfprune.export import (
     ADAPTER_FOLDER,
+    FIGURES_FOLDER,
     MODEL_FOLDER,
     REPORT_FILE,
+    REPORT_PAGE,
     check_output_dir,
     check_reload,
     export_model,
     export_sharded,
+    save_importance,
     staged,
     write_json,
 )
@@ -35,6 +40,7 @@ from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.recovery.lora import merge_lora
+from hfprune.report import read_run, save_figures, write_report
 from hfprune.sharding import whole
 
 EXPLODED = 10.0
@@ -48,11 +54,13 @@ class ReportCallback(Callback, PruningEvents):
     speed are measured.
 
     Args:
-        output_dir: Receives ``model/``, ``plan.json`` and ``report.json``.
+        output_dir: Receives ``model/``, ``plan.json``, ``importance.safetensors``, ``report.json``, ``report.html`` and
+            ``figures/``.
         overwrite: Accept a folder that is not empty (also to resume); its results stay until new ones replace them.
         latency: Measure prefill and decode speed (batch 1).
         merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
         config: The run's configuration, copied into the report.
+        samples: Prompts from the evaluation text that every stage's model continues, for the report; 0 for none.
 
     Raises:
         ConfigError: The folder is not empty, or cannot be written.
@@ -66,13 +74,18 @@ class ReportCallback(Callback, PruningEvents):
         latency: bool = True,
         merge_adapters: bool = True,
         config: dict[str, Any] | None = None,
+        samples: int = 2,
     ) -> None:
+        if samples < 0:
+            raise ConfigError(f"The number of samples {samples} is negative.")
+        self.samples = samples
         self.output_dir = Path(output_dir)
         if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
             check_output_dir(self.output_dir, overwrite=overwrite)
         self.latency, self.merge_adapters, self.config = latency, merge_adapters, config
         self.stages: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
+        self.generations: list[dict[str, Any]] = []
         self._reference: DenseReference | None = None
         self._start = time.time()
 
@@ -89,11 +102,12 @@ class ReportCallback(Callback, PruningEvents):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
-        return {"stages": self.stages, "warnings": self.warnings}
+        return {"stages": self.stages, "warnings": self.warnings, "generations": self.generations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the stages measured before the interruption."""
         self.stages, self.warnings = state_dict["stages"], state_dict["warnings"]
+        self.generations = state_dict["generations"]
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model and remembers its final hidden states."""
@@ -112,6 +126,7 @@ class ReportCallback(Callback, PruningEvents):
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)
+            save_importance(_importance(trainer), self.output_dir)
         self._measure("pruned", pl_module, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,6 +180,7 @@ class ReportCallback(Callback, PruningEvents):
         else:
             merged = merge_lora(copy.deepcopy(module.model))
         self._record("recovered", self._figures(merged.to(device), trainer, self.latency), trainer)
+        self._sample("recovered", merged, module, trainer)
         merged.cpu()
 
     def _measure_recovered_sharded(self, trainer: Trainer, module: PruningModule) -> None:
@@ -185,6 +201,18 @@ class ReportCallback(Callback, PruningEvents):
     def _measure(self, name: str, module: PruningModule, trainer: Trainer) -> None:
         latency = self.latency and not module.sharded  # the time of gathering weights says nothing of the model
         self._record(name, module.run(self._figures, module.causal_lm, trainer, latency), trainer)
+        if not module.sharded:
+            self._sample(name, module.causal_lm, module, trainer)
+
+    def _sample(self, name: str, model: Any, module: PruningModule, trainer: Trainer) -> None:
+        windows = _windows(trainer)
+        if windows is None or not self.samples:
+            return
+        found = continuations(model, module.tokenizer, windows.ids[: self.samples])
+        if not self.generations:
+            self.generations = [{"prompt": prompt, "texts": {}} for prompt, _ in found]
+        for item, (_, text) in zip(self.generations, found, strict=True):
+            item["texts"][name] = text
 
     def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
         result: Measurement = measure(model, _windows(trainer), reference=self._reference, latency=latency)
@@ -212,6 +240,8 @@ class ReportCallback(Callback, PruningEvents):
             "command": shlex.join(sys.argv),
             "seconds": time.time() - self._start,
             "stages": self.stages,
+            "convergence": (module.plan.provenance.get("calibration") or {}).get("convergence", []),
+            "generations": self.generations,
             "saved": saved,
             "warnings": self.warnings,
             "plan": dict(module.plan.provenance),
@@ -221,9 +251,24 @@ class ReportCallback(Callback, PruningEvents):
             "config": self.config,
         }
         write_json(self.output_dir / REPORT_FILE, report)
+        shown = read_run(self.output_dir)
+        save_figures(shown, self.output_dir / FIGURES_FOLDER)
+        write_report(shown, self.output_dir / REPORT_PAGE)
+        self._log_figures(trainer)
+
+    def _log_figures(self, trainer: Trainer) -> None:
+        """Tells the loggers the figures of every stage, as ``stage/figure``."""
+        for logger in trainer.loggers:
+            for step, (name, figures) in enumerate(self.stages.items()):
+                logger.log_metrics({f"{name}/{key}": value for key, value in flat(figures).items()}, step=step)
 
 
-def _windows(trainer: Trainer) -> Tensor | None:
+def _importance(trainer: Trainer) -> dict[str, Tensor]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback))
+
+
+def _windows(trainer: Trainer) -> Windows | None:
     windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
     return windows() if callable(windows) else None
 

@@ -91,3 +91,18 @@ def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) 
     found = compare_latency(list(models.values()))
     for name, speed in zip(models, found, strict=True):
         stages[name]["latency"] = speed.to_dict()
+
+
+def flat(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of nested figures by their path, for loggers; text and lists are left out.
+
+    >>> flat({"parameters": 3, "perplexity": {"value": 2.5, "protocol": "text"}})
+    {'parameters': 3.0, 'perplexity/value': 2.5}
+    """
+    found: dict[str, float] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{key}": number for key, number in flat(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = float(value)
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import ConfigError
-from hfprune.export import REPORT_FILE
+from hfprune.export import REPORT_FILE, load_importance
 from hfprune.plan import PLAN_FILE, PruningPlan
 
 QUANTITIES = ("perplexity", "kl", "accuracy")
@@ -117,7 +117,7 @@ def read_run(folder: str | Path) -> ReportData:
     """Returns what the folder of a run holds.
 
     Args:
-        folder: Holds ``report.json`` and, where something was pruned, ``plan.json``.
+        folder: Holds ``report.json`` and, where something was pruned, ``plan.json`` and ``importance.safetensors``.
 
     Raises:
         ConfigError: There is no ``report.json``, or it is not one.
@@ -145,7 +145,9 @@ def _from_report(report: Any, folder: Path) -> ReportData:
         raise TypeError("every stage must be an object")
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
     kept = {g.name: (len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
-    importance = {str(name): _scores(scores) for name, scores in (report.get("importance") or {}).items()}
+    scores = load_importance(folder)
+    names = [g.name for g in plan.groups if g.name in scores] if plan else list(scores)
+    importance = {name: scores[name].tolist() for name in names}
     return ReportData(
         title=_title(report, folder),
         commands=[report["command"]] if report.get("command") else [],
@@ -163,11 +165,6 @@ def _from_report(report: Any, folder: Path) -> ReportData:
         facts=_facts(report),
         warnings=[str(text) for text in report.get("warnings") or ()],
     )
-
-
-def _scores(values: Sequence[Any]) -> list[float]:
-    found = [number(value) for value in values]
-    return [float("nan") if value is None else value for value in found]
 
 
 def _title(report: Mapping[str, Any], folder: Path) -> str:

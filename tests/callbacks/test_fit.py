@@ -19,7 +19,9 @@ from hfprune import (
     apply_plan,
 )
 from hfprune.arch import find_groups, parameter_count
+from hfprune.calibration import weight_scores
 from hfprune.callbacks import PruningEvents
+from hfprune.criteria import Magnitude, Random
 from hfprune.errors import CalibrationError, ConfigError, UnsupportedArchitectureError
 from tests.models import save_tiny, tiny, token_ids
 
@@ -210,6 +212,49 @@ class StopAfter(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def test_convergence_is_watched(folder):
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, look_every=2)
+    fit(folder, importance=importance, limit_train_batches=0, limit_val_batches=0)
+    tokens, overlap = zip(*importance.convergence, strict=True)
+    assert tokens == (32, 64, 96)  # of 6 sequences of 16 tokens
+    assert overlap[-1] == 1.0
+    assert all(0 < share <= 1 for share in overlap)
+
+
+@pytest.mark.parametrize(("share", "sequences"), [(0.01, 3), (None, 6)])
+def test_calibration_ends_when_the_kept_units_have_settled(folder, share, sequences):
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, look_every=1, stop_when_settled=share)
+    module, _ = fit(folder, importance=importance, limit_train_batches=0, limit_val_batches=0)
+    calibration = module.plan.provenance["calibration"]
+    assert (calibration["sequences"], calibration["settled"]) == (sequences, share is not None)
+    expected = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=sequences)
+    other, _ = fit(folder, importance=expected, limit_train_batches=0, limit_val_batches=0)
+    assert module.plan.keep == other.plan.keep  # what was seen decides, nothing else
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stop_when_settled": 1.5}, {"stop_when_settled": 0.9, "look_every": None}, {"look_every": 0}]
+)
+def test_settings_of_the_look_are_checked(settings):
+    with pytest.raises(ConfigError, match=r"--importance\.(stop_when_settled|look_every)"):
+        TaylorImportanceCallback(pruning_ratio=0.2, **settings)
+
+
+@pytest.mark.parametrize("criterion", [Magnitude(), Random(seed=3)])
+def test_criteria_of_weights_need_no_calibration(folder, criterion, monkeypatch):
+    monkeypatch.setattr(PruningModule, "calibration_step", None)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, criterion=criterion)
+    module, _ = fit(folder, importance=importance, limit_train_batches=0, limit_val_batches=0)
+    provenance = module.plan.provenance
+    assert (provenance["calibration"], provenance["objective"]) == (None, None)
+    assert provenance["criterion"] == criterion.describe()
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    scores = weight_scores(dense, find_groups(dense), criterion)
+    width = provenance["budget"]["width"]
+    for group in find_groups(dense):
+        assert set(module.plan.keep[group.name]) == set(scores[group.name].argsort(descending=True)[:width].tolist())
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")

@@ -72,6 +72,12 @@ def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def arc_rows():
     letters = [{"text": "ice", "label": "A"}, {"text": "steam", "label": "B"}]
     numbers = [{"text": "one", "label": "1"}, {"text": "two", "label": "2"}, {"text": "three", "label": "3"}]
@@ -216,12 +222,19 @@ def test_the_released_files_are_read_whole(shared_dir):
             assert all(0 <= answer < choices for answer, choices in gold)
 
 
-def test_groups():
-    manager = TaskManager(include_path=[str(GROUPS_FOLDER), str(LOCAL_FOLDER)], include_defaults=False)
-    groups = {path.stem: load_yaml(path)["task"] for path in GROUPS_FOLDER.glob("*.yaml")}
-    assert {name: len(tasks) for name, tasks in groups.items()} == {"paper10": 10, "llmpruner7": 7, "zpruner5": 5}
-    assert {task for tasks in groups.values() for task in tasks} <= set(TASKS)
-    assert set(groups) <= set(manager.all_groups)
+GROUPS = {
+    "paper10": "arc_challenge arc_easy boolq crows_pairs_english openbookqa piqa race social_iqa truthfulqa_mc2 winogrande",
+    "llmpruner7": "boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa",
+    "zpruner5": "hellaswag boolq winogrande mnli wnli",
+}
+
+
+def test_groups_are_stock_tasks():
+    index = TaskManager(include_path=str(GROUPS_FOLDER)).task_index
+    assert {path.stem for path in GROUPS_FOLDER.glob("*.yaml")} == set(GROUPS)
+    for name, tasks in GROUPS.items():
+        assert index[name].cfg["task"] == tasks.split()
+        assert all(STOCK in index[task].yaml_path.parents for task in tasks.split())
 
 
 def test_a_group_is_its_tasks(shared_dir):
@@ -252,6 +265,59 @@ def test_damaged_files_are_named(tmp_path, text, message):
     (tmp_path / "boolq_val.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         ZeroShotTasks(["boolq"], data_dir=str(tmp_path)).load()
+
+
+DAMAGED = {  # task -> files, and what the error says besides the file's name
+    "row": ("boolq", {"boolq_val.jsonl": '\n{"passage": "p", "label": "true"}'}, "Row 2 .*boolq_val.jsonl"),
+    "null": ("boolq", {"boolq_val.jsonl": '{"question": null, "passage": "p", "label": "true"}'}, "no question"),
+    "gzip": ("boolq", {"boolq_val.jsonl.gz": b"\x1f\x8b\x08\0\0\0\0\0\0\3\xff\xff\xff\xff"}, "boolq_val.jsonl.gz' cannot"),
+    "word": ("piqa", {"valid.jsonl": '{"goal": "g", "sol1": "a", "sol2": "b"}', "valid-labels.lst": "x"}, "valid.jsonl.*'x'"),
+    "range": ("piqa", {"valid.jsonl": '{"goal": "g", "sol1": "a", "sol2": "b"}', "valid-labels.lst": "2"}, "not one of 0 to 1"),
+    "list": ("piqa", {"valid.jsonl": "[1]", "valid-labels.lst": "0"}, "line 1, holds a JSON list"),
+    "archive": ("race", {"race_dev.tar.gz": "no archive"}, "race_dev.tar.gz' cannot be read"),
+    "passage": ("race", {"RACE/test/high/7.txt": "{"}, "high/7.txt' cannot be read"),
+    "blank": ("winogrande", {"winogrande_dev.jsonl": '{"sentence": "a _.", "option1": "b", "option2": "c", "answer": ""}'}, "Row 1"),
+    "short": ("crows_pairs_english", {"crows_pairs_anonymized.csv": "sent_more,sent_less,stereo_antistereo,bias_type\na"}, "no sent_less"),
+    "order": ("truthfulqa_mc1", {"mc_task.json": '[{"question": "q", "mc1_targets": {"n": 0, "y": 1}, "mc2_targets": {"y": 1}}]'}, "first of mc1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_other_damage_is_named(tmp_path, name, files, message):
+    write_files(tmp_path, files)
+    with pytest.raises(ConfigError, match=message):
+        ZeroShotTasks([name], data_dir=str(tmp_path)).load()
+
+
+SIQA = '{"context": "Ann fell.", "question": "What now?", "answerA": "cry", "answerB": "run", "answerC": "sing"}'
+OTHER_LAYOUTS = {
+    "social_iqa": {"socialiqa-train-dev/dev.jsonl": SIQA, "socialiqa-train-dev/dev-labels.lst": "2\n"},
+    "race": {"RACE/test/high/1.txt": json.dumps(race_passage()), "RACE/dev/high/1.txt": "{}"},
+    "boolq": {
+        "dev.jsonl": '{"question": "is ice cold", "passage": "Ice is cold.", "title": "Ice", "answer": true}\n'
+        '{"question": "is ice hot", "passage": "Ice is cold.", "title": "Ice", "answer": false}\n'
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_other_released_layouts(name, tmp_path):
+    write_files(tmp_path, OTHER_LAYOUTS[name])
+    (task,) = ZeroShotTasks([name], data_dir=str(tmp_path)).load()
+    assert asked(task) == EXPECTED[name]
+
+
+def test_the_first_of_two_equal_right_answers_is_gold(tmp_path):
+    row = {"context": "c", "question": "q", "options": ["a", "b", "b"], "answer": "b"}
+    write_lines(tmp_path / "siqa_dev.jsonl", [row])
+    (task,) = ZeroShotTasks(["social_iqa"], data_dir=str(tmp_path)).load()
+    assert [int(task.doc_to_target(doc)) for doc in task.eval_docs] == [1]  # as argmax does on a tie
+
+
+def test_a_folder_must_be_given():
+    reader = load_yaml(LOCAL_FOLDER / "boolq.yaml")["custom_dataset"]
+    with pytest.raises(ValueError, match="data_dir"):
+        reader(version=2.0)
 
 
 def test_an_answer_that_is_no_choice(tmp_path):

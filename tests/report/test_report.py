@@ -13,8 +13,10 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 from hfprune.errors import ConfigError, OutputError, PlanError
+from hfprune.export import save_importance
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.report import (
     ConvergencePoint,
@@ -415,12 +417,14 @@ def write_plan(folder):
 def test_read_run(tmp_path):
     folder = write_run(
         tmp_path / "out",
-        importance={"layers.0.mlp": [1, 2, 3, "nan"], "layers.1.mlp": [1, 2, 3, 4]},
         convergence=[[64, 0.5], [128, 1]],
         generations=[{"prompt": "a", "texts": {"dense": "b"}}],
     )
     write_plan(folder)
+    scores = {"layers.1.mlp": [1.0, 2.0, 3.0, 4.0], "layers.0.mlp": [1.0, 2.0, 3.0, math.nan]}
+    save_importance({name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}, folder)
     data = read_run(folder)
+    assert list(data.importance) == ["layers.0.mlp", "layers.1.mlp"]  # in the order of the plan
     assert data.title == "Pruning some/model, pruning_ratio=0.2"
     assert data.commands == ["hfprune fit --model.path=some/model"]
     assert data.kept == {"layers.0.mlp": (2, 4), "layers.1.mlp": (3, 4)}

@@ -9,7 +9,8 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def _arc(task: str, data_dir: str | None, *names: str) -> DatasetDict:
     def convert(row: Row) -> Row:
         return {"id": row["id"], "question": row["question"]["stem"], **_labelled(row)}
 
-    return _split("test", _converted(_json_lines(_find(task, data_dir, *names)), convert))
+    path = _find(task, data_dir, *names)
+    return _split("test", _converted(_json_lines(path), convert, path))
 
 
 def _labelled(row: Row) -> Row:
@@ -59,14 +61,14 @@ def boolq(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
         label = {"true": 1, "false": 0}[str(row.get("label", row.get("answer"))).lower()]
         return {"question": row["question"], "passage": row["passage"], "idx": row.get("idx", 0), "label": label}
 
-    return _split("validation", _converted(_json_lines(path), convert))
+    return _split("validation", _converted(_json_lines(path), convert, path))
 
 
 def crows_pairs_english(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     """Returns the released CrowS-Pairs, 1,508 pairs."""
     path = _find("crows_pairs_english", data_dir, "crows_pairs_anonymized.csv")
     names = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
-    return _split("test", _converted(_table(path, ","), lambda row: {name: row[name] for name in names}))
+    return _split("test", _converted(_table(path, ","), lambda row: {name: row[name] for name in names}, path))
 
 
 def openbookqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -76,18 +78,17 @@ def openbookqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     def convert(row: Row) -> Row:
         return {"id": row["id"], "question_stem": row["question"]["stem"], **_labelled(row)}
 
-    return _split("test", _converted(_json_lines(path), convert))
+    return _split("test", _converted(_json_lines(path), convert, path))
 
 
 def piqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     """Returns PIQA's validation split, its labels from the file beside it."""
     path = _find("piqa", data_dir, "piqa_valid.jsonl", "piqa/valid.jsonl", "valid.jsonl")
-    labels = _labels("piqa", path)
-    rows = [row | {"label": label} for row, label in _beside("piqa", path, labels)]
-    return _split(
-        "validation",
-        _converted(enumerate(rows, 1), lambda row: {k: row[k] for k in ("goal", "sol1", "sol2", "label")}, path),
-    )
+
+    def convert(row: Row) -> Row:
+        return {name: row[name] for name in ("goal", "sol1", "sol2")} | {"label": _choice(row["label"], 0, 2)}
+
+    return _split("validation", _converted(_beside("piqa", path), convert, path))
 
 
 def race(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -108,14 +109,17 @@ def _race_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields the passages in the order of their names."""
     if path.is_dir():
         for number, passage in enumerate(sorted(path.glob("*.txt")), 1):
-            yield number, json.loads(passage.read_text(encoding="utf-8"))
+            yield number, _parsed(passage, partial(json.loads, _text(passage)))
         return
+    for number, (name, raw) in enumerate(_parsed(path, partial(_race_members, path)), 1):
+        yield number, _parsed(path / name, partial(json.loads, raw))
+
+
+def _race_members(path: Path) -> list[tuple[str, bytes]]:
+    """Returns names and contents of an archive's passages of the kind ``high``."""
     with tarfile.open(path) as archive:
-        members = sorted((m for m in archive.getmembers() if "/high/" in m.name and m.isfile()), key=lambda m: m.name)
-        for number, member in enumerate(members, 1):
-            file = archive.extractfile(member)
-            assert file is not None
-            yield number, json.loads(file.read().decode("utf-8"))
+        opened = ((m.name, archive.extractfile(m)) for m in archive if "/high/" in m.name and m.isfile())
+        return sorted((name, file.read()) for name, file in opened if file is not None)
 
 
 def social_iqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -126,14 +130,11 @@ def social_iqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
         if "options" in row:
             options, label = row["options"], row["options"].index(row["answer"]) + 1
         else:
-            options, label = [row[f"answer{letter}"] for letter in "ABC"], int(row["label"])
+            options, label = [row[f"answer{letter}"] for letter in "ABC"], _choice(row["label"], 1, 3)
         answers = dict(zip(("answerA", "answerB", "answerC"), options, strict=True))
         return {"context": row["context"], "question": row["question"], **answers, "label": str(label)}
 
-    rows: Any = _json_lines(path)
-    if path.name == "dev.jsonl":
-        pairs = _beside("social_iqa", path, _labels("social_iqa", path))
-        rows = enumerate((row | {"label": label} for row, label in pairs), 1)
+    rows = _beside("social_iqa", path) if path.name == "dev.jsonl" else _json_lines(path)
     return _split("validation", _converted(rows, convert, path))
 
 
@@ -146,9 +147,13 @@ def truthfulqa_mc1(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
             name: {"choices": list(row[name]), "labels": list(row[name].values())}
             for name in ("mc1_targets", "mc2_targets")
         }
+        if targets["mc1_targets"]["labels"][0] != 1:  # the stock task's gold answer is the first
+            raise ValueError("the first of mc1_targets is not the correct one")
         return {"question": row["question"], **targets}
 
     rows = _parsed(path, lambda: json.loads(_text(path)))
+    if not isinstance(rows, list):
+        raise ConfigError(f"'{path}' holds a JSON {type(rows).__name__}; a list of questions is expected.")
     return _split("validation", _converted(enumerate(rows, 1), convert, path))
 
 
@@ -159,7 +164,13 @@ def winogrande(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     """Returns WinoGrande's validation split."""
     path = _find("winogrande", data_dir, "winogrande_1.1/dev.jsonl", "winogrande_dev.jsonl")
     names = ("sentence", "option1", "option2", "answer")
-    return _split("validation", _converted(_json_lines(path), lambda row: {name: row[name] for name in names}))
+
+    def convert(row: Row) -> Row:
+        _choice(row["answer"], 1, 2)
+        row["sentence"].index("_")
+        return {name: row[name] for name in names}
+
+    return _split("validation", _converted(_json_lines(path), convert, path))
 
 
 def hellaswag(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -168,9 +179,9 @@ def hellaswag(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     names = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type")
 
     def convert(row: Row) -> Row:
-        return {name: row[name] for name in names} | {"label": str(row["label"])}
+        return {name: row[name] for name in names} | {"label": str(_choice(row["label"], 0, len(row["endings"])))}
 
-    return _split("validation", _converted(_json_lines(path), convert))
+    return _split("validation", _converted(_json_lines(path), convert, path))
 
 
 def mnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -186,7 +197,7 @@ def mnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
             "idx": int(row["index"]),
         }
 
-    return _split("validation_matched", _converted(_table(path, "\t"), convert))
+    return _split("validation_matched", _converted(_table(path, "\t"), convert, path))
 
 
 def wnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -194,9 +205,9 @@ def wnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     path = _find("wnli", data_dir, "WNLI/dev.tsv", "wnli_dev.tsv")
 
     def convert(row: Row) -> Row:
-        return {name: row[name] for name in ("sentence1", "sentence2")} | {"label": int(row["label"])}
+        return {name: row[name] for name in ("sentence1", "sentence2")} | {"label": _choice(row["label"], 0, 2)}
 
-    return _split("validation", _converted(_table(path, "\t"), convert))
+    return _split("validation", _converted(_table(path, "\t"), convert, path))
 
 
 def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
@@ -207,7 +218,7 @@ def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
     def convert(row: Row) -> Row:
         return {"sentence1": row["premise"], "sentence2": row["hypothesis"], "label": labels.index(row["label"])}
 
-    return _split("validation", _converted(_json_lines(path), convert))
+    return _split("validation", _converted(_json_lines(path), convert, path))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -225,19 +236,23 @@ def _find(task: str, data_dir: str | None, *names: str) -> Path:
     return found
 
 
-def _labels(task: str, path: Path) -> list[str]:
-    """Returns the labels of the ``-labels.lst`` file beside ``path``."""
+def _beside(task: str, path: Path) -> list[tuple[int, Row]]:
+    """Returns the rows with the labels of the ``-labels.lst`` file beside ``path``."""
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.is_file():
         raise ConfigError(f"Task {task}: '{path}' needs its labels beside it, in {beside.name}.")
-    return _text(beside).split()
-
-
-def _beside(task: str, path: Path, labels: list[str]) -> Iterator[tuple[Row, int]]:
-    rows = [row for _, row in _json_lines(path)]
+    rows, labels = list(_json_lines(path)), _text(beside).split()
     if len(rows) != len(labels):
         raise ConfigError(f"Task {task}: '{path}' has {len(rows)} rows, its labels are {len(labels)}.")
-    yield from ((row, int(label)) for row, label in zip(rows, labels, strict=True))
+    return [(number, row | {"label": label}) for (number, row), label in zip(rows, labels, strict=True)]
+
+
+def _choice(label: Any, first: int, count: int) -> int:
+    """Returns a label as the number of one of ``count`` choices, the first of which is number ``first``."""
+    number = int(label)
+    if not first <= number < first + count:
+        raise ValueError(f"label {label!r} is not one of {first} to {first + count - 1}")
+    return number
 
 
 def _text(path: Path) -> str:
@@ -252,7 +267,10 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields the rows of a JSON-lines file with their line numbers."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            yield number, _parsed(path, partial(json.loads, line), number)
+            row = _parsed(path, partial(json.loads, line), number)
+            if not isinstance(row, dict):
+                raise ConfigError(f"'{path}', line {number}, holds a JSON {type(row).__name__}, not an object.")
+            yield number, row
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
@@ -266,26 +284,25 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
 def _parsed(path: Path, parse: Callable[[], Any], number: int | None = None) -> Any:
     try:
         return parse()
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
         where = "" if number is None else f", line {number},"
         raise ConfigError(f"'{path}'{where} cannot be read: {error}.") from error
 
 
-def _converted(
-    rows: Iterator[tuple[int, Row]] | Any, convert: Callable[[Row], Row], path: Path | None = None
-) -> list[Row]:
+def _converted(rows: Iterable[tuple[int, Row]], convert: Callable[[Row], Row], path: Path) -> list[Row]:
     """Returns the rows converted; a row that is not what was released is an error with its number."""
     found = []
     for number, row in rows:
         try:
             found.append(convert(row))
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            file = "" if path is None else f" of '{path}'"
+            if empty := [name for name, value in found[-1].items() if value is None]:
+                raise ValueError(f"no {', '.join(empty)}")
+        except (AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
-                f"Row {number}{file} is not laid out as released: {type(error).__name__} {error}."
+                f"Row {number} of '{path}' is not laid out as released: {type(error).__name__} {error}."
             ) from error
     if not found:
-        raise ConfigError(f"'{path}' holds no rows." if path else "The file holds no rows.")
+        raise ConfigError(f"'{path}' holds no rows.")
     return found
 
 
