@@ -98,10 +98,15 @@ def staged(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Writes ``data`` to ``path`` in one step: the file is the old one or the new one, never half of it."""
+    write_text(path, json.dumps(_strict(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(_strict(data), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

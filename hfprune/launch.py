@@ -15,6 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.markdown import Markdown
 
 from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
 from hfprune.criteria import Criterion
@@ -24,6 +26,9 @@ from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import CHECKPOINT_FOLDER
 from hfprune.modules import PruningModule
 from hfprune.recovery import LoraRecovery
+from hfprune.sweep import Method, Sweep, SweepGrid
+from hfprune.sweep.grid import default_methods
+from hfprune.sweep.results import markdown
 from hfprune.trainer import PruneTrainer
 
 _BUDGET = {
@@ -56,6 +61,10 @@ class BaseCLI(LightningCLI):
     def defaults(self) -> dict[str, Any]:
         """Returns defaults of the Trainer's arguments."""
         return {"devices": 1, "logger": False, "enable_model_summary": False}
+
+    def run(self) -> None:
+        """Runs the command."""
+        raise NotImplementedError
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
@@ -189,6 +198,62 @@ class EvaluateCLI(BaseCLI):
         )
 
 
+class SweepCLI(BaseCLI):
+    """``sweep``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the grid, the output folder and the tasks."""
+        parser.add_argument("--output_dir", type=str, required=True, help="receives the tables; resumed if not empty")
+        parser.add_argument(
+            "--methods",
+            type=list[Method] | None,
+            default=None,
+            help="what is compared (default: entropy, cross_entropy, magnitude, random)",
+        )
+        parser.add_argument("--pruning_ratios", type=list[float], default=[0.2, 0.3], help="shares of ALL parameters")
+        parser.add_argument("--seeds", type=list[int], default=[42], help="seeds of the calibration data")
+        parser.add_argument(
+            "--texts", type=dict[str, str] | None, default=None, help="name: evaluation text; default: --data.text"
+        )
+        parser.add_argument("--round_to", type=PositiveInt, default=1, help="kept widths are multiples of this")
+        parser.add_argument("--task_seeds", type=PositiveInt, default=1, help="seeds whose models run the tasks")
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        add_task_arguments(parser)
+
+    def run(self) -> None:
+        """Runs the command."""
+        c, trainer = self.config, self.trainer
+        if trainer.world_size > 1:
+            raise ConfigError("sweep runs on one device: give --trainer.devices 1.")
+        init = self.config_init
+        text = c.data.text or c.data.calibration
+        grid = SweepGrid(
+            methods=init.methods or default_methods(),
+            pruning_ratios=c.pruning_ratios,
+            seeds=c.seeds,
+            texts=c.texts or {"text": text},
+            round_to=c.round_to,
+            task_seeds=c.task_seeds,
+        )
+        sweep = Sweep(
+            self.model,
+            grid,
+            self.make_data,
+            c.output_dir,
+            zero_shot=zero_shot_tasks(c),
+            latency=c.latency,
+            device=trainer.strategy.root_device,
+        )
+        result = sweep.run()
+        Console().print(Markdown(markdown(result)))
+        Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
+
+    def make_data(self, seed: int, text: str | None) -> TextDataModule:
+        """Returns the data of ``--data`` for a seed, with an evaluation text, or with none."""
+        given = self.config.data.as_dict() | {"seed": seed, "text": text}
+        return TextDataModule(**given | ({"eval_windows": 0} if text is None else {}))
+
+
 def add_task_arguments(parser: LightningArgumentParser) -> None:
     """Adds the flags of zero-shot tasks, named as lm-eval names them where it has them."""
     parser.add_argument(
@@ -236,6 +301,9 @@ def zero_shot_tasks(config: Namespace) -> ZeroShotTasks | None:
     )
 
 
+CLASSES: dict[str, type[BaseCLI]] = {"fit": RunCLI, "prune": RunCLI, "evaluate": EvaluateCLI, "sweep": SweepCLI}
+
+
 def launch(command: str, args: list[str]) -> None:
     """Parses ``args`` for ``command`` and runs it.
 
@@ -245,7 +313,7 @@ def launch(command: str, args: list[str]) -> None:
     if not sys.warnoptions:
         _quieten()
     try:
-        cli = (EvaluateCLI if command == "evaluate" else RunCLI)(command, args)
+        cli = CLASSES[command](command, args)
         try:
             cli.run()
         except SystemExit as error:

@@ -74,7 +74,8 @@ def test_launcher_from_an_empty_folder(dense):
 
 def test_prune_evaluate_round_trip(dense, capsys):
     assert prune(dense, "--intermediate_size=12") == 0
-    assert sorted(p.name for p in Path("out").iterdir()) == ["model", "plan.json", "report.json"]
+    expected = ["figures", "importance.safetensors", "model", "plan.json", "report.html", "report.json"]
+    assert sorted(p.name for p in Path("out").iterdir()) == expected
     names = {p.name for p in Path("out/model").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "plan.json", "tokenizer.json"} <= names
     report = json.loads(Path("out/report.json").read_text())

@@ -1,0 +1,126 @@
+"""What a sweep compares."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, Magnitude, Random
+from hfprune.errors import ConfigError
+from hfprune.objectives import OBJECTIVES
+
+_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to score units.
+
+    Attributes:
+        name: What tables call it; also part of file names.
+        criterion: How signals become scores.
+        objective: What calibration differentiates; None for criteria that need no data.
+    """
+
+    name: str
+    criterion: Criterion = field(default_factory=ActivationTaylor)
+    objective: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` unless criterion and objective belong together."""
+        if not _NAME.fullmatch(self.name) or self.name == "dense":
+            raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
+        needs = isinstance(self.criterion, GradientCriterion)
+        if needs and self.objective is None:
+            raise ConfigError(f"Method '{self.name}' needs an objective: {', '.join(OBJECTIVES)}.")
+        if not needs and self.objective is not None:
+            raise ConfigError(f"Method '{self.name}' reads weights alone: it takes no objective.")
+        if self.objective is not None:
+            OBJECTIVES.get(self.objective)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its scores depend on the seed: through the data, or through random numbers."""
+        return isinstance(self.criterion, GradientCriterion | Random)
+
+    def with_seed(self, seed: int) -> Criterion:
+        """Returns the criterion for one seed."""
+        return Random(seed=seed) if isinstance(self.criterion, Random) else self.criterion
+
+
+def default_methods() -> list[Method]:
+    """Returns entropy and cross-entropy Taylor scores, and the two baselines that need no data."""
+    return [
+        Method(name="entropy", objective="entropy"),
+        Method(name="cross_entropy", objective="cross_entropy"),
+        Method(name="magnitude", criterion=Magnitude()),
+        Method(name="random", criterion=Random()),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One pruned model of a sweep.
+
+    Attributes:
+        method: How its units were scored.
+        pruning_ratio: Share of all parameters removed.
+        seed: Seed of calibration data or random numbers; None where neither plays a part.
+    """
+
+    method: Method
+    pruning_ratio: float
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """Its name, for files."""
+        seed = "" if self.seed is None else f"-seed{self.seed}"
+        return f"{self.method.name}-{self.pruning_ratio:g}{seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepGrid:
+    """The grid.
+
+    Attributes:
+        methods: What is compared.
+        pruning_ratios: Shares of all parameters to remove.
+        seeds: Seeds of the calibration data (and of random scores).
+        texts: Name -> evaluation text; what ``--data.text`` takes.
+        round_to: Kept widths are multiples of this.
+        task_seeds: Run the zero-shot tasks for the first so many seeds.
+    """
+
+    methods: Sequence[Method]
+    pruning_ratios: Sequence[float]
+    seeds: Sequence[int]
+    texts: Mapping[str, str]
+    round_to: int = 1
+    task_seeds: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` where something is missing or stands there twice."""
+        listed: dict[str, Sequence[object]] = {
+            "--methods": [method.name for method in self.methods],
+            "--pruning_ratios": self.pruning_ratios,
+            "--seeds": self.seeds,
+        }
+        for flag, values in listed.items():
+            if not values or len(set(values)) != len(values):
+                raise ConfigError(f"{flag} must name at least one, and each once; got {list(values)}.")
+        if any(not _NAME.fullmatch(name) for name in self.texts):
+            raise ConfigError(f"--texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
+        if self.task_seeds < 1:
+            raise ConfigError(f"--task_seeds {self.task_seeds} is not positive.")
+
+    def cells(self) -> Iterator[Cell]:
+        """Yields the models to make; those of the first seed first, so that a whole table exists early."""
+        for number, seed in enumerate(self.seeds):
+            for method in self.methods:
+                if method.seeded or number == 0:
+                    for ratio in self.pruning_ratios:
+                        yield Cell(method=method, pruning_ratio=ratio, seed=seed if method.seeded else None)
+
+    def runs_tasks(self, cell: Cell) -> bool:
+        """Returns whether the zero-shot tasks are run on a cell's model."""
+        return cell.seed is None or cell.seed in list(self.seeds)[: self.task_seeds]

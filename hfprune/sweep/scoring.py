@@ -1,0 +1,147 @@
+"""The scores of every gradient criterion for one seed, from one forward pass over its calibration data."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hfprune.arch import find_groups
+from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
+from hfprune.causal import objective_sums, sequences
+from hfprune.criteria import GradientCriterion
+from hfprune.errors import CalibrationError
+from hfprune.objectives import OBJECTIVES
+from hfprune.sweep.grid import Method
+
+SAVE_EVERY = 64
+"""Sequences between saved states."""
+
+Scores = dict[str, dict[str, Tensor]]
+"""Method -> group -> importance [U]."""
+
+
+class SharedPass:
+    """Accumulates the scores of several methods; the forward pass and the logits are theirs together.
+
+    Args:
+        model: The dense model.
+        methods: Methods with an objective.
+        device: Where sequences go.
+    """
+
+    def __init__(self, model: Any, methods: Sequence[Method], *, device: torch.device) -> None:
+        self._model, self._methods, self._device = model, tuple(methods), device
+        groups = find_groups(model)
+        self._accumulators = []
+        for method in methods:
+            assert isinstance(method.criterion, GradientCriterion)
+            self._accumulators.append(ImportanceAccumulator(model, groups, method.criterion, device=device))
+        self._objectives = list(dict.fromkeys(str(method.objective) for method in methods))
+
+    def run(self, batches: Iterator[Any], *, skip: int = 0, done: Callable[[int], None] = lambda _: None) -> None:
+        """Adds every sequence of ``batches`` but the first ``skip``; ``done`` is told how many were seen."""
+        position = 0
+        with ExitStack() as stack:
+            for accumulator in self._accumulators:
+                stack.enter_context(accumulator.recording())
+            for batch in batches:
+                for sequence in sequences(batch):
+                    position += 1
+                    if position > skip:
+                        self._step(sequence, position)
+                        done(position)
+
+    def _step(self, sequence: dict[str, Tensor], position: int) -> None:
+        batch = {name: tensor.to(self._device) for name, tensor in sequence.items()}
+        with torch.enable_grad():
+            found = objective_sums(self._model, [OBJECTIVES.get(name) for name in self._objectives], batch)
+            for index, (name, (total, valid)) in enumerate(zip(self._objectives, found, strict=True)):
+                out = ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=None)
+                mine = [a for a, m in zip(self._accumulators, self._methods, strict=True) if m.objective == name]
+                try:
+                    backward(out, mine, retain_graph=index < len(found) - 1)
+                except CalibrationError as error:
+                    raise CalibrationError(f"Calibration sequence {position - 1}, {name}: {error}") from error
+
+    def scores(self) -> Scores:
+        """Returns the scores of every method."""
+        return {m.name: a.scores() for m, a in zip(self._methods, self._accumulators, strict=True)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns every sum."""
+        return {f"{i}/{j}": t for i, a in enumerate(self._accumulators) for j, t in enumerate(a.tensors())}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over sums that ``tensors`` returned."""
+        for i, accumulator in enumerate(self._accumulators):
+            mine = sorted((int(key.split("/")[1]), t) for key, t in tensors.items() if key.startswith(f"{i}/"))
+            accumulator.load([t.to(self._device) for _, t in mine])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return self._accumulators[0].totals().num_tokens
+
+
+def seed_scores(
+    model: Any, methods: Sequence[Method], batches: Iterator[Any], path: Path, *, key: str, device: torch.device
+) -> Scores:
+    """Returns the scores of one seed, from ``path`` if they were computed before; resumes an interrupted pass.
+
+    Args:
+        model: The dense model.
+        methods: Methods with an objective.
+        batches: The calibration batches.
+        path: File of the scores; the state of an unfinished pass lies beside it.
+        key: What the scores depend on; a file with another one is not used.
+        device: Where to run.
+    """
+    found = _load(path, key)
+    if found is not None:
+        scores: Scores = {}
+        for name, tensor in found.items():
+            method, _, group = name.partition("/")
+            scores.setdefault(method, {})[group] = tensor
+        return scores
+    shared = SharedPass(model, methods, device=device)
+    unfinished = path.with_suffix(".unfinished")
+    state, skip = _load(unfinished, key), 0
+    if state is not None:
+        skip = int(state.pop("position"))
+        shared.load(state)
+
+    def done(position: int) -> None:
+        if position % SAVE_EVERY == 0:
+            _save(unfinished, shared.tensors() | {"position": torch.tensor(position)}, key)
+
+    shared.run(batches, skip=skip, done=done)
+    scores = shared.scores()
+    _save(path, {f"{name}/{group}": t for name, by_group in scores.items() for group, t in by_group.items()}, key)
+    unfinished.unlink(missing_ok=True)
+    return scores
+
+
+def _save(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Writes tensors in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata={"key": key})
+    temporary.replace(path)
+
+
+def _load(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Returns the tensors of a file that was written for ``key``, None when there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None  # damaged: it is computed again
