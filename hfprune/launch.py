@@ -213,7 +213,7 @@ class SweepCLI(BaseCLI):
         parser.add_argument("--pruning_ratios", type=list[float], default=[0.2, 0.3], help="shares of ALL parameters")
         parser.add_argument("--seeds", type=list[int], default=[42], help="seeds of the calibration data")
         parser.add_argument(
-            "--texts", type=dict[str, str] | None, default=None, help="name: evaluation text; default: --data.text"
+            "--texts", type=dict[str, str] | None, default=None, help="name: evaluation text (default: --data.text)"
         )
         parser.add_argument("--round_to", type=PositiveInt, default=1, help="kept widths are multiples of this")
         parser.add_argument("--task_seeds", type=PositiveInt, default=1, help="seeds whose models run the tasks")
@@ -226,12 +226,16 @@ class SweepCLI(BaseCLI):
         if trainer.world_size > 1:
             raise ConfigError("sweep runs on one device: give --trainer.devices 1.")
         init = self.config_init
-        text = c.data.text or c.data.calibration
+        texts = c.texts or ({"text": c.data.text} if c.data.text else {})
+        if not texts or c.data.calibration in texts.values():
+            raise ConfigError(
+                'sweep evaluates on texts that do not calibrate: give --texts \'{"NAME": "FILE"}\', or --data.text.'
+            )
         grid = SweepGrid(
             methods=init.methods or default_methods(),
             pruning_ratios=c.pruning_ratios,
             seeds=c.seeds,
-            texts=c.texts or {"text": text},
+            texts=texts,
             round_to=c.round_to,
             task_seeds=c.task_seeds,
         )

@@ -108,6 +108,8 @@ class SweepGrid:
         for flag, values in listed.items():
             if not values or len(set(values)) != len(values):
                 raise ConfigError(f"{flag} must name at least one, and each once; got {list(values)}.")
+        if not self.texts:
+            raise ConfigError("--texts must name at least one evaluation text.")
         if any(not _NAME.fullmatch(name) for name in self.texts):
             raise ConfigError(f"--texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
         if self.task_seeds < 1:

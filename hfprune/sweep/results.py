@@ -46,10 +46,11 @@ def write_results(
     result = {
         **facts,
         "rows": rows,
-        "rank_correlation": matrix(list(scores), lambda a, b: rank_correlation(scores[a], scores[b])),
+        "rank_correlation": matrix([m.name for m in grid.methods], lambda a, b: rank_correlation(scores[a], scores[b])),
         "kept_overlap": {f"{ratio:g}": _kept_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
         "seed_overlap": {f"{ratio:g}": _seed_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
         "protocols": {name: text["perplexity"]["protocol"] for name, text in cells["dense"]["texts"].items()},
+        "speeds": _speeds(grid, cells),
         "cells": {name: dict(figures) for name, figures in cells.items()},
     }
     write_json(out / "table.json", result)
@@ -86,10 +87,15 @@ def _columns(cell: Figures) -> dict[str, float]:
                 if metric in metrics:
                     found[f"{task}_{metric}"] = metrics[metric]
         found["task_average"] = cell["zero_shot"]["average"]
-    if "latency" in cell:
-        for name in ("prefill_ms", "decode_tokens_per_s", "prefill_ratio", "decode_ratio"):
-            found[name] = cell["latency"][name]
     return {name: value for name, raw in found.items() if (value := number(raw)) is not None}
+
+
+def _speeds(grid: SweepGrid, cells: Mapping[str, Figures]) -> dict[str, Any]:
+    """Returns the speed of the dense model and at each ratio: it follows from the widths, whatever the method."""
+    if "latency" not in cells["dense"]:
+        return {}
+    found = {f"{cell.pruning_ratio:g}": cells[cell.name]["latency"] for cell in grid.cells()}
+    return {"dense": cells["dense"]["latency"], **found}
 
 
 def _kept_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dict[str, dict[str, float]]:
@@ -138,14 +144,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     tasks = {name: (name.replace("_acc_norm", "").replace("_acc", ""), digits) for name, (_, digits) in tasks.items()}
     if "task_average" in rows[0]:
         tasks["task_average"] = ("average", ".1%")
-    speeds = {"prefill_ratio": ("prefill, time to dense", ".3f"), "decode_ratio": ("decode, time to dense", ".3f")}
     parts = [_table(rows, columns)]
     parts += [f"{name}: {protocol}." for name, protocol in result["protocols"].items()]
     if tasks:
         parts.append(_table([row for row in rows if "task_average" in row], tasks))
-    if any("prefill_ratio" in row for row in rows):
-        first = {row["pruning_ratio"]: row for row in reversed(rows) if "prefill_ratio" in row}
-        parts.append(_table(sorted(first.values(), key=lambda row: row["pruning_ratio"]), speeds))
+    if result["speeds"]:
+        parts.append(_speed_table(result["speeds"]))
     parts.append("Rank correlation of the scores (Spearman, mean over layers, first seed):")
     parts.append(_matrix(result["rank_correlation"]))
     for ratio, found in result["kept_overlap"].items():
@@ -161,6 +165,23 @@ def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
         cells = [_mean(row, name, digits) for name, (_, digits) in columns.items()]
         lines.append([row["method"], "-" if ratio is None else f"{ratio:.0%}", *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _speed_table(speeds: Mapping[str, Any]) -> str:
+    lines = [["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"], ["---"] * 5]
+    for name, found in speeds.items():
+        cells = ["-" if name == "dense" else f"{float(name):.0%}"]
+        for kind, figure in (("prefill", "prefill_ms"), ("decode", "decode_tokens_per_s")):
+            ratio, spread = found[f"{kind}_ratio"], found[f"{kind}_ratio_spread"]
+            shown = "-" if ratio is None else f"{ratio:.3f} ({spread[0]:.3f} to {spread[1]:.3f})"
+            cells += [f"{found[figure]:,.1f}", shown]
+        lines.append(cells)
+    first = next(iter(speeds.values()))
+    settings = (
+        f"Batch 1, {first['prompt_tokens']} prompt and {first['new_tokens']} new tokens, {first['device']}, "
+        f"{first['dtype']}, {first['threads']} threads, median of {first['repeats']} in alternation (spread of ratios)."
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{settings}"
 
 
 def _mean(row: Row, name: str, digits: str) -> str:
@@ -192,7 +213,7 @@ def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> 
                 label=row["method"] if ratio is None else f"{row['method']}, {ratio:.0%}",
                 series=row["method"],
                 parameters=int(row["parameters"]),
-                latency_ms=row.get("prefill_ms"),
+                latency_ms=(result["speeds"].get("dense" if ratio is None else f"{ratio:g}") or {}).get("prefill_ms"),
                 spread=spread,
                 **{field: row.get(name) for field, name in names.items()},
             )

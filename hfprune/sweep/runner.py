@@ -22,7 +22,7 @@ from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.latency import compare_latency
-from hfprune.evaluation.overlap import SUSPICIOUS
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.size import measure_size
 from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.windows import Windows
@@ -100,6 +100,8 @@ class Sweep:
         by_seed = {seed: self._bound(self.make_data(seed, None)) for seed in self.grid.seeds}
         for data in by_seed.values():
             data.calibration_dataloader()
+        for name, cut in windows.items():
+            self._warn_of_overlap(name, cut, by_seed)
         if self.zero_shot is not None:
             self.zero_shot.load()
         self.module.configure_model()
@@ -140,17 +142,19 @@ class Sweep:
         return data
 
     def _windows(self, name: str) -> Windows:
-        data = self._bound(self.make_data(self.grid.seeds[0], self.grid.texts[name]))
-        windows = data.evaluation_windows()
+        windows = self._bound(self.make_data(self.grid.seeds[0], self.grid.texts[name])).evaluation_windows()
         if windows is None:
             raise ConfigError(f"--texts {name}: there are no evaluation windows; see --data.eval_windows.")
-        data.calibration_dataloader()
-        share = data.overlap()["calibration"]
+        return windows
+
+    def _warn_of_overlap(self, name: str, windows: Windows, by_seed: dict[int, TextDataModule]) -> None:
+        ids = windows.ids.tolist()
+        sketches = [Sketch.from_text(data.summary()["calibration"]["ngrams"]) for data in by_seed.values()]
+        share = max(sketch.share_of(ids) for sketch in sketches)
         if share >= SUSPICIOUS:
             text = f"{share:.0%} of the 13-grams of the evaluation text '{name}' occur in the calibration text."
             self.warnings.append(text)
             warnings.warn(text, stacklevel=2)
-        return windows
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
