@@ -81,7 +81,8 @@ class Evaluation:
         stages = {}
         for name, model in models.items():
             folder = self.dense if name == "dense" else (None if self.ckpt_path else module.path)
-            figures = measure(model, windows, reference=reference, latency=False, folder=folder)
+            known = reference.hidden if name == "dense" and isinstance(reference, DenseReference) else None
+            figures = measure(model, windows, reference=reference, latency=False, folder=folder, hidden=known)
             stages[name] = figures.to_dict()
             if zero_shot is not None:
                 stages[name]["zero_shot"] = zero_shot.run(model, module.tokenizer).to_dict()

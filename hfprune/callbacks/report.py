@@ -215,7 +215,10 @@ class ReportCallback(Callback, PruningEvents):
             item["texts"][name] = text
 
     def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
-        result: Measurement = measure(model, _windows(trainer), reference=self._reference, latency=latency)
+        hidden = self._reference.hidden if self._reference is not None and not self.stages else None  # dense
+        result: Measurement = measure(
+            model, _windows(trainer), reference=self._reference, latency=latency, hidden=hidden
+        )
         return result.to_dict()
 
     def _record(self, name: str, figures: dict[str, Any], trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ The dense model is remembered by its final hidden states and its output head, wh
 the top K of its logits. Shape legend: N windows, W tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -77,6 +78,27 @@ class DenseReference:
         return HeadLogits(self.head, self.hidden[index, self.windows.compared])
 
 
+@dataclass(frozen=True, slots=True)
+class TopLogits:
+    """The top K of one window's logits.
+
+    Attributes:
+        top: [W, K].
+        vocab_size: V.
+    """
+
+    top: TopK
+    vocab_size: int
+
+    def __len__(self) -> int:
+        """Returns the number of tokens."""
+        return len(self.top)
+
+    def __getitem__(self, part: slice) -> TopK:
+        """Returns the top K of a part of the tokens."""
+        return self.top[part]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReference:
     """The top K of the dense model's logits, small enough to keep on disk; see :mod:`hfprune.evaluation.cache`.
@@ -93,7 +115,7 @@ class TopKReference:
 
     def logits(self, index: int) -> Logits:
         """Returns the top K of one window."""
-        return self.top[index][self.windows.compared]
+        return TopLogits(self.top[index][self.windows.compared], self.vocab_size)
 
 
 def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
@@ -108,14 +130,19 @@ def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> 
 
 def fidelity_of(reference: Reference, hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES) -> Fidelity:
     """Returns the fidelity from final hidden states [N, W, D']; see :func:`fidelity`."""
+    return compare_windows(reference, [HeadLogits(head, row) for row in hidden], chunk_bytes=chunk_bytes)
+
+
+def compare_windows(reference: Reference, windows: Sequence[HeadLogits], *, chunk_bytes: int = CHUNK_BYTES) -> Fidelity:
+    """Returns the fidelity from the logits of every window."""
     if not reference.windows.ids.numel():
         raise ConfigError(f"The reference windows hold no tokens: windows {list(reference.windows.ids.shape)}.")
-    if reference.vocab_size != head.weight.shape[0]:
+    if reference.vocab_size != windows[0].vocab_size:
         raise ConfigError(
-            f"The dense model predicts {reference.vocab_size} tokens, the other one {head.weight.shape[0]}: their "
+            f"The dense model predicts {reference.vocab_size} tokens, the other one {windows[0].vocab_size}: their "
             "distributions cannot be compared."
         )
     metric = FidelityMetric(chunk_bytes=chunk_bytes, sync_on_compute=False)
-    for index, row in enumerate(hidden):
-        metric.update(reference.logits(index), HeadLogits(head, row[reference.windows.compared]))
+    for index, logits in enumerate(windows):
+        metric.update(reference.logits(index), logits.part(reference.windows.compared))
     return metric.result()

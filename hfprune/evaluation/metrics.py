@@ -23,6 +23,10 @@ class Logits(Protocol):
     def __len__(self) -> int:
         """Returns the number of tokens."""
 
+    @property
+    def vocab_size(self) -> int:
+        """V, also where only the top K are known."""
+
     def __getitem__(self, part: slice) -> Tensor | TopK:
         """Returns the logits [T, V] of ``part``, or their top K."""
 
@@ -43,9 +47,18 @@ class HeadLogits:
         """Returns the number of tokens."""
         return len(self.hidden)
 
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self.head.weight.shape[0])
+
     def __getitem__(self, part: slice) -> Tensor:
         """Returns logits [T, V], float32 or wider, on the head's device."""
         return self.head.logits(self.hidden[part].to(self.head.weight.device))
+
+    def part(self, part: slice) -> "HeadLogits":
+        """Returns the logits of a part of the window."""
+        return self if part == slice(None) else HeadLogits(self.head, self.hidden[part])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +162,7 @@ class FidelityMetric(Metric):
 
     def _by_token(self, dense: Tensor | Logits, model: Tensor | Logits) -> Tensor:
         """Returns the quantities [W, Q] of one window, on the metric's device."""
-        vocab = _as_logits(model[:1]).shape[-1]
+        vocab = model.shape[-1] if isinstance(model, Tensor) else model.vocab_size
         size = chunk_tokens(vocab, chunk_bytes=self._chunk_bytes)
         parts = []
         for start in range(0, len(dense), size):

@@ -1,7 +1,8 @@
 """Perplexity with its protocol spelled out."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from hfprune.arch import output_head
 from hfprune.errors import ConfigError
 from hfprune.evaluation.hidden import final_hidden
+from hfprune.evaluation.metrics import HeadLogits
 from hfprune.evaluation.windows import Windows
-from hfprune.objectives import OBJECTIVES, OutputHead, chunked_objective
+from hfprune.objectives import OutputHead
+from hfprune.objectives.chunked import chunk_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,36 +63,72 @@ def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int =
     Raises:
         ConfigError: There is nothing to predict: no windows, or windows of fewer than two tokens.
     """
-    found = _checked(windows)
+    found = checked_windows(windows)
     return perplexity_of(final_hidden(model, found.ids, batch_size=batch_size), output_head(model), found)
 
 
 def perplexity_of(hidden: Tensor, head: OutputHead, windows: Tensor | Windows) -> Perplexity:
     """Returns the perplexity from final hidden states [N, W, D]; see :func:`perplexity`."""
-    found = _checked(windows)
-    objective, device = OBJECTIVES.get("cross_entropy"), head.weight.device
-    total = 0.0
+    found = checked_windows(windows)
+    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, found.ids, strict=True)]
+    size = chunk_tokens(head.weight.shape[0])
     with torch.no_grad():
-        for index, (row, ids) in enumerate(zip(hidden, found.ids, strict=True)):
-            first = found.first_target(index)
-            targets = ids[first:].to(device)
-            total += float(chunked_objective(objective, row[first - 1 : -1].to(device), head, targets))
-    nll = total / found.num_targets
+        for row in rows:
+            for start in range(0, len(row), size):
+                row[start : start + size]
+    return perplexity_from(rows, found)
+
+
+def perplexity_from(rows: Sequence["ScoredLogits"], windows: Windows) -> Perplexity:
+    """Returns the perplexity of windows whose logits have been read, every position once."""
+    total = sum(float(row.nll[windows.first_target(index) - 1 :].sum()) for index, row in enumerate(rows))
+    nll = total / windows.num_targets
     return Perplexity(
         value=_exp(nll),
         nll=nll,
-        num_tokens=found.num_targets,
-        num_windows=len(found.ids),
-        window=found.window,
-        stride=found.stride,
-        bos=found.bos,
-        source=found.source,
-        sha256=found.sha256,
-        protocol=found.protocol,
+        num_tokens=windows.num_targets,
+        num_windows=len(windows.ids),
+        window=windows.window,
+        stride=windows.stride,
+        bos=windows.bos,
+        source=windows.source,
+        sha256=windows.sha256,
+        protocol=windows.protocol,
     )
 
 
-def _checked(windows: Tensor | Windows) -> Windows:
+@dataclass(frozen=True, slots=True)
+class ScoredLogits(HeadLogits):
+    """Logits of one window that note the cross-entropy of the next token as they are read, for whatever purpose.
+
+    Attributes:
+        ids: [W] token ids.
+        nll: [W - 1] cross-entropy of token t + 1 at position t, nats, float64; NaN where it was not read.
+    """
+
+    ids: Tensor
+    nll: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Makes room for the cross-entropies."""
+        nll = torch.full((max(len(self.ids) - 1, 0),), torch.nan, dtype=torch.float64)
+        object.__setattr__(self, "nll", nll)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Returns logits [T, V], float32 or wider, on the head's device."""
+        logits = HeadLogits.__getitem__(self, part)
+        start, stop, _ = part.indices(len(self))
+        stop = min(stop, len(self.nll))
+        if start < stop:
+            targets = self.ids[start + 1 : stop + 1].to(logits.device)
+            read = logits[: stop - start]
+            found = read.logsumexp(-1) - read.gather(-1, targets[:, None]).squeeze(-1)
+            self.nll[start:stop] = found.to("cpu", torch.float64)
+        return logits
+
+
+def checked_windows(windows: Tensor | Windows) -> Windows:
+    """Returns windows in which something can be predicted; raises ``ConfigError`` when nothing can."""
     found = Windows.of(windows)
     if len(found.ids) < 1 or found.window < 2:
         raise ConfigError(

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from hfprune.arch import find_groups, output_head, parameter_count
-from hfprune.evaluation.fidelity import Reference, fidelity_of
+from hfprune.evaluation.fidelity import Reference, compare_windows, fidelity_of
 from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.latency import Latency, compare_latency, measure_latency
 from hfprune.evaluation.metrics import Fidelity
-from hfprune.evaluation.perplexity import Perplexity, perplexity_of
+from hfprune.evaluation.perplexity import Perplexity, ScoredLogits, checked_windows, perplexity_from, perplexity_of
 from hfprune.evaluation.size import Size, measure_size
 from hfprune.evaluation.windows import Windows
 
@@ -58,6 +58,7 @@ def measure(
     reference: Reference | None,
     latency: bool,
     folder: str | None = None,
+    hidden: Tensor | None = None,
 ) -> Measurement:
     """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
 
@@ -67,14 +68,11 @@ def measure(
         reference: The dense model's predictions on the same windows.
         latency: Measure speed.
         folder: Where the model is saved, for its size on disk.
+        hidden: Final hidden states [N, W, D] of ``model`` on the windows, when they are known: those of the reference
+            for the dense model itself.
     """
     start = time.perf_counter()
-    found, close = None, None
-    if windows is not None:
-        cut = Windows.of(windows)
-        hidden, head = final_hidden(model, cut.ids), output_head(model)
-        found = perplexity_of(hidden, head, cut)
-        close = fidelity_of(reference, hidden, head) if reference is not None else None
+    found, close = (None, None) if windows is None else _predictions(model, windows, reference, hidden)
     return Measurement(
         parameters=parameter_count(model),
         width=find_groups(model)[0].num_units,
@@ -84,6 +82,21 @@ def measure(
         latency=measure_latency(model) if latency else None,
         seconds=time.perf_counter() - start,
     )
+
+
+def _predictions(
+    model: Any, windows: Tensor | Windows, reference: Reference | None, hidden: Tensor | None
+) -> tuple[Perplexity, Fidelity | None]:
+    """Returns perplexity and fidelity; where windows do not overlap, the same logits serve both."""
+    cut = checked_windows(windows)
+    hidden = final_hidden(model, cut.ids) if hidden is None else hidden
+    head = output_head(model)
+    if reference is None or cut.overlap:
+        found = perplexity_of(hidden, head, cut)
+        return found, None if reference is None else fidelity_of(reference, hidden, head)
+    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, cut.ids, strict=True)]
+    close = compare_windows(reference, rows)
+    return perplexity_from(rows, cut), close
 
 
 def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) -> None:

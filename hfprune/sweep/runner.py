@@ -107,7 +107,7 @@ class Sweep:
         self.module.configure_model()
         dense = self.module.causal_lm.to(self.device)
         self._key = self._settings_key(dense, windows)
-        cells = {"dense": self._cell("dense", lambda: self._measure(dense, windows))}
+        cells = {"dense": self._cell("dense", lambda: self._measure(dense, windows, dense=True))}
         scores: dict[tuple[str, int | None], ByGroup] = {}
         kept: dict[str, Kept] = {}
         for cell in self.grid.cells():
@@ -222,11 +222,13 @@ class Sweep:
         apply_plan(model, plan)
         return model.to(self.device)
 
-    def _measure(self, model: Any, windows: dict[str, Windows]) -> dict[str, Any]:
+    def _measure(self, model: Any, windows: dict[str, Windows], *, dense: bool = False) -> dict[str, Any]:
         figures: dict[str, Any] = {"parameters": parameter_count(model), "size": measure_size(model).to_dict()}
         figures["texts"] = {}
         for name, cut in windows.items():
-            found: Measurement = measure(model, cut, reference=self._reference(name, cut), latency=False)
+            reference = self._reference(name, cut)
+            known = reference.hidden if dense else None
+            found: Measurement = measure(model, cut, reference=reference, latency=False, hidden=known)
             assert found.perplexity is not None
             assert found.fidelity is not None
             figures["texts"][name] = {"perplexity": found.perplexity.to_dict(), "fidelity": found.fidelity.to_dict()}
