@@ -354,13 +354,51 @@ def test_evaluate_without_a_network(capsys):
     assert "nobody/no-such-model" in error_of(capsys, code)
 
 
+SWEEP = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
+
+
+def test_sweep_from_yaml_and_resumed(dense, capsys):
+    Path("words.txt").write_text("The assert is a statement of the language and so is while. " * 20)
+    Path("sweep.yaml").write_text(
+        "pruning_ratios: [0.2]\nlatency: false\ntexts: {words: words.txt}\nmethods:\n"
+        "- {name: signed, objective: entropy, criterion: {class_path: hfprune.criteria.ActivationTaylor,"
+        " init_args: {reduction: signed}}}\n- {name: l1, criterion: {class_path: hfprune.criteria.Magnitude,"
+        " init_args: {norm: l1}}}\n"
+    )
+    command = ["sweep", "--config=sweep.yaml", f"--model.path={dense}", "--output_dir=out", *SWEEP]
+    assert main(command) == 0
+    assert "words" in capsys.readouterr().out
+    found = json.loads(Path("out/table.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["dense", "signed", "l1"]
+    before = Path("out/cells/signed-0.2-seed42.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert Path("out/cells/signed-0.2-seed42.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "texts that do not calibrate"),
+        (["--data.text=builtin"], "texts that do not calibrate"),
+        (["--data.text=words.txt", "--seeds=[1,1]"], "each once"),
+        (["--data.text=words.txt", "--pruning_ratios=[0.99]"], "largest possible --pruning_ratio"),
+        (["--data.text=words.txt", "--methods=[{name: a}]"], "needs an objective"),
+        (["--data.text=nowhere.txt"], "does not exist"),
+    ],
+)
+def test_sweep_refuses_in_one_line(dense, capsys, flags, message):
+    Path("words.txt").write_text("The assert is a statement of the language and so is while. " * 20)
+    code = main(["sweep", f"--model.path={dense}", "--output_dir=out", *SWEEP, *flags])
+    assert message in error_of(capsys, code)
+
+
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path, monkeypatch):
     """The command in a config's header runs that config; here up to the point where models would be loaded."""
-    from hfprune.launch import EvaluateCLI, RunCLI
+    from hfprune.launch import CLASSES
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
     words = header[0].removeprefix("#").split()
@@ -368,5 +406,5 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.text.check_source", lambda source, flag: None)
-    cli = (EvaluateCLI if command == "evaluate" else RunCLI)(command, [f"--config={path}"])
+    cli = CLASSES[command](command, [f"--config={path}"])
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

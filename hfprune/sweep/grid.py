@@ -25,8 +25,8 @@ class Method:
     criterion: Criterion = field(default_factory=ActivationTaylor)
     objective: str | None = None
 
-    def __post_init__(self) -> None:
-        """Raises ``ConfigError`` unless criterion and objective belong together."""
+    def check(self) -> None:
+        """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
         if not _NAME.fullmatch(self.name) or self.name == "dense":
             raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
         needs = isinstance(self.criterion, GradientCriterion)
@@ -100,6 +100,8 @@ class SweepGrid:
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` where something is missing or stands there twice."""
+        for method in self.methods:
+            method.check()
         listed: dict[str, Sequence[object]] = {
             "--methods": [method.name for method in self.methods],
             "--pruning_ratios": self.pruning_ratios,

@@ -218,7 +218,7 @@ def test_bad_grids(settings, message):
 )
 def test_bad_methods(settings, message):
     with pytest.raises(ConfigError, match=message):
-        Method(**settings)
+        grid(methods=[Method(**settings)])
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
