@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, Magnitude, Random
 from hfprune.errors import ConfigError
@@ -17,19 +17,19 @@ class Method:
 
     Attributes:
         name: What tables call it; also part of file names.
-        criterion: How signals become scores.
+        criterion: How signals become scores; HFPrune's per-token activation Taylor if not given.
         objective: What calibration differentiates; None for criteria that need no data.
     """
 
     name: str
-    criterion: Criterion = field(default_factory=ActivationTaylor)
+    criterion: Criterion | None = None
     objective: str | None = None
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
         if not _NAME.fullmatch(self.name) or self.name == "dense":
             raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
-        needs = isinstance(self.criterion, GradientCriterion)
+        needs = isinstance(self.scorer, GradientCriterion)
         if needs and self.objective is None:
             raise ConfigError(f"Method '{self.name}' needs an objective: {', '.join(OBJECTIVES)}.")
         if not needs and self.objective is not None:
@@ -38,13 +38,18 @@ class Method:
             OBJECTIVES.get(self.objective)
 
     @property
+    def scorer(self) -> Criterion:
+        """The criterion."""
+        return self.criterion or ActivationTaylor()
+
+    @property
     def seeded(self) -> bool:
         """Whether its scores depend on the seed: through the data, or through random numbers."""
-        return isinstance(self.criterion, GradientCriterion | Random)
+        return isinstance(self.scorer, GradientCriterion | Random)
 
     def with_seed(self, seed: int) -> Criterion:
         """Returns the criterion for one seed."""
-        return Random(seed=seed) if isinstance(self.criterion, Random) else self.criterion
+        return Random(seed=seed) if isinstance(self.scorer, Random) else self.scorer
 
 
 def default_methods() -> list[Method]:

@@ -176,7 +176,7 @@ class Sweep:
         assert cell.seed is not None
         methods = [method for method in self.grid.methods if method.objective is not None]
         data = by_seed[cell.seed]
-        parts = {m.name: [m.objective, m.criterion.describe()] for m in methods}
+        parts = {m.name: [m.objective, m.scorer.describe()] for m in methods}
         digest = _digest([fingerprint(dense), data.summary()["calibration"]["sha256"], parts])
         path = self.out / "scores" / f"seed{cell.seed}.safetensors"
         start = time.perf_counter()

@@ -39,8 +39,8 @@ class SharedPass:
         groups = find_groups(model)
         self._accumulators = []
         for method in methods:
-            assert isinstance(method.criterion, GradientCriterion)
-            self._accumulators.append(ImportanceAccumulator(model, groups, method.criterion, device=device))
+            assert isinstance(method.scorer, GradientCriterion)
+            self._accumulators.append(ImportanceAccumulator(model, groups, method.scorer, device=device))
         self._objectives = list(dict.fromkeys(str(method.objective) for method in methods))
 
     def run(self, batches: Iterator[Any], *, skip: int = 0, done: Callable[[int], None] = lambda _: None) -> None:

@@ -108,7 +108,7 @@ def test_kept_units_are_those_of_a_run_of_its_own(folder, undisturbed):
     """The shared pass changes nothing: the callback, alone, with the same data, prunes to the same model."""
     result, _ = undisturbed
     for method in METHODS[:3]:
-        importance = TaylorImportanceCallback(pruning_ratio=0.2, criterion=method.criterion, objective=method.objective)
+        importance = TaylorImportanceCallback(pruning_ratio=0.2, criterion=method.scorer, objective=method.objective)
         trainer = PruneTrainer(
             callbacks=[importance], accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
             enable_checkpointing=False, enable_model_summary=False, max_epochs=1,
