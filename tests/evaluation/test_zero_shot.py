@@ -144,3 +144,33 @@ def test_without_the_harness(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"hfprune\[eval\]"):
         ZeroShotTasks(["arc_easy"])
+
+
+@pytest.mark.slow
+def test_equals_the_harness_command_line(shared_dir, tmp_path):
+    """The embedded model on the same files: every figure that lm-eval's own command line prints."""
+    import subprocess
+    import sys
+
+    from hfprune.embedded import embedded_model
+    from hfprune.evaluation.tasks import LOCAL_FOLDER
+    from hfprune.loading import load_causal_lm, load_tokenizer
+
+    names, data = ["arc_easy", "openbookqa", "piqa", "race", "truthfulqa_mc2", "winogrande"], str(shared_dir / "data")
+    command = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "1",
+        "--model_args", f"pretrained={embedded_model()}", "--tasks", ",".join(names), "--limit", "8",
+        "--include_path", str(LOCAL_FOLDER), "--metadata", json.dumps({"data_dir": data}),
+        "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = (tmp_path / "out").rglob("*.json")
+    expected = json.loads(file.read_text())["results"]
+    tasks = ZeroShotTasks(names, data_dir=data, limit=8)
+    found = tasks.run(load_causal_lm("smollm2-135m"), load_tokenizer("smollm2-135m"))
+    for name in names:
+        metrics = {key.removesuffix(",none"): value for key, value in expected[name].items() if key.endswith(",none")}
+        for metric, value in found.tasks[name].metrics.items():
+            assert value == pytest.approx(metrics[metric], abs=1e-5), (name, metric)
+            assert found.tasks[name].stderr[metric] == pytest.approx(metrics[f"{metric}_stderr"], abs=1e-5)
+    assert {"acc", "acc_norm"} <= found.tasks["arc_easy"].metrics.keys()
