@@ -1,7 +1,5 @@
 """``Evaluation``: one model, beside the dense one when that is given, measured in every way that was asked for."""
 
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from hfprune.evaluation.stage import add_speeds, measure
 from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import write_json
+from hfprune.export import command_line, write_json
 from hfprune.loading import check_model_path, load_causal_lm, load_config, previous_plan
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
@@ -90,7 +88,7 @@ class Evaluation:
             add_speeds(stages, models)
         Console().print(stage_table(stages))
         if output is not None:
-            facts = {"command": shlex.join(sys.argv), "model": module.path, "dense": self.dense}
+            facts = {"command": command_line(), "model": module.path, "dense": self.dense}
             facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}
             write_json(Path(output), {**facts, "warnings": self.warnings, "stages": stages})
         return stages

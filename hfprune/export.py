@@ -7,7 +7,9 @@
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -94,6 +96,11 @@ def staged(target: Path) -> Iterator[Path]:
         raise OutputError(f"Writing '{target}' failed, nothing was left there: {error}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def command_line() -> str:
+    """Returns the command that is running, as one would type it again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """``ReportCallback``: measures the model at every stage, exports it, and writes what it all came to."""
 
 import copy
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from hfprune.export import (
     REPORT_PAGE,
     check_output_dir,
     check_reload,
+    command_line,
     export_model,
     export_sharded,
     save_importance,
@@ -107,7 +106,7 @@ class ReportCallback(Callback, PruningEvents):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the stages measured before the interruption."""
         self.stages, self.warnings = state_dict["stages"], state_dict["warnings"]
-        self.generations = state_dict["generations"]
+        self.generations = state_dict.get("generations", [])
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model and remembers its final hidden states."""
@@ -240,7 +239,7 @@ class ReportCallback(Callback, PruningEvents):
         assert module.plan is not None
         summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
         report = {
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "seconds": time.time() - self._start,
             "stages": self.stages,
             "convergence": (module.plan.provenance.get("calibration") or {}).get("convergence", []),
@@ -249,7 +248,7 @@ class ReportCallback(Callback, PruningEvents):
             "warnings": self.warnings,
             "plan": dict(module.plan.provenance),
             "recovery": recovery,
-            "data": summary() if callable(summary) else None,
+            "data": _used(summary(), module.plan) if callable(summary) else None,
             "versions": versions(),
             "config": self.config,
         }
@@ -264,6 +263,11 @@ class ReportCallback(Callback, PruningEvents):
         for logger in trainer.loggers:
             for step, (name, figures) in enumerate(self.stages.items()):
                 logger.log_metrics({f"{name}/{key}": value for key, value in flat(figures).items()}, step=step)
+
+
+def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
+    """Returns what is told about the data that were used: criteria of weights do not calibrate."""
+    return {role: found for role, found in summary.items() if role != "calibration" or plan.provenance["calibration"]}
 
 
 def _importance(trainer: Trainer) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def _importance(data: ReportData) -> str:
     text = "Each row is a layer, its units sorted by falling score; the brighter, the more a unit matters."
     if not any(name in data.kept for name in data.importance):
         return text
-    return f"{text} Units to the left of the red line were kept, those to its right removed."
+    return f"{text} Units to the left of the line were kept, those to its right removed."
 
 
 def _kept(data: ReportData) -> str:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from hfprune.evaluation.size import measure_size
 from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import check_output_dir, write_json
+from hfprune.export import check_output_dir, command_line, write_json
 from hfprune.fingerprint import fingerprint
 from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
@@ -121,7 +119,7 @@ class Sweep:
         if self.zero_shot is not None:
             self._add_tasks(self.zero_shot, dense, kept, cells)
         facts = {
-            "command": shlex.join(sys.argv),
+            "command": command_line(),
             "model": self.module.path,
             "warnings": self.warnings,
             "budgets": {f"{ratio:g}": budget.to_dict() for ratio, budget in self.budgets.items()},

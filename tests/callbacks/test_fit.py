@@ -1,10 +1,13 @@
 """The whole lifecycle on a tiny model: calibrate, prune, recover, export, in one fit."""
 
+import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfprune import (
@@ -23,6 +26,7 @@ from hfprune.calibration import weight_scores
 from hfprune.callbacks import PruningEvents
 from hfprune.criteria import Magnitude, Random
 from hfprune.errors import CalibrationError, ConfigError, UnsupportedArchitectureError
+from hfprune.export import load_importance
 from tests.models import save_tiny, tiny, token_ids
 
 
@@ -83,6 +87,37 @@ def test_report_holds_what_a_reader_needs(folder, tmp_path):
     assert {"torch", "transformers", "hfprune"} <= set(report["versions"])
     assert set(report["data"]) == {"calibration", "evaluation", "recovery", "validation"}
     assert not any(name.name.startswith(".") for name in (tmp_path / "out").iterdir())
+
+
+def test_what_people_look_at(folder, tmp_path):
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=2), look_every=2)
+    logger = CSVLogger(tmp_path / "logs")
+    fit(folder, tmp_path / "out", importance=importance, logger=logger, log_every_n_steps=1)
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert [tokens for tokens, _ in report["convergence"]] == [32, 64, 96]
+    assert [list(item["texts"]) for item in report["generations"]] == [["dense", "pruned", "recovered"]] * 2
+    saved = load_importance(out)
+    assert all(torch.equal(saved[name], scores) for name, scores in importance.importance.items())
+    page = (out / "report.html").read_text()
+    assert all(heading in page for heading in ("Summary", "Importance of the units", "Sample", "Commands", "Facts"))
+    figures = {path.name for path in (out / "figures").iterdir()}
+    assert {"importance_heat_map.svg", "kept_share.png", "convergence.svg", "kl_by_position.png"} <= figures
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for stage in ("dense", "pruned", "recovered"):
+        (value,) = {row[f"{stage}/perplexity/value"] for row in rows} - {""}
+        assert float(value) == pytest.approx(report["stages"][stage]["perplexity"]["value"])
+
+
+def test_samples_can_be_left_out(folder, tmp_path):
+    runner = trainer(
+        ReportCallback(str(tmp_path / "out"), latency=False, samples=0), TaylorImportanceCallback(pruning_ratio=0.2)
+    )
+    runner.prune(PruningModule(folder), data())
+    assert json.loads((tmp_path / "out/report.json").read_text())["generations"] == []
+    with pytest.raises(ConfigError, match="samples -1"):
+        ReportCallback(str(tmp_path / "other"), samples=-1)
 
 
 def test_plan_on_disk_applied_to_the_dense_model_is_the_pruned_model(folder, tmp_path):
