@@ -398,7 +398,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path, monkeypatch):
     """The command in a config's header runs that config; here up to the point where models would be loaded."""
-    from hfprune.launch import CLASSES
+    from hfprune.commands import CLASSES
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
     words = header[0].removeprefix("#").split()

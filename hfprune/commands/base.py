@@ -1,0 +1,64 @@
+"""What every command's parser has, and errors in one line."""
+
+import difflib
+import re
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from hfprune.criteria import Criterion
+from hfprune.data import TextDataModule
+from hfprune.errors import ConfigError
+from hfprune.modules import PruningModule
+from hfprune.trainer import PruneTrainer
+
+
+class BaseCLI(LightningCLI):
+    """A LightningCLI for one command: a flat parser, classes built, nothing run."""
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            PruningModule,
+            TextDataModule,
+            trainer_class=PruneTrainer,
+            trainer_defaults=self.defaults(),
+            seed_everything_default=42,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": f"hfprune {command}", "description": None, "exit_on_error": False},
+            args=args,
+            run=False,
+        )
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns defaults of the Trainer's arguments."""
+        return {"devices": 1, "logger": False, "enable_model_summary": False}
+
+    def run(self) -> None:
+        """Runs the command."""
+        raise NotImplementedError
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(_one_line(error, parser)) from error
+
+
+def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
+    """Returns the parser's complaint in one line, with the nearest option when one is not known."""
+    text = " ".join(str(error).split())
+    known = [name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)]
+    for pattern in (r"unrecognized arguments: --([\w.]+)", r"[Oo]ption '([\w.]+)' is not accepted"):
+        if (unknown := re.search(pattern, text)) and (near := difflib.get_close_matches(unknown[1], known, n=1)):
+            return f"{text}. Did you mean '{near[0]}'?"
+    value = re.search(r'Parser key "([\w.]+)": .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)$', text)
+    if value is None:
+        return text
+    kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
+    kinds_of = [c for kind in Criterion.__subclasses__() for c in kind.__subclasses__()]
+    expected = [c.__name__ for c in kinds_of] if kinds == ["Criterion"] else kinds
+    return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
