@@ -201,7 +201,7 @@ def test_full_disk_while_writing_leaves_no_half_model(dense, capsys, monkeypatch
     captured = capsys.readouterr()
     assert code == 2
     assert "No space left on device" in captured.err
-    assert sorted(p.name for p in Path("out").iterdir()) == ["checkpoints", "plan.json"]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["checkpoints", "importance.safetensors", "plan.json"]
     assert prune(dense, "--pruning_ratio=0.2", "--ckpt_path=last") == 0  # with a disk that has room again
     assert Path("out/model/model.safetensors").is_file()
     assert not Path("out/checkpoints").exists()
