@@ -9,38 +9,75 @@ killed, and the folders of the runs that ended.
 import json
 import os
 import random
+import select
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
+from hfprune.calibration import ImportanceAccumulator
 from tests.distributed.fit_script import main as fit
 
 FOREVER = 600  # seconds
 SETTINGS = {"sequences": 12, "calibration_batch_size": 2, "dtype": "float32"}
 
 
-def live(model, out, seconds):
-    """Starts or resumes the run in a child; returns whether it ended before ``seconds`` had passed."""
+class Beat(Callback):
+    """Writes one byte at every calibration batch, every training batch, every checkpoint and the end of training."""
+
+    def __init__(self, pipe):
+        self.pipe, original = pipe, ImportanceAccumulator.step
+
+        def step(accumulator, *args, **kwargs):
+            self.beat()
+            return original(accumulator, *args, **kwargs)
+
+        ImportanceAccumulator.step = step
+
+    def beat(self):
+        os.write(self.pipe, b".")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.beat()
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.beat()
+
+    def on_train_end(self, trainer, pl_module):
+        self.beat()
+
+
+def live(model, out, beats, seconds):
+    """Starts or resumes the run in a child, kills it ``seconds`` after its beat number ``beats``.
+
+    Returns whether it ended before that. How far a life gets hangs on the beats, not on the speed of the machine.
+    """
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(reading)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        fit(model=model, out=str(out), ckpt_path="last", **SETTINGS)
+        fit(model=model, out=str(out), ckpt_path="last", callbacks=[Beat(writing)], **SETTINGS)
         os._exit(0)
+    os.close(writing)
+    ended = False
+    while beats > 0 and not ended:
+        got = os.read(reading, beats)
+        beats, ended = beats - len(got), not got
     until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert status == 0, f"the run failed by itself: {status}"
-            return True
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    while not ended and select.select([reading], [], [], max(until - time.monotonic(), 0.0))[0]:
+        ended = not os.read(reading, 1)
+    os.close(reading)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or not ended, f"the run failed by itself: {status}"
+    return ended
 
 
 def reached(out):
@@ -60,21 +97,22 @@ def main(model, out, kills, seed):
     torch.set_num_threads(1)
     generator = random.Random(int(seed))
     kills, out = int(kills), Path(out)
-    assert live(model, out / "warmup", FOREVER)  # the first life of all reads and compiles more than the others
+    assert live(model, out / "warmup", 0, FOREVER)  # the first life of all reads and compiles more than the others
     start = time.monotonic()
-    assert live(model, out / "undisturbed", FOREVER)
-    horizon = time.monotonic() - start
+    assert live(model, out / "undisturbed", 0, FOREVER)
+    whole_run = time.monotonic() - start
     moments, runs = [], []
     while len(moments) < kills:
-        run, lives, stuck, start = out / f"run{len(runs)}", 1, 0, time.monotonic()
-        while not live(model, run, generator.uniform(0.0, 0.7 * horizon) if len(moments) < kills else FOREVER):
+        run = out / f"run{len(runs)}"
+        while len(moments) < kills:
+            if generator.random() < 0.25:  # anywhere: while it loads, prunes, exports or writes its report
+                ended = live(model, run, 0, generator.uniform(0.0, whole_run))
+            else:
+                ended = live(model, run, generator.randint(1, 8), generator.uniform(0.0, 0.05))
+            if ended:
+                break
             moments.append(reached(run))
-            lives += 1
-            # On a machine that became slower, lives are too short to get anywhere; on one that became faster, too long.
-            stuck = stuck + 1 if moments[-1] in moments[-2:-1] else 0
-            horizon *= 1.5 if stuck >= 3 else 1.0
-        if lives == 1:
-            horizon = min(horizon, time.monotonic() - start)
+        assert ended or live(model, run, 0, FOREVER)
         runs.append(str(run))
     print(json.dumps({"moments": moments, "runs": runs, "undisturbed": str(out / "undisturbed")}))
 

@@ -36,6 +36,7 @@ DEFAULTS = {
     "plain_trainer": False,
     "ragged": None,  # [batch size, layout] of calibration sequences of different lengths
     "exact": True,
+    "callbacks": (),
     "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
 
@@ -113,6 +114,7 @@ def main(**given):
     if c["die"]:
         callbacks.append(Die(*c["die"]))
     callbacks.append(ModelCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=1))
+    callbacks.extend(c["callbacks"])
     trainer = PruneTrainer(
         accelerator="cpu",
         devices=c["devices"],
