@@ -114,6 +114,19 @@ class CheckpointTap:
         strategy.barrier()
 
 
+def count_epoch(trainer: Trainer) -> None:
+    """Counts the running epoch where Lightning did not, so that checkpoints written in it resume within it.
+
+    After a resume from the checkpoint of an epoch's last batch, Lightning 2.6 begins the next epoch without counting it
+    as ready and started. A checkpoint written then looks like one of a finished epoch: the next resume would run that
+    epoch's batches from the first one again.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    if progress.current.ready == progress.current.completed:
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def _folder_without_weights(path: Path) -> dict[str, Any]:
     """Returns a sharded checkpoint that any strategy can go on from: one written before training.
 

@@ -18,7 +18,7 @@ from hfprune.arch import Neurons, class_name, parameter_count
 from hfprune.calibration import weight_scores
 from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
-from hfprune.callbacks.checkpointing import CheckpointTap
+from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.strategies import check_strategy
@@ -175,6 +175,10 @@ class TaylorImportanceCallback(Callback):
                     TrainerFn.FITTING, path, model_provided=True, model_connected=True
                 )
             self._record = Record.of(read_metadata(path)) if path else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps count of epochs across resumes."""
+        count_epoch(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the strategy back as it was; what ``fit`` was to leave is there, so its progress is not needed."""
