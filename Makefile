@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
+JOBS ?= 2
 
 .PHONY: help demo test test-slow test-all check format bench clean
 
@@ -24,8 +25,8 @@ demo: $(STAMP)  ## prune and recover the embedded model: about 10 minutes on two
 	$(BIN)/python -m hfprune.embedded
 	$(BIN)/hfprune fit --config configs/quickstart.yaml --overwrite true
 
-test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
 	$(BIN)/python -m pytest -m slow --timeout 1800

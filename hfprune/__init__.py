@@ -12,6 +12,7 @@ from hfprune.version import __version__
 if TYPE_CHECKING:
     from hfprune.arch import Neurons
     from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+    from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
     from hfprune.modules import PruningModule
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
     "Budget": "hfprune.types",
+    "LeastSquares": "hfprune.compensation",
     "LoraRecovery": "hfprune.recovery",
     "Neurons": "hfprune.arch",
     "PruneTrainer": "hfprune.trainer",
@@ -40,6 +42,7 @@ _HOMES = {
 __all__ = [
     "ActivationTaylor",
     "Budget",
+    "LeastSquares",
     "LoraRecovery",
     "Neurons",
     "PruneTrainer",

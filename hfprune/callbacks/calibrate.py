@@ -57,7 +57,7 @@ class Calibration:
         self._trainer, self._target, self._limit, self._exact, self._seed = trainer, target, limit, exact, seed
         self._look_every, self._stop_at = look_every, stop_at
         check_source(trainer, limit=limit)
-        self._loader = _loader(trainer)
+        self._loader = data_loader(trainer)
         self._settings = {
             "criterion": criterion.describe(),
             "objective": target.objective_name,
@@ -126,7 +126,7 @@ class Calibration:
             self.accumulator.recording(),
             calibration_progress(self._expected(), objective=self._target.objective_name, enabled=shown) as advance,
         ):
-            _seed(self._seed)
+            seed_data(self._seed)
             first, index = self._done, self._done - 1
             item: Any = None
             for index, item in enumerate(islice(self._items(), first, None), start=first):
@@ -216,7 +216,7 @@ def _owner(trainer: Trainer) -> Any:
     return next((o for o in owners if callable(getattr(o, "calibration_dataloader", None))), None)
 
 
-def _loader(trainer: Trainer) -> Any:
+def data_loader(trainer: Trainer) -> Any:
     """Returns the calibration batches: ``calibration_dataloader()``, or the training batches read afresh.
 
     The training batches are read as the user's loader gives them, with no distributed sampler put in: each process sees
@@ -233,7 +233,7 @@ def _loader(trainer: Trainer) -> Any:
     return loader
 
 
-def _seed(seed: int) -> None:
+def seed_data(seed: int) -> None:
     """Seeds what a loader may shuffle or augment with."""
     torch.manual_seed(seed)
     random.seed(seed)

@@ -21,11 +21,14 @@ from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.layerwise import check_layerwise, run_layerwise
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
-from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, WeightCriterion
+from hfprune.compensation import Compensation
+from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, LayerwiseCriterion, WeightCriterion
 from hfprune.errors import ConfigError
+from hfprune.layerwise import LayerwiseResult
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.types import Budget, Group
@@ -60,6 +63,8 @@ class TaylorImportanceCallback(Callback):
         criterion: How activations and gradients become scores; HFPrune's per-token activation Taylor by default.
         objective: ``entropy`` or ``cross_entropy`` of the wrapped model's logits. None takes a ``PruningModule``'s own
             objective, or the loss of the ``training_step`` of a module of your own.
+        compensation: Fit the projections that read pruned units anew, layer by layer on the calibration data and in
+            closed form, before any training: ``LeastSquares()``, for example. None leaves the kept weights.
         recovery: LoRA settings; None trains on what the module trains.
         calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
             data.
@@ -87,6 +92,7 @@ class TaylorImportanceCallback(Callback):
         round_to: int = 1,
         criterion: Criterion | None = None,
         objective: str | None = None,
+        compensation: Compensation | None = None,
         recovery: LoraRecovery | None = None,
         calibration_batches: int | None = None,
         exact: bool = True,
@@ -117,7 +123,7 @@ class TaylorImportanceCallback(Callback):
             round_to=round_to,
         )
         self.criterion = criterion or ActivationTaylor()
-        self.objective, self.recovery = objective, recovery
+        self.objective, self.compensation, self.recovery = objective, compensation, recovery
         self.calibration_batches, self.exact, self.checkpoint_every = calibration_batches, exact, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
@@ -158,8 +164,9 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
-            check_strategy(trainer, self._target)
-            if self._target.plan is None and isinstance(self.criterion, GradientCriterion):
+            check_strategy(trainer, self._target, self.compensation or self.criterion)
+            check_layerwise(self._target, self.criterion, self.compensation)
+            if self._target.plan is None and (self.compensation or not isinstance(self.criterion, WeightCriterion)):
                 check_source(trainer, limit=self.calibration_batches)
             if self.stop_when_settled is not None and self.look_every and self.look_every % trainer.world_size:
                 number = trainer.world_size
@@ -244,10 +251,14 @@ class TaylorImportanceCallback(Callback):
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> PruningPlan:
         calibration = self._score(trainer, target, groups, resolved)
+        keep = uniform_keep(self.importance, groups, resolved.widths) if self.importance else None
+        if keep is None or self.compensation is not None:
+            found = self._layerwise(trainer, target, groups, resolved, keep)
+            keep = found.keep
         plan = PruningPlan(
             model_class=class_name(target.model),
             groups=groups,
-            keep=uniform_keep(self.importance, groups, resolved.widths),
+            keep=keep,
             config=target.config_keys(resolved),
             provenance={
                 "budget": resolved.to_dict(),
@@ -255,6 +266,7 @@ class TaylorImportanceCallback(Callback):
                 "objective": target.objective_name if calibration else None,
                 "model": target.describe(),
                 "calibration": calibration,
+                "compensation": self.compensation.describe() if self.compensation else None,
                 "recovery": {"data": data_summary(trainer, "recovery")},
                 "versions": versions(),
             },
@@ -265,7 +277,13 @@ class TaylorImportanceCallback(Callback):
     def _score(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> dict[str, Any] | None:
-        """Sets ``importance``; returns what is told about the calibration, None when the weights alone tell."""
+        """Sets ``importance``; returns what is told about the calibration, None when no gradient was needed.
+
+        Importance is empty where units are chosen layer by layer.
+        """
+        self.importance = {}
+        if isinstance(self.criterion, LayerwiseCriterion):
+            return None
         if isinstance(self.criterion, WeightCriterion):
             self.importance = weight_scores(target.model, groups, self.criterion)
             return None
@@ -287,6 +305,33 @@ class TaylorImportanceCallback(Callback):
             "convergence": self.convergence,
             "data": data_summary(trainer, "calibration"),
         }
+
+    def _layerwise(
+        self,
+        trainer: Trainer,
+        target: Target,
+        groups: tuple[Group, ...],
+        resolved: ResolvedBudget,
+        keep: dict[str, tuple[int, ...]] | None,
+    ) -> LayerwiseResult:
+        """Chooses units that were not chosen yet, and fits the weights that read them."""
+        start = time.perf_counter()
+        found = run_layerwise(
+            trainer,
+            target,
+            groups,
+            dict(zip((group.name for group in groups), resolved.widths, strict=True)),
+            keep=keep,
+            criterion=self.criterion if isinstance(self.criterion, LayerwiseCriterion) else None,
+            compensation=self.compensation,
+            limit=self.calibration_batches,
+            seed=target.record("calibrating", None).seed,
+        )
+        self.importance = self.importance or found.scores
+        lost = sum(found.errors.values()) / len(found.errors)
+        seconds = time.perf_counter() - start
+        _say(trainer, f"Went through the layers in {seconds:.1f} s; mean output error {lost:.1%}.")
+        return found
 
     def _calibrate(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
@@ -347,7 +392,9 @@ class TaylorImportanceCallback(Callback):
             checkpoint[name] = self._loaded.get(name, [])
         states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        if self._target.reloads_weights:  # they follow from the dense weights, the plan and the seed
+        if (
+            self._target.reloads_weights and self.compensation is None
+        ):  # they follow from the dense weights, the plan and the seed
             checkpoint["state_dict"] = {}
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -42,3 +42,16 @@ def calibration_progress(total: int | None, *, objective: str, enabled: bool) ->
             progress.update(task, advance=1, rate=rate, running=f"{objective} {running:.3f} nats{kept}")
 
         yield advance
+
+
+@contextmanager
+def layer_progress(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """Shows layers done; yields the function that takes how many of how many are.
+
+    Args:
+        enabled: False shows nothing.
+    """
+    columns = (TextColumn("Layer by layer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not enabled) as progress:
+        task = progress.add_task("layers", total=None)
+        yield lambda layer, layers: progress.update(task, completed=layer, total=layers)

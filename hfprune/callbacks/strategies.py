@@ -4,13 +4,26 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from hfprune.callbacks.target import Target
+from hfprune.compensation import Compensation
+from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.errors import ConfigError
 
 
-def check_strategy(trainer: Trainer, target: Target) -> None:
-    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; looks at nothing that is loaded."""
+def check_strategy(trainer: Trainer, target: Target, method: Compensation | Criterion) -> None:
+    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; looks at nothing that is loaded.
+
+    Args:
+        trainer: The trainer.
+        target: What is pruned.
+        method: What runs layer by layer, if anything does.
+    """
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
+        if isinstance(method, Compensation | LayerwiseCriterion):
+            raise ConfigError(
+                f"{type(method).__name__} goes through the layers one at a time, which is not supported under "
+                "ModelParallelStrategy. Use a single device or DDP."
+            )
         if not target.reloads_weights:
             raise ConfigError(
                 "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "

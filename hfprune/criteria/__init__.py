@@ -1,9 +1,18 @@
 """How weights, gradients and activations become scores of units, one file per criterion."""
 
 from hfprune.criteria.activation_taylor import ActivationTaylor
-from hfprune.criteria.base import BatchInfo, Criterion, GradientCriterion, Signal, Totals, WeightCriterion
+from hfprune.criteria.base import (
+    BatchInfo,
+    Criterion,
+    GradientCriterion,
+    LayerwiseCriterion,
+    Signal,
+    Totals,
+    WeightCriterion,
+)
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
+from hfprune.criteria.reconstruction import Reconstruction
 from hfprune.criteria.weight_taylor import WeightTaylor
 
 __all__ = [
@@ -11,8 +20,10 @@ __all__ = [
     "BatchInfo",
     "Criterion",
     "GradientCriterion",
+    "LayerwiseCriterion",
     "Magnitude",
     "Random",
+    "Reconstruction",
     "Signal",
     "Totals",
     "WeightCriterion",

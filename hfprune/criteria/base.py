@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hfprune.moments import Moments
 from hfprune.sums import ExactSum, UnitSum
 from hfprune.types import Group, Slice
 
@@ -114,3 +115,18 @@ class GradientCriterion(Criterion):
     @abstractmethod
     def score(self, total: Tensor, totals: Totals) -> Tensor:
         """Returns the importance [U] float64, >= 0, of rows that were summed over all batches and ranks."""
+
+
+class LayerwiseCriterion(Criterion):
+    """Chooses the units of one layer after another, from activations that the pruned layers before it give."""
+
+    @abstractmethod
+    def select(self, group: Group, weight: Tensor, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
+        """Returns the kept units [width], int64 and ascending, and the importance [U] float64, >= 0.
+
+        Args:
+            group: The group.
+            weight: [O, C], of the projection that reads it.
+            moments: Of that projection's inputs, unit j owning inputs j * w up to (j + 1) * w.
+            width: Units that stay.
+        """

@@ -295,5 +295,5 @@ class PruningModule(LightningModule):
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
         self.replay(record)
-        if record.phase != "training":  # it carries no weights: what was loaded and replayed is what there was
+        if not checkpoint["state_dict"]:  # what was loaded and replayed is what there was
             checkpoint["state_dict"] = self.state_dict()

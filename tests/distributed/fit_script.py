@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.calibration import ImportanceAccumulator
+from hfprune.compensation import LeastSquares
 from hfprune.sharding import whole
 from tests.foreign import FineTuner
 from tests.ragged import RaggedData
@@ -37,6 +38,7 @@ DEFAULTS = {
     "ragged": None,  # [batch size, layout] of calibration sequences of different lengths
     "exact": True,
     "callbacks": (),
+    "compensation": None,  # settings of LeastSquares
     "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
 
@@ -107,6 +109,7 @@ def main(**given):
         checkpoint_every=1,
         calibration_batches=5 if c["foreign"] else None,
         exact=c["exact"],
+        compensation=LeastSquares(**c["compensation"]) if c["compensation"] else None,
     )
     callbacks = [importance, Record(out, importance, c["foreign"])]
     if c["report"] and not c["foreign"]:

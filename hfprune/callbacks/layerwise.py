@@ -1,0 +1,110 @@
+"""Choosing units and fitting weights layer by layer, within ``fit``: the calibration data spread over the ranks."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from hfprune.arch import is_supported
+from hfprune.callbacks.calibrate import data_loader, seed_data
+from hfprune.callbacks.progress import layer_progress
+from hfprune.callbacks.target import Target
+from hfprune.causal import as_batch, sequences
+from hfprune.compensation import Compensation
+from hfprune.criteria import Criterion, LayerwiseCriterion
+from hfprune.errors import ConfigError
+from hfprune.layerwise import LayerwisePass, LayerwiseResult
+from hfprune.types import Group
+
+
+def check_layerwise(target: Target, criterion: Criterion, compensation: Compensation | None) -> None:
+    """Raises ``ConfigError`` when units or weights are to be found layer by layer and ``target`` has no such layers.
+
+    Args:
+        target: What is pruned, before it is loaded.
+        criterion: How units are chosen.
+        compensation: How weights are fitted.
+    """
+    if compensation is None and not isinstance(criterion, LayerwiseCriterion):
+        return
+    asked = type(compensation or criterion).__name__
+    if target.known and not is_supported(target.shapes()):
+        raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
+
+
+def run_layerwise(
+    trainer: Trainer,
+    target: Target,
+    groups: tuple[Group, ...],
+    widths: Mapping[str, int],
+    *,
+    keep: Mapping[str, tuple[int, ...]] | None,
+    criterion: LayerwiseCriterion | None,
+    compensation: Compensation | None,
+    limit: int | None,
+    seed: int,
+) -> LayerwiseResult:
+    """Runs the pass through the layers on the calibration data and returns what it found, the same on every rank.
+
+    Sequence i of the data, counted over all ranks, goes to rank ``i mod world_size``. Moments are summed over the ranks
+    in floating point: with another number of processes the fitted weights may differ in their last bits.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        target: What is pruned.
+        groups: Its groups.
+        widths: Kept units per group.
+        keep: Kept units that were chosen before, or None.
+        criterion: Chooses units where ``keep`` is None.
+        compensation: How weights are fitted, or None.
+        limit: Use at most this many batches.
+        seed: Seed of the loader's shuffling.
+
+    Raises:
+        CalibrationError: A rank has no sequence.
+    """
+    strategy = trainer.strategy
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with isolate_rng(), _evaluating(target.module), layer_progress(enabled=shown) as done:
+        seed_data(seed)
+        batches = list(_share(trainer, limit))
+        work = LayerwisePass(
+            target.model,
+            groups,
+            compensation=compensation,
+            reduce=lambda tensor: _summed(trainer, tensor),
+        )
+        with strategy.precision_plugin.forward_context():
+            return work.run(batches, widths, keep=keep, criterion=criterion, device=strategy.root_device, done=done)
+
+
+def _share(trainer: Trainer, limit: int | None) -> Iterator[dict[str, Tensor]]:
+    """Yields this rank's sequences."""
+    index = 0
+    for batch in islice(data_loader(trainer), limit):
+        for sequence in sequences(as_batch(batch)):
+            if index % trainer.world_size == trainer.global_rank:
+                yield sequence
+            index += 1
+
+
+def _summed(trainer: Trainer, tensor: Tensor) -> Tensor:
+    total: Tensor = trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+    return total
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode, and back."""
+    training = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, flag in training:
+            m.training = flag

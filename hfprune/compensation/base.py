@@ -1,0 +1,67 @@
+"""The contract of a compensation: moments of a projection's inputs in, weights on the kept inputs out; no training.
+
+Shape legend: O outputs, C inputs, K kept inputs.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hfprune.errors import ConfigError
+from hfprune.moments import Moments
+
+Target = Literal["module", "dense"]
+"""What a projection is fitted to: ``module`` is its own output before pruning, on the inputs that the pruned layers
+before it give; ``dense`` is its output in the dense model, so that errors of the layers before are made up for too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A projection after compensation.
+
+    Attributes:
+        weight: [O, K], float64.
+        bias: [O], float64; None where the projection has none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Compensation(ABC):
+    """Changes the projections that read pruned units, in place: no parameter and no bias is added.
+
+    Args:
+        target: What a projection is fitted to.
+        sequential: Fit each layer on the inputs that the pruned and fitted layers before it give; False takes the dense
+            model's inputs everywhere.
+
+    Raises:
+        ConfigError: An unknown target, or ``target="dense"`` without ``sequential``, where it would say nothing.
+    """
+
+    def __init__(self, *, target: Target = "module", sequential: bool = True) -> None:
+        if target not in ("module", "dense"):
+            raise ConfigError(f"Unknown target '{target}'. Known: module, dense.")
+        if target == "dense" and not sequential:
+            raise ConfigError(
+                "target='dense' needs sequential=True: on the dense model's inputs it is target='module'."
+            )
+        self.target, self.sequential = target, sequential
+
+    @abstractmethod
+    def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
+        """Returns the weights on the kept inputs.
+
+        Args:
+            weight: [O, C], dense.
+            bias: [O] or None.
+            moments: Of the C inputs; paired with the dense model's inputs when ``target="dense"``.
+            keep: [K], int64, ascending.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings, for the plan's provenance."""
+        return {"name": type(self).__name__, "target": self.target, "sequential": self.sequential}

@@ -1,0 +1,50 @@
+"""Full least squares of a projection on its kept inputs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune.compensation.base import Compensation, Fit, Target
+from hfprune.errors import ConfigError
+from hfprune.moments import Moments
+from hfprune.reconstruction import refit
+
+
+class LeastSquares(Compensation):
+    """Fits all weights on the kept inputs so that the outputs change least, summed over calibration tokens.
+
+    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.reconstruction`). With a
+    bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind of
+    unit, [C, C] float64 per layer, and a Cholesky factorisation.
+
+    Args:
+        damping: Ridge towards the dense weights, relative to the inputs' mean second moment.
+        target: See :class:`Compensation`.
+        sequential: See :class:`Compensation`.
+
+    Raises:
+        ConfigError: ``damping`` is not positive.
+    """
+
+    def __init__(self, *, damping: float = 0.01, target: Target = "module", sequential: bool = True) -> None:
+        super().__init__(target=target, sequential=sequential)
+        if not damping > 0:
+            raise ConfigError(f"damping {damping} is not positive: moments of few tokens have no inverse.")
+        self.damping = damping
+
+    def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
+        """Returns the least-squares weights, and the bias that keeps the mean output."""
+        used = moments if bias is None else moments.centred()
+        new = refit(weight, used, keep, damping=self.damping)
+        return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings."""
+        return super().describe() | {"damping": self.damping}
+
+
+def mean_output(weight: Tensor, moments: Moments) -> Tensor:
+    """Returns the mean over tokens of what the fit aims at, without the bias: W E[x] or W E[y], [O] float64."""
+    mean = (moments.y if moments.paired else moments.x) / moments.count
+    return weight.to(torch.float64) @ mean

@@ -1,0 +1,31 @@
+"""Mean compensation: the bias takes up what the removed inputs gave on average."""
+
+import torch
+from torch import Tensor
+
+from hfprune.compensation.base import Compensation, Fit
+from hfprune.compensation.least_squares import mean_output
+from hfprune.errors import ConfigError
+from hfprune.moments import Moments
+
+
+class MeanCompensation(Compensation):
+    """Leaves the kept weights and adds W_R E[x_R] to the bias (methods section 9, identity 3).
+
+    Only for projections that have a bias (OPT, GPT-2, GPT-NeoX); others would need a parameter that their config cannot
+    say, and are refused.
+    """
+
+    def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
+        """Returns the kept weights and the new bias.
+
+        Raises:
+            ConfigError: The projection has no bias.
+        """
+        if bias is None:
+            raise ConfigError(
+                "MeanCompensation needs projections with a bias, which this model's have not. LeastSquares and "
+                "OutputRegression need none."
+            )
+        kept = weight.to(torch.float64)[:, keep]
+        return Fit(kept, bias + mean_output(weight, moments) - kept @ moments.mean(keep))

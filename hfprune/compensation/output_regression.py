@@ -1,0 +1,30 @@
+"""SlimLLM's regression: one factor per output."""
+
+import torch
+from torch import Tensor
+
+from hfprune.compensation.base import Compensation, Fit
+from hfprune.compensation.least_squares import mean_output
+from hfprune.moments import Moments
+
+
+class OutputRegression(Compensation):
+    """Scales each output so that it fits the unpruned one best: SlimLLM (methods section 5), from second moments.
+
+    With o = W_K x_K the output of the kept inputs and t the target, per output d: A_d = cov(o_d, t_d) / var(o_d), and
+    the new weights are diag(A) W_K. Where the projection has a bias it takes up mean(t) - A mean(o), as in the
+    published method. Where it has none, the line goes through the origin (A_d = sum o t / sum o^2): SlimLLM would add
+    a bias, which stock configs of bias-free models cannot say.
+    """
+
+    def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
+        """Returns the scaled weights."""
+        used = moments if bias is None else moments.centred()
+        w = weight.to(torch.float64)
+        kept = w[:, keep]
+        target = used.xy if used.paired else used.xx
+        covariance = ((kept @ target[keep]) * w).sum(1)
+        variance = ((kept @ used.xx[keep][:, keep]) * kept).sum(1)
+        factor = torch.where(variance > 0, covariance / variance, 1.0)
+        new = factor[:, None] * kept
+        return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))

@@ -1,0 +1,39 @@
+"""Units whose loss costs the layer's output least, once the rest is fitted anew (Optimal Brain Surgeon)."""
+
+from torch import Tensor
+
+from hfprune.criteria.base import LayerwiseCriterion
+from hfprune.errors import ConfigError
+from hfprune.moments import Moments
+from hfprune.reconstruction import eliminate
+from hfprune.types import Group
+
+
+class Reconstruction(LayerwiseCriterion):
+    """Removes units greedily by the error of the layer's output after a least-squares fit of the remaining ones.
+
+    Label-free and without a backward pass. Selection and fit read the same second moments, so it belongs with
+    ``LeastSquares`` of the same damping (:func:`hfprune.reconstruction.eliminate`). It minimises each layer's own
+    error, every output counting the same, and knows nothing of what the model's predictions depend on.
+
+    Args:
+        damping: Ridge, relative to the mean second moment.
+        step: Units removed before costs are computed anew; 1 is exact greedy elimination.
+
+    Raises:
+        ConfigError: A value is not positive.
+    """
+
+    def __init__(self, *, damping: float = 0.01, step: int = 1) -> None:
+        if not damping > 0 or step < 1:
+            raise ConfigError(f"Reconstruction needs damping > 0 and step >= 1; got {damping} and {step}.")
+        self.damping, self.step = damping, step
+
+    def select(self, group: Group, weight: Tensor, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
+        """Returns the kept units and what each unit's loss costs."""
+        (part,) = group.inputs()
+        return eliminate(weight, moments, width, unit_width=part.width, damping=self.damping, step=self.step)
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and settings."""
+        return {"name": "reconstruction", "damping": str(self.damping), "step": str(self.step)}

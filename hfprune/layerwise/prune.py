@@ -1,0 +1,194 @@
+"""Pruning one layer after another: each on what the pruned layers before it give, its weights fitted anew.
+
+Shape legend: B sequences, T tokens, C input channels of a projection, U units.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.arch.groups import find_spec
+from hfprune.arch.projection import num_channels, weight_of
+from hfprune.compensation import Compensation, Fit
+from hfprune.criteria import LayerwiseCriterion
+from hfprune.errors import ConfigError
+from hfprune.layerwise.stream import LayerStream
+from hfprune.moments import Moments
+from hfprune.reconstruction import reconstruction_error
+from hfprune.types import Group
+
+Reduce = Callable[[Tensor], Tensor]
+"""Returns a tensor's sum over the ranks."""
+
+
+@dataclass(slots=True)
+class LayerwiseResult:
+    """What a pass through the layers found.
+
+    Attributes:
+        keep: Group -> kept units, ascending.
+        scores: Group -> [U], of groups whose units the pass chose.
+        errors: Group -> share of its projection's output energy that the new weights do not give back.
+    """
+
+    keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+class LayerwisePass:
+    """Moves calibration sequences through the layers; removes units and fits the projections that read them.
+
+    The model keeps its shapes: inputs that go have weight zero afterwards, and surgery cuts them as it does others.
+
+    Args:
+        model: The dense model, in eval mode; the projections that read units are changed in place.
+        groups: What is pruned.
+        compensation: How the weights on the kept inputs are fitted; None leaves them as they are.
+        reduce: Adds sums up over ranks; None where there is one.
+
+    Raises:
+        ConfigError: A group is read by more than one projection, or shares its projection's inputs with others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        *,
+        compensation: Compensation | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self._model, self._compensation = model, compensation
+        self._reduce = reduce or (lambda tensor: tensor)
+        self._readers = {group.name: _reader(model, group) for group in groups}
+        self._by_layer = _by_layer(model, groups)
+        self._sequential = compensation is None or compensation.sequential
+        self._paired = compensation is not None and compensation.target == "dense"
+
+    def run(
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        widths: Mapping[str, int],
+        *,
+        keep: Mapping[str, tuple[int, ...]] | None = None,
+        criterion: LayerwiseCriterion | None = None,
+        device: torch.device,
+        done: Callable[[int, int], None] = lambda layer, layers: None,
+    ) -> LayerwiseResult:
+        """Goes through the layers.
+
+        Args:
+            batches: This rank's ``input_ids`` [B, T], without padding.
+            widths: Kept units per group.
+            keep: Kept units that were chosen before; None lets ``criterion`` choose.
+            criterion: Chooses units from the moments of their activations.
+            device: Where layers run.
+            done: Told after each layer how many of how many are done.
+
+        Raises:
+            CalibrationError: There is no token, or moments are not finite.
+        """
+        stream = LayerStream(self._model, batches, device=device)
+        dense = stream.copy() if self._paired else None
+        result = LayerwiseResult()
+        for index, groups in enumerate(self._by_layer):
+            original = copy.deepcopy(stream.layer(index))
+            known = None if self._sequential else [self._moments(g, index, stream, None, original) for g in groups]
+            for number, group in enumerate(groups):
+                moments = known[number] if known else self._moments(group, index, stream, dense, original)
+                self._prune(group, moments, widths[group.name], keep, criterion, result)
+            stream.advance(index, None if self._sequential else original)
+            if dense is not None:
+                dense.advance(index, original)
+            done(index + 1, len(self._by_layer))
+        return result
+
+    def _moments(
+        self, group: Group, index: int, stream: LayerStream, dense: LayerStream | None, original: nn.Module
+    ) -> Moments:
+        """Returns the moments of the inputs of the projection that reads ``group``, over all ranks."""
+        name, module = self._readers[group.name]
+        moments = Moments(num_channels(module, "in"), device=stream.device, paired=dense is not None)
+        inside = name.removeprefix(f"{find_spec(self._model).layers}.{index}.")
+        with _inputs(module) as mine, _inputs(original.get_submodule(inside)) as theirs:
+            others = iter(()) if dense is None else dense.outputs(index, original)
+            for _ in stream.outputs(index):
+                if dense is not None:
+                    next(others)
+                moments.add(mine.pop(), theirs.pop() if dense is not None else None)
+        moments.load([self._reduce(tensor) for tensor in moments.tensors()])
+        return moments
+
+    def _prune(
+        self,
+        group: Group,
+        moments: Moments,
+        width: int,
+        keep: Mapping[str, tuple[int, ...]] | None,
+        criterion: LayerwiseCriterion | None,
+        result: LayerwiseResult,
+    ) -> None:
+        """Chooses the units of one group where they are not given, and fits the projection that reads them."""
+        _, module = self._readers[group.name]
+        weight, bias = weight_of(module).detach(), module.bias
+        if keep is None:
+            assert criterion is not None
+            kept, result.scores[group.name] = criterion.select(group, weight, moments, width)
+        else:
+            kept = torch.tensor(keep[group.name], device=weight.device)
+        result.keep[group.name] = tuple(kept.tolist())
+        channels = torch.tensor(group.inputs()[0].channels(result.keep[group.name]), device=weight.device)
+        fit = Fit(weight[:, channels].double(), None)
+        if self._compensation is not None:
+            given = bias.detach() if isinstance(bias, Tensor) else None
+            fit = self._compensation.fit(weight, given, moments, channels)
+        about = moments if fit.bias is None else moments.centred()
+        result.errors[group.name] = reconstruction_error(weight, about, fit.weight, channels)
+        with torch.no_grad():
+            weight.zero_()
+            weight[:, channels] = fit.weight.to(weight.dtype)
+            if fit.bias is not None:
+                module.bias.copy_(fit.bias)
+
+
+@contextmanager
+def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Yields a list that receives the module's input whenever it runs."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].detach())
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _reader(model: nn.Module, group: Group) -> tuple[str, Any]:
+    """Returns name and module of the one projection that reads ``group``."""
+    parts = group.inputs()
+    if len(parts) != 1:
+        raise ConfigError(f"{group.name} is read by {len(parts)} projections; layer by layer, one can be fitted.")
+    module = model.get_submodule(parts[0].module)
+    if num_channels(module, "in") != group.num_units * parts[0].width:
+        raise ConfigError(f"{parts[0].module} reads more than the units of {group.name}: it cannot be fitted to them.")
+    return parts[0].module, module
+
+
+def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
+    """Returns the groups of every layer, attention before the MLP that may read it."""
+    spec = find_spec(model)
+    layers = model.get_submodule(spec.layers)
+    assert isinstance(layers, nn.ModuleList)
+    found: list[list[Group]] = [[] for _ in layers]
+    for group in sorted(groups, key=lambda g: g.kind == "mlp"):
+        found[int(group.inputs()[0].module.removeprefix(f"{spec.layers}.").split(".")[0])].append(group)
+    return found

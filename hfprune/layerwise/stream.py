@@ -1,0 +1,119 @@
+"""Hidden states of calibration sequences, moved through a model one layer at a time.
+
+What a layer-by-layer method needs: the inputs of layer l as the already changed layers before it make them, without
+running those again for every layer. Memory is one copy of the hidden states and whatever one layer needs.
+
+Shape legend: B sequences, T tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.arch.groups import backbone, find_spec
+from hfprune.errors import CalibrationError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with beside the hidden states: positional and keyword arguments."""
+
+
+class _Reached(Exception):
+    """The first layer was reached: the rest of the model need not run."""
+
+
+class LayerStream:
+    """The hidden states in front of one layer, for every calibration sequence.
+
+    A layer's other arguments (rotary embeddings, masks) follow from the shape of its input alone, since sequences are
+    neither padded nor packed; they are recorded once per shape.
+
+    Args:
+        model: A supported Hugging Face causal LM, in eval mode.
+        batches: ``input_ids`` [B, T] without padding; sequences of one batch are run together.
+        device: Where layers run; hidden states stay there too.
+
+    Raises:
+        CalibrationError: There is no sequence.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, device: torch.device) -> None:
+        layers = model.get_submodule(find_spec(model).layers)
+        assert isinstance(layers, nn.ModuleList)
+        self._model, self._layers, self._device = model, layers, device
+        self._calls: dict[torch.Size, list[Call]] = {}
+        self._hidden: list[Tensor] = []
+        with torch.no_grad():
+            for batch in batches:
+                self._read(batch["input_ids"].to(device))
+        if not self._hidden:
+            raise CalibrationError("Calibration saw no token: the calibration data is empty.")
+
+    def copy(self) -> "LayerStream":
+        """Returns a stream at the same place that moves on its own."""
+        twin = object.__new__(LayerStream)
+        twin.__dict__.update(self.__dict__, _hidden=list(self._hidden))
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where layers run."""
+        return self._device
+
+    def layer(self, index: int) -> nn.Module:
+        """Returns layer ``index`` as it is now."""
+        return self._layers[index]
+
+    def outputs(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
+        """Yields layer ``index``'s output [B, T, D] for every batch; ``layer`` runs in its place where given."""
+        layer = self._layers[index] if layer is None else layer
+        with torch.no_grad():
+            for hidden in self._hidden:
+                args, kwargs = self._calls[hidden.shape[:2]][index]
+                yield _tensor(layer(hidden, *args, **kwargs))
+
+    def advance(self, index: int, layer: nn.Module | None = None) -> None:
+        """Replaces the hidden states by what ``outputs`` yields."""
+        self._hidden = list(self.outputs(index, layer))
+
+    def _read(self, input_ids: Tensor) -> None:
+        if input_ids.shape not in self._calls:
+            self._calls[input_ids.shape] = self._record_calls(input_ids)
+        self._hidden.append(self._first_input(input_ids))
+
+    def _record_calls(self, input_ids: Tensor) -> list[Call]:
+        """Runs the whole model once and returns what each layer was called with."""
+        calls: list[Call] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((args[1:], dict(kwargs)))
+
+        self._run(input_ids, [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers])
+        return calls
+
+    def _first_input(self, input_ids: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        self._run(input_ids, [self._layers[0].register_forward_pre_hook(hook)])
+        return found[0]
+
+    def _run(self, input_ids: Tensor, handles: Sequence[Any]) -> None:
+        run: Callable[..., Any] = backbone(self._model)
+        try:
+            run(input_ids=input_ids, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    """Returns the hidden states of a layer's output, which some classes wrap in a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
