@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class Moments:
-    """Sums over tokens of x, x x^T and, where there is a second input y of equal shape, x y^T, in float64.
+    """Weighted sums over tokens of x, x x^T and, with a second input y of equal shape, x y^T, in float64.
 
     Products of one batch are formed in the dtype of the inputs, float32 at least, and added in float64. All of them are
     plain sums: batches and ranks add up.
 
     Attributes:
-        count: Number of tokens.
+        count: Sum of the tokens' weights: their number, where all weigh the same.
         x: [C], sum of x.
         xx: [C, C], sum of x x^T.
         y: [C], sum of y; zeros where there is none.
-        xy: [C, C], sum of x y^T; zeros where there is none.
+        xy: [C, C], sum of x y^T; empty where there is none.
 
     Args:
         channels: C.
@@ -35,17 +35,18 @@ class Moments:
         self.xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self.xy = torch.zeros_like(self.xx) if paired else self.xx.new_zeros(0, 0)
 
-    def add(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Adds the tokens of ``x`` [..., C], and of ``y`` of the same shape."""
+    def add(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Adds the tokens of ``x`` [..., C], and of ``y`` of the same shape, each counted ``weights`` [...] times."""
         assert (y is not None) == self.paired
         x = _tokens(x)
-        self.count += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.xx += x.T @ x
+        weighted = x if weights is None else x * weights.reshape(-1, 1).to(x.dtype)
+        self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
+        self.x += weighted.sum(0, dtype=torch.float64)
+        self.xx += weighted.T @ x
         if y is not None:
             y = _tokens(y)
-            self.y += y.sum(0, dtype=torch.float64)
-            self.xy += x.T @ y
+            self.y += (y if weights is None else y * weights.reshape(-1, 1).to(y.dtype)).sum(0, dtype=torch.float64)
+            self.xy += weighted.T @ y
 
     def tensors(self) -> list[Tensor]:
         """Returns every sum."""

@@ -106,6 +106,19 @@ def test_dead_and_duplicate_inputs():
     assert costs.isfinite().all()
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_weighted_token_counts_as_often(centred):
+    x, _ = problem()
+    y, times = x + 0.3 * torch.randn_like(x), torch.arange(len(x)) % 4
+    weighted, repeated = (Moments(12, device=x.device, paired=True) for _ in range(2))
+    weighted.add(x.view(6, 10, 12), y.view(6, 10, 12), times.view(6, 10))
+    repeated.add(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
+    if centred:
+        weighted, repeated = weighted.centred(), repeated.centred()
+    for a, b in zip(weighted.tensors(), repeated.tensors(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_moments_that_are_not_finite():
     x, weight = problem()
     x[3, 3] = torch.nan

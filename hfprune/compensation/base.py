@@ -12,6 +12,10 @@ from torch import Tensor
 from hfprune.errors import ConfigError
 from hfprune.moments import Moments
 
+Tokens = Literal["normalised", "equal"]
+"""How much a token's error counts: ``normalised`` divides it by the mean square of the layer's output there, which is
+what the next norm divides by (a few tokens carry outputs hundreds of times larger than others); ``equal`` does not."""
+
 Target = Literal["module", "dense"]
 """What a projection is fitted to: ``module`` is its own output before pruning, on the inputs that the pruned layers
 before it give; ``dense`` is its output in the dense model, so that errors of the layers before are made up for too."""
@@ -37,19 +41,22 @@ class Compensation(ABC):
         target: What a projection is fitted to.
         sequential: Fit each layer on the inputs that the pruned and fitted layers before it give; False takes the dense
             model's inputs everywhere.
+        tokens: How much each token counts.
 
     Raises:
-        ConfigError: An unknown target, or ``target="dense"`` without ``sequential``, where it would say nothing.
+        ConfigError: An unknown value, or ``target="dense"`` without ``sequential``, where it would say nothing.
     """
 
-    def __init__(self, *, target: Target = "module", sequential: bool = True) -> None:
+    def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "normalised") -> None:
         if target not in ("module", "dense"):
             raise ConfigError(f"Unknown target '{target}'. Known: module, dense.")
         if target == "dense" and not sequential:
             raise ConfigError(
                 "target='dense' needs sequential=True: on the dense model's inputs it is target='module'."
             )
-        self.target, self.sequential = target, sequential
+        if tokens not in ("normalised", "equal"):
+            raise ConfigError(f"Unknown tokens '{tokens}'. Known: normalised, equal.")
+        self.target, self.sequential, self.tokens = target, sequential, tokens
 
     @abstractmethod
     def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
@@ -64,4 +71,5 @@ class Compensation(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and settings, for the plan's provenance."""
-        return {"name": type(self).__name__, "target": self.target, "sequential": self.sequential}
+        settings = {"target": self.target, "sequential": self.sequential, "tokens": self.tokens}
+        return {"name": type(self).__name__, **settings}

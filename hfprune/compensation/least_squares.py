@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.compensation.base import Compensation, Fit, Target
+from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.errors import ConfigError
 from hfprune.moments import Moments
 from hfprune.reconstruction import refit
@@ -22,13 +22,21 @@ class LeastSquares(Compensation):
         damping: Ridge towards the dense weights, relative to the inputs' mean second moment.
         target: See :class:`Compensation`.
         sequential: See :class:`Compensation`.
+        tokens: See :class:`Compensation`.
 
     Raises:
         ConfigError: ``damping`` is not positive.
     """
 
-    def __init__(self, *, damping: float = 0.01, target: Target = "module", sequential: bool = True) -> None:
-        super().__init__(target=target, sequential=sequential)
+    def __init__(
+        self,
+        *,
+        damping: float = 0.01,
+        target: Target = "module",
+        sequential: bool = True,
+        tokens: Tokens = "normalised",
+    ) -> None:
+        super().__init__(target=target, sequential=sequential, tokens=tokens)
         if not damping > 0:
             raise ConfigError(f"damping {damping} is not positive: moments of few tokens have no inverse.")
         self.damping = damping

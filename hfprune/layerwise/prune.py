@@ -70,6 +70,7 @@ class LayerwisePass:
         self._by_layer = _by_layer(model, groups)
         self._sequential = compensation is None or compensation.sequential
         self._paired = compensation is not None and compensation.target == "dense"
+        self._normalised = compensation is None or compensation.tokens == "normalised"
 
     def run(
         self,
@@ -118,10 +119,11 @@ class LayerwisePass:
         inside = name.removeprefix(f"{find_spec(self._model).layers}.{index}.")
         with _inputs(module) as mine, _inputs(original.get_submodule(inside)) as theirs:
             others = iter(()) if dense is None else dense.outputs(index, original)
-            for _ in stream.outputs(index):
+            for output in stream.outputs(index):
                 if dense is not None:
                     next(others)
-                moments.add(mine.pop(), theirs.pop() if dense is not None else None)
+                weights = _token_weights(output) if self._normalised else None
+                moments.add(mine.pop(), theirs.pop() if dense is not None else None, weights)
         moments.load([self._reduce(tensor) for tensor in moments.tensors()])
         return moments
 
@@ -155,6 +157,11 @@ class LayerwisePass:
             weight[:, channels] = fit.weight.to(weight.dtype)
             if fit.bias is not None:
                 module.bias.copy_(fit.bias)
+
+
+def _token_weights(output: Tensor) -> Tensor:
+    """Returns 1 / mean square of a layer's output at each token: what the next norm divides by, squared."""
+    return 1 / output.to(torch.promote_types(output.dtype, torch.float32)).square().mean(-1)
 
 
 @contextmanager

@@ -60,6 +60,8 @@ def test_what_cannot_be():
         MeanCompensation().fit(weight, None, moments_of(x), KEEP)
     with pytest.raises(ConfigError, match="Unknown target 'teacher'"):
         LeastSquares(target="teacher")
+    with pytest.raises(ConfigError, match="Unknown tokens 'all'"):
+        LeastSquares(tokens="all")
     with pytest.raises(ConfigError, match="sequential=True"):
         LeastSquares(target="dense", sequential=False)
     with pytest.raises(ConfigError, match="damping 0"):

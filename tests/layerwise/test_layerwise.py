@@ -61,6 +61,14 @@ def test_stream_equals_whole_passes(name):
         stream.advance(index)
 
 
+def token_weights(model, name):
+    """1 / mean square of the output of the layer that ``name`` lies in, token by token."""
+    index = int(name.removeprefix(find_spec(model).layers + ".").split(".")[0])
+    return torch.cat(
+        [1 / torch.stack([t.square().mean() for t in o.flatten(0, 1)]) for o in layer_outputs(model, index)]
+    )
+
+
 def slow_pass(model, dense, groups, keep, compensation):
     """Layer by layer as the paper says it, each time with whole forward passes of the model as it is."""
     for group in groups:
@@ -69,7 +77,8 @@ def slow_pass(model, dense, groups, keep, compensation):
         x = inputs_of(model, part.module)
         paired = compensation.target == "dense"
         moments = Moments(num_channels(module, "in"), device=CPU, paired=paired)
-        moments.add(x, inputs_of(dense, part.module) if paired else None)
+        weights = token_weights(model, part.module) if compensation.tokens == "normalised" else None
+        moments.add(x, inputs_of(dense, part.module) if paired else None, weights)
         kept = torch.tensor(keep[group.name])
         bias = None if module.bias is None else module.bias.detach()
         fit = compensation.fit(weight_of(module).detach(), bias, moments, kept)
@@ -89,7 +98,8 @@ def some(groups, width=11):
 def test_sequential_fit_equals_whole_passes(name, target):
     model, slow, dense = tiny(name), tiny(name), tiny(name)
     groups = find_groups(model)
-    keep, compensation = some(groups), LeastSquares(damping=0.1, target=target)
+    tokens = "equal" if target == "dense" else "normalised"
+    keep, compensation = some(groups), LeastSquares(damping=0.1, target=target, tokens=tokens)
     widths = {g.name: 11 for g in groups}
     found = LayerwisePass(model, groups, compensation=compensation).run(BATCHES, widths, keep=keep, device=CPU)
     slow_pass(slow, dense, groups, keep, compensation)
@@ -145,7 +155,7 @@ def test_reconstruction_chooses_on_the_pruned_prefix():
     for group in groups:
         (part,) = group.inputs()
         moments = Moments(group.num_units, device=CPU)
-        moments.add(inputs_of(slow, part.module))
+        moments.add(inputs_of(slow, part.module), None, token_weights(slow, part.module))
         weight = weight_of(slow.get_submodule(part.module)).detach()
         keep, scores = eliminate(weight, moments, 11, unit_width=1, damping=0.1)
         assert found.keep[group.name] == tuple(keep.tolist())
