@@ -38,13 +38,13 @@ class Moments:
     def add(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds the tokens of ``x`` [..., C], and of ``y`` of the same shape, each counted ``weights`` [...] times."""
         assert (y is not None) == self.paired
-        x = _tokens(x)
+        x = wide_tokens(x)
         weighted = x if weights is None else x * weights.reshape(-1, 1).to(x.dtype)
         self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.x += weighted.sum(0, dtype=torch.float64)
         self.xx += weighted.T @ x
         if y is not None:
-            y = _tokens(y)
+            y = wide_tokens(y)
             self.y += (y if weights is None else y * weights.reshape(-1, 1).to(y.dtype)).sum(0, dtype=torch.float64)
             self.xy += weighted.T @ y
 
@@ -70,6 +70,6 @@ class Moments:
         return out
 
 
-def _tokens(values: Tensor) -> Tensor:
+def wide_tokens(values: Tensor) -> Tensor:
     """Returns [..., C] as [N, C], float32 or wider."""
     return values.reshape(-1, values.shape[-1]).to(torch.promote_types(values.dtype, torch.float32))

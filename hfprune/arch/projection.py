@@ -22,6 +22,11 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
+def is_projection(module: nn.Module) -> bool:
+    """Returns whether ``module`` is a linear projection that hfprune can prune."""
+    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Returns the weight of a projection as [out, in], a view."""
     transposed = is_transposed(module)

@@ -61,6 +61,16 @@ class LayerStream:
         """Where layers run."""
         return self._device
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's layers."""
+        return self._layers
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The hidden states [B, T, D] of every batch, as they are now."""
+        return self._hidden
+
     def layer(self, index: int) -> nn.Module:
         """Returns layer ``index`` as it is now."""
         return self._layers[index]

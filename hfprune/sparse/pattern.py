@@ -1,0 +1,92 @@
+"""How many weights of a matrix become zero, and which of them compete.
+
+Shape legend: O outputs, C inputs.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.errors import ConfigError
+
+Scope = Literal["row", "matrix"]
+"""Weights that compete: those of one output (``row``), or all of a matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """A share of zeros, or N:M: exactly n zeros in every m consecutive inputs of an output.
+
+    Attributes:
+        ratio: Share of zeros, in [0, 1).
+        zeros: n of n:m, None without a pattern.
+        of: m of n:m, None without a pattern.
+    """
+
+    ratio: float
+    zeros: int | None = None
+    of: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Sparsity":
+        """Returns what ``text`` says: ``0.5``, or ``1:4``, 1 ZERO in every 4 (the papers' meaning, not 3 zeros).
+
+        Raises:
+            ConfigError: It says neither.
+
+        >>> Sparsity.parse("4:8").ratio
+        0.5
+        """
+        found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text))
+        if found:
+            n, m = int(found[1]), int(found[2])
+            if not 0 < n < m:
+                raise ConfigError(f"--sparsity {text}: n:m is n zeros in every m weights, with 0 < n < m.")
+            return cls(n / m, n, m)
+        try:
+            ratio = float(text)
+        except ValueError:
+            raise ConfigError(f"--sparsity '{text}' is neither a share of zeros (0.5) nor a pattern (2:4).") from None
+        if not 0 <= ratio < 1:
+            raise ConfigError(f"--sparsity {text} is not in [0, 1): it is the share of weights that become zero.")
+        return cls(ratio)
+
+    def __str__(self) -> str:
+        """Returns it as one types it."""
+        return f"{self.ratio:g}" if self.of is None else f"{self.zeros}:{self.of}"
+
+    def check(self, inputs: int, name: str) -> None:
+        """Raises ``ConfigError`` unless the pattern's groups fill rows of ``inputs`` weights."""
+        if self.of is not None and inputs % self.of:
+            raise ConfigError(f"--sparsity {self}: {name} has {inputs} inputs, which groups of {self.of} do not fill.")
+
+
+def drop(scores: Tensor, sparsity: Sparsity, *, scope: Scope) -> Tensor:
+    """Returns which weights become zero, [O, C] boolean: those with the lowest scores, and of equal ones the first.
+
+    Counts are exact: int(C * ratio) of every row, int(O * C * ratio) of a matrix, or n of every m inputs.
+
+    Args:
+        scores: [O, C].
+        sparsity: How many.
+        scope: Which weights compete; n:m patterns compete within their groups whatever it says.
+
+    Raises:
+        ConfigError: Groups of m do not fill the rows.
+    """
+    sparsity.check(scores.shape[1], "the matrix")
+    if sparsity.of is not None:
+        groups = scores.unflatten(1, (-1, sparsity.of))
+        return _lowest(groups, int(sparsity.zeros or 0)).flatten(1)
+    if scope == "row":
+        return _lowest(scores, int(scores.shape[1] * sparsity.ratio))
+    return _lowest(scores.flatten(), int(scores.numel() * sparsity.ratio)).view_as(scores)
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """Returns which ``count`` entries of the last axis are the lowest."""
+    order = torch.sort(scores, dim=-1, stable=True).indices[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)

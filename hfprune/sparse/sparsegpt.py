@@ -1,0 +1,95 @@
+"""SparseGPT: weights are dropped by what their loss costs, and the later ones make up for it (methods section 7)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hfprune.errors import CalibrationError, ConfigError
+from hfprune.sparse.base import InputSums, Needs, SparseMethod
+from hfprune.sparse.pattern import Sparsity, drop
+
+
+class SparseGPT(SparseMethod):
+    """Drops by w^2 / Hinv_jj^2 within blocks of columns and updates the columns that follow.
+
+    Hinv is the upper Cholesky factor of the inverse of (2 / sequences) sum x x^T + damping * mean(diagonal) * I. Inputs
+    that are always zero get weight zero and diagonal 1. Solved in float64; a matrix that is singular in spite of the
+    damping is an error that says so.
+
+    Args:
+        block: Columns that one threshold and one batch of updates cover.
+        damping: Relative to the mean of the diagonal.
+    """
+
+    needs: ClassVar[Needs] = "products"
+
+    def __init__(self, *, block: int = 128, damping: float = 0.01) -> None:
+        if block < 1 or not damping >= 0:
+            raise ConfigError(f"SparseGPT needs block >= 1 and damping >= 0; got {block} and {damping}.")
+        self.block, self.damping = block, damping
+
+    def prune(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Tensor:
+        """Returns the updated weights with zeros."""
+        return self.solve(weight, sums, sparsity, None)
+
+    def update(self, weight: Tensor, sums: InputSums, mask: Tensor) -> Tensor:
+        """Returns weights that are zero where ``mask`` [O, C] says so; the others make up for it."""
+        return self.solve(weight, sums, Sparsity(0.0), mask)
+
+    def solve(self, weight: Tensor, sums: InputSums, sparsity: Sparsity, mask: Tensor | None) -> Tensor:
+        """Goes through the columns; ``mask`` fixes what becomes zero, else the scores of each block decide."""
+        sparsity.check(weight.shape[1], "the matrix")
+        w = weight.to(torch.float64).clone()
+        if mask is None and sparsity.ratio == 0:
+            return weight.clone()
+        factor, dead = self.factor(sums)
+        w[:, dead] = 0
+        columns = w.shape[1]
+        for start in range(0, columns, self.block):
+            end = min(start + self.block, columns)
+            gone = None if mask is None else mask[:, start:end]
+            errors = self._block(w, factor, start, end, sparsity, gone)
+            w[:, end:] -= errors @ factor[start:end, end:]
+        return w.to(weight.dtype)
+
+    def factor(self, sums: InputSums) -> tuple[Tensor, Tensor]:
+        """Returns the upper Cholesky factor [C, C] of the inverse Hessian, and which inputs are always zero [C]."""
+        assert sums.products is not None
+        hessian = sums.products.to(torch.float64) * (2 / max(sums.num_sequences, 1))
+        if not bool(hessian.isfinite().all()):
+            raise CalibrationError("activations are not finite")
+        diagonal = hessian.diagonal().clone()
+        dead = diagonal == 0
+        identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        hessian = hessian + torch.diag(dead.to(hessian.dtype))
+        hessian = hessian + self.damping * hessian.diagonal().mean() * identity
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if int(failed):
+            raise CalibrationError(
+                f"the inputs' second moments are singular at damping {self.damping:g}: give a larger one or more tokens"
+            )
+        return upper, dead
+
+    def _block(
+        self, w: Tensor, factor: Tensor, start: int, end: int, sparsity: Sparsity, mask: Tensor | None
+    ) -> Tensor:
+        """Prunes and updates columns ``start`` to ``end`` in place; returns the scaled errors [O, end - start]."""
+        diagonal = factor.diagonal()
+        errors = torch.zeros_like(w[:, start:end])
+        if mask is None and sparsity.of is None:
+            mask = drop((w[:, start:end] / diagonal[start:end]).square(), sparsity, scope="matrix")
+        gone = torch.zeros_like(errors, dtype=torch.bool) if mask is None else mask
+        for j in range(start, end):
+            if mask is None and sparsity.of is not None and j % sparsity.of == 0:
+                last = j + sparsity.of
+                scores = (w[:, j:last] / diagonal[j:last]).square()
+                gone[:, j - start : last - start] = drop(scores, sparsity, scope="row")
+            kept = w[:, j].masked_fill(gone[:, j - start], 0.0)
+            error = (w[:, j] - kept) / diagonal[j]
+            w[:, j:end] -= torch.outer(error, factor[j, j:end])
+            w[:, j] = kept
+            errors[:, j - start] = error
+        return errors

@@ -1,0 +1,59 @@
+"""Wanda: a weight's size times the norm of its input (Sun et al.; methods section 7)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.magnitude import check_scope
+from hfprune.sparse.pattern import Scope, Sparsity, drop
+
+
+class Wanda(ScoreMethod):
+    """|w_ij| * ||x_j||, the lowest of each row dropped.
+
+    Args:
+        scope: ``row`` as published; ``matrix`` compares all weights of a matrix.
+        adaptive: The published variant: every row drops the weights that make up the same share of its summed scores,
+            that share chosen so that the matrix has the sparsity asked for within 0.001. Unstructured only; exactly met
+            counts are not its aim.
+    """
+
+    needs: ClassVar[Needs] = "norms"
+
+    def __init__(self, *, scope: Scope = "row", adaptive: bool = False) -> None:
+        check_scope(scope)
+        self.scope, self.adaptive = scope, adaptive
+
+    def score(self, weight: Tensor, sums: InputSums) -> Tensor:
+        """Returns |w| times the input's norm; a common factor of all norms changes nothing."""
+        return weight.abs() * sums.norms().to(weight)
+
+    def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
+        """Returns the lowest scores of each row, or the adaptive choice."""
+        if self.adaptive and sparsity.of is None:
+            return _adaptive(scores, sparsity.ratio)
+        return drop(scores, sparsity, scope=self.scope)
+
+
+def _adaptive(scores: Tensor, ratio: float) -> Tensor:
+    """Returns per row the smallest scores that add up to a common share of the row's sum."""
+    order = torch.sort(scores, dim=1, stable=True)
+    cumulative = order.values.cumsum(1)
+    rank = torch.zeros_like(order.indices).scatter_(1, order.indices, torch.arange(scores.shape[1]).expand_as(scores))
+
+    def chosen(share: float) -> Tensor:
+        count = (cumulative <= share * cumulative[:, -1:]).sum(1, keepdim=True)
+        return rank < count
+
+    low, high = 0.0, 1.0
+    found = chosen(0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = chosen(middle)
+        reached = float(found.double().mean())
+        if abs(reached - ratio) <= 0.001:
+            break
+        low, high = (middle, high) if reached < ratio else (low, middle)
+    return found

@@ -1,0 +1,48 @@
+"""Z-Pruner: z-scores of row- and column-normalised weights (methods section 7)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.magnitude import check_scope
+from hfprune.sparse.pattern import Scope, Sparsity, drop
+
+
+class ZPruner(ScoreMethod):
+    """(alpha |z_R|^3 + (1 - alpha) |z_K|^3) * ||x_j||^1.5.
+
+    R = W / norm of its row, K = W / norm of its column, z their z-scores over the whole matrix (unbiased), alpha = 0.7
+    (1 - 0.3 sigma), sigma the share of weights below a tenth of the mean size. Scores are float32 or wider: in float16,
+    as the published code has them, |z| > 40 overflows. N:M patterns are made; the published code parses and ignores
+    them.
+
+    Args:
+        scope: ``matrix`` as published; ``row`` compares the weights of one output.
+    """
+
+    needs: ClassVar[Needs] = "norms"
+
+    def __init__(self, *, scope: Scope = "matrix") -> None:
+        check_scope(scope)
+        self.scope = scope
+
+    def score(self, weight: Tensor, sums: InputSums) -> Tensor:
+        """Returns the combined z-scores times the power of the norm."""
+        tiny = torch.finfo(weight.dtype).tiny
+        rows = _cubed_z(weight / weight.norm(dim=1, keepdim=True).clamp(min=tiny))
+        columns = _cubed_z(weight / weight.norm(dim=0, keepdim=True).clamp(min=tiny))
+        size = weight.abs()
+        small = (size < 0.1 * size.mean()).to(weight.dtype).mean()
+        alpha = 0.7 * (1 - 0.3 * small)
+        return (alpha * rows + (1 - alpha) * columns) * sums.norms().to(weight) ** 1.5
+
+    def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
+        """Returns the lowest of the matrix or of each row."""
+        return drop(scores, sparsity, scope=self.scope)
+
+
+def _cubed_z(values: Tensor) -> Tensor:
+    """Returns |(v - mean) / std|^3 over all entries."""
+    return ((values - values.mean()) / values.std()).abs() ** 3
