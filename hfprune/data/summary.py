@@ -41,7 +41,9 @@ def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:
 
 
 def _digest(sequences: list[list[int]]) -> str:
+    """Returns the digest of the sequences, where one ends and the next begins included."""
     digest = hashlib.sha256()
     for ids in sequences:
+        digest.update(len(ids).to_bytes(8, "little"))
         digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
     return digest.hexdigest()

@@ -333,6 +333,16 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     assert summary["recovery"]["sha256"] != summary["calibration"]["sha256"]
 
 
+def test_the_digest_tells_where_sequences_end(tokenizer):
+    """The same tokens cut into other sequences give other scores; nothing made of one may serve the other."""
+    made = [bound(tokenizer, seq_len=size, calibration_sequences=64 // size) for size in (16, 32)]
+    for data in made:
+        data.calibration_dataloader()
+    one, other = (data.summary()["calibration"] for data in made)
+    assert one["tokens"] == other["tokens"] == 64
+    assert one["sha256"] != other["sha256"]
+
+
 def test_evaluation_text_that_calibrates_too_is_said(tokenizer, tmp_path):
     """The same text under another name, in another layout: documents are not equal, their words are."""
     words = "the assert statement is a part of the language and so is while and for in it " * 30
