@@ -1,7 +1,9 @@
 """Which dense model a checkpoint or plan belongs to."""
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from hfprune.arch.groups import class_name
 
 _SAMPLE = 1024
 """Values of each parameter that are read."""
+
+_NO_MATTER = ("_name_or_path", "transformers_version", "architectures")
+"""Entries of a config that no prediction depends on."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -18,6 +23,15 @@ def fingerprint(model: nn.Module) -> str:
     large model costs no more than a small one.
     """
     return combine(class_name(model), {name: tensor_digest(p) for name, p in model.named_parameters()})
+
+
+def prediction_fingerprint(model: Any) -> str:
+    """Returns 16 hexadecimal digits that tell what a Hugging Face ``model`` predicts: its weights and its config.
+
+    The base of the rotary embedding, soft caps and the norms' epsilon stand in the config alone.
+    """
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
+    return combine(fingerprint(model), {"config": json.dumps(config, sort_keys=True, default=str)})
 
 
 def structure_fingerprint(model: nn.Module) -> str:

@@ -123,4 +123,5 @@ def _speed(found: _Figures) -> str:
 
 def _tasks(found: _Figures) -> str:
     items = "all items" if found["limit"] is None else f"the first {found['limit']} items"
-    return f"Tasks: lm-eval {found['harness']}, {found['num_fewshot']}-shot, {items} of each."
+    shots = " or ".join(str(n) for n in sorted({task["num_fewshot"] for task in found["tasks"].values()}))
+    return f"Tasks: lm-eval {found['harness']}, {shots}-shot, {items} of each."

@@ -24,15 +24,18 @@ class TaskResult:
     """One task's figures.
 
     Attributes:
-        metrics: Name -> value, every one that the task defines (``acc``, ``acc_norm``, ``pct_stereotype``, ...).
+        metrics: Name -> value, every one that the task defines (``acc``, ``acc_norm``, ``pct_stereotype``, ...); where
+            the task filters answers in several ways, ``name,filter``.
         stderr: Name -> standard error, where the harness gives one.
         num_items: Items evaluated.
+        num_fewshot: Examples in the prompt, as the harness ran it.
         version: The task's version in the harness.
     """
 
     metrics: dict[str, float]
     stderr: dict[str, float]
     num_items: int
+    num_fewshot: int
     version: str
 
     @property
@@ -52,7 +55,7 @@ class ZeroShot:
         average_acc: Mean of acc over the tasks that have it.
         harness: Version of lm-eval.
         limit: Items per task that were asked for; None for all.
-        num_fewshot: Examples in the prompt.
+        num_fewshot: Examples in the prompt that were asked for; None for what each task says.
         data_dir: Folder of local data sets; None when they came from the hub.
         seconds: Time taken.
     """
@@ -62,7 +65,7 @@ class ZeroShot:
     average_acc: float | None
     harness: str
     limit: int | None
-    num_fewshot: int
+    num_fewshot: int | None
     data_dir: str | None
     seconds: float
 
@@ -71,7 +74,8 @@ class ZeroShot:
         found = asdict(self)
         for name, task in self.tasks.items():
             errors = {f"{metric}_stderr": value for metric, value in task.stderr.items()}
-            found["tasks"][name] = {**task.metrics, **errors, "num_items": task.num_items, "version": task.version}
+            facts = {"num_items": task.num_items, "num_fewshot": task.num_fewshot, "version": task.version}
+            found["tasks"][name] = {**task.metrics, **errors, **facts}
         return found
 
 
@@ -83,7 +87,7 @@ class ZeroShotTasks:
         data_dir: Folder of data sets as they were released, read in place of the hub's.
         include_path: Folder of task files of one's own.
         limit: Use the first so many items of each task.
-        num_fewshot: Examples in the prompt.
+        num_fewshot: Examples in the prompt; None for what each task says, which is none for most.
         batch_size: Requests per forward pass.
         share_prefixes: Run what answers share once (see :mod:`hfprune.evaluation.prefix_lm`); False runs the harness's
             own model class, as its command line does. None shares on the CPU, where it is faster.
@@ -100,7 +104,7 @@ class ZeroShotTasks:
         data_dir: str | None = None,
         include_path: str | None = None,
         limit: int | None = None,
-        num_fewshot: int = 0,
+        num_fewshot: int | None = None,
         batch_size: int = 8,
         share_prefixes: bool | None = None,
     ) -> None:
@@ -110,7 +114,7 @@ class ZeroShotTasks:
                 raise ConfigError(f"{flag} '{folder}' is not a folder.")
         if not names:
             raise ConfigError("--tasks names no task.")
-        if (limit is not None and limit < 1) or num_fewshot < 0 or batch_size < 1:
+        if (limit is not None and limit < 1) or (num_fewshot or 0) < 0 or batch_size < 1:
             raise ConfigError(
                 "Tasks need --limit and --task_batch_size above 0 and --num_fewshot of at least 0; got "
                 f"{limit}, {batch_size}, {num_fewshot}."
@@ -121,7 +125,7 @@ class ZeroShotTasks:
             )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
-        self.share_prefixes = share_prefixes
+        self.share_prefixes, self.include_path = share_prefixes, include_path
         paths = [str(GROUPS_FOLDER)]
         if data_dir is not None:
             paths.append(str(LOCAL_FOLDER))
@@ -150,6 +154,13 @@ class ZeroShotTasks:
                 "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
             )
         return every
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what the figures depend on beside the model, as plain data."""
+        import lm_eval
+
+        names = ("names", "data_dir", "include_path", "limit", "num_fewshot")
+        return {name: getattr(self, name) for name in names} | {"harness": lm_eval.__version__}
 
     def load(self) -> list[Any]:
         """Returns the task objects, their data read once, in the order of their names.
@@ -192,7 +203,7 @@ class ZeroShotTasks:
                 model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
                 tasks=objects,
                 task_manager=self._manager,
-                num_fewshot=self.num_fewshot or None,
+                num_fewshot=self.num_fewshot,
                 limit=self.limit,
                 bootstrap_iters=1000,
                 log_samples=False,
@@ -228,15 +239,21 @@ def _result(found: Any, name: str) -> TaskResult:
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in found["results"][name].items():
-        metric = key.partition(",")[0]
-        if not isinstance(value, int | float) or "," not in key:
+        metric, comma, kind = key.partition(",")
+        if not isinstance(value, int | float) or not comma:
             continue
+        ending = "" if kind == "none" else f",{kind}"
         if metric.endswith("_stderr"):
-            stderr[metric.removesuffix("_stderr")] = float(value)
+            stderr[metric.removesuffix("_stderr") + ending] = float(value)
         else:
-            metrics[metric] = float(value)
-    samples = found["n-samples"][name]["effective"]
-    return TaskResult(metrics=metrics, stderr=stderr, num_items=samples, version=str(found["versions"].get(name)))
+            metrics[metric + ending] = float(value)
+    return TaskResult(
+        metrics=metrics,
+        stderr=stderr,
+        num_items=found["n-samples"][name]["effective"],
+        num_fewshot=int(found["n-shot"][name]),
+        version=str(found["versions"].get(name)),
+    )
 
 
 def _check_installed() -> None:

@@ -26,7 +26,7 @@ from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_dir, command_line, write_json
-from hfprune.fingerprint import fingerprint
+from hfprune.fingerprint import prediction_fingerprint
 from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
@@ -82,7 +82,7 @@ class Sweep:
         self.budgets = {ratio: self._resolve(ratio) for ratio in grid.pruning_ratios}
         self.warnings: list[str] = []
         self._references: dict[str, DenseReference] = {}
-        self._key = ""
+        self._model_key = ""
 
     def _resolve(self, ratio: float) -> ResolvedBudget:
         model = self.module.meta_model()
@@ -104,8 +104,9 @@ class Sweep:
             self.zero_shot.load()
         self.module.configure_model()
         dense = self.module.causal_lm.to(self.device)
-        self._key = self._settings_key(dense, windows)
-        cells = {"dense": self._cell("dense", lambda: self._measure(dense, windows, dense=True))}
+        self._model_key = prediction_fingerprint(dense)
+        texts = {name: [cut.sha256, cut.protocol] for name, cut in windows.items()}
+        cells = {"dense": self._cell("dense", texts, lambda: self._measure(dense, windows, dense=True))}
         scores: dict[tuple[str, int | None], ByGroup] = {}
         kept: dict[str, Kept] = {}
         for cell in self.grid.cells():
@@ -113,7 +114,8 @@ class Sweep:
             keep = uniform_keep(scored, find_groups(dense), self.budgets[cell.pruning_ratio].widths)
             kept[cell.name] = keep
             ratio = cell.pruning_ratio
-            cells[cell.name] = self._cell(cell.name, partial(self._measure_pruned, keep, ratio, windows))
+            make = partial(self._measure_pruned, keep, ratio, windows)
+            cells[cell.name] = self._cell(cell.name, [texts, keep], make)
         if self.latency:
             self._add_speeds(dense, kept, cells)
         if self.zero_shot is not None:
@@ -175,7 +177,7 @@ class Sweep:
         methods = [method for method in self.grid.methods if method.objective is not None]
         data = by_seed[cell.seed]
         parts = {m.name: [m.objective, m.scorer.describe()] for m in methods}
-        digest = _digest([fingerprint(dense), data.summary()["calibration"]["sha256"], parts])
+        digest = _digest([self._model_key, data.summary()["calibration"]["sha256"], parts])
         path = self.out / "scores" / f"seed{cell.seed}.safetensors"
         start = time.perf_counter()
         found = seed_scores(dense, methods, iter(data.calibration_dataloader()), path, key=digest, device=self.device)
@@ -186,25 +188,22 @@ class Sweep:
 
     # ---- cells -------------------------------------------------------------------------------------------------------
 
-    def _settings_key(self, dense: Any, windows: dict[str, Windows]) -> str:
-        """Returns what every figure depends on beside the cell."""
-        tasks = self.zero_shot
-        asked = None if tasks is None else [tasks.names, tasks.limit, tasks.num_fewshot, tasks.data_dir]
-        texts = {name: [cut.sha256, cut.protocol] for name, cut in windows.items()}
-        return _digest([fingerprint(dense), texts, asked])
+    def _cell(self, name: str, depends: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns a cell's figures: from its file, or made and written to it.
 
-    def _cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns a cell's figures: from its file, or made and written to it."""
-        path = self.out / "cells" / f"{name}.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if found.pop("key") == self._key:
-                return found
+        Args:
+            name: The file's name.
+            depends: What the figures follow from beside the dense model, as plain data: texts, tasks, kept units.
+            make: Measures.
+        """
+        path, key = self.out / "cells" / f"{name}.json", _digest([self._model_key, depends])
+        found = _read_cell(path, key)
+        if found is not None:
+            return found
         _log.info("Measuring %s.", name)
-        figures = make()
-        write_json(path, {"key": self._key, **figures})
-        again: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # as a resumed sweep would have it
-        again.pop("key")
+        write_json(path, {"key": key, **make()})
+        again = _read_cell(path, key)  # as a resumed sweep would have it
+        assert again is not None
         return again
 
     def _measure_pruned(self, keep: Kept, ratio: float, windows: dict[str, Windows]) -> dict[str, Any]:
@@ -245,11 +244,13 @@ class Sweep:
         def run(make: Callable[[], Any]) -> dict[str, Any]:
             return tasks.run(make(), self.module.tokenizer).to_dict()
 
-        cells["dense"]["zero_shot"] = self._cell("tasks-dense", partial(run, lambda: dense))
+        asked = tasks.settings()
+        cells["dense"]["zero_shot"] = self._cell("tasks-dense", asked, partial(run, lambda: dense))
         for cell in self.grid.cells():
             if self.grid.runs_tasks(cell):
                 pruned = partial(self._pruned, kept[cell.name], cell.pruning_ratio)
-                cells[cell.name]["zero_shot"] = self._cell(f"tasks-{cell.name}", partial(run, pruned))
+                depends, make = [asked, kept[cell.name]], partial(run, pruned)
+                cells[cell.name]["zero_shot"] = self._cell(f"tasks-{cell.name}", depends, make)
 
     def _add_speeds(self, dense: Any, kept: dict[str, Kept], cells: dict[str, dict[str, Any]]) -> None:
         """Adds speeds: those of a model depend on its widths only, so one model per ratio is timed."""
@@ -263,15 +264,22 @@ class Sweep:
             names = ["dense", *(f"{ratio:g}" for ratio in timed)]
             return {name: speed.to_dict() for name, speed in zip(names, found, strict=True)}
 
-        speeds = self._cell("speed", make)
+        widths = {f"{ratio:g}": self.budgets[ratio].widths for ratio in timed}
+        speeds = self._cell("speed", [widths, str(self.device), torch.get_num_threads()], make)
         cells["dense"]["latency"] = speeds["dense"]
         for cell in self.grid.cells():
             cells[cell.name]["latency"] = speeds[f"{cell.pruning_ratio:g}"]
 
 
-def _without_sketch(data: TextDataModule) -> dict[str, Any]:
-    summary = data.summary()["calibration"]
-    return {name: value for name, value in summary.items() if name != "ngrams"}
+def _read_cell(path: Path, key: str) -> dict[str, Any] | None:
+    """Returns the figures of a file that was written for ``key``, None when there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None  # not measured yet, or damaged: measured again
+    if not isinstance(found, dict) or found.pop("key", None) != key:
+        return None
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -14,7 +14,7 @@ from hfprune.arch import find_groups
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
 from hfprune.causal import objective_sums, sequences
 from hfprune.criteria import GradientCriterion
-from hfprune.errors import CalibrationError
+from hfprune.errors import CalibrationError, OutputError
 from hfprune.objectives import OBJECTIVES
 from hfprune.sweep.grid import Method
 
@@ -130,8 +130,12 @@ def _save(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     """Writes tensors in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata={"key": key})
-    temporary.replace(path)
+    try:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata={"key": key})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"Writing '{path}' failed: {error}") from error
 
 
 def _load(path: Path, key: str) -> dict[str, Tensor] | None:

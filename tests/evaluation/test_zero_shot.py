@@ -9,6 +9,8 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from hfprune.errors import ConfigError
+from hfprune.evaluation import zero_shot
+from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from tests.models import tiny, tiny_tokenizer
 
@@ -102,6 +104,29 @@ def test_limit_takes_the_first_items(folder):
     assert found.tasks["my_task"].metrics["acc"] == statistics.fmean(acc[:2])
 
 
+def test_says_how_many_examples_the_task_showed(folder, tmp_path):
+    """A task file may ask for examples itself, or refuse them whatever the flag says."""
+    lines = (tmp_path / "mine.yaml").read_text()
+    for shots in (0, 2):
+        text = lines.replace("task: my_task", f"task: shots_{shots}\nfewshot_split: test\nnum_fewshot: {shots}")
+        (tmp_path / f"shots_{shots}.yaml").write_text(text)
+    asked = ["my_task", "shots_0", "shots_2"]
+    found = ZeroShotTasks(asked, include_path=folder).run(tiny(), tiny_tokenizer())
+    assert {name: task.num_fewshot for name, task in found.tasks.items()} == dict(zip(asked, (0, 0, 2), strict=True))
+    assert "0 or 2-shot" in stage_table({"model": {"zero_shot": found.to_dict()}}).caption
+    none = ZeroShotTasks(["shots_2"], include_path=folder, num_fewshot=0).run(tiny(), tiny_tokenizer())
+    assert none.tasks["shots_2"].num_fewshot == 0
+
+
+def test_every_filter_has_its_figure():
+    """Tasks with generated answers (GSM8K) read them in several ways."""
+    results = {"exact_match,strict": 0.25, "exact_match,flexible": 0.5, "exact_match_stderr,strict": 0.1, "alias": "t"}
+    found = {"results": {"t": results}, "n-samples": {"t": {"effective": 4}}, "n-shot": {"t": 5}, "versions": {}}
+    task = zero_shot._result(found, "t")
+    assert task.metrics == {"exact_match,strict": 0.25, "exact_match,flexible": 0.5}
+    assert task.stderr == {"exact_match,strict": 0.1}
+
+
 def test_runs_again_on_another_model_and_leaves_random_numbers_alone(folder):
     tasks, model = ZeroShotTasks(["my_task"], include_path=folder), tiny()
     torch.manual_seed(3)
@@ -123,8 +148,8 @@ def test_runs_again_on_another_model_and_leaves_random_numbers_alone(folder):
         (["my_tusk"], {}, "unknown task 'my_tusk'. Nearest: my_task"),
         (["paper11"], {}, "Nearest: paper10"),
         ([], {}, "names no task"),
-        (["my_task"], {"limit": 0}, "--limit .* above 0 .*; got 0, 8, 0"),
-        (["my_task"], {"batch_size": 0}, "--task_batch_size above 0 .*; got None, 0, 0"),
+        (["my_task"], {"limit": 0}, "--limit .* above 0 .*; got 0, 8, None"),
+        (["my_task"], {"batch_size": 0}, "--task_batch_size above 0 .*; got None, 0, None"),
         (["my_task"], {"data_dir": "nowhere"}, "--task_data 'nowhere' is not a folder"),
         (["my_task"], {"include_path": "nowhere"}, "--include_path 'nowhere' is not a folder"),
     ],

@@ -159,6 +159,61 @@ def test_another_model_or_other_data_are_computed_anew(folder, undisturbed, tmp_
     assert comparable(second["rows"]) == comparable(expected["rows"]) != comparable(first["rows"])
 
 
+def other_data(seed, text):
+    data = make_data(seed, text)
+    return TextDataModule(seed=seed, text=text, seq_len=8, calibration_sequences=3, eval_window=16,
+                          eval_windows=data.eval_windows)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "data"),
+    [
+        ({"round_to": 8}, make_data),
+        ({"methods": [Method(name="entropy", objective="entropy", criterion=WeightTaylor())]}, make_data),
+        ({"methods": [Method(name="entropy", objective="cross_entropy")]}, make_data),
+        ({}, other_data),
+    ],
+    ids=["round_to", "criterion", "objective", "calibration"],
+)
+def test_a_cell_whose_units_changed_is_measured_anew(folder, tmp_path, monkeypatch, change, data):
+    """Its name stays the same: method, ratio and seed."""
+    few = {"methods": METHODS[:1], "seeds": [1], "pruning_ratios": [0.3]}
+    sweep(folder, tmp_path / "out", **few).run()
+    kept = []
+    apply = runner.apply_plan
+    monkeypatch.setattr(runner, "apply_plan", lambda model, plan: (kept.append(plan.keep), apply(model, plan)))
+    made = Sweep(PruningModule(folder), grid(**few | change), data, tmp_path / "out", latency=False)
+    found = made.run()
+    again = Sweep(PruningModule(folder), grid(**few | change), data, tmp_path / "fresh", latency=False).run()
+    assert comparable(found["rows"]) == comparable(again["rows"])
+    assert len(kept) == 2
+    assert kept[0] == kept[1]
+
+
+def test_a_ratio_may_be_added_and_speeds_are_those_of_the_widths(folder, tmp_path, monkeypatch):
+    timed, compare = [], runner.compare_latency
+
+    def spy(models):
+        timed.append([model.config.intermediate_size for model in models])
+        return compare(models, prompt_tokens=4, new_tokens=2, repeats=1, warmup=0)
+
+    monkeypatch.setattr(runner, "compare_latency", spy)
+    few = {"methods": METHODS[3:4], "seeds": [1]}
+    for change in ({"pruning_ratios": [0.2]}, {"pruning_ratios": [0.2, 0.3]}, {"pruning_ratios": [0.2], "round_to": 8}):
+        made = Sweep(PruningModule(folder), grid(**few | change), make_data, tmp_path / "out")
+        for _ in range(2):  # the second time from its files
+            assert list(made.run()["speeds"]) == ["dense", *(f"{r:g}" for r in change["pruning_ratios"])]
+    assert len(timed) == 3
+    assert timed[2][1:] == [made.budgets[0.2].width] != timed[0][1:]
+
+
+def test_a_damaged_cell_is_measured_again(folder, tmp_path):
+    few = {"methods": METHODS[3:4], "seeds": [1], "pruning_ratios": [0.2]}
+    first = sweep(folder, tmp_path / "out", **few).run()
+    (tmp_path / "out/cells/magnitude-0.2.json").write_text('{"key": "')
+    assert comparable(sweep(folder, tmp_path / "out", **few).run()["rows"]) == comparable(first["rows"])
+
+
 def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "SAVE_EVERY", 2)
     model, device = tiny(), torch.device("cpu")
