@@ -12,13 +12,13 @@ from hfprune.checkpoints import Record, read_metadata
 from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError, PlanError
 from hfprune.evaluation.cache import cached_reference
-from hfprune.evaluation.fidelity import DenseReference, Reference
+from hfprune.evaluation.fidelity import DenseReference, Reference, TopKReference
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.stage import add_speeds, measure
 from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import command_line, write_json
+from hfprune.export import check_output_file, check_writable, command_line, write_json
 from hfprune.loading import check_model_path, load_causal_lm, load_config, previous_plan
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
@@ -50,7 +50,7 @@ class Evaluation:
         self.module, self.data, self.device, self.dense, self.ckpt_path = module, data, device, dense, ckpt_path
         self.warnings: list[str] = []
         if dense is not None:
-            check_model_path(dense)
+            check_model_path(dense, flag="--dense")
             other_vocab = load_config(dense).vocab_size
             if other_vocab != module.vocab_size:
                 raise ConfigError(
@@ -70,6 +70,7 @@ class Evaluation:
     ) -> dict[str, dict[str, Any]]:
         """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
         module, data = self.module, self.data
+        self._check_outputs(dense_cache, output)
         data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
         windows = data.evaluation_windows()
         if zero_shot is not None:
@@ -79,19 +80,34 @@ class Evaluation:
         stages = {}
         for name, model in models.items():
             folder = self.dense if name == "dense" else (None if self.ckpt_path else module.path)
-            known = reference.hidden if name == "dense" and isinstance(reference, DenseReference) else None
-            figures = measure(model, windows, reference=reference, latency=False, folder=folder, hidden=known)
-            stages[name] = figures.to_dict()
+            settings: dict[str, Any] = {"reference": reference, "latency": False, "folder": folder}
+            if name == "dense" and isinstance(reference, DenseReference):
+                settings["hidden"] = reference.hidden
+            elif name == "dense" and isinstance(reference, TopKReference):
+                settings["known"] = reference.of_dense()
+            stages[name] = measure(model, windows, **settings).to_dict()
             if zero_shot is not None:
                 stages[name]["zero_shot"] = zero_shot.run(model, module.tokenizer).to_dict()
         if latency:
             add_speeds(stages, models)
-        Console().print(stage_table(stages))
         if output is not None:
             facts = {"command": command_line(), "model": module.path, "dense": self.dense}
             facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}
             write_json(Path(output), {**facts, "warnings": self.warnings, "stages": stages})
+        Console().print(stage_table(stages))
         return stages
+
+    def _check_outputs(self, dense_cache: str | None, output: str | None) -> None:
+        """Raises ``ConfigError`` where results could not be written: before anything is read."""
+        if output is not None:
+            check_output_file(output, "--output")
+        if dense_cache is None:
+            return
+        if self.dense is None:
+            raise ConfigError("--dense_cache keeps the dense model's predictions: give --dense.")
+        if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
+            raise ConfigError(f"--dense_cache '{dense_cache}' is a file, not a folder.")
+        check_writable(Path(dense_cache), "--dense_cache")
 
     def _load(self, windows: Windows | None, dense_cache: str | None) -> tuple[dict[str, Any], Reference | None]:
         """Returns the models by stage, the dense one first, and the dense one's predictions."""

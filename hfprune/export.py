@@ -56,12 +56,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
             f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace "
             "its results."
         )
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output_dir '{out}' cannot be written: {error.strerror or error}.") from error
+    existing = check_writable(out, "--output_dir")
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise ConfigError(
@@ -69,6 +64,34 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
             "free."
         )
     return out
+
+
+def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -> Path:
+    """Returns the nearest folder that exists, ``folder`` or one above it, after writing into it; nothing stays.
+
+    Args:
+        folder: Where results will be written.
+        flag: What asked for it, for the message.
+        name: What it was given; ``folder`` if not given.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} '{name or folder}' cannot be written: {error.strerror or error}.") from error
+    return existing
+
+
+def check_output_file(path: str | Path, flag: str) -> None:
+    """Raises ``ConfigError`` when a file cannot be written at ``path``; creates nothing that stays."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{flag} '{path}' is a folder; give the name of a file.")
+    check_writable(path.absolute().parent, flag, name=path)
 
 
 @contextmanager

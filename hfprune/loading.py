@@ -15,23 +15,24 @@ from hfprune.quiet import no_progress_bars
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
-def check_model_path(path: str) -> None:
+def check_model_path(path: str, *, flag: str = "--model.path") -> None:
     """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
+        flag: What gave it, for the message.
     """
     if path == EMBEDDED_NAME:
         return
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"--model.path '{path}' has no config.json: it is not a saved Hugging Face model.")
+            raise ConfigError(f"{flag} '{path}' has no config.json: it is not a saved Hugging Face model.")
         return
     if folder.exists():
-        raise ConfigError(f"--model.path '{path}' is a file; give the folder of a saved model, or a hub id.")
+        raise ConfigError(f"{flag} '{path}' is a file; give the folder of a saved model, or a hub id.")
     if not _is_hub_id(path):
-        raise ConfigError(f"--model.path '{path}' does not exist, and it is not of the form of a hub id (owner/name).")
+        raise ConfigError(f"{flag} '{path}' does not exist, and it is not of the form of a hub id (owner/name).")
 
 
 def _is_hub_id(path: str) -> bool:

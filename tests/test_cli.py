@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hfprune.cli import COMMANDS, main
+from hfprune.evaluation import cache, stage
 from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,11 +290,21 @@ def test_evaluate_a_checkpoint_equals_the_exported_model(dense, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_evaluate_keeps_the_dense_predictions(dense):
+def test_evaluate_keeps_the_dense_predictions(dense, monkeypatch):
     assert prune(dense, "--intermediate_size=12") == 0
     flags = ["--model.path=out/model", f"--dense={dense}"]
     exact = evaluate(*flags)["stages"]["model"]["fidelity"]
+    passes = []
+    final_hidden = stage.final_hidden
+
+    def spy(model, *args, **kwargs):
+        passes.append(model.config.intermediate_size)
+        return final_hidden(model, *args, **kwargs)
+
+    for module in (cache, stage):
+        monkeypatch.setattr(module, "final_hidden", spy)
     first, second = (evaluate(*flags, "--dense_cache=cache")["stages"]["model"]["fidelity"] for _ in range(2))
+    assert passes == [24, 24, 12, 12]  # two windows of the dense model, once; the pruned model twice
     assert first == second
     assert len(list(Path("cache").iterdir())) == 1
     assert (exact["dense_top_k"], first["dense_top_k"]) == (None, 61)
@@ -333,10 +344,19 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--data.eval_window=999"], "more than the 64 positions"),
         (["--data.text=empty.txt"], "holds no text"),
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
+        (["--output=folder"], "--output 'folder' is a folder"),
+        (["--output=empty.txt/eval.json"], "--output 'empty.txt/eval.json' cannot be written"),
+        (["--dense_cache=cache"], "--dense_cache keeps the dense model's predictions: give --dense"),
+        (["--dense=./nowhere/at/all"], "--dense './nowhere/at/all' does not exist"),
+        (["--num_fewshot=3"], "--num_fewshot belongs to zero-shot tasks"),
+        (["--share_prefixes=true"], "--share_prefixes belongs to zero-shot tasks"),
+        (["--trainer.devices=2"], "evaluate runs on one device"),
+        (["--trainer.precision=bf16-true"], "--model.dtype"),
     ],
 )
 def test_evaluate_refuses_in_one_line(dense, capsys, flags, message):
     Path("empty.txt").write_text("\n")
+    Path("folder").mkdir()
     code = main(["evaluate", f"--model.path={dense}", *EVALUATE, *flags])
     assert message in error_of(capsys, code)
     assert not Path("eval.json").exists()

@@ -40,6 +40,16 @@ class BaseCLI(LightningCLI):
         """Runs the command."""
         raise NotImplementedError
 
+    def check_trainer(self) -> None:
+        """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""
+        if self.trainer.world_size > 1:
+            raise ConfigError(f"{self.command} runs on one device: give --trainer.devices 1.")
+        if str(self.trainer.precision) != "32-true":
+            raise ConfigError(
+                f"{self.command} runs models in their own type: give --model.dtype in place of --trainer.precision "
+                f"{self.trainer.precision}."
+            )
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
         try:

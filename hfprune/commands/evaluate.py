@@ -31,6 +31,7 @@ class EvaluateCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c = self.config
+        self.check_trainer()
         cast(PruneTrainer, self.trainer).evaluate(
             self.model,
             self.datamodule,
@@ -52,7 +53,9 @@ def add_task_arguments(parser: LightningArgumentParser) -> None:
         help="lm-eval tasks, separated by commas; paper10, llmpruner7 and zpruner5 are the papers' lists",
     )
     parser.add_argument("--limit", type=int | None, default=None, help="items per task: the first so many")
-    parser.add_argument("--num_fewshot", type=int, default=0, help="examples in the prompt")
+    parser.add_argument(
+        "--num_fewshot", type=int | None, default=None, help="examples in the prompt (default: what each task says)"
+    )
     parser.add_argument(
         "--task_data", type=str | None, default=None, help="folder of released data sets, for offline use"
     )
@@ -73,7 +76,7 @@ def zero_shot_tasks(config: Namespace) -> ZeroShotTasks | None:
         ConfigError: A task flag was given without ``--tasks``, or its value cannot be used.
     """
     if config.tasks is None:
-        for name in ("limit", "task_data", "include_path"):
+        for name in ("limit", "num_fewshot", "task_data", "include_path", "share_prefixes"):
             if config[name] is not None:
                 raise ConfigError(f"--{name} belongs to zero-shot tasks: give --tasks, for example paper10.")
         return None

@@ -39,8 +39,7 @@ class SweepCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c, trainer = self.config, self.trainer
-        if trainer.world_size > 1:
-            raise ConfigError("sweep runs on one device: give --trainer.devices 1.")
+        self.check_trainer()
         init = self.config_init
         texts = c.texts or ({"text": c.data.text} if c.data.text else {})
         if not texts or c.data.calibration in texts.values():

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.arch import output_head
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, OutputError
 from hfprune.evaluation.divergence import TopK
 from hfprune.evaluation.fidelity import TopKReference
 from hfprune.evaluation.hidden import final_hidden
-from hfprune.evaluation.metrics import HeadLogits
+from hfprune.evaluation.perplexity import ScoredLogits
 from hfprune.evaluation.windows import Windows
-from hfprune.fingerprint import fingerprint
+from hfprune.fingerprint import prediction_fingerprint
 from hfprune.objectives.chunked import chunk_tokens
 
 DEFAULT_TOP_K = 256
@@ -39,11 +39,13 @@ def cached_reference(
 
     Raises:
         ConfigError: A file there is damaged, or K is not positive.
+        OutputError: The file could not be written.
     """
     if top_k < 1:
         raise ConfigError(f"The number of cached logits {top_k} is not positive.")
     found = Windows.of(windows)
-    name = f"{fingerprint(model)}-{found.sha256[:16]}-{top_k}.safetensors"
+    shape = "x".join(map(str, found.ids.shape))  # the digest is that of the tokens, however they are cut
+    name = f"{prediction_fingerprint(model)}-{found.sha256[:16]}-{shape}-{top_k}.safetensors"
     path = Path(folder) / name
     if path.is_file():
         return _load(path, found)
@@ -58,9 +60,11 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
     head = output_head(model)
     size = chunk_tokens(head.weight.shape[0])
     parts: list[TopK] = []
+    nll: list[Tensor] = []
     with torch.no_grad():
         for window in found.ids:
-            logits = HeadLogits(head, final_hidden(model, window[None])[0])
+            logits = ScoredLogits(head, final_hidden(model, window[None])[0], window)
+            nll.append(logits.nll)
             parts += [TopK.of(logits[start : start + size], top_k) for start in range(0, len(logits), size)]
     shape = found.ids.shape
     top = TopK(
@@ -68,10 +72,11 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
         indices=torch.cat([p.indices.cpu() for p in parts]).unflatten(0, shape),
         lse=torch.cat([p.lse.cpu() for p in parts]).unflatten(0, shape),
     )
-    return TopKReference(windows=found, top=top, vocab_size=int(head.weight.shape[0]))
+    return TopKReference(windows=found, top=top, nll=torch.stack(nll), vocab_size=int(head.weight.shape[0]))
 
 
 def _save(path: Path, reference: TopKReference) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {
@@ -79,13 +84,16 @@ def _save(path: Path, reference: TopKReference) -> None:
         "logits": reference.top.logits.contiguous(),
         "indices": reference.top.indices.to(torch.int32),
         "lse": reference.top.lse,
+        "nll": reference.nll,
         "vocab_size": torch.tensor(reference.vocab_size),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     stage = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, stage)
         os.replace(stage, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"Writing '{path}' failed: {error}") from error
     finally:
         stage.unlink(missing_ok=True)
 
@@ -98,8 +106,9 @@ def _load(path: Path, windows: Windows) -> TopKReference:
         found: dict[str, Any] = load_file(path)
         same = torch.equal(found["windows"].long(), windows.ids)
         top = TopK(logits=found["logits"], indices=found["indices"].long(), lse=found["lse"])
+        nll = found["nll"]
     except (SafetensorError, KeyError, OSError) as error:
         raise ConfigError(f"The cached predictions '{path}' cannot be read ({error}): delete the file.") from error
     if not same:
         raise ConfigError(f"The cached predictions '{path}' are those of other windows: delete the file.")
-    return TopKReference(windows=windows, top=top, vocab_size=int(found["vocab_size"]))
+    return TopKReference(windows=windows, top=top, nll=nll, vocab_size=int(found["vocab_size"]))

@@ -43,6 +43,10 @@ class TopK:
         """Returns a part of the tokens."""
         return TopK(logits=self.logits[part], indices=self.indices[part], lse=self.lse[part])
 
+    def to(self, device: torch.device) -> "TopK":
+        """Returns the same on ``device``."""
+        return TopK(logits=self.logits.to(device), indices=self.indices.to(device), lse=self.lse.to(device))
+
     def __len__(self) -> int:
         """Returns the number of tokens."""
         return len(self.lse)

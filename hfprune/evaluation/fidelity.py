@@ -6,15 +6,16 @@ the top K of its logits. Shape legend: N windows, W tokens, D hidden size, V voc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from hfprune.arch import output_head
 from hfprune.errors import ConfigError
-from hfprune.evaluation.divergence import TopK
+from hfprune.evaluation.divergence import QUANTITIES, TopK
 from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.metrics import Fidelity, FidelityMetric, HeadLogits, Logits
+from hfprune.evaluation.perplexity import Perplexity, perplexity_from
 from hfprune.evaluation.windows import Windows
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES
@@ -106,16 +107,34 @@ class TopKReference:
     Attributes:
         windows: N windows of W tokens.
         top: Logits of every window, [N, W, K].
+        nll: [N, W - 1] cross-entropy of token t + 1 at position t, nats, float64.
         vocab_size: V.
     """
 
     windows: Windows
     top: TopK
+    nll: Tensor
     vocab_size: int
 
     def logits(self, index: int) -> Logits:
         """Returns the top K of one window."""
         return TopLogits(self.top[index][self.windows.compared], self.vocab_size)
+
+    def of_dense(self) -> tuple[Perplexity, Fidelity]:
+        """Returns the dense model's own figures, which need no pass of it; nothing differs from itself."""
+        count, positions = len(self.windows.ids), len(range(self.windows.window)[self.windows.compared])
+        error = 0.0 if count > 1 else None
+        same: dict[str, Any] = {}
+        for name in QUANTITIES:
+            same |= {name: 0.0 if name in ("kl", "reverse_kl", "js_distance") else 1.0, f"{name}_stderr": error}
+        figures = Fidelity(
+            **same,
+            kl_by_position=(0.0,) * positions,
+            num_tokens=count * positions,
+            num_windows=count,
+            dense_top_k=self.top.indices.shape[-1],
+        )
+        return perplexity_from(self.nll, self.windows), figures
 
 
 def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:

@@ -170,8 +170,8 @@ class FidelityMetric(Metric):
             if isinstance(p, TopK):
                 self.top_k.fill_(p.indices.shape[-1])
             else:
-                p = _as_logits(p).to(q.device)
-            parts.append(divergences(p, q).to(self.top_k.device))
+                p = _as_logits(p)
+            parts.append(divergences(p.to(q.device), q).to(self.top_k.device))
         return torch.cat(parts)
 
     def compute(self) -> dict[str, Tensor]:

@@ -76,16 +76,16 @@ def perplexity_of(hidden: Tensor, head: OutputHead, windows: Tensor | Windows) -
         for row in rows:
             for start in range(0, len(row), size):
                 row[start : start + size]
-    return perplexity_from(rows, found)
+    return perplexity_from([row.nll for row in rows], found)
 
 
-def perplexity_from(rows: Sequence["ScoredLogits"], windows: Windows) -> Perplexity:
-    """Returns the perplexity of windows whose logits have been read, every position once."""
-    total = sum(float(row.nll[windows.first_target(index) - 1 :].sum()) for index, row in enumerate(rows))
-    nll = total / windows.num_targets
+def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplexity:
+    """Returns the perplexity from the cross-entropies [W - 1] of every window, as ``ScoredLogits`` notes them."""
+    total = sum(float(row[windows.first_target(index) - 1 :].sum()) for index, row in enumerate(nll))
+    mean = total / windows.num_targets
     return Perplexity(
-        value=_exp(nll),
-        nll=nll,
+        value=_exp(mean),
+        nll=mean,
         num_tokens=windows.num_targets,
         num_windows=len(windows.ids),
         window=windows.window,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hfprune.arch import backbone, output_head
+from hfprune.errors import ConfigError
 
 Request = tuple[Any, list[int], list[int]]
 """Whatever identifies it, the context's token ids, the continuation's."""
@@ -86,6 +87,11 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
+        longest = max((len(rest) for _, _, rest in requests), default=0)
+        if longest > self.max_length:
+            raise ConfigError(
+                f"An answer of {longest} tokens is longer than the {self.max_length} that the model allows."
+            )
         rows = [Row((context + rest)[-(self.max_length + 1) :], len(rest)) for _, context, rest in requests]
         answers: list[Answer | None] = [None] * len(rows)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:

@@ -59,6 +59,7 @@ def measure(
     latency: bool,
     folder: str | None = None,
     hidden: Tensor | None = None,
+    known: tuple[Perplexity, Fidelity] | None = None,
 ) -> Measurement:
     """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
 
@@ -70,9 +71,15 @@ def measure(
         folder: Where the model is saved, for its size on disk.
         hidden: Final hidden states [N, W, D] of ``model`` on the windows, when they are known: those of the reference
             for the dense model itself.
+        known: Perplexity and fidelity where they are known, so that no pass is needed.
     """
     start = time.perf_counter()
-    found, close = (None, None) if windows is None else _predictions(model, windows, reference, hidden)
+    found: Perplexity | None = None
+    close: Fidelity | None = None
+    if known is not None:
+        found, close = known
+    elif windows is not None:
+        found, close = _predictions(model, windows, reference, hidden)
     return Measurement(
         parameters=parameter_count(model),
         width=find_groups(model)[0].num_units,
@@ -96,7 +103,7 @@ def _predictions(
         return found, None if reference is None else fidelity_of(reference, hidden, head)
     rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, cut.ids, strict=True)]
     close = compare_windows(reference, rows)
-    return perplexity_from(rows, cut), close
+    return perplexity_from([row.nll for row in rows], cut), close
 
 
 def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torchmetrics import MetricCollection
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfprune.errors import ConfigError
-from hfprune.evaluation import DenseReference, FidelityMetric, fidelity
+from hfprune.evaluation import DenseReference, FidelityMetric, Windows, fidelity, measure
 from hfprune.evaluation.cache import cached_reference, collect_top_k
 from hfprune.evaluation.divergence import QUANTITIES, TopK, divergences
+from hfprune.evaluation.fidelity import TopLogits
+from hfprune.fingerprint import fingerprint
 from tests.evaluation.test_fidelity import perturbed
-from tests.models import tiny, token_ids
+from tests.models import GATED, tiny, token_ids
 from tests.reference import divergences as reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +217,44 @@ def test_cache_serves_a_second_comparison(tmp_path):
     cached_reference(tmp_path / "cache", tiny(), token_ids(4, 10, seed=5), top_k=61)
     cached_reference(tmp_path / "cache", tiny(), windows, top_k=60)
     assert len(list((tmp_path / "cache").iterdir())) == 4  # each its own file
+
+
+def test_cache_tells_how_tokens_are_cut_and_how_the_model_is_configured(tmp_path):
+    ids = token_ids(4, 10)
+    cached_reference(tmp_path, tiny(), ids)
+    assert cached_reference(tmp_path, tiny(), ids.view(2, 20)).windows.window == 20  # the same tokens
+    other = LlamaConfig(**GATED, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 20.0})
+    moved = LlamaForCausalLM(other).double().eval()
+    moved.load_state_dict(tiny().state_dict())
+    assert fingerprint(moved) == fingerprint(tiny())  # not a weight differs
+    reference = cached_reference(tmp_path, moved, ids, top_k=61)
+    assert fidelity(reference, moved).kl == pytest.approx(0, abs=1e-12)
+    assert fidelity(cached_reference(tmp_path, tiny(), ids, top_k=61), moved).kl > 1e-6
+
+
+@pytest.mark.parametrize("cut", [{}, {"stride": 3}, {"count": 1}])
+def test_the_dense_models_own_figures_come_from_the_cache(tmp_path, cut):
+    windows = Windows.cut(token_ids(1, 40)[0].tolist(), window=10, **cut)
+    model = tiny()
+    cached_reference(tmp_path, model, windows, top_k=20)
+    exact = measure(model, windows, reference=DenseReference.collect(model, windows), latency=False)
+    found, same = cached_reference(tmp_path, model, windows, top_k=20).of_dense()
+    assert found.value == pytest.approx(exact.perplexity.value, rel=1e-12)
+    assert found.to_dict() | {"value": 0, "nll": 0} == exact.perplexity.to_dict() | {"value": 0, "nll": 0}
+    assert same.to_dict() == exact.fidelity.to_dict() | {"dense_top_k": 20}
+
+
+def test_a_cache_serves_a_model_on_another_device(monkeypatch):
+    """The cache lies on the CPU; no accelerator is needed to see where it is compared."""
+    seen = []
+
+    def compared(p, q):
+        seen.append({t.device.type for t in (p.logits, p.indices, p.lse, q)})
+        return torch.zeros(len(q), len(QUANTITIES), dtype=torch.float64)
+
+    monkeypatch.setattr("hfprune.evaluation.metrics.divergences", compared)
+    FidelityMetric().update(TopLogits(TopK.of(logits(4, 61), 20), 61), torch.zeros(4, 61, device="meta"))
+    assert seen == [{"meta"}]
 
 
 def test_damaged_cache_is_refused(tmp_path):

@@ -7,6 +7,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.models.huggingface import HFLM
 
+from hfprune.errors import ConfigError
 from hfprune.evaluation.prefix_lm import PrefixLM, Row, share_prefixes
 from tests.models import NAMES, tiny, tiny_tokenizer
 
@@ -58,6 +59,12 @@ def test_says_what_greedy_decoding_would_give():
     other = [*greedy[:2], (greedy[2] + 1) % 61]
     found = PrefixLM(model, tiny_tokenizer())._loglikelihood_tokens([(None, context, greedy), (None, context, other)])
     assert [answer for _, answer in found] == [True, False]
+
+
+def test_an_answer_longer_than_the_positions_is_refused():
+    lm = PrefixLM(tiny(), tiny_tokenizer())
+    with pytest.raises(ConfigError, match="answer of 65 tokens is longer than the 64"):
+        lm._loglikelihood_tokens([(None, [5], [6] * 65)], disable_tqdm=True)
 
 
 def test_runs_a_shared_context_once():
