@@ -78,10 +78,11 @@ class LayerStream:
     def outputs(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
         """Yields layer ``index``'s output [B, T, D] for every batch; ``layer`` runs in its place where given."""
         layer = self._layers[index] if layer is None else layer
-        with torch.no_grad():
-            for hidden in self._hidden:
-                args, kwargs = self._calls[hidden.shape[:2]][index]
-                yield _tensor(layer(hidden, *args, **kwargs))
+        for hidden in self._hidden:
+            args, kwargs = self._calls[hidden.shape[:2]][index]
+            with torch.no_grad():  # not around the yield: a generator left half-way would leave gradients disabled
+                output = _tensor(layer(hidden, *args, **kwargs))
+            yield output
 
     def advance(self, index: int, layer: nn.Module | None = None) -> None:
         """Replaces the hidden states by what ``outputs`` yields."""

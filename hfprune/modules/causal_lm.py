@@ -295,5 +295,5 @@ class PruningModule(LightningModule):
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
         self.replay(record)
-        if not checkpoint["state_dict"]:  # what was loaded and replayed is what there was
+        if record.phase != "training" and not checkpoint.get("state_dict"):  # what was replayed is what there was
             checkpoint["state_dict"] = self.state_dict()

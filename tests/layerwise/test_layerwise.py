@@ -177,6 +177,16 @@ def test_ranks_add_up():
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+def test_gradients_stay_enabled():
+    model = tiny()
+    groups = find_groups(model)
+    LayerwisePass(model, groups, compensation=LeastSquares(target="dense")).run(
+        BATCHES, {g.name: 11 for g in groups}, keep=some(groups), device=CPU
+    )
+    next(LayerStream(model, BATCHES, device=CPU).outputs(0))
+    assert torch.is_grad_enabled()
+
+
 def test_no_data():
     with pytest.raises(CalibrationError, match="no token"):
         LayerStream(tiny(), [], device=CPU)
