@@ -29,7 +29,7 @@ class PruningPlan:
     model_class: str
     groups: tuple[Group, ...]
     keep: Mapping[str, tuple[int, ...]]
-    config: Mapping[str, int]
+    config: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,6 +48,10 @@ class PruningPlan:
         """Returns the units of ``group`` that go, ascending."""
         keep = set(self.keep[group.name])
         return [unit for unit in range(group.num_units) if unit not in keep]
+
+    def removed_layers(self) -> tuple[int, ...]:
+        """Returns the layers that go as a whole, ascending; what the plan says of their other units does not matter."""
+        return tuple(sorted(unit for group in self.groups if group.kind == "block" for unit in self.removed(group)))
 
     def widths(self) -> dict[str, int]:
         """Returns the number of kept units per group."""

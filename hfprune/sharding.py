@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hfprune.arch.groups import class_name, find_spec
+from hfprune.arch.groups import class_name, find_layers, find_spec
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import combine, tensor_digest
 from hfprune.loading import DTypeName, load_config, weight_files
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
-from hfprune.surgery import Cuts, cut, plan_cuts
+from hfprune.surgery import Cuts, cut, new_names, plan_cuts
 
 Weights = Callable[[str], Tensor]
 """Returns the whole weight of a parameter, by its name in the plain model."""
@@ -103,24 +103,29 @@ def rebuild(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _reshard(base)
     cuts: Cuts = plan_cuts(base, plan) if plan is not None else {}
+    removed = plan.removed_layers() if plan is not None else ()
+    origin = {new: old for old, new in new_names(base, plan).items()} if plan is not None else {}
     config = base.config
     for key, value in plan.config.items() if plan is not None else ():
         setattr(config, key, value)
     new = _empty(config, base.dtype)
     new.generation_config = base.generation_config
+    old_layers = find_layers(base)
+    stay = [index for index in range(len(old_layers)) if index not in removed]
+    for index in removed:
+        _drop(old_layers, index)
     sources = {_plain(name): parameter for name, parameter in base.named_parameters() if "lora_" not in name}
     adapters = _adapters(base) if merge else {}
 
     def read(name: str) -> Tensor:
+        name = origin.get(name) or name
         tensor = whole(sources.pop(name)).detach()
         if name in adapters:
             tensor = tensor + _delta(adapters[name])
         return cut(tensor, cuts.get(name, ())) if name in cuts else tensor
 
     outer = add_lora(new, lora, seed=seed) if lora is not None else new
-    spec = find_spec(base)
-    old_layers = base.get_submodule(spec.layers)
-    root = _fill_and_shard(outer, new, mesh, read, done=lambda index: _drop(old_layers, index))
+    root = _fill_and_shard(outer, new, mesh, read, done=lambda index: _drop(old_layers, stay[index]))
     return outer, root
 
 

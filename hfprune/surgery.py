@@ -2,21 +2,31 @@
 
 Surgery, masks and optimizer states all read one table, :func:`plan_cuts`, which follows from the plan's slices. A
 projection's channels that no removed unit owns stay, so that fused projections and any mix of groups need no special
-case.
+case. Layers that go as a whole have no slices: :func:`new_names` says which parameters go with them, and how those of
+the layers behind them are called then.
 """
 
+import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch.groups import class_name, find_spec, group_modules, is_supported
+from hfprune.arch.groups import (
+    attention_table,
+    class_name,
+    find_layers,
+    find_spec,
+    group_modules,
+    head_shape,
+    is_supported,
+)
 from hfprune.arch.projection import num_channels, weight_axis
 from hfprune.errors import PlanError, UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
-from hfprune.types import Side
+from hfprune.types import Group, Side
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
 """Parameter name -> (axis, kept indices of that axis, ascending), for every parameter that shrinks."""
@@ -32,6 +42,8 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     except UnsupportedArchitectureError as error:
         raise PlanError(f"The plan does not fit the model: {error}") from error
     for group in plan.groups:
+        if group.kind == "block" and (layers := len(find_layers(model))) != group.num_units:
+            raise PlanError(f"The plan expects {group.num_units} layers, the model has {layers}.")
         for s in group.inputs():
             found = num_channels(modules[s.module], "in")
             if found != group.num_units * s.width:
@@ -43,9 +55,9 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
-    """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks.
+    """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks, in layers that stay.
 
-    Works on any device, the meta device included, and on sharded models.
+    Names are those of the dense model. Works on any device, the meta device included, and on sharded models.
 
     Raises:
         PlanError: The plan does not fit the model.
@@ -71,10 +83,26 @@ def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
     return tensor.contiguous()
 
 
+def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
+    """Returns the name of every parameter of ``model`` -> its name after ``plan`` was applied, None where it goes."""
+    names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
+    removed = plan.removed_layers()
+    if not removed:
+        return names
+    prefix = f"{find_spec(model).layers}."
+    stay = [index for index in range(len(find_layers(model))) if index not in removed]
+    place = {index: number for number, index in enumerate(stay)}
+    for name in [name for name in names if name.startswith(prefix)]:
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        names[name] = f"{prefix}{place[int(index)]}.{rest}" if int(index) in place else None
+    return names
+
+
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the plan's kept units and rewrites its config.
 
     Tied weights are not touched. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+    Layers that go are taken out of the model, those behind them move up.
 
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
@@ -85,9 +113,29 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
         old = getattr(module, attribute)
         setattr(module, attribute, nn.Parameter(cut(old.detach(), where), requires_grad=old.requires_grad))
     rewrite_sizes(model, plan)
+    _remove_layers(model, plan.removed_layers())
 
 
-def cut_optimizer_state(state: dict[str, Any], parameters: Sequence[tuple[str, torch.Size]], cuts: Cuts) -> int:
+def _remove_layers(model: nn.Module, removed: Collection[int]) -> None:
+    if not removed:
+        return
+    layers = find_layers(model)
+    for index in sorted(removed, reverse=True):
+        del layers[index]
+    for index, layer in enumerate(layers):
+        module: Any
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+                module.layer_idx = index
+
+
+def cut_optimizer_state(
+    state: dict[str, Any],
+    parameters: Sequence[tuple[str, torch.Size]],
+    cuts: Cuts,
+    *,
+    gone: Collection[str] = (),
+) -> int:
     """Cuts, in place, what an optimizer remembers of its parameters as these were cut.
 
     Tensors of their parameter's shape (moments) keep what survived; single numbers (step counts) stay. A parameter with
@@ -97,10 +145,15 @@ def cut_optimizer_state(state: dict[str, Any], parameters: Sequence[tuple[str, t
         state: ``state_dict()`` of an optimizer over the dense parameters.
         parameters: Name and dense shape of every parameter, in the order of the optimizer's groups.
         cuts: What was cut.
+        gone: Parameters that went as a whole; the optimizer of the pruned model does not have them.
 
     Returns:
         The number of parameters whose state could not be kept.
     """
+    for index in [index for index, (name, _) in enumerate(parameters) if name in gone]:
+        state["state"].pop(index, None)
+        for group in state["param_groups"]:
+            group["params"] = [number for number in group["params"] if number != index]
     lost = []
     for index, entry in state["state"].items():
         name, shape = parameters[index]
@@ -117,7 +170,10 @@ def cut_optimizer_state(state: dict[str, Any], parameters: Sequence[tuple[str, t
 
 
 def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Zeroes, in place, what ``apply_plan`` would cut: same outputs, same shapes. The oracle of the surgery."""
+    """Zeroes, in place, what ``apply_plan`` would cut: same outputs, same shapes. The oracle of the surgery.
+
+    Layers that would go pass on what they are given.
+    """
     check_fits(model, plan)
     modules = group_modules(model, plan.groups)
     with torch.no_grad():
@@ -128,16 +184,31 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
             weight.index_fill_(weight_axis(module, side), torch.tensor(removed, device=weight.device), 0.0)
             if side == "out" and isinstance(module.bias, Tensor):
                 module.bias[removed] = 0.0
+    for index in plan.removed_layers():
+        find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
+
+
+def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Puts a layer's input in the place of its output."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _removed_channels(plan: PruningPlan) -> dict[tuple[str, Side], list[int]]:
+    """Returns what goes of the projections of layers that stay."""
     removed: dict[tuple[str, Side], list[int]] = defaultdict(list)
-    for group in plan.groups:
+    for group in _staying(plan):
         units = plan.removed(group)
         for s in group.slices:
             if units:
                 removed[s.module, s.side] += s.channels(units)
     return removed
+
+
+def _staying(plan: PruningPlan) -> list[Group]:
+    """Returns the groups of layers that stay."""
+    removed = plan.removed_layers()
+    return [group for group in plan.groups if group.layer is None or group.layer not in removed]
 
 
 def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
@@ -147,18 +218,40 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
         module = modules[name]
         linear, conv = ("out_features", "nf") if side == "out" else ("in_features", "nx")
         setattr(module, linear if isinstance(module, nn.Linear) else conv, num_channels(module, side))
-    if is_supported(model):
-        _rewrite_config(model, plan)
-
-
-def _rewrite_config(model: nn.Module, plan: PruningPlan) -> None:
-    spec = find_spec(model)
+    if not is_supported(model):
+        return
     for key, value in plan.config.items():
         setattr(model.config, key, value)
-    widths = list(plan.widths().values())
-    layers = model.get_submodule(spec.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for layer, width in zip(layers, widths, strict=True):
-        for path in spec.width_attributes:
-            owner, _, attribute = path.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, width)
+    for group in _staying(plan):
+        if group.kind in _REWRITERS:
+            _REWRITERS[group.kind](model, group, plan)
+
+
+def _rewrite_width(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    layer = model.get_submodule(group.name.removesuffix(".mlp"))
+    for path in find_spec(model).width_attributes:
+        owner, _, attribute = path.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+
+
+def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    """Updates head counts of one attention; one that reads a config without them gets a copy of it with its own."""
+    table = attention_table(find_spec(model))
+    attention: Any = model.get_submodule(group.name)
+    size, ratio = head_shape(attention, table)
+    kept = len(plan.keep[group.name])
+    numbers = {"queries": kept * ratio, "keys_values": kept, "query_channels": kept * ratio * size}
+    for attribute, quantity in table.attributes:
+        setattr(attention, attribute, numbers[quantity])
+    if not table.reads_config or (attention.config is model.config and table.heads_key in plan.config):
+        return
+    attention.config = copy.copy(attention.config)
+    setattr(attention.config, table.heads_key, kept * ratio)
+    if table.keys_values_key is not None:
+        setattr(attention.config, table.keys_values_key, kept)
+
+
+_REWRITERS: dict[str, Callable[[nn.Module, Group, PruningPlan], None]] = {
+    "mlp": _rewrite_width,
+    "heads": _rewrite_heads,
+}

@@ -6,6 +6,9 @@ from typing import Literal
 
 from hfprune.errors import ConfigError
 
+UnitKind = Literal["mlp", "heads", "blocks"]
+"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), layers."""
+
 Side = Literal["out", "in"]
 """Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
 
@@ -40,15 +43,18 @@ class Group:
 
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
-        kind: Unit kind (``mlp`` for MLP neurons).
+        kind: Unit kind: ``mlp`` (MLP neurons), ``heads`` (key-value heads, each with the query heads that read it),
+            ``block`` (whole layers; one group for the model).
         num_units: Number of units in the dense model.
-        slices: What each unit owns.
+        slices: What each unit owns; none for ``block``.
+        layer: Index of the layer that the units are in; None for ``block`` and for modules without layers.
     """
 
     name: str
     kind: str
     num_units: int
     slices: tuple[Slice, ...]
+    layer: int | None = None
 
     def inputs(self) -> tuple[Slice, ...]:
         """Returns the slices on the input side, where a unit's activation can be read."""
@@ -57,14 +63,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How far to go: exactly one of the first four fields.
+    """How far to go: exactly one of the first four fields, or none where the allocation says how much goes.
 
     Attributes:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1); tied weights count once.
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep in every layer.
         mlp_ratio: MLP width to keep as a multiple of the hidden size, truncated as in the HFPrune script.
-        round_to: Kept widths are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast kernels).
+        round_to: Kept MLP widths are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast kernels). Heads
+            and layers are counted one by one.
+        allocated: The allocation says how much goes, and none of the four is given.
     """
 
     pruning_ratio: float | None = None
@@ -72,12 +80,15 @@ class Budget:
     intermediate_size: int | None = None
     mlp_ratio: float | None = None
     round_to: int = 1
+    allocated: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` when not exactly one target is given or a value is out of range."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
         given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self.allocated and given:
+            raise ConfigError(f"The allocation says how much goes: leave out --{given[0]}, or choose another one.")
+        if not self.allocated and len(given) != 1:
             found = "none was" if not given else " and ".join(f"--{name}" for name in given) + " were"
             raise ConfigError(f"Give exactly one of {', '.join('--' + n for n in names)}; {found} given.")
         if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
@@ -93,5 +104,5 @@ class Budget:
     def describe(self) -> str:
         """Returns the budget as the user typed it, for example ``pruning_ratio=0.2``."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
-        target = next(f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None)
-        return target if self.round_to == 1 else f"{target}, round_to={self.round_to}"
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return ", ".join(given if self.round_to == 1 else [*given, f"round_to={self.round_to}"])

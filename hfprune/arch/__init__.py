@@ -3,27 +3,37 @@
 from hfprune.arch.custom import Neurons, custom_groups, pruned_count
 from hfprune.arch.groups import (
     backbone,
+    check_units,
     class_name,
     find_groups,
     find_spec,
     is_supported,
+    layer_params,
     output_head,
     parameter_count,
     unit_cost,
 )
-from hfprune.arch.spec import ARCHITECTURES, ArchSpec, SliceTemplate, register
+from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
+from hfprune.arch.stock import check_stock, config_values, head_counts
 
 __all__ = [
     "ARCHITECTURES",
     "ArchSpec",
+    "AttentionSpec",
+    "HeadTemplate",
     "Neurons",
     "SliceTemplate",
     "backbone",
+    "check_stock",
+    "check_units",
     "class_name",
+    "config_values",
     "custom_groups",
     "find_groups",
     "find_spec",
+    "head_counts",
     "is_supported",
+    "layer_params",
     "output_head",
     "parameter_count",
     "pruned_count",

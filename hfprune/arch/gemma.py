@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
 
 GEMMA2 = register(
     ArchSpec(
@@ -14,6 +14,8 @@ GEMMA2 = register(
         softcap_key="final_logit_softcapping",
         width_attributes=("mlp.intermediate_size",),
         lora_targets=GATED_LORA_TARGETS,
+        attention=replace(ATTENTION, divides_hidden=True),
+        layer_lists=("layer_types",),
     )
 )
 GEMMA3 = register(replace(GEMMA2, model_class="Gemma3ForCausalLM"))

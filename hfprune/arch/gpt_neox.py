@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: plain MLP with biases, attention and MLP in parallel, untied head."""
 
-from hfprune.arch.spec import ArchSpec, SliceTemplate, register
+from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 GPT_NEOX = register(
     ArchSpec(
@@ -13,5 +13,16 @@ GPT_NEOX = register(
         ),
         width_key="intermediate_size",
         lora_targets=("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+        attention=AttentionSpec(
+            module="attention",
+            heads=(
+                HeadTemplate(module="attention.query_key_value", side="out", queries=1, keys_values=2),  # head by head
+                HeadTemplate(module="attention.dense", side="in", queries=1),
+            ),
+            size_attribute="head_size",
+            ratio_attribute=None,
+            keys_values_key=None,
+            size_key=None,
+        ),
     )
 )

@@ -1,13 +1,13 @@
 """From a model and its table to groups of units, their parameter cost, and the model's backbone and head."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hfprune.arch.projection import num_channels
-from hfprune.arch.spec import ARCHITECTURES, ArchSpec
-from hfprune.errors import UnsupportedArchitectureError
+from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec
+from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from hfprune.objectives.chunked import OutputHead
 from hfprune.types import Group, Slice
 
@@ -31,18 +31,42 @@ def class_name(model: nn.Module) -> str:
     return next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
-def find_groups(model: nn.Module, spec: ArchSpec | None = None) -> tuple[Group, ...]:
-    """Returns the MLP neuron groups of ``model``, one per layer, in order.
+def find_groups(
+    model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
+) -> tuple[Group, ...]:
+    """Returns the groups of ``model``: MLP neurons and heads one group per layer, in order, blocks one for all layers.
 
-    Works on the meta device. ``spec`` defaults to the table of the model's class.
+    Works on the meta device, and on models that were pruned before: shapes alone are read.
+
+    Args:
+        model: A Hugging Face model of a known class.
+        units: Unit kinds: ``mlp``, ``heads``, ``blocks``. Their order does not matter.
+        spec: The table; that of the model's class if not given.
 
     Raises:
+        ConfigError: A unit kind is unknown.
         UnsupportedArchitectureError: The class is unknown, or its modules are not what the table says.
     """
+    check_units(units)
     spec = spec or find_spec(model)
-    layers = _module(model, spec.layers)
+    return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
+
+
+def check_units(units: Sequence[str]) -> None:
+    """Raises ``ConfigError`` unless every unit kind is known and given once."""
+    if not units or len(set(units)) != len(units) or not set(units) <= set(_FINDERS):
+        raise ConfigError(f"units {list(units)}: give each of {', '.join(_FINDERS)} at most once, and at least one.")
+
+
+def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList:
+    """Returns the transformer layers of ``model``."""
+    layers = _module(model, (spec or find_spec(model)).layers)
     assert isinstance(layers, nn.ModuleList)
-    return tuple(_mlp_group(model, spec, index) for index in range(len(layers)))
+    return layers
+
+
+def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
 
 def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
@@ -50,19 +74,88 @@ def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     consumer = next(t for t in spec.mlp if t.side == "in")
     width = num_channels(_module(model, f"{layer}.{consumer.module}"), "in")
     slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
-    for s in slices:
+    return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
+
+
+def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    return [_head_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+
+
+def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
+    """Returns the group of a layer's heads: each unit is a key-value head with the query heads that read it."""
+    layer, table = f"{spec.layers}.{index}", attention_table(spec)
+    size, ratio = head_shape(_module(model, f"{layer}.{table.module}"), table)
+    widths = [(t.queries * ratio + t.keys_values) * size for t in table.heads]
+    reader = next(i for i, t in enumerate(table.heads) if t.side == "in")
+    units = num_channels(_module(model, f"{layer}.{table.heads[reader].module}"), "in") // widths[reader]
+    end: dict[tuple[str, str], int] = {}
+    slices = []
+    for template, width in zip(table.heads, widths, strict=True):
+        offset = end.get((template.module, template.side), 0)
+        end[template.module, template.side] = offset + units * width
+        slices.append(Slice(module=f"{layer}.{template.module}", side=template.side, offset=offset, width=width))
+    name = f"{layer}.{table.module}"
+    return _checked(model, spec, Group(name=name, kind="heads", num_units=units, slices=tuple(slices), layer=index))
+
+
+def attention_table(spec: ArchSpec) -> AttentionSpec:
+    """Returns the table of a class's attention; raises ``UnsupportedArchitectureError`` where there is none."""
+    if spec.attention is None:
+        raise UnsupportedArchitectureError(
+            f"The table of {spec.model_class} says nothing of its attention: give ArchSpec(attention=AttentionSpec("
+            "...)) to remove heads, or leave 'heads' out of the units."
+        )
+    return spec.attention
+
+
+def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
+    """Returns the size of a head, and the number of query heads per key-value head."""
+    ratio = getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
+    return getattr(attention, table.size_attribute), ratio
+
+
+def _block_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    if spec.position_key is not None and getattr(model.config, spec.position_key):
+        raise UnsupportedArchitectureError(
+            f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position: no layer "
+            "can be removed. Leave 'blocks' out of the units."
+        )
+    return [Group(name=spec.layers, kind="block", num_units=len(find_layers(model, spec)), slices=())]
+
+
+_FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
+    "mlp": _mlp_groups,
+    "heads": _head_groups,
+    "blocks": _block_groups,
+}
+
+
+def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
+    """Returns ``group`` when its slices cover the projections that they name."""
+    for s in group.slices:
         channels = num_channels(_module(model, s.module), s.side)
-        blocks = sum(other.module == s.module and other.side == s.side for other in slices)
-        if channels != blocks * width:
+        expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
+        if channels != expected:
             raise UnsupportedArchitectureError(
                 f"{s.module} of this {spec.model_class} has {channels} {s.side}-channels where its table expects "
-                f"{blocks * width}; the model is not the stock architecture."
+                f"{expected}; the model is not the stock architecture."
             )
-    return Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices)
+    return group
 
 
 def unit_cost(model: nn.Module, group: Group) -> int:
-    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side)."""
+    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side).
+
+    Raises:
+        ConfigError: The layers of a ``block`` group differ in size; see :func:`layer_params`.
+    """
+    if group.kind == "block":
+        sizes = layer_params(model)
+        if len(set(sizes)) > 1:
+            raise ConfigError(
+                f"The layers of this model differ in size, from {min(sizes):,} to {max(sizes):,} parameters."
+            )
+        return sizes[0]
     cost = 0
     for s in group.slices:
         module = _module(model, s.module)
@@ -70,6 +163,11 @@ def unit_cost(model: nn.Module, group: Group) -> int:
         if s.side == "out" and module.bias is not None:
             cost += s.width
     return cost
+
+
+def layer_params(model: nn.Module) -> tuple[int, ...]:
+    """Returns the number of parameters of each layer."""
+    return tuple(parameter_count(layer) for layer in find_layers(model))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,6 +1,8 @@
 """Llama 1 to 3 and models that use its class (SmolLM, TinyLlama, Yi, ...)."""
 
-from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from dataclasses import replace
+
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
 
 LLAMA = register(
     ArchSpec(
@@ -11,5 +13,6 @@ LLAMA = register(
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
         lora_targets=GATED_LORA_TARGETS,
+        attention=replace(ATTENTION, divides_hidden=True),
     )
 )

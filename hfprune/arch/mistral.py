@@ -1,6 +1,6 @@
 """Mistral (dense models; Mixtral is another class)."""
 
-from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
 
 MISTRAL = register(
     ArchSpec(
@@ -11,5 +11,6 @@ MISTRAL = register(
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
         lora_targets=GATED_LORA_TARGETS,
+        attention=ATTENTION,
     )
 )

@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: gate and up are one fused projection, q, k and v another."""
 
-from hfprune.arch.spec import ArchSpec, SliceTemplate, register
+from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 PHI3 = register(
     ArchSpec(
@@ -14,5 +14,17 @@ PHI3 = register(
         ),
         width_key="intermediate_size",
         lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        attention=AttentionSpec(
+            module="self_attn",
+            heads=(
+                HeadTemplate(module="self_attn.qkv_proj", side="out", queries=1),
+                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.o_proj", side="in", queries=1),
+            ),
+            factors_fix_heads=True,
+            attributes=(("num_key_value_heads", "keys_values"),),
+            reads_config=True,
+        ),
     )
 )

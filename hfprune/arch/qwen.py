@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hfprune.arch.spec import GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
 
 QWEN2 = register(
     ArchSpec(
@@ -13,6 +13,8 @@ QWEN2 = register(
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
         lora_targets=GATED_LORA_TARGETS,
+        attention=ATTENTION,  # norms of queries and keys (Qwen3) are per channel of a head: they stay
+        layer_lists=("layer_types",),
     )
 )
 QWEN3 = register(replace(QWEN2, model_class="Qwen3ForCausalLM"))

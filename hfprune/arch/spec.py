@@ -1,6 +1,7 @@
 """What hfprune needs to know about one Hugging Face model class, as frozen data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hfprune.errors import UnsupportedArchitectureError
 from hfprune.registry import Registry
@@ -23,6 +24,62 @@ class SliceTemplate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTemplate:
+    """One block of channels of one side of a projection of a layer's attention.
+
+    Blocks of one projection follow each other in the order of the table. In each, a unit (a key-value head with the
+    query heads that read it) owns ``(queries * query heads per unit + keys_values) * head size`` channels in a row.
+
+    Attributes:
+        module: Name of the projection relative to the layer.
+        side: ``out`` where queries, keys or values are produced, ``in`` where heads are read.
+        queries: 1 where the block holds the unit's query heads, else 0.
+        keys_values: How many of the unit's key and value heads the block holds (2 where both are interleaved).
+    """
+
+    module: str
+    side: Side
+    queries: int = 0
+    keys_values: int = 0
+
+
+Quantity = Literal["queries", "keys_values", "query_channels"]
+"""Number of query heads, of key-value heads, of channels of all query heads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """The attention of one model class.
+
+    Attributes:
+        module: Name of the attention relative to the layer.
+        heads: The blocks of its projections, exactly one of them ``in``.
+        size_attribute: Attribute of the attention that holds the size of a head.
+        ratio_attribute: Attribute that holds the number of query heads per key-value head; None: always one.
+        heads_key: Config key of the number of query heads.
+        keys_values_key: Config key of the number of key-value heads; None where there is none.
+        size_key: Config key from which the class takes the size of a head; None where it always is hidden size / heads,
+            so that no config describes a model with fewer heads.
+        divides_hidden: Whether the config class refuses head counts that do not divide the hidden size.
+        factors_fix_heads: Whether the config class ties rotary factors, where it has some, to the head count.
+        attributes: Attributes of the attention that repeat head counts.
+        reads_config: Whether the attention reads head counts from its config whenever it runs.
+    """
+
+    module: str
+    heads: tuple[HeadTemplate, ...]
+    size_attribute: str = "head_dim"
+    ratio_attribute: str | None = "num_key_value_groups"
+    heads_key: str = "num_attention_heads"
+    keys_values_key: str | None = "num_key_value_heads"
+    size_key: str | None = "head_dim"
+    divides_hidden: bool = False
+    factors_fix_heads: bool = False
+    attributes: tuple[tuple[str, Quantity], ...] = ()
+    reads_config: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchSpec:
     """The table of one model class.
 
@@ -36,6 +93,10 @@ class ArchSpec:
         softcap_key: Config key of the final logit soft cap, if the class has one.
         width_attributes: Attributes of a layer's modules that repeat the width, as ``module.attribute``.
         lora_targets: Names of the projections that LoRA adapts (all linear ones of a layer, as in HFPrune).
+        attention: The attention; None where heads cannot be removed.
+        layers_key: Config key of the number of layers.
+        layer_lists: Config keys with a list of one value per layer.
+        position_key: Config key that, when true, makes a layer depend on its index: no layer can go then.
     """
 
     model_class: str
@@ -47,6 +108,10 @@ class ArchSpec:
     lm_head: str = "lm_head"
     softcap_key: str | None = None
     width_attributes: tuple[str, ...] = ()
+    attention: AttentionSpec | None = None
+    layers_key: str = "num_hidden_layers"
+    layer_lists: tuple[str, ...] = ()
+    position_key: str | None = None
 
 
 _HINT = (
@@ -74,3 +139,14 @@ GATED_MLP = (
 
 GATED_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven projections of HFPrune's LoRA configuration."""
+
+ATTENTION = AttentionSpec(
+    module="self_attn",
+    heads=(
+        HeadTemplate(module="self_attn.q_proj", side="out", queries=1),
+        HeadTemplate(module="self_attn.k_proj", side="out", keys_values=1),
+        HeadTemplate(module="self_attn.v_proj", side="out", keys_values=1),
+        HeadTemplate(module="self_attn.o_proj", side="in", queries=1),
+    ),
+)
+"""The attention that most current architectures share: separate projections, grouped key-value heads."""

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from hfprune.callbacks.target import Target
 from hfprune.plan import PruningPlan
-from hfprune.surgery import cut_optimizer_state, plan_cuts
+from hfprune.surgery import cut_optimizer_state, new_names, plan_cuts
 
 
 def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: PruningPlan, *, keep: bool) -> None:
@@ -28,11 +28,12 @@ def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: Pr
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         return
     cuts = plan_cuts(target.model, plan)
+    gone = {name for name, after in new_names(target.model, plan).items() if after is None}
     names = {id(p): name for name, p in target.model.named_parameters()}
     lost = 0
     for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
         order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
-        lost += cut_optimizer_state(state, order, cuts)
+        lost += cut_optimizer_state(state, order, cuts, gone=gone)
     if lost:
         rank_zero_warn(f"The optimizer starts afresh for {lost} parameters: its state is not of their shape.")
 
