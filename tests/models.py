@@ -15,6 +15,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from hfprune.allocation import Inventory
+from hfprune.arch import find_groups, layer_params, parameter_count, unit_cost
+
 COMMON = {
     "vocab_size": 61,
     "hidden_size": 16,
@@ -38,6 +41,7 @@ def configs():
         "llama": LlamaConfig(**GATED, tie_word_embeddings=True),
         "llama_untied_bias": LlamaConfig(**GATED, tie_word_embeddings=False, mlp_bias=True, attention_bias=True),
         "llama_mha_relu": LlamaConfig(**GATED | {"num_key_value_heads": 4}, hidden_act="relu"),
+        "llama_mqa": LlamaConfig(**GATED | {"num_key_value_heads": 1}),
         "mistral": MistralConfig(**GATED, sliding_window=8),
         "qwen2": Qwen2Config(**GATED, tie_word_embeddings=True),
         "qwen3": Qwen3Config(**OWN_HEAD_DIM),
@@ -66,6 +70,18 @@ def tiny(name="llama", *, seed=0, dtype=torch.float64):
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def inventory(model, units):
+    """Returns the groups of ``model`` and what their units cost."""
+    groups = find_groups(model, units)
+    return Inventory(
+        groups=groups,
+        costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
+        dense_params=parameter_count(model),
+        hidden_size=model.config.hidden_size,
+        layer_params=layer_params(model),
+    )
 
 
 def token_ids(batch=2, length=12, *, seed=0, vocab=61):

@@ -1,83 +1,10 @@
 """From what the user asked for to a kept width, exactly (methods section 8)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+from hfprune.allocation.resolved import ResolvedBudget, common
 from hfprune.errors import ConfigError
 from hfprune.types import Budget, Group
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedBudget:
-    """A budget turned into a kept width for every group, and what it means in parameters.
-
-    Attributes:
-        asked: The budget in the user's words.
-        widths: Kept units per group.
-        dense_widths: Units per group of the dense model.
-        exact_width: The width that meets the target before rounding; None where groups differ in width.
-        dense_params: Parameters of the dense model, tied weights once.
-        target_params: Parameters that were asked for.
-        params: Parameters that ``widths`` gives.
-    """
-
-    asked: str
-    widths: tuple[int, ...]
-    dense_widths: tuple[int, ...]
-    exact_width: float | None
-    dense_params: int
-    target_params: int
-    params: int
-
-    @property
-    def width(self) -> int | None:
-        """Kept units of every group; None where groups differ."""
-        return _common(self.widths)
-
-    @property
-    def dense_width(self) -> int | None:
-        """Units of every group of the dense model; None where groups differ."""
-        return _common(self.dense_widths)
-
-    @property
-    def removed_share(self) -> float:
-        """Share of all parameters that goes."""
-        return 1 - self.params / self.dense_params
-
-    @property
-    def removed_width_share(self) -> float:
-        """Share of neurons that goes."""
-        return 1 - sum(self.widths) / sum(self.dense_widths)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all figures, for reports."""
-        return {
-            "asked": self.asked,
-            "width": self.width,
-            "dense_width": self.dense_width,
-            "exact_width": self.exact_width,
-            "dense_params": self.dense_params,
-            "target_params": self.target_params,
-            "params": self.params,
-            "removed_share": self.removed_share,
-            "removed_width_share": self.removed_width_share,
-        }
-
-    def describe(self) -> str:
-        """Returns target and achieved, for parameters and MLP width, in one line."""
-        exact = "" if self.exact_width is None else f"exact {self.exact_width:.2f}; "
-        one = self.width is not None and self.dense_width is not None
-        dense, kept = (self.dense_width, self.width) if one else (list(self.dense_widths), list(self.widths))
-        return (
-            f"{self.asked}: parameters {self.dense_params:,} -> {self.params:,} (target {self.target_params:,}; "
-            f"{self.removed_share:.2%} removed), MLP width {dense} -> {kept} ({exact}"
-            f"{self.removed_width_share:.2%} removed)"
-        )
-
-
-def _common(widths: Sequence[int]) -> int | None:
-    return widths[0] if len(set(widths)) == 1 else None
 
 
 def resolve(
@@ -141,7 +68,7 @@ def resolve_shares(
         target = round(dense_params * (1 - budget.pruning_ratio))
     elif budget.target_params is not None:
         target = budget.target_params
-    elif budget.intermediate_size is not None and _common(dense) is not None:
+    elif budget.intermediate_size is not None and common(dense) is not None:
         target = count([budget.intermediate_size] * len(dense))
     else:
         raise ConfigError(

@@ -1,14 +1,17 @@
 """How the kept units settle while calibration goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfprune.allocation.uniform import uniform_keep
+from hfprune.allocation.keep import uniform_keep
 from hfprune.errors import ConfigError
 from hfprune.types import Group
+
+Select = Callable[[Mapping[str, Tensor]], Mapping[str, Sequence[int]]]
+"""Scores -> kept units of every group."""
 
 
 class KeptHistory:
@@ -16,11 +19,12 @@ class KeptHistory:
 
     Args:
         groups: The groups.
-        widths: Kept units of each.
+        widths: Kept units of each; or, where these follow from the scores, what returns the kept units of every group
+            at given scores.
     """
 
-    def __init__(self, groups: Sequence[Group], widths: Sequence[int]) -> None:
-        self._groups, self._widths = tuple(groups), tuple(widths)
+    def __init__(self, groups: Sequence[Group], widths: Sequence[int] | Select) -> None:
+        self._groups, self._widths = tuple(groups), widths
         self._tokens: list[int] = []
         self._kept: list[Tensor] = []  # [all units] boolean
 
@@ -42,7 +46,8 @@ class KeptHistory:
         return [(tokens, self._overlap(kept, final)) for tokens, kept in zip(self._tokens, self._kept, strict=True)]
 
     def _mask(self, scores: Mapping[str, Tensor]) -> Tensor:
-        keep = uniform_keep(scores, self._groups, self._widths)
+        widths = self._widths
+        keep = widths(scores) if callable(widths) else uniform_keep(scores, self._groups, widths)
         parts = []
         for group in self._groups:
             mask = torch.zeros(group.num_units, dtype=torch.bool)
@@ -51,7 +56,8 @@ class KeptHistory:
         return torch.cat(parts)
 
     def _overlap(self, one: Tensor, other: Tensor) -> float:
-        return int((one & other).sum()) / sum(self._widths)
+        """Returns the share of ``other`` that is in ``one``."""
+        return int((one & other).sum()) / int(other.sum())
 
     def state(self) -> dict[str, Any]:
         """Returns the history as plain data."""

@@ -1,26 +1,216 @@
-"""The same number of units in every group, the best ones of each."""
+"""The same share of every group of a kind."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.budget import round_width
+from hfprune.allocation.fill import Slot, slot
+from hfprune.errors import ConfigError
 from hfprune.types import Group
 
+Compat = Literal["llm_pruner", "slimllm"]
 
-def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
-    """Returns the ``width`` units with the largest scores, ascending; equal scores: the lower index stays.
 
-    >>> keep_top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
-    (1, 2)
+class Uniform(Allocation):
+    """The same share of every group of a kind: one MLP width, one number of heads for all layers.
+
+    With a budget, all kinds lose about the same share: the numbers of layers and heads nearest to it are taken, and MLP
+    neurons make up for the rest of the budget. With ``share``, that share goes, whatever it amounts to in parameters.
+
+    Args:
+        share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
+            (``mlp``, ``heads``, ``blocks``), 0 where none is given.
+        compat: Rounding of ``share``. None: nearest, ties remove less. ``llm_pruner``: C - int(C (1 - share)) of a
+            group's C channels, and as many whole heads as these fill. ``slimllm``: Python's ``round(share U)``.
+
+    Raises:
+        ConfigError: A share is out of range or names an unknown kind, or ``compat`` is given without ``share``.
     """
-    order = torch.sort(scores.cpu(), descending=True, stable=True).indices
-    return tuple(sorted(order[:width].tolist()))
+
+    takes_blocks = True
+
+    def __init__(self, *, share: float | dict[str, float] | None = None, compat: Compat | None = None) -> None:
+        shares = share if isinstance(share, Mapping) else dict.fromkeys(_KINDS, share or 0.0)
+        if not set(shares) <= set(_KINDS) or not all(0 <= value < 1 for value in shares.values()):
+            raise ConfigError(f"Uniform: share {share} is not in [0, 1), or not for kinds among {', '.join(_KINDS)}.")
+        if compat is not None and (compat not in _COMPAT or share is None):
+            raise ConfigError(f"Uniform: compat '{compat}' is one of {', '.join(_COMPAT)}, and rounds a share.")
+        self.share, self.compat = share, compat
+        self._shares = {kind: shares.get(name, 0.0) for name, kind in _KINDS.items()}
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether a share was given."""
+        return self.share is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings."""
+        settings = {"share": self.share, "compat": self.compat}
+        return {"name": "Uniform"} | {key: value for key, value in settings.items() if value is not None}
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the same share of every group of a kind."""
+        if self.share is not None:
+            return self._by_share(inventory, round_to=round_to, scores=scores)
+        return _by_budget(inventory, target, round_to=round_to, scores=scores)
+
+    def _by_share(self, inventory: Inventory, *, round_to: int, scores: Scores | None) -> Allotment:
+        removed: tuple[int, ...] = ()
+        if inventory.block is not None:
+            number = removed_units(inventory.block, self._shares["block"], self.compat)
+            removed = inventory.worst_layers(scores, min(number, _most_layers(inventory)))
+        widths = list(inventory.dense_widths())
+        for number, group in enumerate(inventory.groups):
+            if group.kind != "block" and group.layer not in removed:
+                kept = group.num_units - removed_units(group, self._shares[group.kind], self.compat)
+                step = round_to if group.kind == "mlp" else 1
+                widths[number] = min(max(round_width(kept, step), step), group.num_units)
+        return settled(inventory, widths, removed)
 
 
-def uniform_keep(
-    scores: Mapping[str, Tensor], groups: Sequence[Group], widths: int | Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """Returns the kept units of every group, at one width or at a width for each."""
-    listed = [widths] * len(groups) if isinstance(widths, int) else widths
-    return {group.name: keep_top(scores[group.name], width) for group, width in zip(groups, listed, strict=True)}
+_KINDS = {"mlp": "mlp", "heads": "heads", "blocks": "block"}
+_COMPAT = ("llm_pruner", "slimllm")
+
+
+def removed_units(group: Group, share: float, compat: str | None) -> int:
+    """Returns how many units of ``group`` a share of them is; see :class:`Uniform`.
+
+    >>> from hfprune.types import Slice
+    >>> heads = Group(name="a", kind="heads", num_units=32, slices=(Slice(module="k", side="out", width=128),))
+    >>> [removed_units(heads, 0.6, how) for how in (None, "llm_pruner", "slimllm")]
+    [19, 19, 19]
+    """
+    if compat == "llm_pruner":
+        channels = min((s.width for s in group.slices), default=1)
+        total = group.num_units * channels
+        return (total - int(total * (1 - share))) // channels
+    if compat == "slimllm":
+        return round(share * group.num_units)
+    return group.num_units - round_width(group.num_units * (1 - share), 1)
+
+
+def settled(
+    inventory: Inventory, widths: Sequence[int], removed: Sequence[int], exact: float | None = None
+) -> Allotment:
+    """Returns the allotment of these widths, with the number of layers that stay in its place."""
+    left = len(inventory.layer_params) - len(removed)
+    found = [left if g.kind == "block" else width for g, width in zip(inventory.groups, widths, strict=True)]
+    return Allotment(widths=tuple(found), removed_layers=tuple(removed), exact_width=exact)
+
+
+def _most_layers(inventory: Inventory) -> int:
+    """Returns how many layers can go: one stays."""
+    return min(_free_layers(inventory), len(inventory.layer_params) - 1)
+
+
+def _free_layers(inventory: Inventory) -> int:
+    return len(inventory.layer_params) - len(inventory.fixed_layers)
+
+
+def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+    """Returns the allotment that meets the budget with shares as equal as whole layers and heads allow."""
+    share = _common_share(inventory, target)
+    layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.block is not None else (0,)
+    near = [number for number in layers if abs(number - share * _free_layers(inventory)) < 1]
+    found: list[tuple[_Distance, Allotment]] = []
+    for numbers in (near, layers):
+        found = [_at(inventory, target, n, share, round_to, scores) for n in numbers]
+        if found and min(distance for distance, _ in found)[0] == 0:
+            break
+    return min(found, key=lambda item: item[0])[1]
+
+
+_Distance = tuple[float, float, int]
+"""Error in parameters beyond half a step, sum of the kinds' distances from equal shares, error in parameters."""
+
+
+def _at(
+    inventory: Inventory, target: int, number: int, share: float, round_to: int, scores: Scores | None
+) -> tuple[_Distance, Allotment]:
+    """Returns the best allotment with ``number`` layers gone."""
+    removed = inventory.worst_layers(scores, number) if number else ()
+    members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != "block"}
+    kinds = sorted((k for k in members if members[k]), key=lambda k: -max(inventory.costs[i] for i in members[k]))
+    tolerance, found = _half_step(inventory, round_to), []
+    for chosen in product(*(_widths_of(inventory, members[k], round_to) for k in kinds[:-1])):
+        widths, exact = list(inventory.dense_widths()), None
+        for kind, part in zip(kinds, chosen, strict=False):
+            for i, width in zip(members[kind], part, strict=True):
+                widths[i] = width
+        if kinds:
+            exact = _fill_last(inventory, target, members[kinds[-1]], removed, widths, round_to)
+        away = abs(number / _free_layers(inventory) - share) if inventory.block is not None else 0.0
+        away += sum(_share_away(inventory, members[kind], widths, share) for kind in kinds)
+        error = abs(inventory.params(widths, removed) - target)
+        allotment = settled(inventory, widths, removed, exact if kinds and kinds[-1] == "mlp" else None)
+        found.append(((max(error - tolerance, 0.0), away, error), allotment))
+    return min(found, key=lambda item: item[0])
+
+
+def _common_share(inventory: Inventory, target: int) -> float:
+    """Returns the share that meets the target when whole layers, heads and neurons could be divided."""
+    low, high = 0.0, 1.0
+    within = sum(g.num_units * cost for g, cost in zip(inventory.groups, inventory.costs, strict=True))
+    movable = sum(n for layer, n in enumerate(inventory.layer_params) if layer not in inventory.fixed_layers)
+    for _ in range(100):
+        share = (low + high) / 2
+        layers = share if inventory.block is not None else 0.0
+        removed = layers * movable + (1 - layers) * share * within
+        low, high = (share, high) if removed < inventory.dense_params - target else (low, share)
+    return high
+
+
+def _widths_of(inventory: Inventory, members: Sequence[int], round_to: int) -> list[list[int]]:
+    """Returns every set of widths that one share can give to the groups of a kind."""
+    slots = [_slot(inventory, i, round_to) for i in members]
+    shares = {1 - kept / s.units for s in slots for kept in range(s.low, s.units + 1, s.step)}
+    found = ([_nearest(s.units * (1 - share), s.step, s.units) for s in slots] for share in sorted(shares | {0.0}))
+    return [list(widths) for widths in dict.fromkeys(map(tuple, found))]
+
+
+def _fill_last(
+    inventory: Inventory,
+    target: int,
+    members: Sequence[int],
+    removed: Sequence[int],
+    widths: list[int],
+    round_to: int,
+) -> float | None:
+    """Sets the widths of the last kind to what meets the target; returns the exact width where groups have one."""
+    need = inventory.params(widths, removed) - target
+    held = sum(inventory.costs[i] * inventory.groups[i].num_units for i in members)
+    share = min(max(need / held, 0.0), 1.0)
+    for i in members:
+        units = inventory.groups[i].num_units
+        widths[i] = _nearest(units * (1 - share), _slot(inventory, i, round_to).step, units)
+    dense = {inventory.groups[i].num_units for i in members}
+    return dense.pop() * (1 - need / held) if len(dense) == 1 else None
+
+
+def _slot(inventory: Inventory, number: int, round_to: int) -> Slot:
+    group = inventory.groups[number]
+    return slot(group.kind, group.num_units, inventory.costs[number], round_to=round_to)
+
+
+def _nearest(exact: float, step: int, units: int) -> int:
+    """Returns the multiple of ``step`` nearest to ``exact``, at least one step and at most the dense width."""
+    return min(max(round_width(exact, step), step), units)
+
+
+def _share_away(inventory: Inventory, members: Sequence[int], widths: Sequence[int], share: float) -> float:
+    units = sum(inventory.groups[i].num_units for i in members)
+    return abs(1 - sum(widths[i] for i in members) / units - share)
+
+
+def _half_step(inventory: Inventory, round_to: int) -> float:
+    """Returns half of what the finest kind changes by when each of its groups changes by one step."""
+    steps = {}
+    for kind in inventory.kinds():
+        members = inventory.numbers(kind)
+        if kind == "block":
+            steps[kind] = max(inventory.layer_params)
+        else:
+            steps[kind] = sum(inventory.costs[i] * _slot(inventory, i, round_to).step for i in members)
+    return min(steps.values()) / 2

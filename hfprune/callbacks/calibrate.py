@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from hfprune.allocation import KeptHistory
+from hfprune.allocation.history import Select
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.callbacks.progress import Advance, calibration_progress
 from hfprune.callbacks.target import Target
@@ -35,7 +36,7 @@ class Calibration:
         limit: Use at most this many batches.
         exact: Run each sequence alone, see ``TaylorImportanceCallback``.
         seed: Seed of the loader's shuffling.
-        widths: Kept units of each group, for the history of what is kept.
+        widths: Kept units of each group, or what selects them, for the history of what is kept.
         look_every: Look at the kept units each time that so many items were done.
         stop_at: End when two looks in a row find this share of the kept units unchanged since the look before.
     """
@@ -50,7 +51,7 @@ class Calibration:
         limit: int | None,
         exact: bool,
         seed: int,
-        widths: Sequence[int] = (),
+        widths: Sequence[int] | Select = (),
         look_every: int | None = None,
         stop_at: float | None = None,
     ) -> None:

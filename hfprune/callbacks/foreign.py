@@ -127,8 +127,8 @@ class ForeignTarget(Target):
         return plan
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns the described groups, or one per layer of the Hugging Face model."""
-        return custom_groups(model, self._neurons) if self._neurons else find_groups(model)
+        """Returns the described groups, or those of the Hugging Face model's unit kinds."""
+        return custom_groups(model, self._neurons) if self._neurons else find_groups(model, self.units)
 
     def shapes(self) -> Any:
         """Returns the model."""

@@ -11,10 +11,11 @@ import torch
 import transformers
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hfprune.allocation import ResolvedBudget, uniform_keep
-from hfprune.arch import Neurons, class_name, parameter_count
+from hfprune.allocation import Allocation, ResolvedBudget, kept_units
+from hfprune.arch import Neurons, check_units, class_name, parameter_count
 from hfprune.calibration import weight_scores
 from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
@@ -24,6 +25,7 @@ from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.layerwise import check_layerwise, run_layerwise
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
+from hfprune.callbacks.units import final_units, scored_groups, with_blocks
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, LayerwiseCriterion, WeightCriterion
@@ -31,7 +33,7 @@ from hfprune.errors import ConfigError
 from hfprune.layerwise import LayerwiseResult
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
-from hfprune.types import Budget, Group
+from hfprune.types import Budget, Group, UnitKind
 from hfprune.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -59,7 +61,12 @@ class TaylorImportanceCallback(Callback):
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep.
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
-        round_to: Kept widths are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+        round_to: Kept MLP widths are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+        units: What may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads that read it),
+            ``blocks`` (whole layers), or several of these.
+        allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
+            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
+            take the place of a budget.
         criterion: How activations and gradients become scores; HFPrune's per-token activation Taylor by default.
         objective: ``entropy`` or ``cross_entropy`` of the wrapped model's logits. None takes a ``PruningModule``'s own
             objective, or the loss of the ``training_step`` of a module of your own.
@@ -90,6 +97,8 @@ class TaylorImportanceCallback(Callback):
         intermediate_size: int | None = None,
         mlp_ratio: float | None = None,
         round_to: int = 1,
+        units: Sequence[UnitKind] = ("mlp",),
+        allocation: Allocation | None = None,
         criterion: Criterion | None = None,
         objective: str | None = None,
         compensation: Compensation | None = None,
@@ -121,7 +130,10 @@ class TaylorImportanceCallback(Callback):
             intermediate_size=intermediate_size,
             mlp_ratio=mlp_ratio,
             round_to=round_to,
+            allocated=allocation is not None and allocation.own_budget,
         )
+        check_units(units)
+        self.units, self.allocation = tuple(units), allocation
         self.criterion = criterion or ActivationTaylor()
         self.objective, self.compensation, self.recovery = objective, compensation, recovery
         self.calibration_batches, self.exact, self.checkpoint_every = calibration_batches, exact, checkpoint_every
@@ -153,11 +165,23 @@ class TaylorImportanceCallback(Callback):
         target = self._find(module)
         if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
             return self.resolved
-        self.resolved = target.resolve(self.budget) if target.known else None
+        self.resolved = target.resolve(self.budget, self.allocation) if target.known else None
         return self.resolved
 
+    def check_stock(self, module: LightningModule) -> None:
+        """Raises unless a stock config can describe what the budget will leave of ``module``'s model.
+
+        Raises:
+            UnsupportedArchitectureError: It cannot; the message says what it could.
+        """
+        resolved, target = self.check(module), self._find(module)
+        if resolved is not None and target.plan is None:
+            target.check_stock(resolved)
+
     def _find(self, module: LightningModule) -> Target:
-        return find_target(module, objective=self.objective, model=self.model, neurons=self.neurons)
+        target = find_target(module, objective=self.objective, model=self.model, neurons=self.neurons)
+        target.units = self.units
+        return target
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the budget and what is around the callback, before any weight is loaded."""
@@ -165,13 +189,15 @@ class TaylorImportanceCallback(Callback):
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
             check_strategy(trainer, self._target, self.compensation or self.criterion)
-            check_layerwise(self._target, self.criterion, self.compensation)
+            check_layerwise(self._target, self.criterion, self.compensation, self.allocation)
             if self._target.plan is None and (self.compensation or not isinstance(self.criterion, WeightCriterion)):
                 check_source(trainer, limit=self.calibration_batches)
             if self.stop_when_settled is not None and self.look_every and self.look_every % trainer.world_size:
                 number = trainer.world_size
                 raise ConfigError(f"--importance.look_every {self.look_every} is not a multiple of {number} processes.")
             self.check(pl_module)
+            if isinstance(trainer.strategy, ModelParallelStrategy):  # shards are made anew by the stock class
+                self.check_stock(pl_module)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
         )
@@ -214,7 +240,7 @@ class TaylorImportanceCallback(Callback):
         if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
             self._replay(trainer, self._record)
             self._set_up_again(trainer)
-        resolved = self.resolved or target.resolve(self.budget)
+        resolved = self.resolved or target.resolve(self.budget, self.allocation)
         self.resolved = resolved
         if target.plan is not None:
             made = target.plan.provenance["budget"]["asked"]
@@ -236,6 +262,7 @@ class TaylorImportanceCallback(Callback):
         _say(trainer, resolved.describe())
         groups = target.groups(target.model)
         plan = self._plan(trainer, target, groups, resolved)
+        resolved = self.resolved or resolved  # with scores
         if self._loaded:
             cut_restored_optimizers(self._loaded, target, plan, keep=self.recovery is None)
         target.apply_plan(plan)
@@ -251,7 +278,8 @@ class TaylorImportanceCallback(Callback):
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> PruningPlan:
         calibration = self._score(trainer, target, groups, resolved)
-        keep = uniform_keep(self.importance, groups, resolved.widths) if self.importance else None
+        resolved = self._settle(trainer, target, resolved)
+        keep = kept_units(self.importance, groups, resolved) if self.importance else None
         if keep is None or self.compensation is not None:
             found = self._layerwise(trainer, target, groups, resolved, keep)
             keep = found.keep
@@ -259,9 +287,11 @@ class TaylorImportanceCallback(Callback):
             model_class=class_name(target.model),
             groups=groups,
             keep=keep,
-            config=target.config_keys(resolved),
+            config=target.config_keys(keep),
             provenance={
                 "budget": resolved.to_dict(),
+                "units": list(self.units),
+                "allocation": self.allocation.describe() if self.allocation else None,
                 "criterion": self.criterion.describe(),
                 "objective": target.objective_name if calibration else None,
                 "model": target.describe(),
@@ -274,6 +304,14 @@ class TaylorImportanceCallback(Callback):
         shared: PruningPlan = trainer.strategy.broadcast(plan)
         return shared
 
+    def _settle(self, trainer: Trainer, target: Target, resolved: ResolvedBudget) -> ResolvedBudget:
+        """Returns the budget as the scores decide it, where it waited for them."""
+        if resolved.provisional:
+            resolved = target.resolve(self.budget, self.allocation, self.importance)
+            _say(trainer, resolved.describe())
+            self.resolved = resolved
+        return resolved
+
     def _score(
         self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
     ) -> dict[str, Any] | None:
@@ -284,14 +322,16 @@ class TaylorImportanceCallback(Callback):
         self.importance = {}
         if isinstance(self.criterion, LayerwiseCriterion):
             return None
+        scored = scored_groups(target.model, groups)
         if isinstance(self.criterion, WeightCriterion):
-            self.importance = weight_scores(target.model, groups, self.criterion)
+            self.importance = with_blocks(weight_scores(target.model, scored, self.criterion), groups, scored)
             return None
         start = time.perf_counter()
-        calibration = self._calibrate(trainer, target, groups, resolved)
+        calibration = self._calibrate(trainer, target, scored, resolved)
         accumulator = calibration.accumulator
-        self.importance = accumulator.scores()
-        self.convergence = calibration.history.convergence(self.importance)
+        by_unit = accumulator.scores()
+        self.importance = with_blocks(by_unit, groups, scored)
+        self.convergence = calibration.history.convergence(by_unit)
         totals = accumulator.totals()
         seconds = time.perf_counter() - start
         early = "; the kept units had settled" if calibration.stopped else ""
@@ -345,7 +385,7 @@ class TaylorImportanceCallback(Callback):
             limit=self.calibration_batches,
             exact=self.exact,
             seed=target.record("calibrating", None).seed,
-            widths=resolved.widths,
+            widths=final_units(target, self.budget, self.allocation) if resolved.kinds else resolved.widths,
             look_every=self.look_every,
             stop_at=self.stop_when_settled,
         )

@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from hfprune.allocation import Allocation
 from hfprune.arch import is_supported
 from hfprune.callbacks.calibrate import data_loader, seed_data
 from hfprune.callbacks.progress import layer_progress
@@ -21,19 +22,32 @@ from hfprune.layerwise import LayerwisePass, LayerwiseResult
 from hfprune.types import Group
 
 
-def check_layerwise(target: Target, criterion: Criterion, compensation: Compensation | None) -> None:
-    """Raises ``ConfigError`` when units or weights are to be found layer by layer and ``target`` has no such layers.
+def check_layerwise(
+    target: Target, criterion: Criterion, compensation: Compensation | None, allocation: Allocation | None = None
+) -> None:
+    """Raises ``ConfigError`` when units or weights are to be found layer by layer and that does not fit what is pruned.
 
     Args:
         target: What is pruned, before it is loaded.
         criterion: How units are chosen.
         compensation: How weights are fitted.
+        allocation: How the budget is spent.
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
     asked = type(compensation or criterion).__name__
     if target.known and not is_supported(target.shapes()):
         raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
+    if "blocks" in target.units:
+        raise ConfigError(
+            f"{asked} goes through the layers one by one, and none may go: leave 'blocks' out of the units."
+        )
+    waits = allocation is not None and target.known and allocation.needs_scores(target.inventory())
+    if isinstance(criterion, LayerwiseCriterion) and waits:
+        raise ConfigError(
+            f"{type(criterion).__name__} scores a layer when those before it are pruned: {allocation} needs all scores "
+            "beforehand."
+        )
 
 
 def run_layerwise(

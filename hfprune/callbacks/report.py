@@ -98,6 +98,8 @@ class ReportCallback(Callback, PruningEvents):
                 f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
+        if stage == "fit":
+            next(c for c in callbacks if isinstance(c, TaylorImportanceCallback)).check_stock(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""

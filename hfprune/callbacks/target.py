@@ -1,16 +1,19 @@
 """What ``TaylorImportanceCallback`` works on: the model inside a LightningModule, its groups, its objective."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from hfprune.allocation import ResolvedBudget, resolve, resolve_shares
+from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
 from hfprune.arch import (
+    check_stock,
+    config_values,
     find_groups,
-    find_spec,
     is_supported,
+    layer_params,
     parameter_count,
     pruned_count,
     unit_cost,
@@ -18,6 +21,7 @@ from hfprune.arch import (
 from hfprune.calibration import ObjectiveSum
 from hfprune.causal import as_batch, is_packed, sequences
 from hfprune.checkpoints import Phase, Record
+from hfprune.errors import ConfigError
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import Objective
 from hfprune.plan import PruningPlan
@@ -31,10 +35,12 @@ class Target(ABC):
     Attributes:
         module: The LightningModule.
         objective: What calibration differentiates; None: the loss of the module's own ``training_step``.
+        units: Unit kinds of a Hugging Face model.
     """
 
     module: Any
     objective: Objective | None
+    units: Sequence[str] = ("mlp",)
 
     @property
     @abstractmethod
@@ -100,24 +106,55 @@ class Target(ABC):
         """Whether the model's shapes are known already."""
         return True
 
-    def resolve(self, budget: Budget) -> ResolvedBudget:
-        """Returns what ``budget`` means here, from shapes alone.
+    def resolve(
+        self, budget: Budget, allocation: Allocation | None = None, scores: Mapping[str, Tensor] | None = None
+    ) -> ResolvedBudget:
+        """Returns what ``budget`` means here, from shapes, and scores where the allocation needs them.
+
+        Args:
+            budget: What was asked.
+            allocation: How it is spent; None: the same share of every group of a kind.
+            scores: Importance of the units, None before calibration.
 
         Raises:
-            ConfigError: It is impossible, or the layers of a Hugging Face model differ in width already.
+            ConfigError: It is impossible, or units or allocation do not apply to modules that no table describes.
         """
         model = self.shapes()
         groups, dense_params = self.groups(model), parameter_count(model)
-        if not is_supported(model):
-            return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
-        costs = [unit_cost(model, group) for group in groups]
-        return resolve(budget, groups, costs, dense_params=dense_params, hidden_size=model.config.hidden_size)
+        if is_supported(model):
+            return allocate(self.inventory(), budget, allocation, scores=scores)
+        if allocation is not None or tuple(self.units) != ("mlp",):
+            raise ConfigError(
+                "units and allocation apply to Hugging Face models that hfprune knows; described neurons all lose the "
+                "same share. Leave both out."
+            )
+        return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
 
-    def config_keys(self, resolved: ResolvedBudget) -> dict[str, int]:
-        """Returns the config keys that change."""
-        if not is_supported(self.model) or resolved.width is None:
-            return {}
-        return {find_spec(self.model).width_key: resolved.width}
+    def inventory(self) -> Inventory:
+        """Returns the groups of a Hugging Face model and what their units cost."""
+        model = self.shapes()
+        groups = self.groups(model)
+        return Inventory(
+            groups=groups,
+            costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
+            dense_params=parameter_count(model),
+            hidden_size=model.config.hidden_size,
+            layer_params=layer_params(model),
+        )
+
+    def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Returns the config keys that change when ``keep`` stays."""
+        model = self.model
+        return config_values(model, self.groups(model), keep) if is_supported(model) else {}
+
+    def check_stock(self, resolved: ResolvedBudget) -> None:
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what ``resolved`` leaves."""
+        model = self.shapes()
+        groups = self.groups(model)
+        keep = {g.name: tuple(range(width)) for g, width in zip(groups, resolved.widths, strict=True)}
+        gone = resolved.removed_layers
+        keep |= {g.name: tuple(u for u in range(g.num_units) if u not in gone) for g in groups if g.kind == "block"}
+        check_stock(model, groups, keep)
 
     def items(self, batch: Any, *, exact: bool) -> list[Any]:
         """Returns what of ``batch`` is run at once: each sequence alone when ``exact``, and where rows are packed."""
@@ -152,8 +189,8 @@ class ModuleTarget(Target):
         return bool(self.module.sharded)
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns one group per layer."""
-        return find_groups(model)
+        """Returns the groups of the unit kinds."""
+        return find_groups(model, self.units)
 
     def shapes(self) -> Any:
         """Returns the model, on the meta device before it is loaded."""

@@ -10,6 +10,7 @@ from hfprune.criteria.base import (
     Totals,
     WeightCriterion,
 )
+from hfprune.criteria.blocks import block_scores
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
 from hfprune.criteria.reconstruction import Reconstruction
@@ -28,4 +29,5 @@ __all__ = [
     "Totals",
     "WeightCriterion",
     "WeightTaylor",
+    "block_scores",
 ]

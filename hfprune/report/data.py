@@ -144,7 +144,10 @@ def _from_report(report: Any, folder: Path) -> ReportData:
     if not all(isinstance(stage, Mapping) for stage in stages.values()):
         raise TypeError("every stage must be an object")
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
-    kept = {g.name: (len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
+    gone = plan.removed_layers() if plan else ()
+    kept = (
+        {g.name: (0 if g.layer in gone else len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
+    )
     scores = load_importance(folder)
     names = [g.name for g in plan.groups if g.name in scores] if plan else list(scores)
     importance = {name: scores[name].tolist() for name in names}
@@ -196,12 +199,18 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
+_KINDS = {"mlp": "MLP neurons", "heads": "key-value heads", "block": "layers"}
+
+
 def _budget(budget: Mapping[str, Any]) -> str:
     parts = [str(budget["asked"])] if budget.get("asked") else []
     if budget.get("dense_params") and budget.get("params"):
         parts.append(f"parameters {budget['dense_params']:,} to {budget['params']:,}")
     if budget.get("dense_width") and budget.get("width"):
         parts.append(f"MLP width {budget['dense_width']:,} to {budget['width']:,}")
+    for kind, found in (budget.get("kinds") or {}).items():
+        if kind != "mlp" or not budget.get("width"):
+            parts.append(f"{_KINDS.get(kind, kind)} {sum(found['dense']):,} to {sum(found['kept']):,} in all")
     return "; ".join(parts)
 
 

@@ -38,6 +38,8 @@ DEFAULTS = {
     "ragged": None,  # [batch size, layout] of calibration sequences of different lengths
     "exact": True,
     "callbacks": (),
+    "pruning_ratio": 0.2,
+    "units": ("mlp",),
     "compensation": None,  # settings of LeastSquares
     "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
@@ -104,7 +106,8 @@ def main(**given):
     out.mkdir(parents=True, exist_ok=True)
     recovery = LoraRecovery(rank=2, dropout=0.2) if c["lora"] and not c["foreign"] else None
     importance = TaylorImportanceCallback(
-        pruning_ratio=0.2,
+        pruning_ratio=c["pruning_ratio"],
+        units=c["units"],
         recovery=recovery,
         checkpoint_every=1,
         calibration_batches=5 if c["foreign"] else None,

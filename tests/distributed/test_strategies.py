@@ -77,6 +77,17 @@ def test_strategies_agree(undisturbed, strategy, prune_only):
         assert any(weight.any() for name, weight in ranks[0]["weights"].items() if "lora_B" in name)
 
 
+def test_heads_and_layers_under_every_strategy(folder, tmp_path):
+    settings = {"units": ["mlp", "heads", "blocks"], "pruning_ratio": 0.5}
+    alone = run(folder, tmp_path / "single", "single", prune_only=True, **settings)[0]
+    assert sorted({len(keep) for keep in alone["keep"].values()}) == [1, 2, 17, 24]  # 24, 2: of the layer that goes
+    for strategy in ("ddp", "fsdp2"):
+        for rank in run(folder, tmp_path / strategy, strategy, prune_only=True, **settings):
+            assert rank["keep"] == alone["keep"]
+            assert equal(rank["scores"], alone["scores"])
+            assert equal(rank["weights"], alone["weights"])
+
+
 def test_sharded_training_is_ddp_training(undisturbed):
     """The same steps on whole and on sharded weights, bit for bit; no FSDP2 rank holds more than its share."""
     ddp, fsdp2 = (undisturbed(name, prune_only=False)[0] for name in ("ddp", "fsdp2"))

@@ -1,0 +1,101 @@
+"""Layers whose output resembles their input lose more (SlimLLM)."""
+
+import math
+from typing import Any, Literal
+
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.uniform import removed_units, settled
+from hfprune.errors import ConfigError
+
+
+class CosineSoftmax(Allocation):
+    """Layer l of the ``num_layers`` ones with the largest cosines c loses the share r_l = r n softmax(alpha c)_l.
+
+    n is ``num_layers``, r the mean share; the other layers stay as they are. All kinds of a layer lose the same share.
+    SlimLLM (methods section 5): on LLaMA-7B ``share=0.25, num_layers=26, alpha=10``.
+
+    Args:
+        cosines: Layer -> mean over tokens of the cosine between the layer's input and output on the dense model.
+        alpha: How much more layers with larger cosines lose.
+        num_layers: n; all layers if not given. Equal cosines: the lower layer.
+        share: r. None: the r that meets the budget; a layer then loses at most all but one step of its units.
+        compat: ``slimllm`` rounds r_l U as Python's ``round`` does; None to the nearest. Needs ``share``.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    def __init__(
+        self,
+        cosines: dict[int, float],
+        *,
+        alpha: float = 10.0,
+        num_layers: int | None = None,
+        share: float | None = None,
+        compat: Literal["slimllm"] | None = None,
+    ) -> None:
+        if not all(-1.001 <= value <= 1.001 for value in cosines.values()):
+            raise ConfigError("CosineSoftmax: a cosine is not within [-1, 1].")
+        if num_layers is not None and not 0 < num_layers <= len(cosines):
+            raise ConfigError(f"CosineSoftmax: num_layers {num_layers} of {len(cosines)} layers.")
+        if share is not None and not 0 < share < 1:
+            raise ConfigError(f"CosineSoftmax: share {share} is not in (0, 1).")
+        if compat not in (None, "slimllm") or (compat and share is None):
+            raise ConfigError(f"CosineSoftmax: compat '{compat}' is slimllm, and rounds a share.")
+        self.cosines, self.alpha, self.share, self.compat = dict(cosines), alpha, share, compat
+        self.num_layers = num_layers or len(cosines)
+
+    @property
+    def own_budget(self) -> bool:
+        """Whether a share was given."""
+        return self.share is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings; cosines to six digits."""
+        settings = {"alpha": self.alpha, "num_layers": self.num_layers, "share": self.share, "compat": self.compat}
+        cosines = {str(layer): round(value, 6) for layer, value in self.cosines.items()}
+        return {"name": "CosineSoftmax"} | {k: v for k, v in settings.items() if v is not None} | {"cosines": cosines}
+
+    def weights(self) -> dict[int, float]:
+        """Returns n softmax(alpha c) of each layer, 0 for those that stay; the mean over the n layers is 1."""
+        order = sorted(self.cosines, key=lambda layer: (-self.cosines[layer], layer))[: self.num_layers]
+        top = max(self.cosines.values())
+        powers = {layer: math.exp(self.alpha * (self.cosines[layer] - top)) for layer in order}
+        total = sum(powers.values())
+        return {layer: self.num_layers * powers.get(layer, 0.0) / total for layer in self.cosines}
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the widths that the cosines give."""
+        layers = {group.layer for group in inventory.groups}
+        if not layers <= set(self.cosines):
+            missing = sorted(str(layer) for layer in layers - set(self.cosines))
+            raise ConfigError(f"CosineSoftmax: no cosine for layers {', '.join(missing)}.")
+        by_layer = self.weights()
+        weights = [by_layer[group.layer] for group in inventory.groups if group.layer is not None]
+        if self.share is not None:
+            return settled(inventory, self._by_share(inventory, weights), ())
+        slots = [
+            slot(g.kind, g.num_units, cost, round_to=round_to if weight else g.num_units, floor=0.0 if weight else 1.0)
+            for g, cost, weight in zip(inventory.groups, inventory.costs, weights, strict=True)
+        ]
+        largest = 1 / min(weight for weight in weights if weight)
+        removal = inventory.dense_params - target
+        widths = fill(
+            slots, lambda x: [x * largest * w * s.units for w, s in zip(weights, slots, strict=True)], removal
+        )
+        return settled(inventory, widths, ())
+
+    def _by_share(self, inventory: Inventory, weights: list[float]) -> list[int]:
+        assert self.share is not None
+        widths = []
+        for group, weight in zip(inventory.groups, weights, strict=True):
+            share = self.share * weight
+            number = removed_units(group, share, self.compat)
+            if number >= group.num_units:
+                raise ConfigError(
+                    f"{type(self).__name__} would remove {share:.0%} of {group.name}: lower share or alpha, or give a "
+                    "budget in place of share."
+                )
+            widths.append(group.num_units - number)
+        return widths

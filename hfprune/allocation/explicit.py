@@ -1,0 +1,97 @@
+"""Widths that the user names, one for all layers or one for each."""
+
+from typing import Any
+
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.uniform import settled
+from hfprune.errors import ConfigError
+
+
+class Explicit(Allocation):
+    """Keeps the named numbers of units; kinds that are not named stay as they are.
+
+    Args:
+        mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
+        heads: Key-value heads to keep, likewise.
+        blocks: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
+
+    Raises:
+        ConfigError: Nothing is named.
+    """
+
+    takes_blocks = True
+
+    def __init__(
+        self,
+        *,
+        mlp: int | list[int] | None = None,
+        heads: int | list[int] | None = None,
+        blocks: int | list[int] | None = None,
+    ) -> None:
+        if mlp is None and heads is None and blocks is None:
+            raise ConfigError("Explicit names what to keep: give mlp, heads or blocks.")
+        self.mlp, self.heads, self.blocks = mlp, heads, blocks
+
+    @property
+    def own_budget(self) -> bool:
+        """Always."""
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and widths."""
+        named = {"mlp": self.mlp, "heads": self.heads, "blocks": self.blocks}
+        return {"name": "Explicit"} | {key: value for key, value in named.items() if value is not None}
+
+    def needs_scores(self, inventory: Inventory) -> bool:
+        """Returns whether a number of layers was given, and not which."""
+        return isinstance(self.blocks, int)
+
+    def check(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
+        kinds = {"mlp": self.mlp, "heads": self.heads, "block": self.blocks}
+        for kind, value in kinds.items():
+            if value is not None and kind not in inventory.kinds():
+                raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
+        for kind in ("mlp", "heads"):
+            self._widths(inventory, kind, kinds[kind])
+        if self.blocks is not None:
+            self._removed(inventory, None)
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the named widths."""
+        removed = self._removed(inventory, scores) if self.blocks is not None else ()
+        widths = list(inventory.dense_widths())
+        for kind, value in (("mlp", self.mlp), ("heads", self.heads)):
+            for number, width in self._widths(inventory, kind, value).items():
+                if inventory.groups[number].layer not in removed:
+                    widths[number] = width
+        return settled(inventory, widths, removed)
+
+    def _removed(self, inventory: Inventory, scores: Scores | None) -> tuple[int, ...]:
+        layers = len(inventory.layer_params)
+        if isinstance(self.blocks, int):
+            least = max(len(inventory.fixed_layers), 1)
+            if not least <= self.blocks <= layers:
+                raise ConfigError(f"{self}: from {least} to {layers} layers can be kept.")
+            return inventory.worst_layers(scores, layers - self.blocks)
+        named = sorted(set(self.blocks or ()))
+        if len(named) >= layers or any(not 0 <= layer < layers or layer in inventory.fixed_layers for layer in named):
+            raise ConfigError(f"{self} removes layers that are protected or not there, or all of {layers}.")
+        return tuple(named)
+
+    def _widths(self, inventory: Inventory, kind: str, value: int | list[int] | None) -> dict[int, int]:
+        """Returns group number -> width."""
+        if value is None:
+            return {}
+        members = inventory.numbers(kind)
+        layers = len(inventory.layer_params)
+        if not isinstance(value, int) and len(value) != layers:
+            raise ConfigError(f"{self}: {kind} lists {len(value)} numbers for {layers} layers.")
+        found = {}
+        for number in members:
+            group = inventory.groups[number]
+            width = value if isinstance(value, int) else value[group.layer or 0]
+            if not 0 < width <= group.num_units:
+                raise ConfigError(f"{self}: {group.name} has {group.num_units} units; {width} cannot be kept.")
+            found[number] = width
+        return found

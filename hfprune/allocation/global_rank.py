@@ -1,0 +1,148 @@
+"""One ranking of the units of all layers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.fill import Slot, slot
+from hfprune.allocation.uniform import settled
+from hfprune.errors import ConfigError
+
+Comparable = Literal["none", "per_parameter", "mean", "standard"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Steps:
+    """What would go of one group, step by step; or of all groups, in the order of the ranking.
+
+    Attributes:
+        score: [N] float64, mean score of each step's units.
+        params: [N] int64, parameters that go with it.
+        kept: [N] int64, units that the group keeps then.
+        group: [N] int64, number of the group.
+    """
+
+    score: Tensor
+    params: Tensor
+    kept: Tensor
+    group: Tensor
+
+
+class GlobalRank(Allocation):
+    """Removes the units with the lowest scores of the whole model, whatever layer they are in.
+
+    With ``round_to``, units of a group go in steps of so many, a step's score being the mean of its units'. Where the
+    next step in the ranking would take too much (a head, when neurons are left), it and the rest of its group stay, and
+    what follows in the ranking makes up for the budget.
+
+    Args:
+        comparable: How scores of different groups are made comparable. ``none``: as they are; heads, which sum over
+            more weights, then seldom go. ``per_parameter``: divided by the parameters of a unit: what a removed
+            parameter costs. ``mean``: divided by the group's mean score. ``standard``: minus the group's mean, divided
+            by its standard deviation.
+        floor: Least share of its units that every group keeps; one step at least.
+        ceiling: Largest share of its units that a group keeps.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+
+    def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:
+        if comparable not in _COMPARABLE:
+            raise ConfigError(f"GlobalRank: comparable '{comparable}' is none of {', '.join(_COMPARABLE)}.")
+        if not 0 <= floor <= ceiling <= 1:
+            raise ConfigError(f"GlobalRank: floor {floor} and ceiling {ceiling} need 0 <= floor <= ceiling <= 1.")
+        self.comparable, self.floor, self.ceiling = comparable, floor, ceiling
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings."""
+        settings = {"comparable": self.comparable, "floor": self.floor, "ceiling": self.ceiling}
+        return {"name": "GlobalRank", **settings}
+
+    def needs_scores(self, inventory: Inventory) -> bool:
+        """Always."""
+        return True
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the widths that one ranking leaves."""
+        slots = [
+            slot(g.kind, g.num_units, cost, round_to=round_to, floor=self.floor, ceiling=self.ceiling)
+            for g, cost in zip(inventory.groups, inventory.costs, strict=True)
+        ]
+        widths = [s.high for s in slots]
+        left = inventory.params(widths) - target
+        parts = []
+        for number, (group, s) in enumerate(zip(inventory.groups, slots, strict=True)):
+            known = torch.ones(group.num_units) if scores is None else scores[group.name]
+            parts.append(_steps(number, s, _COMPARABLE[self.comparable](known.double().cpu(), s.cost)))
+        return settled(inventory, _taken(_ranking(parts), widths, left), ())
+
+
+def _steps(number: int, s: Slot, scores: Tensor) -> _Steps:
+    """Returns the steps of one group from its ceiling to its floor; their scores rise."""
+    kept = [s.high]
+    while (below := s.below(kept[-1])) is not None:
+        kept.append(below)
+    edges = torch.tensor(kept)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), scores.sort(descending=True).values.cumsum(0)])
+    units = edges[:-1] - edges[1:]
+    score = (total[edges[:-1]] - total[edges[1:]]) / units
+    if len(score):
+        score = score.cummax(0).values  # against rounding
+    return _Steps(score=score, params=units * s.cost, kept=edges[1:], group=torch.full_like(units, number))
+
+
+def _ranking(parts: list[_Steps]) -> _Steps:
+    """Returns the steps of all groups by rising score; equal scores: the lower group, then its own order."""
+    score, params, kept, group = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("score", "params", "kept", "group")
+    )
+    order = score.sort(stable=True).indices
+    return _Steps(score=score[order], params=params[order], kept=kept[order], group=group[order])
+
+
+def _taken(ranking: _Steps, widths: list[int], left: int) -> list[int]:
+    """Returns the widths after the steps, in their order, that do not take more than ``left`` parameters."""
+    if not len(ranking.params):
+        return widths
+    total = ranking.params.cumsum(0)
+    whole = int(torch.searchsorted(total, left, right=True)) if left > 0 else 0  # taken without a gap
+    for group, kept in zip(ranking.group[:whole].tolist(), ranking.kept[:whole].tolist(), strict=True):
+        widths[group] = kept
+    left -= int(total[whole - 1]) if whole else 0
+    smallest, closed = int(ranking.params.min()), dict[int, tuple[int, int]]()
+    for place in range(whole, len(total)):
+        group, params, kept = (int(t[place]) for t in (ranking.group, ranking.params, ranking.kept))
+        if group in closed:
+            continue
+        if params <= left:
+            widths[group], left = kept, left - params
+        else:
+            closed[group] = params, kept
+            if left < smallest and params == smallest:
+                break
+    over = min(((params, i, kept) for i, (params, kept) in enumerate(closed.values())), default=None)
+    if over is not None and over[0] - left < left:
+        widths[list(closed)[over[1]]] = over[2]
+    return widths
+
+
+def _centred(scores: Tensor, cost: int) -> Tensor:
+    spread = scores.std(unbiased=False)
+    return (scores - scores.mean()) / spread if spread > 0 else torch.zeros_like(scores)
+
+
+def _by_mean(scores: Tensor, cost: int) -> Tensor:
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+_COMPARABLE = {
+    "none": lambda scores, cost: scores,
+    "per_parameter": lambda scores, cost: scores / cost,
+    "mean": _by_mean,
+    "standard": _centred,
+}

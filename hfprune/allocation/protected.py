@@ -1,0 +1,64 @@
+"""First and last layers that stay as they are (LLM-Pruner), around any other allocation."""
+
+from dataclasses import replace
+from typing import Any
+
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.uniform import Uniform
+from hfprune.errors import ConfigError
+
+
+class Protected(Allocation):
+    """Leaves the first and last layers as they are and spends the whole budget on those between.
+
+    LLM-Pruner's scripts keep the first 4 and the last 2 of 32 layers: ``Protected(first=4, last=2,
+    allocation=Uniform(share=0.25, compat="llm_pruner"))``.
+
+    Args:
+        first: Number of first layers to protect.
+        last: Number of last layers to protect.
+        allocation: How the budget is spent on the others; ``Uniform()`` if not given.
+
+    Raises:
+        ConfigError: A number is negative.
+    """
+
+    takes_blocks = True
+
+    def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
+        if first < 0 or last < 0:
+            raise ConfigError(f"Protected: first={first} and last={last} are numbers of layers, not negative.")
+        self.first, self.last, self.allocation = first, last, allocation or Uniform()
+
+    @property
+    def own_budget(self) -> bool:
+        """As the inner allocation."""
+        return self.allocation.own_budget
+
+    def needs_scores(self, inventory: Inventory) -> bool:
+        """As the inner allocation."""
+        return self.allocation.needs_scores(inventory)
+
+    def check(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` where no layer is left to prune, or the inner allocation does not take the units."""
+        layers = len(inventory.layer_params)
+        if self.first + self.last >= layers:
+            raise ConfigError(f"{self} protects all of the model's {layers} layers.")
+        self.allocation.check(inventory)
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the inner allotment of the other layers."""
+        layers = len(inventory.layer_params)
+        between = range(self.first, layers - self.last)
+        open_to = [i for i, g in enumerate(inventory.groups) if g.layer is None or g.layer in between]
+        fixed = inventory.fixed_layers | (set(range(layers)) - set(between))
+        inner = replace(inventory.select(open_to), fixed_layers=frozenset(fixed))
+        found = self.allocation.allot(inner, target, round_to=round_to, scores=scores)
+        widths = list(inventory.dense_widths())
+        for i, width in zip(open_to, found.widths, strict=True):
+            widths[i] = width
+        return replace(found, widths=tuple(widths))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings."""
+        return {"name": "Protected", "first": self.first, "last": self.last, "allocation": str(self.allocation)}

@@ -1,0 +1,122 @@
+"""Spends the budget where it hurts least, by measured curves of KL per removed parameter."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.uniform import settled
+from hfprune.errors import ConfigError
+from hfprune.types import Group
+
+Curves = Mapping[str, Mapping[float, float]]
+"""Group name -> kept share of its units -> KL to the dense model, nats per token, that group alone being pruned so."""
+
+_Piece = tuple[float, int, float, float]
+"""KL per removed parameter, group, units at its start, units at its end."""
+
+
+class Sensitivity(Allocation):
+    """Goes down the curve that rises least per removed parameter, until the budget is met.
+
+    Each curve is replaced by its lower convex hull from (no unit removed, KL 0), over parameters; pieces of all hulls
+    are taken in the order of their slopes. That minimises the sum of the hulls at the budget, which is the KL to the
+    extent that the effects of several groups add up. Nothing goes beyond the smallest share measured. Coarse kinds are
+    rounded first and MLP neurons make up for the rest.
+
+    Args:
+        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file.
+
+    Raises:
+        ConfigError: The file cannot be read, or a share is not in [0, 1].
+    """
+
+    def __init__(self, curves: dict[str, dict[float, float]] | str) -> None:
+        self.curves = _read(curves) if isinstance(curves, str) else {n: dict(c) for n, c in curves.items()}
+        if not all(0 <= share <= 1 and kl == kl for curve in self.curves.values() for share, kl in curve.items()):
+            raise ConfigError("Sensitivity: a kept share is not in [0, 1], or a KL is NaN.")
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and curves."""
+        return {"name": "Sensitivity", "curves": {n: {str(k): v for k, v in c.items()} for n, c in self.curves.items()}}
+
+    def __str__(self) -> str:
+        """Returns the name and the number of curves."""
+        return f"Sensitivity({len(self.curves)} curves)"
+
+    def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
+        """Returns the widths at the end of the cheapest pieces."""
+        missing = [group.name for group in inventory.groups if group.name not in self.curves]
+        if missing:
+            raise ConfigError(f"Sensitivity: no curve for {', '.join(missing[:3])}{', ...' if missing[3:] else ''}.")
+        pieces: list[_Piece] = []
+        slots = []
+        for number, (group, cost) in enumerate(zip(inventory.groups, inventory.costs, strict=True)):
+            curve = self.curves[group.name]
+            pieces += _hull(number, group.num_units, cost, curve)
+            floor = min(1.0, *curve) if curve else 1.0
+            step = round_to if floor < 1 else group.num_units
+            slots.append(slot(group.kind, group.num_units, cost, round_to=step, floor=floor))
+        pieces.sort()
+        widths = fill(slots, _walk(pieces, inventory.costs), inventory.dense_params - target)
+        return settled(inventory, widths, ())
+
+
+def measure_curves(
+    groups: Sequence[Group], shares: Sequence[float], measure: Callable[[Group, int], float]
+) -> dict[str, dict[float, float]]:
+    """Returns the curves that :class:`Sensitivity` takes.
+
+    Args:
+        groups: The groups.
+        shares: Kept shares to measure at, each in (0, 1).
+        measure: Takes a group and the number of units that it alone keeps; returns the KL to the dense model.
+    """
+    curves = {}
+    for group in groups:
+        widths = sorted({max(1, int(share * group.num_units + 0.5)) for share in shares}, reverse=True)
+        curves[group.name] = {width / group.num_units: measure(group, width) for width in widths}
+    return curves
+
+
+def _read(path: str) -> dict[str, dict[float, float]]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {name: {float(share): float(kl) for share, kl in curve.items()} for name, curve in data.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"Sensitivity: '{path}' holds no curves (group -> share -> KL): {error}.") from error
+
+
+def _hull(number: int, units: int, cost: int, curve: Mapping[float, float]) -> list[_Piece]:
+    """Returns the pieces of the lower convex hull of a curve, slopes rising."""
+    points = sorted({(units * (1 - share), kl) for share, kl in curve.items() if share < 1})
+    hull = [(0.0, 0.0)]
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return [(_slope(a, b) / cost, number, a[0], b[0]) for a, b in pairwise(hull)]
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def _walk(pieces: Sequence[_Piece], costs: Sequence[int]) -> Callable[[float], list[float]]:
+    """Returns the function from a position in [0, 1] to the units that each group has lost there."""
+    total = sum((end - start) * costs[group] for _, group, start, end in pieces)
+
+    def desired(position: float) -> list[float]:
+        removed, left = [0.0] * len(costs), position * total
+        for _, group, start, end in pieces:
+            part = min((end - start) * costs[group], left)
+            removed[group] += part / costs[group]
+            left -= part
+            if left <= 0:
+                break
+        return removed
+
+    return desired
