@@ -33,7 +33,10 @@ def allocate(
     if _is_plain(inventory, allocation):
         params, hidden = inventory.dense_params, inventory.hidden_size
         return resolve(budget, inventory.groups, inventory.costs, dense_params=params, hidden_size=hidden)
-    target = 0 if chosen.own_budget else _target(inventory, budget)
+    target = 0
+    if not chosen.own_budget:
+        target = _target(inventory, budget)
+        _check_reach(inventory, budget, chosen, target, scores)
     found = chosen.allot(inventory, target, round_to=budget.round_to, scores=scores)
     params = inventory.params(found.widths, found.removed_layers)
     if params == inventory.dense_params:
@@ -44,7 +47,7 @@ def allocate(
         dense_widths=inventory.dense_widths(),
         exact_width=found.exact_width,
         dense_params=inventory.dense_params,
-        target_params=params if chosen.own_budget else _check_reach(inventory, budget, chosen, target, scores),
+        target_params=params if chosen.own_budget else target,
         params=params,
         kinds=_by_kind(inventory, found),
         removed_layers=found.removed_layers,
@@ -106,12 +109,12 @@ def _target(inventory: Inventory, budget: Budget) -> int:
 
 def _check_reach(
     inventory: Inventory, budget: Budget, allocation: Allocation, target: int, scores: Scores | None
-) -> int:
-    """Returns ``target`` where it can be reached; raises ``ConfigError`` with the possible values otherwise."""
+) -> None:
+    """Raises ``ConfigError`` with the possible values unless ``target`` can be reached."""
     least = allocation.allot(inventory, 0, round_to=budget.round_to, scores=scores)
     smallest = inventory.params(least.widths, least.removed_layers)
     if smallest <= target < inventory.dense_params:
-        return target
+        return
     dense = inventory.dense_params
     possible = (
         f"the largest possible --pruning_ratio is {int((1 - smallest / dense) * 1e4) / 1e4:.4f}"
