@@ -78,27 +78,59 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
         objective: What to sum.
         batch: One sequence per row (packed rows: see :func:`sequences`); padding on either side.
     """
+    teacher = _teacher_hidden(model, objective, batch)
     hidden, mask = _final_hidden(model, batch)
     targets, valid = objective.targets(batch["input_ids"], mask, batch.get("labels"))
     every = bool(valid.all())
-    tokens = hidden.flatten(0, 1) if every else hidden[valid]
-    targets = None if targets is None else (targets.flatten() if every else targets[valid])
-    return chunked_objective(objective, tokens, output_head(model), targets), valid
+
+    def counted(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else (tensor.flatten(0, 1) if every else tensor[valid])
+
+    tokens = counted(hidden)
+    assert tokens is not None
+    return chunked_objective(objective, tokens, output_head(model), counted(targets), counted(teacher)), valid
 
 
 def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
+    teachers = [_teacher_hidden(model, objective, batch) for objective in objectives]
     hidden, mask = _final_hidden(model, batch)
     terms, valid = [], []
-    for objective in objectives:
+    for objective, teacher in zip(objectives, teachers, strict=True):
         targets, counted = objective.targets(batch["input_ids"], mask, batch.get("labels"))
-        every = bool(counted.all())
         terms.append(
-            Term(objective, None if targets is None else targets.flatten(), None if every else counted.flatten())
+            Term(
+                objective,
+                targets=None if targets is None else targets.flatten(0, 1),
+                tokens=None if bool(counted.all()) else counted.flatten(),
+                teacher=None if teacher is None else teacher.flatten(0, 1),
+            )
         )
         valid.append(counted)
     totals = chunked_objectives(terms, hidden.flatten(0, 1), output_head(model))
     return list(zip(totals, valid, strict=True))
+
+
+def run_backbone(model: nn.Module, batch: Batch) -> None:
+    """Runs the model without its output head and without gradients, for what hooks see of it."""
+    with torch.no_grad():
+        _final_hidden(model, batch)
+
+
+def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Returns the number of real tokens [B] of each sequence, and the padding [B, T], True there; None without any."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return torch.full((len(ids),), ids.shape[1], device=ids.device), None
+    return mask.bool().sum(dim=1), mask == 0
+
+
+def _teacher_hidden(model: nn.Module, objective: Objective, batch: Batch) -> Tensor | None:
+    """Returns the final hidden states [B, T, D] of the objective's teacher, None where it has none."""
+    if objective.teacher is None:
+        return None
+    with torch.no_grad(), objective.teacher():
+        return _final_hidden(model, batch)[0]
 
 
 def _final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

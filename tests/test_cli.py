@@ -117,7 +117,7 @@ def test_fit_resumes_from_last(dense):
         (["--pruning_ratio=zero"], "--pruning_ratio zero: expected float."),
         (["--pruning_ratio=0.2", "--mlp_ratio=1"], "--pruning_ratio and --mlp_ratio were given"),
         (["--pruning_ration=0.2"], "Did you mean 'pruning_ratio'?"),
-        (["--pruning_ratio=0.2", "--importance.criterion=Wnada"], "expected Magnitude or Random or ActivationTaylor or WeightTaylor"),
+        (["--pruning_ratio=0.2", "--importance.criterion=Wnada"], "expected ActivationNorm or ActivationTaylor or"),
         (["--pruning_ratio=0.2", "--model.objective=entropi"], "Did you mean 'entropy'?"),
         (["--pruning_ratio=0.2", "--model.path=nowhere/at/all"], "does not exist"),
         (["--pruning_ratio=0.2", "--data.calibration=missing.jsonl"], "--data.calibration 'missing.jsonl' does not exist"),

@@ -1,7 +1,7 @@
 """One pass over the calibration data: every rank takes its share, and the pass can be left and taken up again."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from hfprune.allocation.history import Select
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.callbacks.progress import Advance, calibration_progress
 from hfprune.callbacks.target import Target
-from hfprune.criteria import GradientCriterion
+from hfprune.criteria import ActivationCriterion, CalibratedCriterion
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.types import Group
 
@@ -39,6 +39,12 @@ class Calibration:
         widths: Kept units of each group, or what selects them, for the history of what is kept.
         look_every: Look at the kept units each time that so many items were done.
         stop_at: End when two looks in a row find this share of the kept units unchanged since the look before.
+        first_stage: Units that an earlier stage kept, by group, which a checkpoint must carry.
+        distillation: The setting that a resumed run must share.
+
+    Raises:
+        ConfigError: There is no calibration data, the criterion cannot score the groups, or ``stop_at`` is asked of one
+            whose sums are too large to be looked at again and again.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class Calibration:
         trainer: Trainer,
         target: Target,
         groups: tuple[Group, ...],
-        criterion: GradientCriterion,
+        criterion: CalibratedCriterion,
         *,
         limit: int | None,
         exact: bool,
@@ -54,14 +60,19 @@ class Calibration:
         widths: Sequence[int] | Select = (),
         look_every: int | None = None,
         stop_at: float | None = None,
+        first_stage: Mapping[str, Sequence[int]] | None = None,
+        distillation: str | None = None,
     ) -> None:
         self._trainer, self._target, self._limit, self._exact, self._seed = trainer, target, limit, exact, seed
         self._look_every, self._stop_at = look_every, stop_at
+        self._forward_only = isinstance(criterion, ActivationCriterion)
+        self._first_stage = None if first_stage is None else {name: list(kept) for name, kept in first_stage.items()}
         check_source(trainer, limit=limit)
         self._loader = data_loader(trainer)
         self._settings = {
             "criterion": criterion.describe(),
-            "objective": target.objective_name,
+            "objective": self._objective_name,
+            "distillation": distillation,
             "exact": exact,
             "batches": limit,
             "data": _fingerprint_of_data(trainer),
@@ -69,6 +80,13 @@ class Calibration:
         }
         device = trainer.strategy.root_device
         self.accumulator = ImportanceAccumulator(target.model, groups, criterion, root=target.module, device=device)
+        if self.accumulator.has_moments:
+            if stop_at is not None:
+                raise ConfigError(
+                    f"--importance.stop_when_settled does not go with {type(criterion).__name__} as it is set: its "
+                    "sums are too large to be reduced and scored again and again."
+                )
+            self._look_every = None
         self.history = KeptHistory(groups, widths)
         self.stability: float | None = None
         """Share of the kept units that did not change between the last two looks."""
@@ -77,12 +95,18 @@ class Calibration:
         self._calm = 0  # looks in a row that found the units settled
         self._done = 0  # items, over all ranks
 
+    @property
+    def _objective_name(self) -> str | None:
+        """Name of what is differentiated, None when nothing is."""
+        return None if self._forward_only else self._target.objective_name
+
     # ---- leaving and taking up ---------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
         looks = {"history": self.history.state(), "calm": self._calm}
-        return {"position": self._done, "sums": self._summed(), "settings": self._settings, **looks}
+        found = {"position": self._done, "sums": self._summed(), "settings": self._settings, **looks}
+        return found | {"first_stage": self._first_stage}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes up a pass that was left.
@@ -91,10 +115,10 @@ class Calibration:
             ConfigError: It was calibrating with other settings or other data.
         """
         for name, made in state["settings"].items():
-            if made != self._settings[name]:
+            if made != self._settings.get(name):
                 raise ConfigError(
                     f"The checkpoint was written while calibrating with {name} {made}; this run has "
-                    f"{self._settings[name]}. Resume with the same, or start anew."
+                    f"{self._settings.get(name)}. Resume with the same, or start anew."
                 )
         self._done = state["position"]
         self.history.load(state["history"])
@@ -125,7 +149,7 @@ class Calibration:
         with (
             isolate_rng(),
             self.accumulator.recording(),
-            calibration_progress(self._expected(), objective=self._target.objective_name, enabled=shown) as advance,
+            calibration_progress(self._expected(), objective=self._objective_name, enabled=shown) as advance,
         ):
             seed_data(self._seed)
             first, index = self._done, self._done - 1
@@ -183,7 +207,11 @@ class Calibration:
         item = strategy.batch_to_device(item)
         try:
             with strategy.precision_plugin.forward_context():
-                _, tokens = self.accumulator.step(lambda: self._target.objective_sum(item, index), count=count)
+                if self._forward_only:
+                    counts = self._target.token_counts(item)
+                    tokens = self.accumulator.observe(lambda: self._target.forward(item, index), *counts, count=count)
+                else:
+                    _, tokens = self.accumulator.step(lambda: self._target.objective_sum(item, index), count=count)
         except CalibrationError as error:
             kind = "sequence" if self._exact and self._target.objective else "batch"
             raise CalibrationError(f"Calibration {kind} {index}: {error}") from error

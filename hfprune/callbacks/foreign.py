@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hfprune.arch import ARCHITECTURES, Neurons, class_name, custom_groups, find_groups, is_supported
 from hfprune.calibration import ObjectiveSum
 from hfprune.callbacks.target import ModuleTarget, Target
-from hfprune.causal import objective_sum
+from hfprune.causal import objective_sum, run_backbone
 from hfprune.checkpoints import Phase, Record
 from hfprune.errors import CalibrationError, ConfigError, HFPruneError
 from hfprune.fingerprint import structure_fingerprint
@@ -145,14 +145,30 @@ class ForeignTarget(Target):
             total, valid = objective_sum(self.model, self.objective, item)
             mask = item.get("attention_mask")
             return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=None if mask is None else mask == 0)
-        step = self.module.training_step
-        with _without_logging(self.module):
-            loss = step(item, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(item)
+        loss = self._training_step(item, index)
         loss = loss.get("loss") if isinstance(loss, dict) else loss
         if not isinstance(loss, Tensor):
             raise CalibrationError(f"training_step returned {type(loss).__name__}, not a loss.")
         # the loss is one number, whatever it is a mean of: it counts once
         return ObjectiveSum(total=loss, num_tokens=torch.ones(1, dtype=torch.int64, device=loss.device), padding=None)
+
+    def _training_step(self, item: Any, index: int) -> Any:
+        step = self.module.training_step
+        with _without_logging(self.module):
+            return step(item, index) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else step(item)
+
+    def forward(self, item: Any, index: int) -> None:
+        """Runs the Hugging Face model without its head, or, for described neurons, the module's ``training_step``."""
+        if self.objective is not None:
+            run_backbone(self.model, item)
+        else:
+            self._training_step(item, index)
+
+    def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
+        """Returns the tokens that count; what a module of one's own runs at once counts once, as its loss does."""
+        if self.objective is not None:
+            return super().token_counts(item)
+        return torch.ones(1, dtype=torch.int64, device=self.module.device), None
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""

@@ -1,42 +1,33 @@
 """``TaylorImportanceCallback``: calibrates and prunes inside ``fit``, before the first training step."""
 
-import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-import transformers
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from hfprune.allocation import Allocation, ResolvedBudget, kept_units
-from hfprune.arch import Neurons, check_units, class_name, parameter_count
-from hfprune.calibration import weight_scores
-from hfprune.callbacks.calibrate import Calibration, check_source, data_summary
+from hfprune.allocation import Allocation, ResolvedBudget
+from hfprune.arch import Neurons, check_units, parameter_count
+from hfprune.callbacks.calibrate import check_source
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.distil import check_stages
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.layerwise import check_layerwise, run_layerwise
+from hfprune.callbacks.layerwise import check_layerwise
+from hfprune.callbacks.planner import Planner, PruningOptions, say
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
-from hfprune.callbacks.units import final_units, scored_groups, with_blocks
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.compensation import Compensation
-from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, LayerwiseCriterion, WeightCriterion
+from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.errors import ConfigError
-from hfprune.layerwise import LayerwiseResult
-from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery
-from hfprune.types import Budget, Group, UnitKind
-from hfprune.version import __version__
-
-_log = logging.getLogger(__name__)
+from hfprune.types import Budget, UnitKind
 
 PROGRESS_CHECKPOINT = "last-pruning.ckpt"
 """Written beside the checkpoints of a ``ModelCheckpoint`` until the fit has ended; ``ckpt_path="last"`` finds it."""
@@ -68,8 +59,10 @@ class TaylorImportanceCallback(Callback):
             ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
             take the place of a budget.
         criterion: How activations and gradients become scores; HFPrune's per-token activation Taylor by default.
-        objective: ``entropy`` or ``cross_entropy`` of the wrapped model's logits. None takes a ``PruningModule``'s own
-            objective, or the loss of the ``training_step`` of a module of your own.
+        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the wrapped model's logits. None takes the
+            criterion's own, else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of
+            your own. Criteria that read weights or activations alone take none.
+        distillation: Two stages of calibration, with the dense model as the teacher (SDMPrune); None for one.
         compensation: Fit the projections that read pruned units anew, layer by layer on the calibration data and in
             closed form, before any training: ``LeastSquares()``, for example. None leaves the kept weights.
         recovery: LoRA settings; None trains on what the module trains.
@@ -101,6 +94,7 @@ class TaylorImportanceCallback(Callback):
         allocation: Allocation | None = None,
         criterion: Criterion | None = None,
         objective: str | None = None,
+        distillation: SelfDistillation | None = None,
         compensation: Compensation | None = None,
         recovery: LoraRecovery | None = None,
         calibration_batches: int | None = None,
@@ -123,8 +117,7 @@ class TaylorImportanceCallback(Callback):
             raise ConfigError(
                 f"--importance.stop_when_settled {stop_when_settled} is a share in (0, 1], and needs look_every."
             )
-        self.look_every, self.stop_when_settled = look_every, stop_when_settled
-        self.budget = Budget(
+        budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,
             intermediate_size=intermediate_size,
@@ -133,10 +126,20 @@ class TaylorImportanceCallback(Callback):
             allocated=allocation is not None and allocation.own_budget,
         )
         check_units(units)
-        self.units, self.allocation = tuple(units), allocation
-        self.criterion = criterion or ActivationTaylor()
-        self.objective, self.compensation, self.recovery = objective, compensation, recovery
-        self.calibration_batches, self.exact, self.checkpoint_every = calibration_batches, exact, checkpoint_every
+        self.options = PruningOptions(
+            budget=budget,
+            units=tuple(units),
+            allocation=allocation,
+            criterion=criterion or ActivationTaylor(),
+            objective=objective,
+            distillation=distillation,
+            compensation=compensation,
+            calibration_batches=calibration_batches,
+            exact=exact,
+            look_every=look_every,
+            stop_when_settled=stop_when_settled,
+        )
+        self.recovery, self.checkpoint_every = recovery, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
         self.convergence: list[tuple[int, float]] = []
@@ -147,7 +150,7 @@ class TaylorImportanceCallback(Callback):
         self._target: Target | None = None
         self._tap: CheckpointTap | None = None
         self._phase: Phase = "training"
-        self._calibration: Calibration | None = None
+        self._planner: Planner | None = None
         self._record: Record | None = None
         self._loaded: dict[str, Any] = {}
 
@@ -165,7 +168,7 @@ class TaylorImportanceCallback(Callback):
         target = self._find(module)
         if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
             return self.resolved
-        self.resolved = target.resolve(self.budget, self.allocation) if target.known else None
+        self.resolved = target.resolve(self.options.budget, self.options.allocation) if target.known else None
         return self.resolved
 
     def check_stock(self, module: LightningModule) -> None:
@@ -179,8 +182,10 @@ class TaylorImportanceCallback(Callback):
             target.check_stock(resolved)
 
     def _find(self, module: LightningModule) -> Target:
-        target = find_target(module, objective=self.objective, model=self.model, neurons=self.neurons)
-        target.units = self.units
+        options = self.options
+        objective = options.target_objective(described=bool(self.neurons))
+        target = find_target(module, objective=objective, model=self.model, neurons=self.neurons)
+        target.units = options.units
         return target
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -188,13 +193,7 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
-            check_strategy(trainer, self._target, self.compensation or self.criterion)
-            check_layerwise(self._target, self.criterion, self.compensation, self.allocation)
-            if self._target.plan is None and (self.compensation or not isinstance(self.criterion, WeightCriterion)):
-                check_source(trainer, limit=self.calibration_batches)
-            if self.stop_when_settled is not None and self.look_every and self.look_every % trainer.world_size:
-                number = trainer.world_size
-                raise ConfigError(f"--importance.look_every {self.look_every} is not a multiple of {number} processes.")
+            self._check_around(trainer, self._target)
             self.check(pl_module)
             if isinstance(trainer.strategy, ModelParallelStrategy):  # shards are made anew by the stock class
                 self.check_stock(pl_module)
@@ -208,6 +207,18 @@ class TaylorImportanceCallback(Callback):
                     TrainerFn.FITTING, path, model_provided=True, model_connected=True
                 )
             self._record = Record.of(read_metadata(path)) if path else None
+
+    def _check_around(self, trainer: Trainer, target: Target) -> None:
+        options = self.options
+        check_strategy(trainer, target, options.compensation or options.criterion)
+        check_layerwise(target, options.criterion, options.compensation, options.allocation)
+        if options.distillation is not None:
+            check_stages(target, options.distillation, options.budget, options.allocation)
+        if target.plan is None and options.calibrates:
+            check_source(trainer, limit=options.calibration_batches)
+        every, number = options.look_every, trainer.world_size
+        if options.stop_when_settled is not None and every and every % number:
+            raise ConfigError(f"--importance.look_every {every} is not a multiple of {number} processes.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps count of epochs across resumes."""
@@ -240,13 +251,13 @@ class TaylorImportanceCallback(Callback):
         if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
             self._replay(trainer, self._record)
             self._set_up_again(trainer)
-        resolved = self.resolved or target.resolve(self.budget, self.allocation)
+        resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
         self.resolved = resolved
         if target.plan is not None:
             made = target.plan.provenance["budget"]["asked"]
             if made != resolved.asked:
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
-            _say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
+            say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
             return
         seed = self._record.seed if self._record else torch.initial_seed() % 2**32
         target.start(trainer.strategy.broadcast(seed))
@@ -259,10 +270,22 @@ class TaylorImportanceCallback(Callback):
     def _prune(self, trainer: Trainer, module: LightningModule, target: Target, resolved: ResolvedBudget) -> None:
         for listener in listeners(trainer):
             listener.on_pruning_start(trainer, module)
-        _say(trainer, resolved.describe())
+        say(trainer, resolved.describe())
         groups = target.groups(target.model)
-        plan = self._plan(trainer, target, groups, resolved)
-        resolved = self.resolved or resolved  # with scores
+        record = self._record
+        self._planner = planner = Planner(
+            trainer,
+            target,
+            self.options,
+            saved=record.calibration if record is not None else None,
+            save=lambda: self._save_progress(trainer),
+            save_every=self.checkpoint_every,
+        )
+        try:
+            plan, resolved = planner.plan(groups, resolved)
+        finally:
+            self._planner = None
+        self.importance, self.convergence, self.resolved = planner.importance, planner.convergence, resolved
         if self._loaded:
             cut_restored_optimizers(self._loaded, target, plan, keep=self.recovery is None)
         target.apply_plan(plan)
@@ -273,131 +296,6 @@ class TaylorImportanceCallback(Callback):
         if self.recovery is not None:
             target.add_lora(self.recovery)
         average_anew(trainer, module)
-
-    def _plan(
-        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
-    ) -> PruningPlan:
-        calibration = self._score(trainer, target, groups, resolved)
-        resolved = self._settle(trainer, target, resolved)
-        keep = kept_units(self.importance, groups, resolved) if self.importance else None
-        if keep is None or self.compensation is not None:
-            found = self._layerwise(trainer, target, groups, resolved, keep)
-            keep = found.keep
-        plan = PruningPlan(
-            model_class=class_name(target.model),
-            groups=groups,
-            keep=keep,
-            config=target.config_keys(keep),
-            provenance={
-                "budget": resolved.to_dict(),
-                "units": list(self.units),
-                "allocation": self.allocation.describe() if self.allocation else None,
-                "criterion": self.criterion.describe(),
-                "objective": target.objective_name if calibration else None,
-                "model": target.describe(),
-                "calibration": calibration,
-                "compensation": self.compensation.describe() if self.compensation else None,
-                "recovery": {"data": data_summary(trainer, "recovery")},
-                "versions": versions(),
-            },
-        )
-        shared: PruningPlan = trainer.strategy.broadcast(plan)
-        return shared
-
-    def _settle(self, trainer: Trainer, target: Target, resolved: ResolvedBudget) -> ResolvedBudget:
-        """Returns the budget as the scores decide it, where it waited for them."""
-        if resolved.provisional:
-            resolved = target.resolve(self.budget, self.allocation, self.importance)
-            _say(trainer, resolved.describe())
-            self.resolved = resolved
-        return resolved
-
-    def _score(
-        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
-    ) -> dict[str, Any] | None:
-        """Sets ``importance``; returns what is told about the calibration, None when no gradient was needed.
-
-        Importance is empty where units are chosen layer by layer.
-        """
-        self.importance = {}
-        if isinstance(self.criterion, LayerwiseCriterion):
-            return None
-        scored = scored_groups(target.model, groups)
-        if isinstance(self.criterion, WeightCriterion):
-            self.importance = with_blocks(weight_scores(target.model, scored, self.criterion), groups, scored)
-            return None
-        start = time.perf_counter()
-        calibration = self._calibrate(trainer, target, scored, resolved)
-        accumulator = calibration.accumulator
-        by_unit = accumulator.scores()
-        self.importance = with_blocks(by_unit, groups, scored)
-        self.convergence = calibration.history.convergence(by_unit)
-        totals = accumulator.totals()
-        seconds = time.perf_counter() - start
-        early = "; the kept units had settled" if calibration.stopped else ""
-        _say(trainer, f"Calibrated on {totals.num_tokens:,} tokens in {seconds:.1f} s{early}.")
-        return {
-            "sequences": totals.num_sequences,
-            "tokens": totals.num_tokens,
-            "mean_objective_nats": accumulator.mean_objective(),
-            "exact": self.exact,
-            "settled": calibration.stopped,
-            "convergence": self.convergence,
-            "data": data_summary(trainer, "calibration"),
-        }
-
-    def _layerwise(
-        self,
-        trainer: Trainer,
-        target: Target,
-        groups: tuple[Group, ...],
-        resolved: ResolvedBudget,
-        keep: dict[str, tuple[int, ...]] | None,
-    ) -> LayerwiseResult:
-        """Chooses units that were not chosen yet, and fits the weights that read them."""
-        start = time.perf_counter()
-        found = run_layerwise(
-            trainer,
-            target,
-            groups,
-            dict(zip((group.name for group in groups), resolved.widths, strict=True)),
-            keep=keep,
-            criterion=self.criterion if isinstance(self.criterion, LayerwiseCriterion) else None,
-            compensation=self.compensation,
-            limit=self.calibration_batches,
-            seed=target.record("calibrating", None).seed,
-        )
-        self.importance = self.importance or found.scores
-        lost = sum(found.errors.values()) / len(found.errors)
-        seconds = time.perf_counter() - start
-        _say(trainer, f"Went through the layers in {seconds:.1f} s; mean output error {lost:.1%}.")
-        return found
-
-    def _calibrate(
-        self, trainer: Trainer, target: Target, groups: tuple[Group, ...], resolved: ResolvedBudget
-    ) -> Calibration:
-        assert isinstance(self.criterion, GradientCriterion)
-        calibration = Calibration(
-            trainer,
-            target,
-            groups,
-            self.criterion,
-            limit=self.calibration_batches,
-            exact=self.exact,
-            seed=target.record("calibrating", None).seed,
-            widths=final_units(target, self.budget, self.allocation) if resolved.kinds else resolved.widths,
-            look_every=self.look_every,
-            stop_at=self.stop_when_settled,
-        )
-        if self._record is not None and self._record.calibration is not None:
-            calibration.load(self._record.calibration)
-            _say(trainer, f"Resumed calibration after {self._record.calibration['position']} sequences.")
-        self._phase, self._calibration = "calibrating", calibration
-        try:
-            calibration.run(every=self.checkpoint_every, save=lambda: self._save_progress(trainer))
-        finally:
-            self._phase, self._calibration = "training", None
-        return calibration
 
     def _set_up_again(self, trainer: Trainer) -> None:
         """Wraps the model as it is now, and builds optimizers and schedulers for it."""
@@ -419,9 +317,11 @@ class TaylorImportanceCallback(Callback):
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Adds the pruning state to a checkpoint that is about to be written."""
         assert self._target is not None
-        state = self._calibration.state() if self._calibration is not None else None
-        checkpoint[KEY] = self._target.record(self._phase, state).to_dict()
-        if self._phase == "training":
+        calibration = self._planner.calibration if self._planner is not None else None
+        phase: Phase = "calibrating" if calibration is not None else self._phase
+        state = calibration.state() if calibration is not None else None
+        checkpoint[KEY] = self._target.record(phase, state).to_dict()
+        if phase == "training":
             return
         # training has not begun: what a dense checkpoint brought along waits to be restored, else there is nothing yet
         checkpoint.pop("loops", None)
@@ -433,7 +333,7 @@ class TaylorImportanceCallback(Callback):
         states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         if (
-            self._target.reloads_weights and self.compensation is None
+            self._target.reloads_weights and self.options.compensation is None
         ):  # they follow from the dense weights, the plan and the seed
             checkpoint["state_dict"] = {}
 
@@ -455,18 +355,3 @@ def _progress_path(trainer: Trainer) -> Path | None:
     if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
         return None
     return Path(callback.dirpath) / PROGRESS_CHECKPOINT
-
-
-def _say(trainer: Trainer, text: str) -> None:
-    if trainer.is_global_zero:
-        _log.info(text)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
-    return {
-        "hfprune": __version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "transformers": transformers.__version__,
-    }

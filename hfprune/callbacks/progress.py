@@ -5,20 +5,20 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Advance = Callable[[int, float, float | None], None]
-"""Called after each batch with its number of tokens, the objective so far (nats per token), and the share of the kept
-units that the last look found unchanged."""
+Advance = Callable[[int, float | None, float | None], None]
+"""Called after each batch with its number of tokens, the objective so far (nats per token; None without one), and the
+share of the kept units that the last look found unchanged."""
 
 
 @contextmanager
-def calibration_progress(total: int | None, *, objective: str, enabled: bool) -> Iterator[Advance]:
+def calibration_progress(total: int | None, *, objective: str | None, enabled: bool) -> Iterator[Advance]:
     """Shows batches done, tokens/s, time left, the objective so far and how settled the kept units are.
 
     Yields the function that advances it.
 
     Args:
         total: Number of batches, None when unknown.
-        objective: Name shown beside its value.
+        objective: Name shown beside its value; None without one.
         enabled: False shows nothing.
     """
     columns = (
@@ -33,13 +33,14 @@ def calibration_progress(total: int | None, *, objective: str, enabled: bool) ->
         task = progress.add_task("calibration", total=total, rate="", running="")
         tokens = 0
 
-        def advance(num_tokens: int, running: float, stability: float | None) -> None:
+        def advance(num_tokens: int, running: float | None, stability: float | None) -> None:
             nonlocal tokens
             tokens += num_tokens
             elapsed = progress.tasks[0].elapsed or 0.0
             rate = f"{tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-            kept = "" if stability is None else f", {stability:.1%} of the kept units stable"
-            progress.update(task, advance=1, rate=rate, running=f"{objective} {running:.3f} nats{kept}")
+            parts = [] if running is None else [f"{objective} {running:.3f} nats"]
+            parts += [] if stability is None else [f"{stability:.1%} of the kept units stable"]
+            progress.update(task, advance=1, rate=rate, running=", ".join(parts))
 
         yield advance
 

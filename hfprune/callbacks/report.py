@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hfprune.arch import parameter_count
 from hfprune.callbacks.events import PruningEvents
-from hfprune.callbacks.importance import TaylorImportanceCallback, versions
+from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.planner import versions
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.samples import continuations

@@ -19,7 +19,7 @@ from hfprune.arch import (
     unit_cost,
 )
 from hfprune.calibration import ObjectiveSum
-from hfprune.causal import as_batch, is_packed, sequences
+from hfprune.causal import as_batch, is_packed, run_backbone, sequences, token_counts
 from hfprune.checkpoints import Phase, Record
 from hfprune.errors import ConfigError
 from hfprune.modules.causal_lm import PruningModule
@@ -63,6 +63,14 @@ class Target(ABC):
     @abstractmethod
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
         """Returns the objective of one calibration item."""
+
+    @abstractmethod
+    def forward(self, item: Any, index: int) -> None:
+        """Runs the model on one calibration item for what hooks see: no gradients, and no output head if possible."""
+
+    def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
+        """Returns the tokens [B] that count in each sequence of an item without objective, and its padding [B, T]."""
+        return token_counts(item)
 
     @abstractmethod
     def apply_plan(self, plan: PruningPlan) -> None:
@@ -204,6 +212,10 @@ class ModuleTarget(Target):
         """Runs the module's ``calibration_step``."""
         found: ObjectiveSum = self.module.calibration_step(item, index, self.objective)
         return found
+
+    def forward(self, item: Any, index: int) -> None:
+        """Runs the model without its head."""
+        self.module.run(run_backbone, self.module.causal_lm, item)
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""

@@ -1,33 +1,14 @@
-"""Which groups are scored for the units that may go, and what their scores say of whole layers."""
+"""Which units would be left, were the scores known so far the last ones."""
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune.allocation import Allocation, kept_units
 from hfprune.allocation.history import Select
-from hfprune.arch import find_groups
 from hfprune.callbacks.target import Target
-from hfprune.criteria import block_scores
-from hfprune.types import Budget, Group
-
-
-def scored_groups(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """Returns the groups to score: those with slices; for whole layers, everything in them."""
-    if all(group.slices for group in groups):
-        return groups
-    return find_groups(model, ("mlp", "heads"))
-
-
-def with_blocks(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
-    """Returns the scores of ``groups``, those of whole layers added up from what is in them.
-
-    Args:
-        scores: Scores of ``scored``.
-        groups: The groups that may lose units.
-        scored: The groups that were scored.
-    """
-    return {group.name: scores[group.name] if group.slices else block_scores(scores, scored, group) for group in groups}
+from hfprune.criteria import scored_groups, with_blocks
+from hfprune.types import Budget
 
 
 def final_units(target: Target, budget: Budget, allocation: Allocation | None) -> Select:

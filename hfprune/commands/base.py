@@ -1,6 +1,7 @@
 """What every command's parser has, and errors in one line."""
 
 import difflib
+import inspect
 import re
 from typing import Any
 
@@ -69,6 +70,13 @@ def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     if value is None:
         return text
     kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
-    kinds_of = [c for kind in Criterion.__subclasses__() for c in kind.__subclasses__()]
-    expected = [c.__name__ for c in kinds_of] if kinds == ["Criterion"] else kinds
+    expected = sorted(_concrete(Criterion)) if kinds == ["Criterion"] else kinds
     return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
+
+
+def _concrete(kind: type[Any]) -> set[str]:
+    """Returns the names of all classes below ``kind`` that objects can be made of."""
+    found: set[str] = set()
+    for c in kind.__subclasses__():
+        found |= _concrete(c)
+    return found if inspect.isabstract(kind) else found | {kind.__name__}

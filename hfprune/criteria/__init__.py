@@ -1,33 +1,63 @@
 """How weights, gradients and activations become scores of units, one file per criterion."""
 
+from hfprune.criteria.activation_norm import ActivationNorm
 from hfprune.criteria.activation_taylor import ActivationTaylor
 from hfprune.criteria.base import (
+    Activation,
+    ActivationCriterion,
     BatchInfo,
+    CalibratedCriterion,
     Criterion,
     GradientCriterion,
     LayerwiseCriterion,
     Signal,
+    Sums,
     Totals,
     WeightCriterion,
+    resolve_objective,
 )
-from hfprune.criteria.blocks import block_scores
+from hfprune.criteria.blocks import block_scores, scored_groups, with_blocks
+from hfprune.criteria.coupled_taylor import CoupledTaylor
+from hfprune.criteria.fisher import Fisher
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
 from hfprune.criteria.reconstruction import Reconstruction
+from hfprune.criteria.slimllm_channels import SlimLLMChannels
+from hfprune.criteria.slimllm_heads import SlimLLMHeads
+from hfprune.criteria.stages import SelfDistillation
+from hfprune.criteria.vector_taylor import VectorTaylor
+from hfprune.criteria.wanda import WandaStructured
+from hfprune.criteria.weight_range import WeightRange
 from hfprune.criteria.weight_taylor import WeightTaylor
 
 __all__ = [
+    "Activation",
+    "ActivationCriterion",
+    "ActivationNorm",
     "ActivationTaylor",
     "BatchInfo",
+    "CalibratedCriterion",
+    "CoupledTaylor",
     "Criterion",
+    "Fisher",
     "GradientCriterion",
     "LayerwiseCriterion",
     "Magnitude",
     "Random",
     "Reconstruction",
+    "SelfDistillation",
     "Signal",
+    "SlimLLMChannels",
+    "SlimLLMHeads",
+    "Sums",
     "Totals",
+    "VectorTaylor",
+    "WandaStructured",
     "WeightCriterion",
+    "WeightRange",
     "WeightTaylor",
     "block_scores",
+    "resolve_objective",
+    "scored_groups",
+    "with_blocks",
 ]

@@ -1,11 +1,23 @@
 """First-order Taylor scores from activations: no weight gradient is needed (methods section 9, identity 2)."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import BatchInfo, GradientCriterion, Signal, Totals, Weighting
+from hfprune.criteria.base import (
+    UNITS,
+    BatchInfo,
+    GradientCriterion,
+    LargeSums,
+    Rows,
+    Signal,
+    Sums,
+    Weighting,
+    check_weighting,
+)
+from hfprune.criteria.channels import unit_products
 from hfprune.errors import ConfigError
 from hfprune.sums import Bfloat16Sum, UnitSum
 from hfprune.types import Group, Slice
@@ -34,8 +46,6 @@ class ActivationTaylor(GradientCriterion):
         ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
     """
 
-    signal: ClassVar[Literal["activation", "weight"]] = "activation"
-
     def __init__(
         self,
         *,
@@ -45,56 +55,46 @@ class ActivationTaylor(GradientCriterion):
     ) -> None:
         if reduction not in ("per_token", "per_sequence", "signed"):
             raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence, signed.")
-        if weighting not in ("token", "sequence"):
-            raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
+        check_weighting(weighting)
         if compat not in (None, "official"):
             raise ConfigError(f"Unknown compat '{compat}'. Known: official.")
         if compat and reduction != "per_token":
             raise ConfigError(f"compat='official' exists for reduction='per_token' only, not '{reduction}'.")
         self.reduction, self.weighting, self.compat = reduction, weighting, compat
 
-    def new_sum(self, num_units: int, device: torch.device) -> UnitSum:
-        """Returns the empty sum; ``compat="official"`` rounds it to bfloat16 after every sequence."""
-        return Bfloat16Sum(num_units, device=device) if self.compat else super().new_sum(num_units, device)
+    def reads(self, part: Slice) -> Literal["input"] | None:
+        """Returns the consumers' inputs, where a unit's activation can be read."""
+        return "input" if part.side == "in" else None
 
-    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
+    def new_sum(self, length: int, device: torch.device) -> UnitSum:
+        """Returns the empty sum; ``compat="official"`` rounds it to bfloat16 after every sequence."""
+        return Bfloat16Sum(length, device=device) if self.compat else super().new_sum(length, device)
+
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
         """Returns the products of every sequence, reduced over its tokens, [B, U]."""
+        ((part, signal),) = signals.items()
         if self.compat:
-            return self._official_rows(group, part, signal, batch)
-        product = _unit_products(signal.input, signal.grad, group, part, batch)
+            return {UNITS: self._official_rows(group, part, signal, batch)}
+        product = unit_products(batch.wide(signal.input), batch.wide(signal.grad), group, part, batch)
         if self.reduction == "per_token":
             product = product.abs_()
         by_sequence = product.sum(dim=1).to(torch.float64)
         if self.reduction == "per_sequence":
             by_sequence = by_sequence.abs_()
-        return by_sequence.mul_(batch.weights(self.weighting).to(by_sequence.device)[:, None])
+        return {UNITS: by_sequence.mul_(batch.weights(self.weighting).to(by_sequence.device)[:, None])}
 
     def _official_rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
         """The mean objective's gradient of every sequence, every number rounded to bfloat16."""
         counts = batch.num_tokens.clamp(min=1).to(signal.grad.device, signal.grad.dtype)
         grad = batch.by_sequence(signal.grad) / counts[:, None, None]
-        product = _unit_products(signal.input.bfloat16(), grad.bfloat16(), group, part, batch, exact=False)
-        return product.abs_().sum(dim=1)
+        value = batch.by_sequence(signal.input)
+        return unit_products(value.bfloat16(), grad.bfloat16(), group, part, batch).abs_().sum(dim=1)
 
-    def score(self, total: Tensor, totals: Totals) -> Tensor:
+    def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns |sum| / count; the absolute value matters for ``signed`` only."""
-        return total.abs() / totals.divisor(self.weighting)
+        return sums.rows[UNITS].abs() / sums.totals.divisor(self.weighting)
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
         text = {"name": "activation_taylor", "reduction": self.reduction, "weighting": self.weighting}
         return text | ({"compat": self.compat} if self.compat else {})
-
-
-def _unit_products(
-    value: Tensor, grad: Tensor, group: Group, part: Slice, batch: BatchInfo, *, exact: bool = True
-) -> Tensor:
-    """Returns the sum over a unit's channels of value * grad, [B, T, U], in float32 or wider when ``exact``."""
-    value, grad = batch.by_sequence(value), batch.by_sequence(grad)
-    if exact and value.dtype != torch.float64:
-        value, grad = value.float(), grad.float()
-    channels = slice(part.offset, part.offset + group.num_units * part.width)
-    product = value[..., channels] * grad[..., channels]
-    if batch.padding is not None:
-        product = product.masked_fill_(batch.padding.unsqueeze(-1), 0.0)  # the gradient is 0 there; guards inf * 0
-    return product if part.width == 1 else product.unflatten(-1, (group.num_units, part.width)).sum(-1)

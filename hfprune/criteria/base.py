@@ -3,23 +3,42 @@
 So scores do not depend on how sequences are batched, and ranks are combined by adding their sums; whatever is not
 additive (an absolute value, a division) happens in ``score``, once.
 
-Shape legend: B sequences, T tokens, C channels, U units.
+Shape legend: B sequences, T tokens, C channels, U units, S sums that a criterion keeps of one group.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from hfprune.errors import ConfigError
 from hfprune.moments import Moments
 from hfprune.sums import ExactSum, UnitSum
 from hfprune.types import Group, Slice
 
 Weighting = Literal["token", "sequence"]
 """``token``: every token counts the same. ``sequence``: every sequence does (the paper's mean over its tokens)."""
+
+Shape = tuple[int, int]
+"""[out, in] of a projection's weight."""
+
+UNITS = "units"
+"""Name of the rows of criteria that add one number per unit."""
+
+Rows = dict[str, Tensor]
+"""What one batch adds to a group's sums: name -> [B, S] float64, one row per sequence."""
+
+LargeSums = dict[str, Tensor]
+"""Large float64 sums of one group, by name."""
+
+
+def check_weighting(weighting: str) -> None:
+    """Raises ``ConfigError`` unless ``weighting`` is one."""
+    if weighting not in ("token", "sequence"):
+        raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +47,7 @@ class BatchInfo:
 
     Attributes:
         num_sequences: B.
-        num_tokens: [B], tokens that the objective counted in each sequence.
+        num_tokens: [B], tokens that count in each sequence.
         padding: [B, T] boolean, True at padding; None when there is none.
     """
 
@@ -39,6 +58,14 @@ class BatchInfo:
     def by_sequence(self, signal: Tensor) -> Tensor:
         """Returns ``signal`` as [B, T, C], also where a model flattens its batch to [B * T, C] (OPT)."""
         return signal.reshape(self.num_sequences, -1, signal.shape[-1])
+
+    def wide(self, signal: Tensor, *, zero_padding: bool = False) -> Tensor:
+        """Returns ``signal`` as [B, T, C] in float32 or wider, with zeros at padding where asked."""
+        found = self.by_sequence(signal)
+        found = found if found.dtype == torch.float64 else found.float()
+        return (
+            found.masked_fill(self.padding.unsqueeze(-1), 0.0) if zero_padding and self.padding is not None else found
+        )
 
     def weights(self, weighting: Weighting) -> Tensor:
         """Returns the weight [B] of each sequence's token sum, float64."""
@@ -52,13 +79,30 @@ class Signal:
 
     Attributes:
         input: Input of the projection, [B, T, in] or [B * T, in].
-        grad: Gradient at the projection's input (``activation`` criteria) or output (``weight`` criteria).
+        output: Its output, [B, T, out] or [B * T, out], of a slice on the output side that is read there.
+        grad: Gradient at the projection's input or output, as the criterion ``reads`` it.
         weight: The projection's weight as [out, in].
+        bias: Its bias [out], or None.
     """
 
     input: Tensor
+    output: Tensor | None = None
     grad: Tensor
     weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """What was recorded at one projection during one forward pass.
+
+    Attributes:
+        input: Input of the projection, [B, T, in] or [B * T, in].
+        output: Its output, [B, T, out] or [B * T, out].
+    """
+
+    input: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +115,23 @@ class Totals:
     def divisor(self, weighting: Weighting) -> int:
         """Returns what a sum is divided by, once, at the end."""
         return self.num_tokens if weighting == "token" else self.num_sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What was accumulated of one group over all batches and ranks.
+
+    Attributes:
+        rows: The sums [S] of all rows by name, float64.
+        moments: Large sums, float64.
+        totals: How much was accumulated.
+        weights: Returns the weight [out, in] of each of the group's slices; every rank of a sharded model must ask.
+    """
+
+    rows: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    totals: Totals
+    weights: Callable[[], Sequence[Tensor]]
 
 
 class Criterion(ABC):
@@ -94,27 +155,63 @@ class WeightCriterion(Criterion):
         """
 
 
-class GradientCriterion(Criterion):
-    """Scores from activations or weights and the objective's gradients, summed over the calibration set.
+class CalibratedCriterion(Criterion):
+    """Scores from what the calibration data bring, summed.
 
-    Attributes:
-        signal: ``activation`` reads the gradient at the input of the group's ``in`` slices; ``weight`` reads the input
-            and the output gradient of every projection of the group, from which weight gradients follow per sequence.
+    Rows are added exactly, whatever the order and the number of processes. Moments (second moments, sums with the shape
+    of a weight) would be too large for that: they are added in float64, and agree to rounding.
     """
 
-    signal: ClassVar[Literal["activation", "weight"]]
+    def check(self, group: Group, shapes: Sequence[Shape]) -> None:
+        """Raises ``ConfigError`` where the criterion cannot score the group's units.
 
-    def new_sum(self, num_units: int, device: torch.device) -> UnitSum:
+        Args:
+            group: The group.
+            shapes: [out, in] of each of its slices' projections.
+        """
+
+    def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
+        """Returns the lengths S of the group's rows by name: one number per unit unless a criterion says otherwise."""
+        return {UNITS: group.num_units}
+
+    def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the moments by name: none unless a criterion says otherwise."""
+        return {}
+
+    def new_sum(self, length: int, device: torch.device) -> UnitSum:
         """Returns the empty sum that rows are added to: exact unless a criterion says otherwise."""
-        return ExactSum(num_units, device=device)
+        return ExactSum(length, device=device)
 
     @abstractmethod
-    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
-        """Returns what one slice of one batch adds: [B, U], one row per sequence, float64."""
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns the importance [U] float64, >= 0."""
+
+
+class GradientCriterion(CalibratedCriterion):
+    """Scores from activations or weights and an objective's gradients.
+
+    Attributes:
+        objectives: The objectives that the scores make sense with, the default first; None: with any.
+        joint: Whether ``rows`` needs the signals of all of a group's slices together.
+    """
+
+    objectives: ClassVar[tuple[str, ...] | None] = None
+    joint: bool = False
 
     @abstractmethod
-    def score(self, total: Tensor, totals: Totals) -> Tensor:
-        """Returns the importance [U] float64, >= 0, of rows that were summed over all batches and ranks."""
+    def reads(self, part: Slice) -> Literal["input", "output"] | None:
+        """Returns at which end of a slice's projection the gradient is read; None where the slice is not read."""
+
+    @abstractmethod
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns what one batch's signals add.
+
+        Args:
+            group: The group.
+            signals: The signal of one slice, or, for ``joint`` criteria, of every slice that is read.
+            batch: The batch.
+            moments: To be added to, in place.
+        """
 
 
 class LayerwiseCriterion(Criterion):
@@ -130,3 +227,46 @@ class LayerwiseCriterion(Criterion):
             moments: Of that projection's inputs, unit j owning inputs j * w up to (j + 1) * w.
             width: Units that stay.
         """
+
+
+class ActivationCriterion(CalibratedCriterion):
+    """Scores from activations alone: a forward pass without output head, objective or backward pass.
+
+    Every real token counts.
+    """
+
+    @abstractmethod
+    def reads(self, part: Slice) -> bool:
+        """Returns whether the criterion reads the activations of a slice's projection."""
+
+    @abstractmethod
+    def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns what the activations of one slice of one batch add.
+
+        Args:
+            group: The group.
+            part: The slice.
+            seen: The activations of its projection.
+            batch: The batch.
+            moments: To be added to, in place.
+        """
+
+
+def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:
+    """Returns the name of the objective to differentiate: the one asked for, or the criterion's own; None: any will do.
+
+    Raises:
+        ConfigError: The criterion takes no objective, or not this one.
+    """
+    name = type(criterion).__name__
+    if isinstance(criterion, GradientCriterion):
+        known = criterion.objectives
+        if known is None or asked in known:
+            return asked
+        if asked is None:
+            return known[0]
+        raise ConfigError(f"{name} goes with the objective {' or '.join(known)}, not with '{asked}'.")
+    if asked is None:
+        return None
+    why = "reads weights alone" if isinstance(criterion, WeightCriterion) else "reads activations of a forward pass"
+    raise ConfigError(f"{name} {why}: it takes no objective, but '{asked}' was given.")

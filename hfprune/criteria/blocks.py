@@ -1,10 +1,11 @@
-"""Scores of whole layers from the scores of what is in them."""
+"""Which groups are scored for the units that may go, and what their scores say of whole layers."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hfprune.arch import find_groups
 from hfprune.types import Group
 
 
@@ -23,3 +24,21 @@ def block_scores(scores: Mapping[str, Tensor], parts: Sequence[Group], block: Gr
         if group.layer is not None:
             total[group.layer] += scores[group.name].double().sum().cpu()
     return total
+
+
+def scored_groups(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Returns the groups to score: those with slices; for whole layers, everything in them."""
+    if all(group.slices for group in groups):
+        return groups
+    return find_groups(model, ("mlp", "heads"))
+
+
+def with_blocks(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
+    """Returns the scores of ``groups``, those of whole layers added up from what is in them.
+
+    Args:
+        scores: Scores of ``scored``.
+        groups: The groups that may lose units.
+        scored: The groups that were scored.
+    """
+    return {group.name: scores[group.name] if group.slices else block_scores(scores, scored, group) for group in groups}

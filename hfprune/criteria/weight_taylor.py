@@ -1,55 +1,150 @@
-"""First-order Taylor scores from weights, elementwise (LLM-Pruner's ``param_first`` at batch size 1)."""
+"""Elementwise Taylor scores from weights: LLM-Pruner's ``param_first``, ``param_second`` and ``param_mix``."""
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import BatchInfo, GradientCriterion, Signal, Totals, Weighting
+from hfprune.criteria.base import (
+    BatchInfo,
+    GradientCriterion,
+    LargeSums,
+    Rows,
+    Shape,
+    Signal,
+    Sums,
+    Weighting,
+    check_weighting,
+)
+from hfprune.criteria.channels import (
+    MatrixReduction,
+    channel_counts,
+    check_foldable,
+    check_matrix_reduction,
+    reduce_matrices,
+    slice_name,
+    slice_names,
+)
+from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
 from hfprune.errors import ConfigError
 from hfprune.types import Group, Slice
 
+Salience = Literal["param_first", "param_second", "param_mix"]
+
 
 class WeightTaylor(GradientCriterion):
-    """sum_n sum |w * dw_n| over every weight that a unit owns, dw_n the gradient of sequence n's objective.
+    """The absolute Taylor terms of every weight of a unit, summed (LLM-Pruner, Eq. 3 to 5).
 
-    The absolute value is taken per weight and per sequence: with a larger batch it would depend on the batch size
-    so gradients are formed sequence by sequence from each projection's input and output gradient. No ``weight.grad`` is
-    ever allocated. Biases are not scored, as in the published code.
+    With w a weight and g_n the gradient of sequence n's mean objective, <.> the mean over sequences:
+
+    - ``param_first``: sum_w <abs(w g_n)>, or sum_w abs(w <g_n>) with ``gradient="dataset"``;
+    - ``param_second``: sum_w w^2 <g_n^2>, the diagonal of the empirical Fisher matrix in place of the Hessian;
+    - ``param_mix``: sum_w <abs(w g_n - w^2 g_n^2 / 2)>, or sum_w abs(w <g_n> - w^2 <g_n^2> / 2).
+
+    The published first-order gradient is that of one batch of 10 sequences, so it depends on the batch size: abs after
+    the batch sum. ``gradient="sequence"`` takes the absolute value sequence by sequence (batch size 1), ``"dataset"``
+    after all of the calibration set, which is one published batch. Neither depends on how sequences are batched here.
+    Biases are not scored, as in the published code. No ``weight.grad`` is ever allocated.
 
     Args:
-        weighting: ``token`` or ``sequence`` (each sequence's mean objective, the published normalisation).
+        salience: Which terms.
+        gradient: Where the absolute value is taken: ``sequence`` or ``dataset``. The latter accumulates a float64
+            matrix of every scored weight's shape on the device (8 bytes a weight; two of them for ``param_mix``), and
+            its sums agree between numbers of processes to rounding, not to the last bit. ``param_second`` is additive
+            and knows ``sequence`` only.
+        matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,
+            ``prod``, ``first``, ``second`` or ``last``, in the order of the group's slices (gate, up, down).
+        weighting: ``sequence``: every sequence counts the same, as published; ``token``: by its number of tokens.
+
+    Raises:
+        ConfigError: An unknown value, or ``param_second`` with ``gradient="dataset"``.
     """
 
-    signal: ClassVar[Literal["activation", "weight"]] = "weight"
+    def __init__(
+        self,
+        *,
+        salience: Salience = "param_first",
+        gradient: Literal["sequence", "dataset"] = "sequence",
+        matrices: MatrixReduction = "sum",
+        weighting: Weighting = "sequence",
+    ) -> None:
+        if salience not in ("param_first", "param_second", "param_mix"):
+            raise ConfigError(
+                f"Unknown salience '{salience}'. Known: param_first, param_second, param_mix (vectorize is "
+                "VectorTaylor)."
+            )
+        if gradient not in ("sequence", "dataset"):
+            raise ConfigError(f"Unknown gradient '{gradient}'. Known: sequence, dataset.")
+        if gradient == "dataset" and salience == "param_second":
+            raise ConfigError("param_second squares each sequence's gradient: it goes with gradient='sequence' only.")
+        check_matrix_reduction(matrices)
+        check_weighting(weighting)
+        self.salience, self.gradient, self.matrices, self.weighting = salience, gradient, matrices, weighting
 
-    def __init__(self, *, weighting: Weighting = "sequence") -> None:
-        if weighting not in ("token", "sequence"):
-            raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
-        self.weighting = weighting
+    def check(self, group: Group, shapes: Sequence[Shape]) -> None:
+        """Raises ``ConfigError`` where a unit's channels in its matrices do not correspond."""
+        check_foldable(group)
 
-    def rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
-        """Returns |w * dw_n| of this projection, summed over each unit's channels, for every sequence n: [B, U]."""
-        inputs, grads = batch.by_sequence(signal.input), batch.by_sequence(signal.grad)
-        if inputs.dtype != torch.float64:
-            inputs, grads = inputs.float(), grads.float()
-        if batch.padding is not None:
-            grads = grads.masked_fill(batch.padding.unsqueeze(-1), 0.0)
-        channels = slice(part.offset, part.offset + group.num_units * part.width)
-        weight = signal.weight.detach()[channels] if part.side == "out" else signal.weight.detach()[:, channels]
-        rows = []
-        for x, g in zip(inputs, grads, strict=True):
-            if part.side == "out":
-                by_channel = (g[:, channels].T @ x).mul_(weight).abs_().sum(dim=1)
+    def reads(self, part: Slice) -> Literal["output"]:
+        """Returns the output of every projection: with its input it gives the weight's gradient."""
+        return "output"
+
+    def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
+        """Returns the number of channels of every slice; nothing where only moments are kept."""
+        return {} if self.gradient == "dataset" else channel_counts(group)
+
+    def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
+        """Returns a matrix for every slice's gradient, and one for its square where that is needed."""
+        if self.gradient == "sequence":
+            return {}
+        found = (slice_shape(group, part, shape) for part, shape in zip(group.slices, shapes, strict=True))
+        sized: dict[str, tuple[int, ...]] = dict(zip(slice_names(group), found, strict=True))
+        squares = {f"{name} squared": shape for name, shape in sized.items()} if self.salience == "param_mix" else {}
+        return sized | squares
+
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns the terms of this projection's weights, summed by channel, for every sequence, [B, channels]."""
+        ((part, signal),) = signals.items()
+        # g_n is the mean objective's gradient; sequence n then counts once, or as often as it has tokens
+        means = batch.weights("sequence").tolist()
+        counts = [1.0] * len(means) if self.weighting == "sequence" else batch.num_tokens.tolist()
+        name, rows = slice_name(group, part), []
+        weight = slice_weight(group, part, signal.weight)
+        for grad, mean, count in zip(slice_gradients(group, part, signal, batch), means, counts, strict=True):
+            if self.gradient == "dataset":
+                moments[name].add_(grad, alpha=mean * count)
+                if self.salience == "param_mix":
+                    moments[f"{name} squared"].add_(grad.to(torch.float64).square_(), alpha=mean * mean * count)
             else:
-                by_channel = (g.T @ x[:, channels]).mul_(weight).abs_().sum(dim=0)
-            rows.append(by_channel.to(torch.float64).unflatten(0, (group.num_units, part.width)).sum(1))
-        return torch.stack(rows).mul_(batch.weights(self.weighting).to(rows[0].device)[:, None])
+                rows.append(self._terms(weight, grad, mean).sum(1).to(torch.float64).mul_(count))
+        return {name: torch.stack(rows)} if rows else {}
 
-    def score(self, total: Tensor, totals: Totals) -> Tensor:
-        """Returns sum / count."""
-        return total / totals.divisor(self.weighting)
+    def _terms(self, weight: Tensor, grad: Tensor, mean: float) -> Tensor:
+        """Returns the absolute terms of one sequence, [C, F]; ``grad`` belongs to its summed objective."""
+        product = grad.mul_(weight).mul_(mean)
+        if self.salience == "param_first":
+            return product.abs_()
+        if self.salience == "param_second":
+            return product.square_()
+        return product.sub_(product.square().mul_(0.5)).abs_()
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns the channels' means, reduced over matrices and added up for every unit."""
+        divisor = sums.totals.divisor(self.weighting)
+        if self.gradient == "sequence":
+            by_channel = [sums.rows[name] / divisor for name in slice_names(group)]
+            return reduce_matrices(group, by_channel, self.matrices)
+        by_channel = []
+        for name, part, weight in zip(slice_names(group), group.slices, sums.weights(), strict=True):
+            owned = slice_weight(group, part, weight).to(sums.moments[name])
+            product = owned * sums.moments[name] / divisor
+            if self.salience == "param_mix":
+                product -= 0.5 * owned.square() * sums.moments[f"{name} squared"] / divisor
+            by_channel.append(product.abs_().sum(1))
+        return reduce_matrices(group, by_channel, self.matrices)
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
-        return {"name": "weight_taylor", "reduction": "elementwise", "weighting": self.weighting}
+        settings = {"salience": self.salience, "gradient": self.gradient, "matrices": self.matrices}
+        return {"name": "weight_taylor", **settings, "weighting": self.weighting}

@@ -4,6 +4,8 @@ Shape legend: B batch, T tokens, V vocabulary, D hidden size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -35,14 +37,17 @@ class Objective(ABC):
     """
 
     name: str
+    teacher: Callable[[], AbstractContextManager[None]] | None = None
+    """Makes the model its own teacher while the context lasts; None for objectives that need no teacher."""
 
     @abstractmethod
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None) -> ValueAndGrad:
+    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
         """Returns the value per token and the gradient of their sum.
 
         Args:
             logits: [T, V], float32 or float64; ``-inf`` marks masked-out vocabulary. May be overwritten.
-            targets: [T], int64, or None when the objective needs no labels.
+            targets: [T] or [T, K], int64, or None when the objective needs none.
+            teacher: The teacher's logits [T, V], for objectives that have one. May be overwritten.
         """
 
     @abstractmethod
@@ -55,7 +60,7 @@ class Objective(ABC):
             labels: [B, T] with ``-100`` where not supervised, or None: every real token is its own label.
 
         Returns:
-            Targets [B, T] int64 (None when the objective needs none) and a boolean mask [B, T].
+            Targets [B, T] or [B, T, K] int64 (None when the objective needs none) and a boolean mask [B, T].
         """
 
 

@@ -69,13 +69,15 @@ class Term:
 
     Attributes:
         objective: What to sum.
-        targets: [N] int64, or None when the objective needs none.
+        targets: [N] or [N, K] int64, or None when the objective needs none.
         tokens: [N] boolean, the tokens that count; None for all.
+        teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
     """
 
     objective: Objective
     targets: Tensor | None = None
     tokens: Tensor | None = None
+    teacher: Tensor | None = None
 
     def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns logits and targets of this term's tokens in a chunk."""
@@ -84,6 +86,13 @@ class Term:
             return logits, targets
         chosen = self.tokens[part]
         return logits[chosen], None if targets is None else targets[chosen]
+
+    def teacher_logits(self, part: slice, head: OutputHead) -> Tensor | None:
+        """Returns the teacher's logits of this term's tokens in a chunk."""
+        if self.teacher is None:
+            return None
+        hidden = self.teacher[part]
+        return head.logits(hidden if self.tokens is None else hidden[self.tokens[part]])
 
 
 class _ChunkedObjectives(torch.autograd.Function):
@@ -115,11 +124,12 @@ class _ChunkedObjectives(torch.autograd.Function):
             for index, term in enumerate(terms):
                 last = index == len(terms) - 1
                 rows, targets = term.part(part, logits if last or term.tokens is not None else logits.clone())
-                value, grad = _value_and_grad(head, term.objective, rows, targets, hidden.dtype)
+                teacher = term.teacher_logits(part, head)
+                value, grad = _value_and_grad(head, term.objective, rows, targets, teacher, hidden.dtype)
                 totals[index] += value
                 inputs = hidden[part] if term.tokens is None else hidden[part][term.tokens[part]]
                 _add(saved[3 * index : 3 * index + 3], part, term.tokens, grad, inputs, weight)
-                del rows, grad  # or they would live on beside the next chunk's logits
+                del rows, grad, teacher  # or they would live on beside the next chunk's logits
             del logits
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -150,11 +160,16 @@ class _ChunkedObjectives(torch.autograd.Function):
 
 
 def _value_and_grad(
-    head: OutputHead, objective: Objective, logits: Tensor, targets: Tensor | None, dtype: torch.dtype
+    head: OutputHead,
+    objective: Objective,
+    logits: Tensor,
+    targets: Tensor | None,
+    teacher: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Returns an objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
     saved = logits.clone() if head.softcap is not None else None
-    value, grad = objective.value_and_grad(logits, targets)
+    value, grad = objective.value_and_grad(logits, targets, teacher)
     return value.sum(dtype=torch.float64), head.pull_back(grad, saved).to(dtype)
 
 
@@ -178,6 +193,7 @@ def chunked_objective(
     hidden: Tensor,
     head: OutputHead,
     targets: Tensor | None = None,
+    teacher: Tensor | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
@@ -187,10 +203,11 @@ def chunked_objective(
         objective: What to sum.
         hidden: [N, D], final hidden states of the tokens that count (padding already left out).
         head: The output head.
-        targets: [N] int64, or None when the objective needs none.
+        targets: [N] or [N, K] int64, or None when the objective needs none.
+        teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
         chunk_bytes: Size of one chunk of fp32 logits.
     """
-    (total,) = chunked_objectives([Term(objective, targets)], hidden, head, chunk_bytes=chunk_bytes)
+    (total,) = chunked_objectives([Term(objective, targets, teacher=teacher)], hidden, head, chunk_bytes=chunk_bytes)
     return total
 
 

@@ -27,7 +27,7 @@ class CrossEntropy(Objective):
 
     name = "cross_entropy"
 
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None) -> ValueAndGrad:
+    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
         """See :func:`cross_entropy`."""
         assert targets is not None
         return cross_entropy(logits, targets)

@@ -31,7 +31,7 @@ class Entropy(Objective):
 
     name = "entropy"
 
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None) -> ValueAndGrad:
+    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
         """See :func:`entropy`; ``targets`` is not used."""
         return entropy(logits)
 

@@ -4,7 +4,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hfprune.criteria import ActivationTaylor, Criterion, GradientCriterion, Magnitude, Random
+from hfprune.criteria import (
+    ActivationTaylor,
+    CalibratedCriterion,
+    Criterion,
+    GradientCriterion,
+    Magnitude,
+    Random,
+    SelfDistillation,
+    resolve_objective,
+)
 from hfprune.errors import ConfigError
 from hfprune.objectives import OBJECTIVES
 
@@ -18,24 +27,29 @@ class Method:
     Attributes:
         name: What tables call it; also part of file names.
         criterion: How signals become scores; HFPrune's per-token activation Taylor if not given.
-        objective: What calibration differentiates; None for criteria that need no data.
+        objective: What calibration differentiates; None for the criterion's own, and for criteria that need none.
+        distillation: Two stages of calibration, with the dense model as the teacher.
     """
 
     name: str
     criterion: Criterion | None = None
     objective: str | None = None
+    distillation: SelfDistillation | None = None
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
         if not _NAME.fullmatch(self.name) or self.name == "dense":
             raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
-        needs = isinstance(self.scorer, GradientCriterion)
-        if needs and self.objective is None:
+        try:
+            found = resolve_objective(self.scorer, self.objective)
+            if self.distillation is not None:
+                self.distillation.check(self.scorer, self.objective)
+        except ConfigError as error:
+            raise ConfigError(f"Method '{self.name}': {error}") from error
+        if found is not None:
+            OBJECTIVES.get(found)
+        elif isinstance(self.scorer, GradientCriterion) and self.distillation is None:
             raise ConfigError(f"Method '{self.name}' needs an objective: {', '.join(OBJECTIVES)}.")
-        if not needs and self.objective is not None:
-            raise ConfigError(f"Method '{self.name}' reads weights alone: it takes no objective.")
-        if self.objective is not None:
-            OBJECTIVES.get(self.objective)
 
     @property
     def scorer(self) -> Criterion:
@@ -43,9 +57,19 @@ class Method:
         return self.criterion or ActivationTaylor()
 
     @property
+    def differentiated(self) -> str | None:
+        """The objective of its only stage, None without one."""
+        return None if self.distillation is not None else resolve_objective(self.scorer, self.objective)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its scores come from calibration data."""
+        return isinstance(self.scorer, CalibratedCriterion)
+
+    @property
     def seeded(self) -> bool:
         """Whether its scores depend on the seed: through the data, or through random numbers."""
-        return isinstance(self.scorer, GradientCriterion | Random)
+        return self.calibrated or isinstance(self.scorer, Random)
 
     def with_seed(self, seed: int) -> Criterion:
         """Returns the criterion for one seed."""

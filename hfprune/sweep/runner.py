@@ -33,7 +33,7 @@ from hfprune.plan import PruningPlan
 from hfprune.surgery import apply_plan
 from hfprune.sweep.grid import Cell, SweepGrid
 from hfprune.sweep.results import write_results
-from hfprune.sweep.scoring import seed_scores
+from hfprune.sweep.scoring import distilled_scores, seed_scores
 from hfprune.types import Budget
 
 _log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Sweep:
         self.zero_shot, self.latency = zero_shot, latency
         self.device = device or torch.device("cpu")
         self.budgets = {ratio: self._resolve(ratio) for ratio in grid.pruning_ratios}
+        self._check_stages()
         self.warnings: list[str] = []
         self._references: dict[str, DenseReference] = {}
         self._model_key = ""
@@ -91,6 +92,14 @@ class Sweep:
         budget = Budget(pruning_ratio=ratio, round_to=self.grid.round_to)
         dense = parameter_count(model)
         return resolve(budget, groups, costs, dense_params=dense, hidden_size=model.config.hidden_size)
+
+    def _check_stages(self) -> None:
+        """Raises ``ConfigError`` where a method's first stage would keep fewer units than a budget does."""
+        groups = find_groups(self.module.meta_model())
+        for method in self.grid.methods:
+            if method.distillation is not None:
+                for budget in self.budgets.values():
+                    method.distillation.first_widths(groups, budget.widths)
 
     def run(self) -> dict[str, Any]:
         """Runs what is not there yet; returns the results, which ``table.json`` holds too."""
@@ -165,7 +174,7 @@ class Sweep:
         by_seed: dict[int, TextDataModule],
         known: dict[tuple[str, int | None], ByGroup],
     ) -> ByGroup:
-        """Returns the scores of a cell; those of all gradient criteria of its seed come from one pass."""
+        """Returns the scores of a cell; one pass serves all criteria of its seed that calibrate in one stage."""
         key = (cell.method.name, cell.seed)
         if key in known:
             return known[key]
@@ -174,13 +183,18 @@ class Sweep:
             known[key] = weight_scores(dense, find_groups(dense), criterion)
             return known[key]
         assert cell.seed is not None
-        methods = [method for method in self.grid.methods if method.objective is not None]
-        data = by_seed[cell.seed]
-        parts = {m.name: [m.objective, m.scorer.describe()] for m in methods}
+        data, staged = by_seed[cell.seed], cell.method.distillation is not None
+        methods = [m for m in self.grid.methods if m.calibrated and m.distillation is None]
+        methods = [cell.method] if staged else methods
+        parts = {m.name: [m.differentiated, m.scorer.describe(), str(m.distillation)] for m in methods}
         digest = _digest([self._model_key, data.summary()["calibration"]["sha256"], parts])
-        path = self.out / "scores" / f"seed{cell.seed}.safetensors"
-        start = time.perf_counter()
-        found = seed_scores(dense, methods, iter(data.calibration_dataloader()), path, key=digest, device=self.device)
+        name = f"seed{cell.seed}-{cell.method.name}" if staged else f"seed{cell.seed}"
+        path, start = self.out / "scores" / f"{name}.safetensors", time.perf_counter()
+        make = data.calibration_dataloader
+        if staged:
+            found = distilled_scores(dense, cell.method, make, path, key=digest, device=self.device)
+        else:
+            found = seed_scores(dense, methods, make(), path, key=digest, device=self.device)
         _log.info("Scores of seed %d: %.1f s.", cell.seed, time.perf_counter() - start)
         for name, by_group in found.items():
             known[name, cell.seed] = by_group

@@ -1,6 +1,6 @@
-"""The scores of every gradient criterion for one seed, from one forward pass over its calibration data."""
+"""The scores of every calibrated criterion for one seed, from one forward pass over its calibration data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hfprune.allocation import uniform_keep
 from hfprune.arch import find_groups
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
-from hfprune.causal import objective_sums, sequences
-from hfprune.criteria import GradientCriterion
+from hfprune.causal import objective_sums, run_backbone, sequences, token_counts
+from hfprune.criteria import CalibratedCriterion
 from hfprune.errors import CalibrationError, OutputError
-from hfprune.objectives import OBJECTIVES
+from hfprune.objectives import OBJECTIVES, Objective
+from hfprune.objectives.distillation import Distillation
+from hfprune.recording import UnitMask
 from hfprune.sweep.grid import Method
 
 SAVE_EVERY = 64
@@ -30,18 +33,25 @@ class SharedPass:
 
     Args:
         model: The dense model.
-        methods: Methods with an objective.
+        methods: Methods that calibrate.
         device: Where sequences go.
+        objective: The objective of all of them; each method's own if not given.
     """
 
-    def __init__(self, model: Any, methods: Sequence[Method], *, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, methods: Sequence[Method], *, device: torch.device, objective: Objective | None = None
+    ) -> None:
         self._model, self._methods, self._device = model, tuple(methods), device
         groups = find_groups(model)
         self._accumulators = []
+        self._by_objective: dict[Objective | None, list[ImportanceAccumulator]] = {}
         for method in methods:
-            assert isinstance(method.scorer, GradientCriterion)
-            self._accumulators.append(ImportanceAccumulator(model, groups, method.scorer, device=device))
-        self._objectives = list(dict.fromkeys(str(method.objective) for method in methods))
+            assert isinstance(method.scorer, CalibratedCriterion)
+            accumulator = ImportanceAccumulator(model, groups, method.scorer, device=device)
+            self._accumulators.append(accumulator)
+            name = method.differentiated
+            chosen = objective or (None if name is None else OBJECTIVES.get(name))
+            self._by_objective.setdefault(chosen, []).append(accumulator)
 
     def run(self, batches: Iterator[Any], *, skip: int = 0, done: Callable[[int], None] = lambda _: None) -> None:
         """Adds every sequence of ``batches`` but the first ``skip``; ``done`` is told how many were seen."""
@@ -58,15 +68,29 @@ class SharedPass:
 
     def _step(self, sequence: dict[str, Tensor], position: int) -> None:
         batch = {name: tensor.to(self._device) for name, tensor in sequence.items()}
+        objectives = [objective for objective in self._by_objective if objective is not None]
+        forward_only = self._by_objective.get(None, [])
+        for accumulator in forward_only:
+            accumulator.arm(*token_counts(batch))
+        try:
+            if objectives:
+                self._differentiate(batch, objectives)
+            else:
+                run_backbone(self._model, batch)
+            for accumulator in forward_only:
+                accumulator.commit(torch.zeros((), device=self._device))
+        except CalibrationError as error:
+            raise CalibrationError(f"Calibration sequence {position - 1}: {error}") from error
+
+    def _differentiate(self, batch: dict[str, Tensor], objectives: list[Objective]) -> None:
         with torch.enable_grad():
-            found = objective_sums(self._model, [OBJECTIVES.get(name) for name in self._objectives], batch)
-            for index, (name, (total, valid)) in enumerate(zip(self._objectives, found, strict=True)):
+            found = objective_sums(self._model, objectives, batch)
+            for index, (objective, (total, valid)) in enumerate(zip(objectives, found, strict=True)):
                 out = ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=None)
-                mine = [a for a, m in zip(self._accumulators, self._methods, strict=True) if m.objective == name]
                 try:
-                    backward(out, mine, retain_graph=index < len(found) - 1)
+                    backward(out, self._by_objective[objective], retain_graph=index < len(found) - 1)
                 except CalibrationError as error:
-                    raise CalibrationError(f"Calibration sequence {position - 1}, {name}: {error}") from error
+                    raise CalibrationError(f"{objective.name}: {error}") from error
 
     def scores(self) -> Scores:
         """Returns the scores of every method."""
@@ -89,17 +113,25 @@ class SharedPass:
 
 
 def seed_scores(
-    model: Any, methods: Sequence[Method], batches: Iterator[Any], path: Path, *, key: str, device: torch.device
+    model: Any,
+    methods: Sequence[Method],
+    batches: Iterable[Any],
+    path: Path,
+    *,
+    key: str,
+    device: torch.device,
+    objective: Objective | None = None,
 ) -> Scores:
     """Returns the scores of one seed, from ``path`` if they were computed before; resumes an interrupted pass.
 
     Args:
         model: The dense model.
-        methods: Methods with an objective.
+        methods: Methods that calibrate.
         batches: The calibration batches.
         path: File of the scores; the state of an unfinished pass lies beside it.
         key: What the scores depend on; a file with another one is not used.
         device: Where to run.
+        objective: The objective of all methods; each method's own if not given.
     """
     found = _load(path, key)
     if found is not None:
@@ -108,7 +140,7 @@ def seed_scores(
             method, _, group = name.partition("/")
             scores.setdefault(method, {})[group] = tensor
         return scores
-    shared = SharedPass(model, methods, device=device)
+    shared = SharedPass(model, methods, device=device, objective=objective)
     unfinished = path.with_suffix(".unfinished")
     state, skip = _load(unfinished, key), 0
     if state is not None:
@@ -119,11 +151,36 @@ def seed_scores(
         if position % SAVE_EVERY == 0:
             _save(unfinished, shared.tensors() | {"position": torch.tensor(position)}, key)
 
-    shared.run(batches, skip=skip, done=done)
+    shared.run(iter(batches), skip=skip, done=done)
     scores = shared.scores()
     _save(path, {f"{name}/{group}": t for name, by_group in scores.items() for group, t in by_group.items()}, key)
     unfinished.unlink(missing_ok=True)
     return scores
+
+
+def distilled_scores(
+    model: Any, method: Method, batches: Callable[[], Iterable[Any]], path: Path, *, key: str, device: torch.device
+) -> Scores:
+    """Returns the scores of a method of two stages; each stage is a pass of its own, with a file of its own.
+
+    Args:
+        model: The dense model.
+        method: A method with ``distillation``.
+        batches: Returns the calibration batches.
+        path: File of the scores; those of the first stage lie beside it.
+        key: What the scores depend on.
+        device: Where to run.
+    """
+    setting = method.distillation
+    assert setting is not None
+    groups = find_groups(model)
+    early, ce = path.with_suffix(".first.safetensors"), OBJECTIVES.get("cross_entropy")
+    first = seed_scores(model, [method], batches(), early, key=key, device=device, objective=ce)
+    kept = uniform_keep(first[method.name], groups, setting.first_widths(groups, [0] * len(groups)))
+    mask = UnitMask(model, groups, kept)
+    student = Distillation(alpha=setting.alpha, temperature=setting.temperature, teacher=mask.lifted)
+    with mask.active():
+        return seed_scores(model, [method], batches(), path, key=key, device=device, objective=student)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], key: str) -> None:

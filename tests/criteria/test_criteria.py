@@ -8,7 +8,7 @@ import torch
 from hfprune.arch import backbone, find_groups, output_head
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
 from hfprune.causal import objective_sums
-from hfprune.criteria import ActivationTaylor, BatchInfo, Signal, Totals, WeightTaylor
+from hfprune.criteria import ActivationTaylor, BatchInfo, Signal, Sums, Totals, WeightTaylor
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.objectives import OBJECTIVES, chunked_objective
 from hfprune.types import Group, Slice
@@ -196,8 +196,9 @@ def constant_updates(criterion, steps, value=1.0):
     batch = BatchInfo(num_sequences=1, num_tokens=torch.tensor([1]), padding=None)
     signal = Signal(input=ones, grad=torch.ones_like(ones), weight=torch.empty(3, 2))
     for _ in range(steps):
-        total.add(criterion.rows(group, group.slices[0], signal, batch))
-    return criterion.score(total.total(), Totals(num_tokens=1, num_sequences=1))
+        total.add(criterion.rows(group, {group.slices[0]: signal}, batch, {})["units"])
+    totals = Totals(num_tokens=1, num_sequences=1)
+    return criterion.score(group, Sums(rows={"units": total.total()}, moments={}, totals=totals, weights=list))
 
 
 def test_official_bfloat16_sum_stalls_and_ours_does_not():
@@ -220,7 +221,7 @@ def test_units_of_several_channels_are_summed_before_the_absolute_value():
     values = torch.tensor([[[9.0, 1.0, -3.0, 2.0, 2.0, 9.0]]])
     signal = Signal(input=values, grad=torch.ones_like(values), weight=torch.empty(1, 6))
     batch = BatchInfo(num_sequences=1, num_tokens=torch.tensor([1]), padding=None)
-    assert criterion.rows(group, group.slices[0], signal, batch).tolist() == [[2.0, 4.0]]
+    assert criterion.rows(group, {group.slices[0]: signal}, batch, {})["units"].tolist() == [[2.0, 4.0]]
 
 
 def test_nan_weights_are_named_by_layer():

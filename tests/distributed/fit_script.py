@@ -12,7 +12,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
+from hfprune import (
+    LoraRecovery,
+    PruneTrainer,
+    PruningModule,
+    ReportCallback,
+    TaylorImportanceCallback,
+    TextDataModule,
+    criteria,
+)
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.compensation import LeastSquares
 from hfprune.sharding import whole
@@ -37,6 +45,8 @@ DEFAULTS = {
     "plain_trainer": False,
     "ragged": None,  # [batch size, layout] of calibration sequences of different lengths
     "exact": True,
+    "criterion": "ActivationTaylor",
+    "distil": False,  # two stages
     "callbacks": (),
     "pruning_ratio": 0.2,
     "units": ("mlp",),
@@ -113,6 +123,8 @@ def main(**given):
         calibration_batches=5 if c["foreign"] else None,
         exact=c["exact"],
         compensation=LeastSquares(**c["compensation"]) if c["compensation"] else None,
+        criterion=getattr(criteria, c["criterion"])(),
+        distillation=criteria.SelfDistillation(first_stage=0.1) if c["distil"] else None,
     )
     callbacks = [importance, Record(out, importance, c["foreign"])]
     if c["report"] and not c["foreign"]:

@@ -38,3 +38,14 @@ def finite_difference(f, z, step=1e-6):
         down[i] -= step
         grad.append((f(up) - f(down)) / (2 * step))
     return grad
+
+
+def kl(z_teacher, z, temperature=1.0):
+    """KL(softmax(z_teacher / temperature) || softmax(z)) with 0 log 0 = 0."""
+    q, p = softmax([v / temperature for v in z_teacher]), softmax(z)
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(q, p, strict=True) if a > 0)
+
+
+def kl_grad(z_teacher, z, temperature=1.0):
+    q, p = softmax([v / temperature for v in z_teacher]), softmax(z)
+    return [b - a for a, b in zip(q, p, strict=True)]

@@ -9,7 +9,15 @@ import torch
 import hfprune.sweep.runner as runner
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule, WeightTaylor
 from hfprune.arch import find_groups
-from hfprune.criteria import ActivationTaylor, Magnitude, Random
+from hfprune.criteria import (
+    ActivationNorm,
+    ActivationTaylor,
+    CoupledTaylor,
+    Fisher,
+    Magnitude,
+    Random,
+    SelfDistillation,
+)
 from hfprune.errors import ConfigError
 from hfprune.evaluation import perplexity
 from hfprune.sweep import Method, Sweep, SweepGrid, scoring
@@ -22,7 +30,11 @@ METHODS = [
     Method(name="weight", objective="entropy", criterion=WeightTaylor()),
     Method(name="magnitude", criterion=Magnitude()),
     Method(name="random", criterion=Random()),
+    Method(name="norm", criterion=ActivationNorm()),
+    Method(name="fisher", criterion=Fisher()),
+    Method(name="sdmprune", criterion=CoupledTaylor(), distillation=SelfDistillation(first_stage=0.1)),
 ]
+CALIBRATED = [method for method in METHODS if method.calibrated]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,7 @@ def test_tables_and_page(undisturbed):
     for matrix in (result["rank_correlation"], *result["kept_overlap"].values()):
         assert all(matrix[name][name] == pytest.approx(1.0) for name in matrix)
         assert matrix["entropy"]["random"] < 1
-    assert set(result["seed_overlap"]["0.2"]) == {"entropy", "signed", "weight", "random"}
+    assert set(result["seed_overlap"]["0.2"]) == {"random", *(method.name for method in CALIBRATED)}
     assert "Sweep of" in (out / "report.html").read_text()
     assert (out / "figures/frontier.svg").is_file()
 
@@ -107,8 +119,13 @@ def test_tables_and_page(undisturbed):
 def test_kept_units_are_those_of_a_run_of_its_own(folder, undisturbed):
     """The shared pass changes nothing: the callback, alone, with the same data, prunes to the same model."""
     result, _ = undisturbed
-    for method in METHODS[:3]:
-        importance = TaylorImportanceCallback(pruning_ratio=0.2, criterion=method.scorer, objective=method.objective)
+    for method in CALIBRATED:
+        importance = TaylorImportanceCallback(
+            pruning_ratio=0.2,
+            criterion=method.scorer,
+            objective=method.objective,
+            distillation=method.distillation,
+        )
         trainer = PruneTrainer(
             callbacks=[importance], accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
             enable_checkpointing=False, enable_model_summary=False, max_epochs=1,
@@ -224,7 +241,7 @@ def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
         yield {"input_ids": batches[2]["input_ids"][:1]}
         raise Stop
 
-    methods = METHODS[:3]
+    methods = [method for method in CALIBRATED if method.distillation is None]
     path = tmp_path / "seed1.safetensors"
     with pytest.raises(Stop):
         seed_scores(model, methods, interrupted(), path, key="k", device=device)
@@ -269,6 +286,9 @@ def test_bad_grids(settings, message):
         ({"name": "a"}, "needs an objective: cross_entropy, entropy"),
         ({"name": "a", "objective": "entropie"}, "Did you mean 'entropy'"),
         ({"name": "a", "criterion": Magnitude(), "objective": "entropy"}, "takes no objective"),
+        ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
+        ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
+        ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
     ],
 )
 def test_bad_methods(settings, message):
@@ -289,7 +309,7 @@ def test_cells_of_the_first_seed_come_first():
     assert [name for name in names if name.startswith("magnitude")] == ["magnitude-0.2", "magnitude-0.3"]
     tasks = [cell.name for cell in grid().cells() if grid().runs_tasks(cell)]
     assert all("seed2" not in name for name in tasks)
-    assert len(tasks) == 10
+    assert len(tasks) == 2 * len(METHODS)
 
 
 def test_an_evaluation_text_that_calibrates_is_said(folder, tmp_path):

@@ -1,0 +1,37 @@
+"""How large a unit's activations are: one forward pass, no objective."""
+
+from torch import Tensor
+
+from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Sums
+from hfprune.criteria.channels import by_unit, channels
+from hfprune.types import Group, Slice
+
+
+class ActivationNorm(ActivationCriterion):
+    """Root mean square over tokens of the L2 norm of a unit's activation, where consumers read it.
+
+    With a_t the unit's channels at token t: sqrt(sum_t norm(a_t)^2 / tokens). Up to the factor sqrt(tokens), which
+    changes no ranking, this is the norm of the unit's activation over the calibration set.
+    """
+
+    def reads(self, part: Slice) -> bool:
+        """Returns whether the projection consumes the units."""
+        return part.side == "in"
+
+    def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns each sequence's sums of squares, [B, U]."""
+        return {UNITS: by_unit(group, part, squares(seen.input, batch)[:, channels(group, part)])}
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns sqrt(sum / tokens)."""
+        return (sums.rows[UNITS] / sums.totals.num_tokens).sqrt()
+
+    def describe(self) -> dict[str, str]:
+        """Returns the name."""
+        return {"name": "activation_norm"}
+
+
+def squares(signal: Tensor, batch: BatchInfo) -> Tensor:
+    """Returns the sum over each sequence's real tokens of the square of every channel, [B, C] float64."""
+    value = batch.wide(signal, zero_padding=True)
+    return value.square().sum(dim=1).double()

@@ -1,0 +1,76 @@
+"""SDMPrune's score: the Taylor terms of a neuron's matrices are added, with their signs, before the absolute value."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.base import (
+    UNITS,
+    BatchInfo,
+    GradientCriterion,
+    LargeSums,
+    Rows,
+    Shape,
+    Signal,
+    Sums,
+    Weighting,
+    check_weighting,
+)
+from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
+from hfprune.errors import ConfigError
+from hfprune.types import Group, Slice
+
+
+class CoupledTaylor(GradientCriterion):
+    """mean_k sum_n abs(D_kj dD_kj + U_jk dU_jk + G_jk dG_jk) of neuron j (SDMPrune).
+
+    The gradients are those of sequence n's objective: the absolute value is taken after the sum over its tokens, one
+    sequence at a time, whatever the batch. The published code adds a factor of 100 and accumulates an [I, H] matrix per
+    layer in bfloat16; the mean over k is additive, so one number per neuron is kept here, and added exactly.
+
+    A column of the down projection and a row of the others meet at the same k though k means an output coordinate in
+    one and an input coordinate in the others: the value depends on the basis of the residual stream.
+
+    Args:
+        weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+    """
+
+    joint = True
+
+    def __init__(self, *, weighting: Weighting = "sequence") -> None:
+        check_weighting(weighting)
+        self.weighting = weighting
+
+    def check(self, group: Group, shapes: Sequence[Shape]) -> None:
+        """Raises ``ConfigError`` unless every matrix of a unit has the same shape, so that its weights correspond."""
+        sized = [slice_shape(group, part, shape) for part, shape in zip(group.slices, shapes, strict=True)]
+        if len(set(sized)) > 1:
+            raise ConfigError(
+                f"CoupledTaylor adds the weights of a unit's matrices one by one; those of {group.name} have shapes "
+                f"{', '.join(map(str, sized))}. Use WeightTaylor or VectorTaylor for these units."
+            )
+
+    def reads(self, part: Slice) -> Literal["output"]:
+        """Returns the output of every projection: with its input it gives the weight's gradient."""
+        return "output"
+
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns the absolute sums of every sequence, the mean over k, [B, U]."""
+        weights = [slice_weight(group, part, signal.weight) for part, signal in signals.items()]
+        rows = []
+        for gradients in zip(*(slice_gradients(group, p, s, batch) for p, s in signals.items()), strict=True):
+            added = sum(grad.mul_(weight) for grad, weight in zip(gradients, weights, strict=True))
+            assert isinstance(added, Tensor)
+            by_channel = added.abs_().mean(1).to(torch.float64)
+            rows.append(by_channel.unflatten(0, (group.num_units, -1)).sum(1))
+        return {UNITS: torch.stack(rows).mul_(batch.weights(self.weighting).to(rows[0].device)[:, None])}
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns sum / count."""
+        return sums.rows[UNITS] / sums.totals.divisor(self.weighting)
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and weighting."""
+        return {"name": "coupled_taylor", "weighting": self.weighting}

@@ -1,0 +1,60 @@
+"""The second-order effect of a unit on the model's own predictions, without labels."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.base import UNITS, BatchInfo, GradientCriterion, LargeSums, Rows, Signal, Sums
+from hfprune.criteria.channels import unit_products
+from hfprune.errors import ConfigError
+from hfprune.types import Group, Slice
+
+
+class Fisher(GradientCriterion):
+    """(activation * activation gradient)^2 of a unit, with labels sampled from the model's own output.
+
+    Half the score estimates the KL divergence, in nats per token, from the dense model's predictions to those with the
+    unit's activation set to zero, to second order. With F the Fisher matrix of the logits z, KL is dz^T F dz / 2, F is
+    the mean of e e^T over labels drawn from the prediction, e = p - e_y, and g = J^T e is what the backward pass brings
+    to the activation. Labels are drawn independently at every position, so the cross terms of a squared gradient that
+    collects from all later positions vanish in the mean. The first-order effect on KL is zero; the entropy score
+    sees -z^T F dz, one projection of the same change (methods section 9, identity 1).
+
+    - ``per_token``: sum_n sum_t (a g)^2, the unit set to zero at one token at a time;
+    - ``per_sequence``: sum_n (sum_t a g)^2, set to zero in the whole sequence; a noisier estimate.
+
+    One label is drawn for every token; which one follows from the sequence's own tokens, see ``sampled``. With the
+    objective ``cross_entropy`` the score is the diagonal empirical Fisher, from the text's own labels.
+
+    Args:
+        reduction: ``per_token`` or ``per_sequence``.
+    """
+
+    objectives = ("sampled", "cross_entropy")
+
+    def __init__(self, *, reduction: Literal["per_token", "per_sequence"] = "per_token") -> None:
+        if reduction not in ("per_token", "per_sequence"):
+            raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence.")
+        self.reduction = reduction
+
+    def reads(self, part: Slice) -> Literal["input"] | None:
+        """Returns the consumers' inputs, where a unit's activation can be read."""
+        return "input" if part.side == "in" else None
+
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns the squared products of every sequence, [B, U]."""
+        ((part, signal),) = signals.items()
+        product = unit_products(batch.wide(signal.input), batch.wide(signal.grad), group, part, batch)
+        if self.reduction == "per_token":
+            return {UNITS: product.square_().sum(dim=1).to(torch.float64)}
+        return {UNITS: product.sum(dim=1).to(torch.float64).square_()}
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns sum / tokens."""
+        return sums.rows[UNITS] / sums.totals.num_tokens
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and reduction."""
+        return {"name": "fisher", "reduction": self.reduction}

@@ -1,0 +1,104 @@
+"""SlimLLM's score of MLP channels: norms of what they read, and what they add to the main directions of the output."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.activation_norm import squares
+from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
+from hfprune.criteria.channels import channels, slice_name, slice_names
+from hfprune.errors import ConfigError
+from hfprune.types import Group, Slice
+
+_OUTPUT, _OUTER = "output", "output products"
+
+
+class SlimLLMChannels(ActivationCriterion):
+    """I_g + I_u + I_d of an MLP neuron (SlimLLM; the code's form).
+
+    With n_x[k] the norm of input channel k over all tokens and a_j the neuron's activation:
+
+    - I_g(j) = norm(G_j * n_x), I_u(j) = norm(U_j * n_x) (an MLP without gate has I_u alone);
+    - I_d(j) = norm(a_j) norm(abs(D_:j^T Q) * sigmoid(lambda / mean(lambda))), with Q and lambda the eigenvectors and
+      absolute eigenvalues of the centred, unnormalised covariance of the MLP's output.
+
+    The published method scores a layer on inputs that the already pruned layers before it produce; here all layers are
+    scored on the dense model, in one pass. It keeps an [H, H] float64 matrix per layer.
+
+    Args:
+        keep_lowest: Share of the neurons that are kept although they score lowest: the lowest ``round(share * I)`` get
+            scores above all others. The published code has 0.01 (the paper does not mention it); off by default.
+    """
+
+    def __init__(self, *, keep_lowest: float = 0.0) -> None:
+        if not 0 <= keep_lowest < 1:
+            raise ConfigError(f"keep_lowest {keep_lowest} is not a share in [0, 1).")
+        self.keep_lowest = keep_lowest
+
+    def check(self, group: Group, shapes: Sequence[Shape]) -> None:
+        """Raises ``ConfigError`` unless the units are neurons that one projection consumes."""
+        if len(group.inputs()) != 1 or any(part.width != 1 for part in group.slices):
+            raise ConfigError(
+                f"SlimLLMChannels scores MLP neurons that one projection reads; {group.name} has units of kind "
+                f"'{group.kind}'. SlimLLMHeads scores attention heads."
+            )
+
+    def reads(self, part: Slice) -> bool:
+        """Returns True: producers are read for their inputs, the consumer for its input and output."""
+        return True
+
+    def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
+        """Returns the input channels of every producer, the units, and the channels of the output."""
+        named = zip(slice_names(group), group.slices, shapes, strict=True)
+        sizes = {name: shape[1] for name, part, shape in named if part.side == "out"}
+        return sizes | {UNITS: group.num_units, _OUTPUT: _output_size(group, shapes)}
+
+    def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
+        """Returns the products of the output's channels."""
+        size = _output_size(group, shapes)
+        return {_OUTER: (size, size)}
+
+    def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns sums of squares of inputs and units, and the sums of the output; adds the output's products."""
+        found = squares(seen.input, batch)
+        if part.side == "out":
+            return {slice_name(group, part): found}
+        output = batch.wide(seen.output, zero_padding=True)
+        flat = output.flatten(0, 1)
+        moments[_OUTER].add_((flat.T @ flat).to(moments[_OUTER]))
+        return {UNITS: found[:, channels(group, part)], _OUTPUT: output.sum(dim=1).double()}
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns I_g + I_u + I_d, the lowest lifted where asked for."""
+        total = torch.zeros_like(sums.rows[UNITS])
+        for name, part, weight in zip(slice_names(group), group.slices, sums.weights(), strict=True):
+            owned = weight.to(total)
+            if part.side == "out":
+                total += (owned[channels(group, part)] * sums.rows[name].sqrt()).norm(dim=1)
+            else:
+                directions = self._directions(sums)
+                total += sums.rows[UNITS].sqrt() * (directions @ owned[:, channels(group, part)]).norm(dim=0)
+        return self._lifted(total)
+
+    def _directions(self, sums: Sums) -> Tensor:
+        """Returns the eigenvectors of the output's covariance as rows, each times its weight, [H, H]."""
+        mean = sums.rows[_OUTPUT] / sums.totals.num_tokens
+        covariance = sums.moments[_OUTER] - sums.totals.num_tokens * torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        size = values.abs()
+        directions: Tensor = vectors.T * torch.sigmoid(size / size.mean())[:, None]
+        return directions
+
+    def _lifted(self, score: Tensor) -> Tensor:
+        count = round(self.keep_lowest * len(score))
+        lowest = torch.sort(score, stable=True).indices[:count]
+        return score.index_add(0, lowest, score.max().expand(count))
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and settings."""
+        return {"name": "slimllm_channels", "keep_lowest": f"{self.keep_lowest:g}"}
+
+
+def _output_size(group: Group, shapes: Sequence[Shape]) -> int:
+    return next(shape[0] for part, shape in zip(group.slices, shapes, strict=True) if part.side == "in")

@@ -1,0 +1,88 @@
+"""First-order Taylor scores of weight vectors: LLM-Pruner's ``vectorize``, without any weight gradient."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.base import (
+    BatchInfo,
+    GradientCriterion,
+    LargeSums,
+    Rows,
+    Shape,
+    Signal,
+    Sums,
+    Weighting,
+    check_weighting,
+)
+from hfprune.criteria.channels import (
+    MatrixReduction,
+    channel_counts,
+    channels,
+    check_foldable,
+    check_matrix_reduction,
+    reduce_matrices,
+    slice_name,
+    slice_names,
+)
+from hfprune.types import Group, Slice
+
+
+class VectorTaylor(GradientCriterion):
+    """abs(sum of w dw) over each row or column that a unit owns, dw the gradient on the whole calibration set.
+
+    The sum over a weight vector follows from activations (methods section 9, identities 2 and 3): for a column of the
+    consumer, sum_i w dw = sum_t a g, with a the channel's activation and g its gradient; for a row of a producer with
+    bias b, sum_k w dw = sum_t (y - b) g at its output y. So the down column and the up row of a bias-free MLP score
+    the same, and only the gate row differs. Biases are not scored, as in the published code.
+
+    Args:
+        matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,
+            ``prod``, ``first``, ``second`` or ``last``, in the order of the group's slices (gate, up, down).
+        weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+    """
+
+    def __init__(self, *, matrices: MatrixReduction = "sum", weighting: Weighting = "sequence") -> None:
+        check_matrix_reduction(matrices)
+        check_weighting(weighting)
+        self.matrices, self.weighting = matrices, weighting
+
+    def check(self, group: Group, shapes: Sequence[Shape]) -> None:
+        """Raises ``ConfigError`` where a unit's channels in its matrices do not correspond."""
+        check_foldable(group)
+
+    def reads(self, part: Slice) -> Literal["input", "output"]:
+        """Returns the end at which the unit's channels are: the input of consumers, the output of producers."""
+        return "input" if part.side == "in" else "output"
+
+    def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
+        """Returns the number of channels of every slice."""
+        return channel_counts(group)
+
+    def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
+        """Returns the signed sums over each sequence's tokens, by channel, [B, channels]."""
+        ((part, signal),) = signals.items()
+        where = channels(group, part)
+        if part.side == "in":
+            value = batch.wide(signal.input)[..., where]
+        else:
+            assert signal.output is not None
+            value = batch.wide(signal.output)[..., where]
+            value = value if signal.bias is None else value - signal.bias.detach()[where].to(value.dtype)
+        product = value * batch.wide(signal.grad)[..., where]
+        if batch.padding is not None:
+            product = product.masked_fill_(batch.padding.unsqueeze(-1), 0.0)
+        found = product.sum(dim=1).to(torch.float64)
+        return {slice_name(group, part): found * batch.weights(self.weighting).to(found.device)[:, None]}
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns the absolute sums, reduced over matrices and added up for every unit."""
+        divisor = sums.totals.divisor(self.weighting)
+        by_channel = [sums.rows[name].abs() / divisor for name in slice_names(group)]
+        return reduce_matrices(group, by_channel, self.matrices)
+
+    def describe(self) -> dict[str, str]:
+        """Returns name and settings."""
+        return {"name": "vector_taylor", "matrices": self.matrices, "weighting": self.weighting}

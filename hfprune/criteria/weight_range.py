@@ -1,0 +1,32 @@
+"""The range of a unit's weights times the norm of its activation (OptiPFair's data-driven score)."""
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria.activation_norm import ActivationNorm
+from hfprune.criteria.base import Sums
+from hfprune.criteria.weight_gradients import slice_weight
+from hfprune.types import Group
+
+
+class WeightRange(ActivationNorm):
+    """(sum over a unit's matrices of range / largest range in that matrix) * norm of its activation.
+
+    The range of a unit in one matrix is max(w) + abs(min(w)) over its row or column there; a unit of several channels
+    takes the extremes over all of them. OptiPFair calls it peak-to-peak magnitude (earlier MAW) and adds up the norms
+    of single batches, so that its score depends on the batch size; here the norm is that of the whole calibration set.
+    """
+
+    def score(self, group: Group, sums: Sums) -> Tensor:
+        """Returns ranges times norms."""
+        norm = super().score(group, sums)
+        structure = torch.zeros_like(norm)
+        for part, weight in zip(group.slices, sums.weights(), strict=True):
+            owned = slice_weight(group, part, weight).to(torch.float64).reshape(group.num_units, -1)
+            size = owned.amax(1) + owned.amin(1).abs()
+            structure += size / size.max()
+        return structure * norm
+
+    def describe(self) -> dict[str, str]:
+        """Returns the name."""
+        return {"name": "weight_range"}
