@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
+    from hfprune.layouts import apply_plan
+    from hfprune.loading import load
     from hfprune.modules import PruningModule
     from hfprune.plan import PruningPlan
     from hfprune.recovery import LoraRecovery
-    from hfprune.surgery import apply_plan, mask_plan
+    from hfprune.surgery import mask_plan
     from hfprune.trainer import PruneTrainer
     from hfprune.types import Budget
 
@@ -35,7 +37,8 @@ _HOMES = {
     "TaylorImportanceCallback": "hfprune.callbacks",
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
-    "apply_plan": "hfprune.surgery",
+    "apply_plan": "hfprune.layouts",
+    "load": "hfprune.loading",
     "mask_plan": "hfprune.surgery",
 }
 
@@ -54,6 +57,7 @@ __all__ = [
     "WeightTaylor",
     "__version__",
     "apply_plan",
+    "load",
     "mask_plan",
 ]
 

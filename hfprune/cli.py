@@ -1,4 +1,4 @@
-"""The command line: ``hfprune fit|prune|evaluate|sweep``, each a LightningCLI without a line of pruning logic."""
+"""The command line: ``hfprune fit|prune|evaluate|sweep|export``, each a LightningCLI without pruning logic."""
 
 import sys
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ COMMANDS = {
     "prune": "calibrate and prune, without recovery",
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
     "sweep": "compare criteria, objectives, widths and seeds in one table",
+    "export": "write a pruned model in another layout",
 }
 
 HELP = f"""hfprune {__version__}: prune a Hugging Face causal LM in the Lightning Trainer that also heals it.

@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune.arch.groups import class_name, find_groups, find_spec, parameter_count
+from hfprune.arch.groups import class_name, parameter_count
 from hfprune.errors import ConfigError, OutputError
+from hfprune.layouts import LAYOUTS
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.quiet import no_progress_bars
+from hfprune.saved import check_reload, measure_saved
 from hfprune.sharding import whole_parameters
 
 MODEL_FOLDER = "model"
@@ -180,28 +181,39 @@ def _strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def export_model(model: Any, tokenizer: Any, plan: PruningPlan, target: Path) -> dict[str, Any]:
-    """Writes a pruned model as a folder that plain ``from_pretrained`` loads, and measures what was written.
+def export_model(
+    model: Any, tokenizer: Any, plan: PruningPlan, target: Path, *, layout: str = "uniform"
+) -> dict[str, Any]:
+    """Writes a pruned model as a folder, in one of the :data:`hfprune.layouts.LAYOUTS`, and measures what was written.
 
     Args:
         model: The pruned Hugging Face model, without adapters.
         tokenizer: Its tokenizer, or None.
         plan: What was pruned; saved as ``plan.json``.
         target: The model folder.
+        layout: ``uniform`` (plain ``from_pretrained`` loads it), ``per_layer`` (:func:`hfprune.load` does), or
+            ``padded`` (plain ``from_pretrained``; layers of fewer units are filled up with zeros).
 
     Returns:
-        ``parameters``, ``width``, ``bytes`` as measured on the saved files.
+        ``layout``; ``parameters``, ``width`` (None where layers differ), ``widths``, ``bytes`` as measured on the saved
+        files; ``parameters_needed``, those of ``model``; and ``max_logit_difference_after_reload``.
 
     Raises:
+        ConfigError: The layout cannot express the model; nothing was written.
         OutputError: Writing failed, or the files do not hold the model in memory; nothing is left at ``target``.
     """
+    chosen = LAYOUTS.get(layout)
+    written = chosen.written(model)
     with staged(target) as stage, no_progress_bars():
-        model.save_pretrained(stage)
+        written.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
         _make_readable(stage)
-        return measure_saved(stage, model)
+        saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
+        tolerance = chosen.tolerance(model.dtype)
+        difference = check_reload(stage, model, parameters=saved["parameters"], tolerance=tolerance)
+        return saved | {"max_logit_difference_after_reload": difference}
 
 
 def _make_readable(folder: Path) -> None:
@@ -211,7 +223,14 @@ def _make_readable(folder: Path) -> None:
 
 
 def export_sharded(
-    model: Any, tokenizer: Any, plan: PruningPlan, target: Path, *, writer: bool, file_bytes: int = 2**30
+    model: Any,
+    tokenizer: Any,
+    plan: PruningPlan,
+    target: Path,
+    *,
+    writer: bool,
+    layout: str = "uniform",
+    file_bytes: int = 2**30,
 ) -> dict[str, Any]:
     """Writes a pruned model whose weights are spread over ranks: gathered one parameter at a time, in several files.
 
@@ -223,11 +242,18 @@ def export_sharded(
         plan: What was pruned.
         target: The model folder.
         writer: Whether this rank writes; exactly one does.
+        layout: ``uniform`` or ``per_layer``.
         file_bytes: Start a new file when the present one holds so much.
 
     Returns:
-        As ``export_model``; nothing on the ranks that do not write.
+        As ``export_model``, but no check of the logits; nothing on the ranks that do not write.
+
+    Raises:
+        ConfigError: The layout cannot express the model, or is not one that is written parameter by parameter.
+        OutputError: As in ``export_model``.
     """
+    check_shards(layout)
+    LAYOUTS.get(layout).check(model)
     parameters = whole_parameters(model)
     try:
         if not writer:
@@ -242,9 +268,19 @@ def export_sharded(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             _make_readable(stage)
-            return measure_saved(stage, model)
+            return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
     finally:
         deque(parameters, maxlen=0)  # also after an error: the other ranks go on gathering
+
+
+def check_shards(layout: str) -> None:
+    """Raises ``ConfigError`` unless a model that is spread over ranks can be written in ``layout``."""
+    if not LAYOUTS.get(layout).shards:
+        able = ", ".join(name for name in LAYOUTS if LAYOUTS.get(name).shards)
+        raise ConfigError(
+            f"--layout {layout} needs the whole model on one rank; ModelParallelStrategy writes {able}. Write one of "
+            f"these, and then export the folder: hfprune export --model.path OUT/model --layout {layout}."
+        )
 
 
 def _write_weights(parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int) -> None:
@@ -274,55 +310,3 @@ def _write_weights(parameters: Iterator[tuple[str, Tensor]], folder: Path, *, fi
         (folder / f"part-{i}").rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Returns what the weight files of ``folder`` hold; raises ``OutputError`` when that is not ``model``.
-
-    Tied weights are stored once: the number of stored parameters equals the model's own count.
-    """
-    shapes: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
-    expected = parameter_count(model)
-    if stored != expected:
-        raise OutputError(f"The saved files hold {stored:,} parameters, the pruned model has {expected:,}.")
-    width = find_groups(model)[0].num_units
-    key = find_spec(model).width_key
-    saved_width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(key)
-    if saved_width not in (width, None):  # None leaves it to the class
-        raise OutputError(f"The saved config says {key} {saved_width}, the pruned model is {width} wide.")
-    return {"parameters": stored, "width": width, "bytes": sum(f.stat().st_size for f in files)}
-
-
-def check_reload(folder: Path, model: Any, *, tolerance: float = 1e-5) -> float:
-    """Loads ``folder`` with stock transformers and returns the largest difference of its logits to ``model``'s.
-
-    Raises:
-        OutputError: The difference exceeds ``tolerance`` times the largest logit, or weights that were tied came apart.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with no_progress_bars():
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
-    if parameter_count(reloaded) != parameter_count(model):
-        raise OutputError(
-            f"The reloaded model has {parameter_count(reloaded):,} parameters, the one in memory "
-            f"{parameter_count(model):,}: tied weights came apart."
-        )
-    ids = torch.arange(16, device=model.device).unsqueeze(0) % model.config.vocab_size
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        expected, found = model(input_ids=ids).logits.double(), reloaded(input_ids=ids).logits.double()
-    model.train(training)
-    difference = float((expected - found).abs().max())
-    limit = tolerance * max(1.0, float(expected.abs().max()))
-    if not difference <= limit:
-        raise OutputError(
-            f"The reloaded model's logits differ from the one in memory by {difference:.2g} (> {limit:.2g})."
-        )
-    return difference

@@ -9,6 +9,7 @@ from torch import nn
 
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
 from hfprune.errors import ConfigError
+from hfprune.layouts import cut_of, is_per_layer
 from hfprune.plan import PLAN_FILE
 from hfprune.quiet import no_progress_bars
 
@@ -59,7 +60,12 @@ def previous_plan(path: str) -> Path | None:
 
 
 def load_config(path: str, *, revision: str | None = None) -> Any:
-    """Returns the model's config; raises ``ConfigError`` when it cannot be read."""
+    """Returns the model's config, with its plans where the layers differ in width.
+
+    Raises:
+        ConfigError: It cannot be read.
+        PlanError: Its plans cannot.
+    """
     from transformers import AutoConfig
 
     try:
@@ -68,6 +74,8 @@ def load_config(path: str, *, revision: str | None = None) -> Any:
         raise ConfigError(f"Cannot read the config of --model.path '{path}': {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"--model.path '{path}' is quantised; prune the full-precision model, then quantise.")
+    if is_per_layer(config):
+        cut_of(config, path=resolve_model_path(path), revision=revision)
     return config
 
 
@@ -84,11 +92,36 @@ def meta_model(path: str, *, revision: str | None = None) -> nn.Module:
     return model
 
 
+def load(
+    folder: str | Path,
+    *,
+    dtype: DTypeName | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Returns the model in a folder that hfprune wrote, in any layout, as an instance of its stock class, in eval mode.
+
+    Args:
+        folder: The folder (``OUT/model``), or a hub id.
+        dtype: Type of the weights; ``auto`` takes what was saved.
+        device: Where to put it; the CPU by default.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
+        PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+    """
+    name: Any = str(dtype).removeprefix("torch.")
+    model = load_causal_lm(str(folder), dtype=name, revision=revision)
+    return model if device is None else model.to(device)
+
+
 def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None) -> Any:
     """Returns the model with its weights, on the CPU.
 
     Raises:
         ConfigError: The weights cannot be read, or hold a NaN or infinity (the message names the first parameter).
+        PlanError: The layers differ in width, and the plan that tells is missing or does not fit.
     """
     from transformers import AutoModelForCausalLM
 

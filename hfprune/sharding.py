@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from hfprune.arch.groups import class_name, find_layers, find_spec
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import combine, tensor_digest
+from hfprune.layouts import pruned_shapes
 from hfprune.loading import DTypeName, load_config, weight_files
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
@@ -105,9 +106,7 @@ def rebuild(
     cuts: Cuts = plan_cuts(base, plan) if plan is not None else {}
     removed = plan.removed_layers() if plan is not None else ()
     origin = {new: old for old, new in new_names(base, plan).items()} if plan is not None else {}
-    config = base.config
-    for key, value in plan.config.items() if plan is not None else ():
-        setattr(config, key, value)
+    config = pruned_shapes(base, plan).config if plan is not None else base.config
     new = _empty(config, base.dtype)
     new.generation_config = base.generation_config
     old_layers = find_layers(base)

@@ -17,11 +17,11 @@ from hfprune.causal import objective_sum, run_backbone
 from hfprune.checkpoints import Phase, Record
 from hfprune.errors import CalibrationError, ConfigError, HFPruneError
 from hfprune.fingerprint import structure_fingerprint
+from hfprune.layouts import apply_plan
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
-from hfprune.surgery import apply_plan
 from hfprune.types import Group
 
 _STATE = "_hfprune"  # attribute of the module that remembers what was done to it

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
@@ -26,6 +25,7 @@ from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.errors import ConfigError
+from hfprune.layouts import pruned_shapes
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.types import Budget, UnitKind
 
@@ -181,6 +181,16 @@ class TaylorImportanceCallback(Callback):
         if resolved is not None and target.plan is None:
             target.check_stock(resolved)
 
+    def planned(self, module: LightningModule) -> Any:
+        """Returns a Hugging Face model on the meta device that has the shapes which pruning will leave.
+
+        None where these are not known yet, and for a module that is pruned already.
+        """
+        resolved, target = self.check(module), self._find(module)
+        if resolved is None or target.plan is not None or resolved.provisional:
+            return None
+        return pruned_shapes(target.shapes(), target.outline(resolved))
+
     def _find(self, module: LightningModule) -> Target:
         options = self.options
         objective = options.target_objective(described=bool(self.neurons))
@@ -195,8 +205,6 @@ class TaylorImportanceCallback(Callback):
         if stage == "fit":
             self._check_around(trainer, self._target)
             self.check(pl_module)
-            if isinstance(trainer.strategy, ModelParallelStrategy):  # shards are made anew by the stock class
-                self.check_stock(pl_module)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
         )

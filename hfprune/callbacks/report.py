@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
@@ -28,7 +29,7 @@ from hfprune.export import (
     REPORT_FILE,
     REPORT_PAGE,
     check_output_dir,
-    check_reload,
+    check_shards,
     command_line,
     export_model,
     export_sharded,
@@ -36,11 +37,13 @@ from hfprune.export import (
     staged,
     write_json,
 )
+from hfprune.layouts import LAYOUTS
 from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.recovery.lora import merge_lora
 from hfprune.report import read_run, save_figures, write_report
+from hfprune.saved import saved_line
 from hfprune.sharding import whole
 
 EXPLODED = 10.0
@@ -61,9 +64,10 @@ class ReportCallback(Callback, PruningEvents):
         merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
         config: The run's configuration, copied into the report.
         samples: Prompts from the evaluation text that every stage's model continues, for the report; 0 for none.
+        layout: How ``model/`` is written, see :func:`hfprune.export.export_model`.
 
     Raises:
-        ConfigError: The folder is not empty, or cannot be written.
+        ConfigError: The folder is not empty, or cannot be written, or the layout is unknown.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class ReportCallback(Callback, PruningEvents):
         merge_adapters: bool = True,
         config: dict[str, Any] | None = None,
         samples: int = 2,
+        layout: str = "uniform",
     ) -> None:
+        self.layout = LAYOUTS.get(layout)
         if samples < 0:
             raise ConfigError(f"The number of samples {samples} is negative.")
         self.samples = samples
@@ -90,9 +96,10 @@ class ReportCallback(Callback, PruningEvents):
         self._start = time.time()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ``ConfigError`` unless a ``TaylorImportanceCallback`` prunes a ``PruningModule`` beside it."""
+        """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, TaylorImportanceCallback) for callback in callbacks):
+        found = [callback for callback in callbacks if isinstance(callback, TaylorImportanceCallback)]
+        if not found:
             raise ConfigError("ReportCallback reports on pruning: add a TaylorImportanceCallback to the trainer.")
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
@@ -100,7 +107,16 @@ class ReportCallback(Callback, PruningEvents):
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
         if stage == "fit":
-            next(c for c in callbacks if isinstance(c, TaylorImportanceCallback)).check_stock(pl_module)
+            self._check_layout(trainer, pl_module, found[0])
+
+    def _check_layout(self, trainer: Trainer, module: PruningModule, importance: TaylorImportanceCallback) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            check_shards(self.layout.name)
+        if self.layout.stock:
+            importance.check_stock(module)
+        planned = importance.planned(module)
+        if planned is not None:
+            self.layout.check(planned)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
@@ -123,8 +139,9 @@ class ReportCallback(Callback, PruningEvents):
         self._measure("dense", pl_module, trainer)
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
-        """Writes ``plan.json`` and measures the pruned model."""
+        """Checks the layout against what is there now, writes ``plan.json`` and measures the pruned model."""
         assert isinstance(pl_module, PruningModule)
+        self.layout.check(pl_module.causal_lm)
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)
@@ -149,17 +166,15 @@ class ReportCallback(Callback, PruningEvents):
         Console().print(stage_table(self.stages))
         for warning in self.warnings:
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
-        folder = self.output_dir / MODEL_FOLDER
-        Console().print(f"Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB)", soft_wrap=True)
+        Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
     def _export(self, trainer: Trainer, module: PruningModule) -> dict[str, Any]:
         assert module.plan is not None
         model, folder = module.unwrap(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER
         if module.sharded:
-            return export_sharded(model, module.tokenizer, module.plan, folder, writer=trainer.is_global_zero)
-        saved = export_model(model, module.tokenizer, module.plan, folder)
-        saved["max_logit_difference_after_reload"] = check_reload(folder, model)
-        return saved
+            writer, layout = trainer.is_global_zero, self.layout.name
+            return export_sharded(model, module.tokenizer, module.plan, folder, writer=writer, layout=layout)
+        return export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name)
 
     def _save_adapter(self, trainer: Trainer, module: PruningModule) -> None:
         state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
 from hfprune.arch import (
     check_stock,
+    class_name,
     config_values,
     find_groups,
     is_supported,
@@ -155,14 +156,20 @@ class Target(ABC):
         model = self.model
         return config_values(model, self.groups(model), keep) if is_supported(model) else {}
 
-    def check_stock(self, resolved: ResolvedBudget) -> None:
-        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what ``resolved`` leaves."""
+    def outline(self, resolved: ResolvedBudget) -> PruningPlan:
+        """Returns a plan with the numbers of units that ``resolved`` leaves; which units these are is not known yet."""
         model = self.shapes()
         groups = self.groups(model)
         keep = {g.name: tuple(range(width)) for g, width in zip(groups, resolved.widths, strict=True)}
         gone = resolved.removed_layers
         keep |= {g.name: tuple(u for u in range(g.num_units) if u not in gone) for g in groups if g.kind == "block"}
-        check_stock(model, groups, keep)
+        config = config_values(model, groups, keep) if is_supported(model) else {}
+        return PruningPlan(model_class=class_name(model), groups=groups, keep=keep, config=config)
+
+    def check_stock(self, resolved: ResolvedBudget) -> None:
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what ``resolved`` leaves."""
+        plan = self.outline(resolved)
+        check_stock(self.shapes(), plan.groups, plan.keep)
 
     def items(self, batch: Any, *, exact: bool) -> list[Any]:
         """Returns what of ``batch`` is run at once: each sequence alone when ``exact``, and where rows are packed."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
 from hfprune.commands.base import BaseCLI
+from hfprune.commands.export import add_layout_argument
 from hfprune.errors import ConfigError
 from hfprune.export import CHECKPOINT_FOLDER
 from hfprune.recovery import LoraRecovery
@@ -44,6 +45,7 @@ class RunCLI(BaseCLI):
         for name in _BUDGET:
             parser.link_arguments(name, f"importance.{name}")
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        add_layout_argument(parser)
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
         )
@@ -64,6 +66,7 @@ class RunCLI(BaseCLI):
                 overwrite=config.overwrite or config.ckpt_path is not None,
                 latency=config.latency,
                 merge_adapters=config.get("merge_adapters", True),
+                layout=config.layout,
                 config=self.plain_config(),
             )
         ]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.arch import parameter_count
+from hfprune.layouts import empty_copy
 from hfprune.loading import max_positions
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -46,7 +47,7 @@ def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 
         tokens: Length of the sequence, shortened to what the model's positions allow.
     """
     tokens = min(tokens, max_positions(model.config) or tokens)
-    shell = _meta_copy(model)
+    shell = empty_copy(model).to(next(model.parameters()).dtype).eval()
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -66,12 +67,6 @@ def disk_bytes(folder: str | Path | None) -> int | None:
         return None
     files = {path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)}
     return sum(path.stat().st_size for path in files) or None
-
-
-def _meta_copy(model: Any) -> Any:
-    """Returns a model of the same shapes and types on the meta device."""
-    with torch.device("meta"):
-        return type(model)(model.config).to(next(model.parameters()).dtype).eval()
 
 
 def _cache_bytes(cache: Any) -> int:

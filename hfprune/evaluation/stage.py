@@ -23,7 +23,8 @@ class Measurement:
 
     Attributes:
         parameters: Parameters, tied weights once.
-        width: MLP width of the first layer.
+        width: MLP width of every layer; None where layers differ.
+        widths: MLP width of each layer.
         size: Bytes, multiply-accumulates, key-value cache.
         perplexity: On the evaluation windows.
         fidelity: To the dense model, on the same windows.
@@ -32,7 +33,8 @@ class Measurement:
     """
 
     parameters: int
-    width: int
+    width: int | None
+    widths: tuple[int, ...]
     size: Size
     perplexity: Perplexity | None
     fidelity: Fidelity | None
@@ -48,7 +50,10 @@ class Measurement:
             "latency": self.latency,
         }
         known = {name: part.to_dict() for name, part in parts.items() if part is not None}
-        return {"parameters": self.parameters, "width": self.width, **known, "seconds": self.seconds}
+        widths: dict[str, Any] = {"width": self.width, "widths": list(self.widths)}
+        if self.width is None:
+            widths["mean_width"] = sum(self.widths) / len(self.widths)
+        return {"parameters": self.parameters, **widths, **known, "seconds": self.seconds}
 
 
 def measure(
@@ -74,6 +79,7 @@ def measure(
         known: Perplexity and fidelity where they are known, so that no pass is needed.
     """
     start = time.perf_counter()
+    widths = tuple(group.num_units for group in find_groups(model))
     found: Perplexity | None = None
     close: Fidelity | None = None
     if known is not None:
@@ -82,7 +88,8 @@ def measure(
         found, close = _predictions(model, windows, reference, hidden)
     return Measurement(
         parameters=parameter_count(model),
-        width=find_groups(model)[0].num_units,
+        width=widths[0] if len(set(widths)) == 1 else None,
+        widths=widths,
         size=measure_size(model, folder=folder),
         perplexity=found,
         fidelity=close,

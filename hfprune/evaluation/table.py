@@ -1,12 +1,22 @@
 """The before/after table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 _Figures = Mapping[str, Any]
 _Cell = Callable[[_Figures], str]
+
+
+def widths_text(widths: Sequence[int]) -> str:
+    """Returns the widths of all layers in few words.
+
+    >>> widths_text([1024, 1024]), widths_text([7, 20, 11])
+    ('1,024', '7 to 20')
+    """
+    low, high = min(widths), max(widths)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _with_ratio(text: str, ratio: float | None) -> str:
@@ -25,7 +35,7 @@ def _mean(group: str, name: str, digits: str) -> _Cell:
 
 _ROWS: tuple[tuple[str, _Cell], ...] = (
     ("parameters", lambda s: f"{s['parameters']:,}"),
-    ("MLP width", lambda s: f"{s['width']:,}"),
+    ("MLP width", lambda s: widths_text(s["widths"])),
     ("weights (MiB)", lambda s: f"{s['size']['weight_bytes'] / 2**20:,.0f}"),
     ("MACs (G)", lambda s: f"{s['size']['macs'] / 1e9:,.2f}"),
     ("KV cache (MiB)", lambda s: f"{s['size']['kv_cache_bytes'] / 2**20:,.1f}"),

@@ -13,6 +13,7 @@ from hfprune.causal import objective_sum
 from hfprune.checkpoints import KEY, Phase, Record
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import fingerprint
+from hfprune.layouts import apply_plan
 from hfprune.loading import (
     DTypeName,
     check_model_path,
@@ -28,7 +29,6 @@ from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.sharding import load_sharded, rebuild
-from hfprune.surgery import apply_plan
 
 
 class PruningModule(LightningModule):
@@ -155,7 +155,7 @@ class PruningModule(LightningModule):
         return resolve_model_path(self.path)
 
     def apply_plan(self, plan: PruningPlan) -> None:
-        """Cuts the model; see :func:`hfprune.surgery.apply_plan`. A sharded model is rebuilt, one layer at a time."""
+        """Cuts the model; see :func:`hfprune.layouts.apply_plan`. A sharded model is rebuilt, one layer at a time."""
         if self.sharded:
             self._rebuild(plan=plan)
         else:

@@ -187,6 +187,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Objective": look_up(report, "plan", "objective") or "",
         "Mean objective": "" if objective is None else f"{objective:.4f} nats per token",
         "Recovery": _settings(report.get("recovery")),
+        "Layout": _layout(report.get("saved") or {}),
     }
     for role, found in (report.get("data") or {}).items():
         facts[f"{role.capitalize()} data"] = _data(found)
@@ -200,6 +201,19 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 _KINDS = {"mlp": "MLP neurons", "heads": "key-value heads", "block": "layers"}
+
+
+def _layout(saved: Mapping[str, Any]) -> str:
+    """Returns how the model was written, and how much of it is padding.
+
+    >>> _layout({"layout": "padded", "parameters": 1000, "parameters_needed": 900})
+    'padded; 100 of 1,000 stored parameters are padding, all zero; 900 are needed'
+    """
+    stored, needed = saved.get("parameters"), saved.get("parameters_needed")
+    text = str(saved.get("layout") or "")
+    if not stored or not needed or stored == needed:
+        return text
+    return f"{text}; {stored - needed:,} of {stored:,} stored parameters are padding, all zero; {needed:,} are needed"
 
 
 def _budget(budget: Mapping[str, Any]) -> str:

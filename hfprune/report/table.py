@@ -109,6 +109,7 @@ def _known(label: str, name: str, text: Callable[[float], str], change: Change =
 _SIZE = (
     _Figure(label="Parameters", paths=("parameters",), text=count),
     _Figure(label="MLP width", paths=("width",), text=count),
+    _Figure(label="MLP width, mean of the layers", paths=("mean_width",), text=decimals(1)),
     _Figure(label="Size on disk", paths=("size.disk_bytes",), text=mebibytes),
     _Figure(label="Size of the weights", paths=("size.bytes", "size.weight_bytes"), text=mebibytes),
     _Figure(label="Multiply-accumulates", paths=("size.macs",), text=_giga),

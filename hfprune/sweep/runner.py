@@ -27,10 +27,10 @@ from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_dir, command_line, write_json
 from hfprune.fingerprint import prediction_fingerprint
+from hfprune.layouts import apply_plan
 from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
-from hfprune.surgery import apply_plan
 from hfprune.sweep.grid import Cell, SweepGrid
 from hfprune.sweep.results import write_results
 from hfprune.sweep.scoring import distilled_scores, seed_scores

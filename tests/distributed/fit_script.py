@@ -51,6 +51,8 @@ DEFAULTS = {
     "pruning_ratio": 0.2,
     "units": ("mlp",),
     "compensation": None,  # settings of LeastSquares
+    "layout": "uniform",
+    "allow_pruned": False,
     "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
 
@@ -128,7 +130,7 @@ def main(**given):
     )
     callbacks = [importance, Record(out, importance, c["foreign"])]
     if c["report"] and not c["foreign"]:
-        callbacks.append(ReportCallback(str(out / "run"), latency=False, overwrite=True))
+        callbacks.append(ReportCallback(str(out / "run"), latency=False, overwrite=True, layout=c["layout"]))
     if c["die"]:
         callbacks.append(Die(*c["die"]))
     callbacks.append(ModelCheckpoint(dirpath=out / "checkpoints", save_last=True, every_n_train_steps=1))
@@ -154,7 +156,7 @@ def main(**given):
     )  # fmt: skip
     if c["ragged"]:
         data = RaggedData(*c["ragged"])
-    module = PruningModule(c["model"], dtype=c["dtype"], learning_rate=1e-2)
+    module = PruningModule(c["model"], dtype=c["dtype"], learning_rate=1e-2, allow_pruned=c["allow_pruned"])
     if c["prune_only"]:
         trainer.prune(module, datamodule=data, ckpt_path=c["ckpt_path"])
     elif c["plain_trainer"]:

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.models import save_tiny
+from hfprune import apply_plan, load
+from hfprune.layouts import is_per_layer
+from tests.layouts.plans import mlp_plan
+from tests.models import save_tiny, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLED = 9
@@ -136,6 +139,28 @@ def test_module_of_ones_own_under_ddp(folder, tmp_path):
 
 
 SLOW = pytest.mark.slow
+
+
+@SLOW
+def test_layers_that_differ_in_width(tmp_path):
+    """Read, pruned further, adapted and written shard by shard: what one process does, with both plans beside it."""
+    model = tiny(dtype=torch.float32)
+    apply_plan(model, mlp_plan(model))
+    model.save_pretrained(tmp_path / "ragged")
+    tiny_tokenizer().save_pretrained(tmp_path / "ragged")
+    settings = {"layout": "per_layer", "allow_pruned": True, "prune_only": True}
+    found = {}
+    for strategy in ("single", "fsdp2"):
+        ranks = run(str(tmp_path / "ragged"), tmp_path / strategy, strategy, **settings)
+        found[strategy] = ranks[0]["weights"], load(tmp_path / strategy / "run/model", dtype="float64")
+    assert equal(found["single"][0], found["fsdp2"][0])
+    for weights, saved in found.values():
+        assert equal(
+            {name: weights[f"model.{name}"] for name, _ in saved.named_parameters()}, dict(saved.named_parameters())
+        )
+        assert is_per_layer(saved.config)
+    said = start(str(tmp_path / "ragged"), tmp_path / "no", "fsdp2", fails=True, **settings | {"layout": "padded"})
+    assert "--layout padded needs the whole model on one rank" in said
 
 
 @pytest.mark.parametrize(

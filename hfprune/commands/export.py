@@ -1,0 +1,48 @@
+"""``export``."""
+
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from hfprune.commands.base import BaseCLI
+from hfprune.errors import ConfigError
+from hfprune.export import check_output_dir, export_model
+from hfprune.layouts import LAYOUTS
+from hfprune.loading import previous_plan
+from hfprune.plan import PruningPlan
+from hfprune.saved import saved_line
+
+
+def add_layout_argument(parser: LightningArgumentParser) -> None:
+    """Adds ``--layout``."""
+    parser.add_argument(
+        "--layout",
+        type=str,
+        default="uniform",
+        help="how the model is written: uniform (loads anywhere; the same number of units in every layer), per_layer "
+        "(loads with hfprune), padded (loads anywhere; narrower layers are filled up with zeros)",
+    )
+
+
+class ExportCLI(BaseCLI):
+    """``export``: a model that hfprune wrote, in another layout."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the layout and the output folder; a pruned model is what is wanted here."""
+        parser.add_argument("--output_dir", type=str, required=True, help="receives config, weights, tokenizer, plan")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace what is there")
+        add_layout_argument(parser)
+        parser.set_defaults({"model.allow_pruned": True})
+
+    def run(self) -> None:
+        """Runs the command."""
+        module, layout, target = self.model, self.config.layout, Path(self.config.output_dir)
+        plan = previous_plan(module.path)
+        if plan is None:
+            raise ConfigError(f"--model.path '{module.path}' has no plan.json: it is no model that hfprune wrote.")
+        LAYOUTS.get(layout).check(module.meta_model())
+        check_output_dir(target, overwrite=self.config.overwrite)
+        module.configure_model()
+        saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, layout=layout)
+        Console().print(saved_line(target, saved), soft_wrap=True)
