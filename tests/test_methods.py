@@ -29,7 +29,7 @@ def test_every_method_prunes(path, folder, tmp_path, monkeypatch):
     trainer.prune(cli.model, cli.datamodule)
     plan = cli.model.plan
     named = cli.config.importance.criterion.class_path
-    assert type(importance.criterion).__name__ == named.rpartition(".")[2]
-    assert plan.provenance["criterion"] == importance.criterion.describe()
+    assert type(importance.options.criterion).__name__ == named.rpartition(".")[2]
+    assert plan.provenance["criterion"] == importance.options.criterion.describe()
     assert (plan.provenance["distillation"] is not None) == path.stem.startswith("sdmprune")
     assert {len(kept) for kept in plan.keep.values()} == {plan.provenance["budget"]["width"]}

@@ -135,14 +135,14 @@ def test_padded_is_stock_and_gives_the_same_logits(name, tmp_path):
 def test_padded_heads(name, head_dim, keep, heads, tmp_path):
     """Heads of zeros, to the fewest that the config can express; every kept unit of two plans at its place."""
     model, dense = (tiny(name) for _ in range(2))
-    hfprune.apply_plan(model, head_plan(model, keep, head_dim=head_dim))
+    hfprune.apply_plan(model, head_plan(model, keep))
     plan = mlp_plan(model)
     hfprune.apply_plan(model, plan)
     export_model(model, None, plan, tmp_path / "m", layout="padded")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
     assert (found.config.num_attention_heads, found.config.head_dim) == (heads, head_dim)
     torch.testing.assert_close(logits(found), logits(model), atol=1e-12, rtol=0)
-    mask_plan(dense, head_plan(dense, keep, head_dim=head_dim))
+    mask_plan(dense, head_plan(dense, keep))
     mask_plan(dense, mlp_plan(dense))
     torch.testing.assert_close(logits(found), logits(dense), atol=1e-12, rtol=0)
 
@@ -223,7 +223,8 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
     flags = [f"--model.path={folder}", "--model.allow_pruned=true", "--output_dir=out", "--pruning_ratio=0.1", *SMALL]
     assert main(["prune", *flags]) == 2
     error = capsys.readouterr().err
-    assert "--layout uniform has one value per config field" in error
+    assert "a stock config states one for all" in " ".join(error.split())
+    assert "--layout per_layer" in error
     assert main(["prune", *flags, "--layout=paded"]) == 2
     assert "Did you mean 'padded'?" in capsys.readouterr().err
 

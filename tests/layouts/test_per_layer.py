@@ -89,7 +89,7 @@ def test_config_says_what_differs_in_the_format_of_transformers(saved):
 )
 def test_heads_per_layer_with_a_cache_and_pruned_twice(name, head_dim, keep, tmp_path):
     model = tiny(name, dtype=torch.float32)
-    hfprune.apply_plan(model, head_plan(model, keep, head_dim=head_dim))
+    hfprune.apply_plan(model, head_plan(model, keep))
     kv_heads = [len(units) for units in keep]
     assert [layer.num_key_value_heads for layer in model.config.per_layer_config] == kv_heads
     assert {layer.head_dim for layer in model.config.per_layer_config} == {head_dim}
@@ -106,7 +106,7 @@ def test_heads_per_layer_with_a_cache_and_pruned_twice(name, head_dim, keep, tmp
 
 def test_size_and_speed_follow_the_layers():
     model = tiny(dtype=torch.float32)
-    hfprune.apply_plan(model, head_plan(model, KEPT_HEADS, head_dim=4))
+    hfprune.apply_plan(model, head_plan(model, KEPT_HEADS))
     hfprune.apply_plan(model, mlp_plan(model))
     found = measure_size(model, tokens=10)
     kv_heads = [len(units) for units in KEPT_HEADS]
@@ -144,7 +144,7 @@ def test_equal_widths_that_the_config_does_not_say_are_not_called_uniform():
 def test_what_stock_checks_refuse_is_not_called_uniform():
     """Three of four heads do not divide the hidden size, which LlamaConfig insists on when it is read."""
     model = tiny("llama_mha_relu", dtype=torch.float32)
-    plan = head_plan(model, ((0, 1, 2),) * 3, head_dim=4)
+    plan = head_plan(model, ((0, 1, 2),) * 3)
     plan = PruningPlan(
         model_class=plan.model_class,
         groups=plan.groups,
@@ -159,7 +159,7 @@ def test_what_stock_checks_refuse_is_not_called_uniform():
 
 def test_values_rewritten_for_all_layers_beside_values_that_differ(tmp_path):
     model = tiny(dtype=torch.float32)
-    heads = head_plan(model, ((0,),) * 3, head_dim=4)
+    heads = head_plan(model, ((0,),) * 3)
     mlp = mlp_plan(model)
     plan = PruningPlan(
         model_class=mlp.model_class,
