@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hfprune.allocation.keep import keep_top
+from hfprune.arch import layer_params, parameter_count, unit_cost
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
@@ -34,6 +35,17 @@ class Inventory:
     hidden_size: int
     layer_params: tuple[int, ...] = ()
     fixed_layers: frozenset[int] = field(default_factory=frozenset)
+
+    @classmethod
+    def of(cls, model: Any, groups: tuple[Group, ...]) -> "Inventory":
+        """Returns the inventory of some groups of a supported Hugging Face model; the meta device will do."""
+        return cls(
+            groups=groups,
+            costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
+            dense_params=parameter_count(model),
+            hidden_size=model.config.hidden_size,
+            layer_params=layer_params(model),
+        )
 
     @property
     def block(self) -> Group | None:

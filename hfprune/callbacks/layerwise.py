@@ -18,7 +18,7 @@ from hfprune.causal import as_batch, sequences
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.errors import ConfigError
-from hfprune.layerwise import LayerwisePass, LayerwiseResult
+from hfprune.layerwise import LayerwisePass, LayerwiseResult, check_together
 from hfprune.types import Group
 
 
@@ -38,16 +38,8 @@ def check_layerwise(
     asked = type(compensation or criterion).__name__
     if target.known and not is_supported(target.shapes()):
         raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
-    if "blocks" in target.units:
-        raise ConfigError(
-            f"{asked} goes through the layers one by one, and none may go: leave 'blocks' out of the units."
-        )
-    waits = allocation is not None and target.known and allocation.needs_scores(target.inventory())
-    if isinstance(criterion, LayerwiseCriterion) and waits:
-        raise ConfigError(
-            f"{type(criterion).__name__} scores a layer when those before it are pruned: {allocation} needs all scores "
-            "beforehand."
-        )
+    inventory = target.inventory() if target.known else None
+    check_together(criterion, compensation, target.units, allocation, inventory)
 
 
 def run_layerwise(

@@ -14,10 +14,8 @@ from hfprune.arch import (
     config_values,
     find_groups,
     is_supported,
-    layer_params,
     parameter_count,
     pruned_count,
-    unit_cost,
 )
 from hfprune.calibration import ObjectiveSum
 from hfprune.causal import as_batch, is_packed, run_backbone, sequences, token_counts
@@ -142,14 +140,7 @@ class Target(ABC):
     def inventory(self) -> Inventory:
         """Returns the groups of a Hugging Face model and what their units cost."""
         model = self.shapes()
-        groups = self.groups(model)
-        return Inventory(
-            groups=groups,
-            costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
-            dense_params=parameter_count(model),
-            hidden_size=model.config.hidden_size,
-            layer_params=layer_params(model),
-        )
+        return Inventory.of(model, self.groups(model))
 
     def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Returns the config keys that change when ``keep`` stays."""

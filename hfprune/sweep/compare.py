@@ -11,24 +11,25 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Returns Spearman's rank correlation of the scores within each group, averaged over groups; ties share a rank.
+    """Returns Spearman's rank correlation of the scores within each group of both, averaged; ties share a rank.
 
     >>> a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])
     >>> round(rank_correlation({"x": a}, {"x": b}), 3)
     0.5
     """
-    found = [_spearman(scores, other[name]) for name, scores in one.items()]
-    return sum(found) / len(found)
+    found = [_spearman(scores, other[name]) for name, scores in one.items() if name in other]
+    return sum(found) / len(found) if found else float("nan")
 
 
 def overlap(one: Kept, other: Kept) -> float:
-    """Returns the share of the kept units of ``one`` that ``other`` keeps too, over all groups.
+    """Returns the share of the kept units of ``one`` that are kept by ``other``, over the groups of both.
 
     >>> overlap({"x": [0, 1]}, {"x": [1, 2]})
     0.5
     """
-    common = sum(len(set(units) & set(other[name])) for name, units in one.items())
-    return common / sum(map(len, one.values()))
+    shared = one.keys() & other.keys()
+    common = sum(len(set(one[name]) & set(other[name])) for name in shared)
+    return common / sum(len(one[name]) for name in shared) if shared else float("nan")
 
 
 def _spearman(one: Tensor, other: Tensor) -> float:

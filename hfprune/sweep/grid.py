@@ -1,14 +1,21 @@
 """What a sweep compares."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hfprune.allocation import Allocation
+from hfprune.arch import check_units
+from hfprune.compensation import Compensation
 from hfprune.criteria import (
     ActivationTaylor,
     CalibratedCriterion,
     Criterion,
     GradientCriterion,
+    LayerwiseCriterion,
     Magnitude,
     Random,
     SelfDistillation,
@@ -16,6 +23,7 @@ from hfprune.criteria import (
 )
 from hfprune.errors import ConfigError
 from hfprune.objectives import OBJECTIVES
+from hfprune.types import UnitKind
 
 _NAME = re.compile(r"[\w.-]+")
 
@@ -29,12 +37,18 @@ class Method:
         criterion: How signals become scores; HFPrune's per-token activation Taylor if not given.
         objective: What calibration differentiates; None for the criterion's own, and for criteria that need none.
         distillation: Two stages of calibration, with the dense model as the teacher.
+        units: What may be removed, see ``TaylorImportanceCallback``.
+        allocation: How the budget is spread over groups; the same share everywhere if not given.
+        compensation: How the projections that read pruned units are fitted anew; None leaves the kept weights.
     """
 
     name: str
     criterion: Criterion | None = None
     objective: str | None = None
     distillation: SelfDistillation | None = None
+    units: Sequence[UnitKind] = ("mlp",)
+    allocation: Allocation | None = None
+    compensation: Compensation | None = None
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
@@ -44,6 +58,9 @@ class Method:
             found = resolve_objective(self.scorer, self.objective)
             if self.distillation is not None:
                 self.distillation.check(self.scorer, self.objective)
+            check_units(self.units)
+            if self.allocation is not None and self.allocation.own_budget:
+                raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:
@@ -68,12 +85,28 @@ class Method:
 
     @property
     def seeded(self) -> bool:
-        """Whether its scores depend on the seed: through the data, or through random numbers."""
+        """Whether its model depends on the seed: through the data, or through random numbers."""
+        layerwise = self.compensation is not None or isinstance(self.scorer, LayerwiseCriterion)
+        return self.seeded_scores or layerwise
+
+    @property
+    def seeded_scores(self) -> bool:
+        """Whether its scores do."""
         return self.calibrated or isinstance(self.scorer, Random)
+
+    def scoring(self) -> tuple[str, ...]:
+        """Returns what its scores follow from, beside model and data: methods that share it share their scores."""
+        parts = (self.differentiated, sorted(self.scorer.describe().items()), self.distillation, sorted(self.units))
+        return tuple(map(str, parts))
 
     def with_seed(self, seed: int) -> Criterion:
         """Returns the criterion for one seed."""
         return Random(seed=seed) if isinstance(self.scorer, Random) else self.scorer
+
+
+def digest(value: Any) -> str:
+    """Returns a short hash of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def default_methods() -> list[Method]:

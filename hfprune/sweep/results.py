@@ -46,7 +46,7 @@ def write_results(
     result = {
         **facts,
         "rows": rows,
-        "rank_correlation": matrix([m.name for m in grid.methods], lambda a, b: rank_correlation(scores[a], scores[b])),
+        "rank_correlation": matrix(list(scores), lambda a, b: rank_correlation(scores[a], scores[b])),
         "kept_overlap": {f"{ratio:g}": _kept_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
         "seed_overlap": {f"{ratio:g}": _seed_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
         "protocols": {name: text["perplexity"]["protocol"] for name, text in cells["dense"]["texts"].items()},
@@ -81,6 +81,8 @@ def _columns(cell: Figures) -> dict[str, float]:
         found[f"{text}_perplexity"] = figures["perplexity"]["value"]
         for name in ("kl", "reverse_kl", "js_distance", "top1_agreement", "jaccard_15"):
             found[f"{text}_{name}"] = figures["fidelity"][name]
+    if "latency" in cell:
+        found["prefill_ms"] = cell["latency"]["prefill_ms"]
     if "zero_shot" in cell:
         for task, metrics in cell["zero_shot"]["tasks"].items():
             for metric in ("acc", "acc_norm", "pct_stereotype"):
@@ -91,11 +93,11 @@ def _columns(cell: Figures) -> dict[str, float]:
 
 
 def _speeds(grid: SweepGrid, cells: Mapping[str, Figures]) -> dict[str, Any]:
-    """Returns the speed of the dense model and at each ratio: it follows from the widths, whatever the method."""
+    """Returns the speeds of models of different widths by their label, the dense model's first."""
     if "latency" not in cells["dense"]:
         return {}
-    found = {f"{cell.pruning_ratio:g}": cells[cell.name]["latency"] for cell in grid.cells()}
-    return {"dense": cells["dense"]["latency"], **found}
+    timed = [cells["dense"]["latency"], *(cells[cell.name]["latency"] for cell in grid.cells())]
+    return {found["label"]: found for found in timed}
 
 
 def _kept_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dict[str, dict[str, float]]:
@@ -170,7 +172,7 @@ def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
 def _speed_table(speeds: Mapping[str, Any]) -> str:
     lines = [["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"], ["---"] * 5]
     for name, found in speeds.items():
-        cells = ["-" if name == "dense" else f"{float(name):.0%}"]
+        cells = [name]
         for kind, figure in (("prefill", "prefill_ms"), ("decode", "decode_tokens_per_s")):
             ratio, spread = found[f"{kind}_ratio"], found[f"{kind}_ratio_spread"]
             shown = "-" if ratio is None else f"{ratio:.3f} ({spread[0]:.3f} to {spread[1]:.3f})"
@@ -213,7 +215,7 @@ def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> 
                 label=row["method"] if ratio is None else f"{row['method']}, {ratio:.0%}",
                 series=row["method"],
                 parameters=int(row["parameters"]),
-                latency_ms=(result["speeds"].get("dense" if ratio is None else f"{ratio:g}") or {}).get("prefill_ms"),
+                latency_ms=row.get("prefill_ms"),
                 spread=spread,
                 **{field: row.get(name) for field, name in names.items()},
             )

@@ -1,10 +1,9 @@
 """``Sweep``: scores, prunes and measures every cell of the grid, and can be interrupted anywhere."""
 
-import hashlib
 import json
 import logging
-import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 import torch
 
-from hfprune.allocation import ResolvedBudget, resolve, uniform_keep
-from hfprune.arch import class_name, find_groups, find_spec, parameter_count, unit_cost
-from hfprune.calibration import weight_scores
-from hfprune.criteria import WeightCriterion
+from hfprune.arch import parameter_count
+from hfprune.criteria import LayerwiseCriterion
 from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
@@ -27,22 +24,13 @@ from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_dir, command_line, write_json
 from hfprune.fingerprint import prediction_fingerprint
-from hfprune.layouts import apply_plan
-from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import PruningPlan
-from hfprune.sweep.grid import Cell, SweepGrid
+from hfprune.sweep.book import ScoreBook
+from hfprune.sweep.grid import Cell, SweepGrid, digest
+from hfprune.sweep.pruner import Kept, Pruner
 from hfprune.sweep.results import write_results
-from hfprune.sweep.scoring import distilled_scores, seed_scores
-from hfprune.types import Budget
 
 _log = logging.getLogger(__name__)
-
-ByGroup = dict[str, torch.Tensor]
-"""Group -> scores."""
-
-Kept = dict[str, tuple[int, ...]]
-"""Group -> kept units."""
 
 MakeData = Callable[[int, str | None], TextDataModule]
 """Returns the data for a seed, with an evaluation text (None: none)."""
@@ -79,27 +67,10 @@ class Sweep:
         self.out = check_output_dir(output_dir, overwrite=True)
         self.zero_shot, self.latency = zero_shot, latency
         self.device = device or torch.device("cpu")
-        self.budgets = {ratio: self._resolve(ratio) for ratio in grid.pruning_ratios}
-        self._check_stages()
+        self.pruner = Pruner(module, grid, self.device)
         self.warnings: list[str] = []
         self._references: dict[str, DenseReference] = {}
         self._model_key = ""
-
-    def _resolve(self, ratio: float) -> ResolvedBudget:
-        model = self.module.meta_model()
-        groups = find_groups(model)
-        costs = [unit_cost(model, group) for group in groups]
-        budget = Budget(pruning_ratio=ratio, round_to=self.grid.round_to)
-        dense = parameter_count(model)
-        return resolve(budget, groups, costs, dense_params=dense, hidden_size=model.config.hidden_size)
-
-    def _check_stages(self) -> None:
-        """Raises ``ConfigError`` where a method's first stage would keep fewer units than a budget does."""
-        groups = find_groups(self.module.meta_model())
-        for method in self.grid.methods:
-            if method.distillation is not None:
-                for budget in self.budgets.values():
-                    method.distillation.first_widths(groups, budget.widths)
 
     def run(self) -> dict[str, Any]:
         """Runs what is not there yet; returns the results, which ``table.json`` holds too."""
@@ -116,32 +87,34 @@ class Sweep:
         self._model_key = prediction_fingerprint(dense)
         texts = {name: [cut.sha256, cut.protocol] for name, cut in windows.items()}
         cells = {"dense": self._cell("dense", texts, lambda: self._measure(dense, windows, dense=True))}
-        scores: dict[tuple[str, int | None], ByGroup] = {}
+        folder = self.out / "scores"
+        book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key, device=self.device)
         kept: dict[str, Kept] = {}
         for cell in self.grid.cells():
-            scored = self._scores(cell, dense, by_seed, scores)
-            keep = uniform_keep(scored, find_groups(dense), self.budgets[cell.pruning_ratio].widths)
-            kept[cell.name] = keep
-            ratio = cell.pruning_ratio
-            make = partial(self._measure_pruned, keep, ratio, windows)
-            cells[cell.name] = self._cell(cell.name, [texts, keep], make)
+            kept[cell.name] = keep = self._keep(cell, book)
+            make = partial(self._measure_pruned, cell, keep, book, windows)
+            cells[cell.name] = self._cell(cell.name, [texts, *self._depends(cell, keep, book)], make)
         if self.latency:
-            self._add_speeds(dense, kept, cells)
+            self._add_speeds(dense, kept, cells, book)
         if self.zero_shot is not None:
-            self._add_tasks(self.zero_shot, dense, kept, cells)
+            self._add_tasks(self.zero_shot, dense, kept, cells, book)
         facts = {
             "command": command_line(),
             "model": self.module.path,
             "warnings": self.warnings,
-            "budgets": {f"{ratio:g}": budget.to_dict() for ratio, budget in self.budgets.items()},
+            "budgets": self._budgets(),
             "calibration": {
                 str(seed): data.summary()["calibration"] | {"ngrams": None} for seed, data in by_seed.items()
             },
         }
-        by_method: dict[str, ByGroup] = {}
-        for (name, _), by_group in scores.items():
-            by_method.setdefault(name, by_group)
-        return write_results(self.out, self.grid, cells, kept, by_method, facts)
+        return write_results(self.out, self.grid, cells, kept, book.first(), facts)
+
+    def _budgets(self) -> dict[str, dict[str, Any]]:
+        """Returns ratio -> method -> budget, before scores."""
+        return {
+            f"{ratio:g}": {method.name: self.pruner.budget(method, ratio).to_dict() for method in self.grid.methods}
+            for ratio in self.grid.pruning_ratios
+        }
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -165,41 +138,6 @@ class Sweep:
             self.warnings.append(text)
             warnings.warn(text, stacklevel=2)
 
-    # ---- scores ------------------------------------------------------------------------------------------------------
-
-    def _scores(
-        self,
-        cell: Cell,
-        dense: Any,
-        by_seed: dict[int, TextDataModule],
-        known: dict[tuple[str, int | None], ByGroup],
-    ) -> ByGroup:
-        """Returns the scores of a cell; one pass serves all criteria of its seed that calibrate in one stage."""
-        key = (cell.method.name, cell.seed)
-        if key in known:
-            return known[key]
-        criterion = cell.method.with_seed(cell.seed or 0)
-        if isinstance(criterion, WeightCriterion):
-            known[key] = weight_scores(dense, find_groups(dense), criterion)
-            return known[key]
-        assert cell.seed is not None
-        data, staged = by_seed[cell.seed], cell.method.distillation is not None
-        methods = [m for m in self.grid.methods if m.calibrated and m.distillation is None]
-        methods = [cell.method] if staged else methods
-        parts = {m.name: [m.differentiated, m.scorer.describe(), str(m.distillation)] for m in methods}
-        digest = _digest([self._model_key, data.summary()["calibration"]["sha256"], parts])
-        name = f"seed{cell.seed}-{cell.method.name}" if staged else f"seed{cell.seed}"
-        path, start = self.out / "scores" / f"{name}.safetensors", time.perf_counter()
-        make = data.calibration_dataloader
-        if staged:
-            found = distilled_scores(dense, cell.method, make, path, key=digest, device=self.device)
-        else:
-            found = seed_scores(dense, methods, make(), path, key=digest, device=self.device)
-        _log.info("Scores of seed %d: %.1f s.", cell.seed, time.perf_counter() - start)
-        for name, by_group in found.items():
-            known[name, cell.seed] = by_group
-        return known[key]
-
     # ---- cells -------------------------------------------------------------------------------------------------------
 
     def _cell(self, name: str, depends: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +148,7 @@ class Sweep:
             depends: What the figures follow from beside the dense model, as plain data: texts, tasks, kept units.
             make: Measures.
         """
-        path, key = self.out / "cells" / f"{name}.json", _digest([self._model_key, depends])
+        path, key = self.out / "cells" / f"{name}.json", digest([self._model_key, depends])
         found = _read_cell(path, key)
         if found is not None:
             return found
@@ -220,18 +158,26 @@ class Sweep:
         assert again is not None
         return again
 
-    def _measure_pruned(self, keep: Kept, ratio: float, windows: dict[str, Windows]) -> dict[str, Any]:
-        return self._measure(self._pruned(keep, ratio), windows)
+    def _keep(self, cell: Cell, book: ScoreBook) -> Kept:
+        """Returns a cell's units; choosing them layer by layer takes long, so that these have a file."""
+        if not isinstance(cell.method.scorer, LayerwiseCriterion):
+            return self.pruner.keep(cell, book.scores(cell), ())
+        budget = self.pruner.budget(cell.method, cell.pruning_ratio).to_dict()
+        depends = [cell.method.scoring(), self._fitted(cell, book), book.data_key(cell), budget]
+        found = self._cell(f"kept-{cell.name}", depends, lambda: self.pruner.keep(cell, {}, book.batches(cell)))
+        return {name: tuple(units) for name, units in found.items()}
 
-    def _pruned(self, keep: Kept, ratio: float) -> Any:
-        module = self.module
-        model = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
-        width = self.budgets[ratio].width
-        assert width is not None
-        config = {find_spec(model).width_key: width}
-        plan = PruningPlan(model_class=class_name(model), groups=find_groups(model), keep=keep, config=config)
-        apply_plan(model, plan)
-        return model.to(self.device)
+    def _fitted(self, cell: Cell, book: ScoreBook) -> list[Any]:
+        """Returns what a cell's fitted weights follow from beside its units; empty where none are fitted."""
+        compensation = cell.method.compensation
+        return [] if compensation is None else [compensation.describe(), book.data_key(cell)]
+
+    def _depends(self, cell: Cell, keep: Kept, book: ScoreBook) -> list[Any]:
+        """Returns what a cell's model follows from, beside the dense model."""
+        return [keep, *self._fitted(cell, book)]
+
+    def _measure_pruned(self, cell: Cell, keep: Kept, book: ScoreBook, windows: dict[str, Windows]) -> dict[str, Any]:
+        return self._measure(self.pruner.build(cell, keep, book.batches(cell)), windows)
 
     def _measure(self, model: Any, windows: dict[str, Windows], *, dense: bool = False) -> dict[str, Any]:
         figures: dict[str, Any] = {"parameters": parameter_count(model), "size": measure_size(model).to_dict()}
@@ -251,7 +197,12 @@ class Sweep:
         return self._references[name]
 
     def _add_tasks(
-        self, tasks: ZeroShotTasks, dense: Any, kept: dict[str, Kept], cells: dict[str, dict[str, Any]]
+        self,
+        tasks: ZeroShotTasks,
+        dense: Any,
+        kept: dict[str, Kept],
+        cells: dict[str, dict[str, Any]],
+        book: ScoreBook,
     ) -> None:
         """Adds the zero-shot figures, last: they take longest."""
 
@@ -262,27 +213,35 @@ class Sweep:
         cells["dense"]["zero_shot"] = self._cell("tasks-dense", asked, partial(run, lambda: dense))
         for cell in self.grid.cells():
             if self.grid.runs_tasks(cell):
-                pruned = partial(self._pruned, kept[cell.name], cell.pruning_ratio)
-                depends, make = [asked, kept[cell.name]], partial(run, pruned)
+                keep = kept[cell.name]
+                make = partial(run, partial(self.pruner.build, cell, keep, book.batches(cell)))
+                depends = [asked, *self._depends(cell, keep, book)]
                 cells[cell.name]["zero_shot"] = self._cell(f"tasks-{cell.name}", depends, make)
 
-    def _add_speeds(self, dense: Any, kept: dict[str, Kept], cells: dict[str, dict[str, Any]]) -> None:
-        """Adds speeds: those of a model depend on its widths only, so one model per ratio is timed."""
-        timed: dict[float, Cell] = {}
+    def _add_speeds(self, dense: Any, kept: dict[str, Kept], cells: dict[str, dict[str, Any]], book: ScoreBook) -> None:
+        """Adds speeds: those of a model depend on its widths only, so one model for each of these is timed."""
+        alike: dict[tuple[Any, ...], list[Cell]] = {}
         for cell in self.grid.cells():
-            timed.setdefault(cell.pruning_ratio, cell)
+            widths = tuple((name, len(units)) for name, units in kept[cell.name].items())
+            alike.setdefault((cell.pruning_ratio, widths), []).append(cell)
+        of_ratio = Counter(ratio for ratio, _ in alike)
+        labels = {
+            key: f"{key[0]:.0%}" if of_ratio[key[0]] == 1 else f"{key[0]:.0%}, {some[0].name}"
+            for key, some in alike.items()
+        }
 
         def make() -> dict[str, Any]:
-            models = [dense, *(self._pruned(kept[cell.name], ratio) for ratio, cell in timed.items())]
-            found = compare_latency(models)
-            names = ["dense", *(f"{ratio:g}" for ratio in timed)]
+            models = [self.pruner.build(some[0], kept[some[0].name], book.batches(some[0])) for some in alike.values()]
+            found = compare_latency([dense, *models])
+            names = ["dense", *labels.values()]
             return {name: speed.to_dict() for name, speed in zip(names, found, strict=True)}
 
-        widths = {f"{ratio:g}": self.budgets[ratio].widths for ratio in timed}
-        speeds = self._cell("speed", [widths, str(self.device), torch.get_num_threads()], make)
-        cells["dense"]["latency"] = speeds["dense"]
-        for cell in self.grid.cells():
-            cells[cell.name]["latency"] = speeds[f"{cell.pruning_ratio:g}"]
+        depends = [sorted((labels[key], key[1]) for key in alike), str(self.device), torch.get_num_threads()]
+        speeds = self._cell("speed", depends, make)
+        cells["dense"]["latency"] = speeds["dense"] | {"label": "-"}
+        for key, some in alike.items():
+            for cell in some:
+                cells[cell.name]["latency"] = speeds[labels[key]] | {"label": labels[key]}
 
 
 def _read_cell(path: Path, key: str) -> dict[str, Any] | None:
@@ -294,7 +253,3 @@ def _read_cell(path: Path, key: str) -> dict[str, Any] | None:
     if not isinstance(found, dict) or found.pop("key", None) != key:
         return None
     return found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

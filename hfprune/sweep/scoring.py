@@ -14,7 +14,7 @@ from hfprune.allocation import uniform_keep
 from hfprune.arch import find_groups
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
 from hfprune.causal import objective_sums, run_backbone, sequences, token_counts
-from hfprune.criteria import CalibratedCriterion
+from hfprune.criteria import CalibratedCriterion, scored_groups
 from hfprune.errors import CalibrationError, OutputError
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.distillation import Distillation
@@ -42,11 +42,11 @@ class SharedPass:
         self, model: Any, methods: Sequence[Method], *, device: torch.device, objective: Objective | None = None
     ) -> None:
         self._model, self._methods, self._device = model, tuple(methods), device
-        groups = find_groups(model)
         self._accumulators = []
         self._by_objective: dict[Objective | None, list[ImportanceAccumulator]] = {}
         for method in methods:
             assert isinstance(method.scorer, CalibratedCriterion)
+            groups = scored_groups(model, find_groups(model, method.units))
             accumulator = ImportanceAccumulator(model, groups, method.scorer, device=device)
             self._accumulators.append(accumulator)
             name = method.differentiated
@@ -173,7 +173,7 @@ def distilled_scores(
     """
     setting = method.distillation
     assert setting is not None
-    groups = find_groups(model)
+    groups = find_groups(model, method.units)
     early, ce = path.with_suffix(".first.safetensors"), OBJECTIVES.get("cross_entropy")
     first = seed_scores(model, [method], batches(), early, key=key, device=device, objective=ce)
     kept = uniform_keep(first[method.name], groups, setting.first_widths(groups, [0] * len(groups)))

@@ -6,9 +6,12 @@ import json
 import pytest
 import torch
 
+import hfprune.sweep.pruner as pruner
 import hfprune.sweep.runner as runner
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule, WeightTaylor
+from hfprune.allocation import GlobalRank, Uniform
 from hfprune.arch import find_groups
+from hfprune.compensation import LeastSquares
 from hfprune.criteria import (
     ActivationNorm,
     ActivationTaylor,
@@ -16,6 +19,7 @@ from hfprune.criteria import (
     Fisher,
     Magnitude,
     Random,
+    Reconstruction,
     SelfDistillation,
 )
 from hfprune.errors import ConfigError
@@ -33,8 +37,13 @@ METHODS = [
     Method(name="norm", criterion=ActivationNorm()),
     Method(name="fisher", criterion=Fisher()),
     Method(name="sdmprune", criterion=CoupledTaylor(), distillation=SelfDistillation(first_stage=0.1)),
+    Method(name="refit", criterion=ActivationNorm(), compensation=LeastSquares()),
+    Method(name="reconstruction", criterion=Reconstruction(), compensation=LeastSquares()),
+    Method(name="global", objective="entropy", allocation=GlobalRank(), units=("mlp", "heads")),
+    Method(name="blocks", objective="entropy", units=("blocks", "mlp")),
 ]
 CALIBRATED = [method for method in METHODS if method.calibrated]
+SEEDED = [method for method in METHODS if method.seeded and method.name != "random"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,7 @@ def test_rows(undisturbed):
     assert row["docs_perplexity"] == pytest.approx(sum(values) / 2)
     assert row["docs_perplexity_sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
     assert (row["docs_perplexity_low"], row["docs_perplexity_high"]) == (min(values), max(values))
-    assert rows["entropy", 0.3]["parameters"] == result["budgets"]["0.3"]["params"]
+    assert rows["entropy", 0.3]["parameters"] == result["budgets"]["0.3"]["entropy"]["params"]
     assert "docs_perplexity_sd" not in rows["magnitude", 0.3]
     written = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
     assert [row["method"] for row in written] == [row["method"] for row in result["rows"]]
@@ -107,11 +116,12 @@ def test_tables_and_page(undisturbed):
     assert "| dense | - |" in text
     assert "| entropy | 20% |" in text
     assert "first 3 non-overlapping windows of 16 tokens" in text
-    assert list(result["rank_correlation"]) == [method.name for method in METHODS]
+    assert list(result["rank_correlation"]) == [m.name for m in METHODS if m.name != "reconstruction"]
+    assert result["rank_correlation"]["norm"]["refit"] == pytest.approx(1)
     for matrix in (result["rank_correlation"], *result["kept_overlap"].values()):
         assert all(matrix[name][name] == pytest.approx(1.0) for name in matrix)
         assert matrix["entropy"]["random"] < 1
-    assert set(result["seed_overlap"]["0.2"]) == {"random", *(method.name for method in CALIBRATED)}
+    assert set(result["seed_overlap"]["0.2"]) == {"random", *(method.name for method in SEEDED)}
     assert "Sweep of" in (out / "report.html").read_text()
     assert (out / "figures/frontier.svg").is_file()
 
@@ -119,12 +129,15 @@ def test_tables_and_page(undisturbed):
 def test_kept_units_are_those_of_a_run_of_its_own(folder, undisturbed):
     """The shared pass changes nothing: the callback, alone, with the same data, prunes to the same model."""
     result, _ = undisturbed
-    for method in CALIBRATED:
+    for method in SEEDED:
         importance = TaylorImportanceCallback(
             pruning_ratio=0.2,
             criterion=method.scorer,
             objective=method.objective,
             distillation=method.distillation,
+            units=method.units,
+            allocation=method.allocation,
+            compensation=method.compensation,
         )
         trainer = PruneTrainer(
             callbacks=[importance], accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
@@ -197,8 +210,8 @@ def test_a_cell_whose_units_changed_is_measured_anew(folder, tmp_path, monkeypat
     few = {"methods": METHODS[:1], "seeds": [1], "pruning_ratios": [0.3]}
     sweep(folder, tmp_path / "out", **few).run()
     kept = []
-    apply = runner.apply_plan
-    monkeypatch.setattr(runner, "apply_plan", lambda model, plan: (kept.append(plan.keep), apply(model, plan)))
+    apply = pruner.apply_plan
+    monkeypatch.setattr(pruner, "apply_plan", lambda model, plan: (kept.append(plan.keep), apply(model, plan)))
     made = Sweep(PruningModule(folder), grid(**few | change), data, tmp_path / "out", latency=False)
     found = made.run()
     again = Sweep(PruningModule(folder), grid(**few | change), data, tmp_path / "fresh", latency=False).run()
@@ -219,9 +232,9 @@ def test_a_ratio_may_be_added_and_speeds_are_those_of_the_widths(folder, tmp_pat
     for change in ({"pruning_ratios": [0.2]}, {"pruning_ratios": [0.2, 0.3]}, {"pruning_ratios": [0.2], "round_to": 8}):
         made = Sweep(PruningModule(folder), grid(**few | change), make_data, tmp_path / "out")
         for _ in range(2):  # the second time from its files
-            assert list(made.run()["speeds"]) == ["dense", *(f"{r:g}" for r in change["pruning_ratios"])]
+            assert list(made.run()["speeds"]) == ["-", *(f"{r:.0%}" for r in change["pruning_ratios"])]
     assert len(timed) == 3
-    assert timed[2][1:] == [made.budgets[0.2].width] != timed[0][1:]
+    assert timed[2][1:] == [made.pruner.budget(METHODS[3], 0.2).width] != timed[0][1:]
 
 
 def test_a_damaged_cell_is_measured_again(folder, tmp_path):
@@ -289,6 +302,8 @@ def test_bad_grids(settings, message):
         ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
         ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
         ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
+        ({"name": "a", "objective": "entropy", "units": ["mlp", "head"]}, "Method 'a': .*head"),
+        ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "says itself how much goes"),
     ],
 )
 def test_bad_methods(settings, message):
@@ -300,6 +315,20 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
     with pytest.raises(ConfigError, match=r"largest possible --pruning_ratio"):
         sweep(folder, tmp_path / "out", pruning_ratios=[0.2, 0.9])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"criterion": Reconstruction(), "units": ("blocks",)}, "Method 'a': Reconstruction goes through the layers"),
+        ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
+        ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
+        ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_said_before_anything_is_loaded(folder, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep(folder, tmp_path / "out", methods=[Method(name="a", **settings)])
 
 
 def test_cells_of_the_first_seed_come_first():

@@ -1,0 +1,39 @@
+"""What goes through the layers one by one, and what it does not go with."""
+
+from collections.abc import Sequence
+
+from hfprune.allocation import Allocation, Inventory
+from hfprune.compensation import Compensation
+from hfprune.criteria import Criterion, LayerwiseCriterion
+from hfprune.errors import ConfigError
+
+
+def check_together(
+    criterion: Criterion,
+    compensation: Compensation | None,
+    units: Sequence[str],
+    allocation: Allocation | None,
+    inventory: Inventory | None,
+) -> None:
+    """Raises ``ConfigError`` when units or weights are to be found layer by layer and units or allocation forbid it.
+
+    Args:
+        criterion: How units are chosen.
+        compensation: How weights are fitted.
+        units: Unit kinds.
+        allocation: How the budget is spent.
+        inventory: The groups, None where they are not known yet.
+    """
+    if compensation is None and not isinstance(criterion, LayerwiseCriterion):
+        return
+    if "blocks" in units:
+        raise ConfigError(
+            f"{type(compensation or criterion).__name__} goes through the layers one by one, and none may go: leave "
+            "'blocks' out of the units."
+        )
+    waits = allocation is not None and inventory is not None and allocation.needs_scores(inventory)
+    if isinstance(criterion, LayerwiseCriterion) and waits:
+        raise ConfigError(
+            f"{type(criterion).__name__} scores a layer when those before it are pruned: {allocation} needs all scores "
+            "beforehand."
+        )
