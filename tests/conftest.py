@@ -26,6 +26,8 @@ def _global_state():
     levels, formatwarning = [logger.level for logger in loggers], warnings.formatwarning
     torch.manual_seed(0)
     yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the command line sets them; DDP seeds itself anew from them
+        os.environ.pop(name, None)
     warnings.formatwarning = formatwarning  # the command line replaces it, and quietens Lightning
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
