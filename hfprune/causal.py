@@ -79,7 +79,7 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
         batch: One sequence per row (packed rows: see :func:`sequences`); padding on either side.
     """
     teacher = _teacher_hidden(model, objective, batch)
-    hidden, mask = _final_hidden(model, batch)
+    hidden, mask = final_hidden(model, batch)
     targets, valid = objective.targets(batch["input_ids"], mask, batch.get("labels"))
     every = bool(valid.all())
 
@@ -94,7 +94,7 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
 def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
     teachers = [_teacher_hidden(model, objective, batch) for objective in objectives]
-    hidden, mask = _final_hidden(model, batch)
+    hidden, mask = final_hidden(model, batch)
     terms, valid = [], []
     for objective, teacher in zip(objectives, teachers, strict=True):
         targets, counted = objective.targets(batch["input_ids"], mask, batch.get("labels"))
@@ -111,10 +111,25 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
     return list(zip(totals, valid, strict=True))
 
 
+def final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns the final hidden states [B, T, D] and the attention mask [B, T]."""
+    input_ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    unpadded = bool(mask.all())
+    hidden: Tensor = backbone(model)(
+        input_ids=input_ids,
+        attention_mask=None if unpadded else mask,
+        position_ids=None if unpadded else (mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden, mask
+
+
 def run_backbone(model: nn.Module, batch: Batch) -> None:
     """Runs the model without its output head and without gradients, for what hooks see of it."""
     with torch.no_grad():
-        _final_hidden(model, batch)
+        final_hidden(model, batch)
 
 
 def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -130,19 +145,4 @@ def _teacher_hidden(model: nn.Module, objective: Objective, batch: Batch) -> Ten
     if objective.teacher is None:
         return None
     with torch.no_grad(), objective.teacher():
-        return _final_hidden(model, batch)[0]
-
-
-def _final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the final hidden states [B, T, D] and the attention mask [B, T]."""
-    input_ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    unpadded = bool(mask.all())
-    hidden: Tensor = backbone(model)(
-        input_ids=input_ids,
-        attention_mask=None if unpadded else mask,
-        position_ids=None if unpadded else (mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden, mask
+        return final_hidden(model, batch)[0]

@@ -5,7 +5,6 @@ are run one by one, so batching and padding make no difference.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hfprune.arch.groups import find_spec
 from hfprune.causal import Batch, objective_sum, run_backbone, sequences
 from hfprune.errors import CalibrationError
 from hfprune.objectives import OBJECTIVES
-from hfprune.recording import hooked
+from hfprune.recording import evaluating, hooked
 
 
 def layer_cosines(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
@@ -42,7 +41,7 @@ def layer_cosines(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return hook
 
     handles = [layer.register_forward_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    with _evaluating(model), hooked(handles):
+    with evaluating(model), hooked(handles):
         for sequence in _sequences(batches):
             run_backbone(model, sequence)
             tokens += sequence["input_ids"].numel()
@@ -64,7 +63,7 @@ def layer_perplexities(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         CalibrationError: There is no token to predict.
     """
     data = list(batches)
-    with _evaluating(model):
+    with evaluating(model):
         whole = _perplexity(model, data)
         found = []
         for layer in _layers(model):
@@ -108,14 +107,3 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _first(output: Any) -> Tensor:
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for m, flag in training:
-            m.training = flag

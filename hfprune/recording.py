@@ -21,20 +21,29 @@ ReceiveActivation = Callable[[Group, Slice, Activation], None]
 
 
 @contextmanager
-def frozen(root: nn.Module) -> Iterator[None]:
-    """Freezes ``root`` and puts it into eval mode; undoes both at the end."""
-    requires_grad = [(p, p.requires_grad) for p in root.parameters()]
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """Puts ``root`` into eval mode; every module's own mode is back at the end."""
     training = [(m, m.training) for m in root.modules()]
-    for p, _ in requires_grad:
-        p.requires_grad_(False)
     root.eval()
     try:
         yield
     finally:
-        for p, flag in requires_grad:
-            p.requires_grad_(flag)
         for m, flag in training:
             m.training = flag
+
+
+@contextmanager
+def frozen(root: nn.Module) -> Iterator[None]:
+    """Freezes ``root`` and puts it into eval mode; undoes both at the end."""
+    requires_grad = [(p, p.requires_grad) for p in root.parameters()]
+    for p, _ in requires_grad:
+        p.requires_grad_(False)
+    try:
+        with evaluating(root):
+            yield
+    finally:
+        for p, flag in requires_grad:
+            p.requires_grad_(flag)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.sensitivity import Sensitivity
 from hfprune.allocation.uniform import Uniform
 from hfprune.errors import ConfigError
 
@@ -28,6 +29,8 @@ class Protected(Allocation):
     def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
         if first < 0 or last < 0:
             raise ConfigError(f"Protected: first={first} and last={last} are numbers of layers, not negative.")
+        if isinstance(allocation, Sensitivity) and allocation.curves is None:
+            raise ConfigError("Protected: give Sensitivity its curves; within Protected it does not measure any.")
         self.first, self.last, self.allocation = first, last, allocation or Uniform()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.fill import fill, slot
-from hfprune.allocation.uniform import settled
+from hfprune.allocation.uniform import Uniform, settled
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
@@ -28,27 +28,64 @@ class Sensitivity(Allocation):
     rounded first and MLP neurons make up for the rest.
 
     Args:
-        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file.
+        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file. None:
+            measured after calibration, on the first ``sequences`` sequences of its data; a forward pass of these for
+            every group and share.
+        shares: Kept shares to measure at.
+        sequences: Number of sequences to measure on.
 
     Raises:
-        ConfigError: The file cannot be read, or a share is not in [0, 1].
+        ConfigError: The file cannot be read, or a value is out of range.
     """
 
-    def __init__(self, curves: dict[str, dict[float, float]] | str) -> None:
+    def __init__(
+        self,
+        curves: dict[str, dict[float, float]] | str | None = None,
+        *,
+        shares: Sequence[float] = (0.75, 0.5, 0.25),
+        sequences: int = 4,
+    ) -> None:
+        self.shares, self.sequences, self.measured = tuple(shares), sequences, False
+        if not self.shares or not all(0 < share < 1 for share in self.shares) or sequences < 1:
+            raise ConfigError(f"Sensitivity: shares {list(shares)} are in (0, 1), sequences {sequences} at least 1.")
+        if curves is None:
+            self.curves: dict[str, dict[float, float]] | None = None
+            return
         self.curves = _read(curves) if isinstance(curves, str) else {n: dict(c) for n, c in curves.items()}
         if not all(0 <= share <= 1 and kl == kl for curve in self.curves.values() for share, kl in curve.items()):
             raise ConfigError("Sensitivity: a kept share is not in [0, 1], or a KL is NaN.")
 
+    def with_curves(self, curves: Curves) -> "Sensitivity":
+        """Returns the allocation that goes by curves which were measured as it says."""
+        found = Sensitivity(
+            {name: dict(curve) for name, curve in curves.items()}, shares=self.shares, sequences=self.sequences
+        )
+        found.measured = True
+        return found
+
+    def needs_scores(self, inventory: Inventory) -> bool:
+        """Returns whether widths wait for the scores: by which the units of the curves' points are chosen."""
+        return self.curves is None or super().needs_scores(inventory)
+
     def describe(self) -> dict[str, Any]:
-        """Returns name and curves."""
-        return {"name": "Sensitivity", "curves": {n: {str(k): v for k, v in c.items()} for n, c in self.curves.items()}}
+        """Returns name and curves, and how these were measured where the allocation says so."""
+        found: dict[str, Any] = {"name": "Sensitivity"}
+        if self.curves is None or self.measured:
+            found |= {"shares": list(self.shares), "sequences": self.sequences}
+        if self.curves is not None:
+            found["curves"] = {n: {str(k): v for k, v in c.items()} for n, c in self.curves.items()}
+        return found
 
     def __str__(self) -> str:
-        """Returns the name and the number of curves."""
+        """Returns the name and what the curves are; the same before and after they were measured."""
+        if self.curves is None or self.measured:
+            return f"Sensitivity(shares={list(self.shares)}, sequences={self.sequences})"
         return f"Sensitivity({len(self.curves)} curves)"
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the widths at the end of the cheapest pieces."""
+        """Returns the widths at the end of the cheapest pieces; those of ``Uniform`` until the curves are measured."""
+        if self.curves is None:
+            return Uniform().allot(inventory, target, round_to=round_to, scores=scores)
         missing = [group.name for group in inventory.groups if group.name not in self.curves]
         if missing:
             raise ConfigError(f"Sensitivity: no curve for {', '.join(missing[:3])}{', ...' if missing[3:] else ''}.")

@@ -14,6 +14,7 @@ from hfprune.arch import Neurons, check_units, parameter_count
 from hfprune.callbacks.calibrate import check_source
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.curves import check_curves
 from hfprune.callbacks.distil import check_stages
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
@@ -220,6 +221,7 @@ class TaylorImportanceCallback(Callback):
         options = self.options
         check_strategy(trainer, target, options.compensation or options.criterion)
         check_layerwise(target, options.criterion, options.compensation, options.allocation)
+        check_curves(target, options.allocation)
         if options.distillation is not None:
             check_stages(target, options.distillation, options.budget, options.allocation)
         if target.plan is None and options.calibrates:

@@ -1,24 +1,25 @@
 """Choosing units and fitting weights layer by layer, within ``fit``: the calibration data spread over the ranks."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import islice
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune.allocation import Allocation
 from hfprune.arch import is_supported
 from hfprune.callbacks.calibrate import data_loader, seed_data
 from hfprune.callbacks.progress import layer_progress
 from hfprune.callbacks.target import Target
-from hfprune.causal import as_batch, sequences
+from hfprune.causal import as_batch
+from hfprune.causal import sequences as split
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.errors import ConfigError
 from hfprune.layerwise import LayerwisePass, LayerwiseResult, check_together
+from hfprune.recording import evaluating
 from hfprune.types import Group
 
 
@@ -75,42 +76,35 @@ def run_layerwise(
     """
     strategy = trainer.strategy
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with isolate_rng(), _evaluating(target.module), layer_progress(enabled=shown) as done:
-        seed_data(seed)
-        batches = list(_share(trainer, limit))
+    with isolate_rng(), evaluating(target.module), torch.no_grad(), layer_progress(enabled=shown) as done:
+        batches = share(trainer, seed, limit=limit)
         work = LayerwisePass(
             target.model,
             groups,
             compensation=compensation,
-            reduce=lambda tensor: _summed(trainer, tensor),
+            reduce=lambda tensor: summed(trainer, tensor),
         )
         with strategy.precision_plugin.forward_context():
             return work.run(batches, widths, keep=keep, criterion=criterion, device=strategy.root_device, done=done)
 
 
-def _share(trainer: Trainer, limit: int | None) -> Iterator[dict[str, Tensor]]:
-    """Yields this rank's sequences."""
-    index = 0
-    for batch in islice(data_loader(trainer), limit):
-        for sequence in sequences(as_batch(batch)):
-            if index % trainer.world_size == trainer.global_rank:
-                yield sequence
-            index += 1
+def share(
+    trainer: Trainer, seed: int, *, limit: int | None = None, sequences: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Returns this rank's calibration sequences: sequence i, counted over all ranks, goes to rank i mod world size.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        seed: Seed of the loader's shuffling.
+        limit: Use at most this many batches.
+        sequences: Use at most this many sequences, of all ranks together.
+    """
+    seed_data(seed)
+    found = (sequence for batch in islice(data_loader(trainer), limit) for sequence in split(as_batch(batch)))
+    return list(islice(found, trainer.global_rank, sequences, trainer.world_size))
 
 
-def _summed(trainer: Trainer, tensor: Tensor) -> Tensor:
+def summed(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Returns a tensor's sum over the ranks."""
     total: Tensor = trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
     return total
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into eval mode, and back."""
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, flag in training:
-            m.training = flag

@@ -15,6 +15,7 @@ from hfprune.allocation import Allocation, ResolvedBudget, kept_units
 from hfprune.arch import class_name
 from hfprune.calibration import weight_scores
 from hfprune.callbacks.calibrate import Calibration, data_summary
+from hfprune.callbacks.curves import measured
 from hfprune.callbacks.distil import Kept, two_stages
 from hfprune.callbacks.layerwise import run_layerwise
 from hfprune.callbacks.target import Target
@@ -95,6 +96,7 @@ class Planner:
         importance: Group -> scores [U] of the units.
         convergence: Calibration tokens, and the share of the finally kept units that were kept after so many.
         calibration: The pass over the calibration data that is under way.
+        allocation: How the budget is spent, with what was measured for it.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Planner:
         self.importance: dict[str, torch.Tensor] = {}
         self.convergence: list[tuple[int, float]] = []
         self.calibration: Calibration | None = None
+        self.allocation = options.allocation
 
     def plan(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[PruningPlan, ResolvedBudget]:
         """Returns what stays, the same on every rank, and the budget as the scores decide it.
@@ -123,7 +126,8 @@ class Planner:
         options, target = self._options, self._target
         calibration = self._score(groups, resolved)
         if resolved.provisional:
-            resolved = target.resolve(options.budget, options.allocation, self.importance)
+            self.allocation = self._measured(groups)
+            resolved = target.resolve(options.budget, self.allocation, self.importance)
             say(self._trainer, resolved.describe())
         keep = kept_units(self.importance, groups, resolved) if self.importance else None
         if keep is None or options.compensation is not None:
@@ -144,7 +148,7 @@ class Planner:
         return {
             "budget": resolved.to_dict(),
             "units": list(options.units),
-            "allocation": options.allocation.describe() if options.allocation else None,
+            "allocation": self.allocation.describe() if self.allocation else None,
             "criterion": options.criterion.describe(),
             "objective": target.objective_name if differentiates else None,
             "distillation": None if options.distillation is None else asdict(options.distillation),
@@ -154,6 +158,11 @@ class Planner:
             "recovery": {"data": data_summary(self._trainer, "recovery")},
             "versions": versions(),
         }
+
+    def _measured(self, groups: tuple[Group, ...]) -> Allocation | None:
+        """Returns the allocation, with curves where it goes by measured ones."""
+        seed = self._target.record("calibrating", None).seed
+        return measured(self._trainer, self._target, groups, self.importance, self._options.allocation, seed=seed)
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 

@@ -46,13 +46,14 @@ def calibration_progress(total: int | None, *, objective: str | None, enabled: b
 
 
 @contextmanager
-def layer_progress(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Shows layers done; yields the function that takes how many of how many are.
+def layer_progress(*, enabled: bool, text: str = "Layer by layer") -> Iterator[Callable[[int, int], None]]:
+    """Shows layers (or groups) done; yields the function that takes how many of how many are.
 
     Args:
         enabled: False shows nothing.
+        text: What is going on.
     """
-    columns = (TextColumn("Layer by layer"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not enabled) as progress:
         task = progress.add_task("layers", total=None)
         yield lambda layer, layers: progress.update(task, completed=layer, total=layers)

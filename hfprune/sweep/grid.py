@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune.allocation import Allocation
+from hfprune.allocation import Allocation, Sensitivity
 from hfprune.arch import check_units
 from hfprune.compensation import Compensation
 from hfprune.criteria import (
@@ -61,6 +61,8 @@ class Method:
             check_units(self.units)
             if self.allocation is not None and self.allocation.own_budget:
                 raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
+            if isinstance(self.allocation, Sensitivity) and self.allocation.curves is None:
+                raise ConfigError("in a sweep Sensitivity needs curves, those of a run's plan.json for example.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:
