@@ -45,10 +45,11 @@ format: $(STAMP)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## calibration time and memory, DDP, callback overhead, shared passes, each beside a reference
+bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passes, sparse layers, each beside a reference
 	$(BIN)/python benchmarks/calibration.py --part all
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,7 +11,7 @@ from hfprune.version import __version__
 
 if TYPE_CHECKING:
     from hfprune.arch import Neurons
-    from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+    from hfprune.callbacks import ReportCallback, SparsityCallback, TaylorImportanceCallback
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
@@ -34,6 +34,7 @@ _HOMES = {
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
     "ReportCallback": "hfprune.callbacks",
+    "SparsityCallback": "hfprune.callbacks",
     "TaylorImportanceCallback": "hfprune.callbacks",
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
@@ -52,6 +53,7 @@ __all__ = [
     "PruningModule",
     "PruningPlan",
     "ReportCallback",
+    "SparsityCallback",
     "TaylorImportanceCallback",
     "TextDataModule",
     "WeightTaylor",

@@ -38,6 +38,10 @@ IMPORTANCE_FILE = "importance.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
 
 
+STATE_FOLDER = "layers"
+"""Finished layers of a sparse run that has not ended."""
+
+
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
     """Returns the output folder after checking that results can go there; creates nothing that stays.
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from hfprune.commands import CLASSES
+from hfprune.commands import command_class
 from hfprune.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def launch(command: str, args: list[str]) -> None:
     if not sys.warnoptions:
         _quieten()
     try:
-        cli = CLASSES[command](command, args)
+        cli = command_class(command, args)(command, args)
         try:
             cli.run()
         except SystemExit as error:

@@ -44,15 +44,22 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def saved_line(folder: Path, saved: Mapping[str, Any]) -> str:
-    """Returns where a model was saved, how large it is, and how much of it is padding.
+    """Returns where a model was saved, how large it is, how much of it is padding, and how many weights are zero.
 
     >>> saved = {"bytes": 3 * 2**20, "layout": "padded", "parameters": 1000, "parameters_needed": 900}
     >>> saved_line(Path("out/model"), saved)
     'Saved to out/model (3 MiB, layout padded: 100 of 1,000 parameters are padding, all zero)'
     """
     zeros = saved["parameters"] - saved["parameters_needed"]
+    sparse = _sparse_line(saved["sparsity"]) if saved.get("sparsity") else ""
     padding = f": {zeros:,} of {saved['parameters']:,} parameters are padding, all zero" if zeros else ""
-    return f"Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB, layout {saved['layout']}{padding})"
+    return f"{sparse}Saved to {folder} ({saved['bytes'] / 2**20:,.0f} MiB, layout {saved['layout']}{padding})"
+
+
+def _sparse_line(found: Mapping[str, Any]) -> str:
+    groups = f", in {found['groups']:,} groups of n:m" if found["groups"] else ""
+    zeros = f"{found['zeros']:,} of {found['weights']:,} weights are zero ({found['achieved']:.2%})"
+    return f"In the saved projections {zeros}{groups}.\n"
 
 
 def check_reload(folder: Path, model: Any, *, parameters: int | None = None, tolerance: float = 1e-5) -> float:

@@ -8,6 +8,7 @@ Shape legend: U units, R rows (terms).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -124,3 +125,59 @@ class Bfloat16Sum(UnitSum):
     def total(self) -> Tensor:
         """Returns the sum as float64."""
         return self._sum.to(torch.float64)
+
+
+class GridSum:
+    """Sum of tensors of one shape, with the same bits whatever the order, the grouping and the number of processes.
+
+    Each float64 term is split into a multiple of 2^-10 and a rest rounded to 2^-52; both parts are added in float64,
+    which is exact as long as totals stay below 2^43. Twice the memory of a plain sum, for matrices where ``ExactSum``
+    would take four times. Larger totals, or terms that are not finite, add up as floating-point numbers do.
+
+    Args:
+        shape: Of the terms.
+        device: Where the sum lives.
+
+    >>> s = GridSum((2,), device=torch.device("cpu"))
+    >>> s.add(torch.tensor([1e9, -0.5])), s.add(torch.tensor([2.0**-40, 0.25]))
+    (None, None)
+    >>> s.total().tolist() == [1e9 + 2.0**-40, -0.25]
+    True
+    """
+
+    _COARSE, _FINE = 2.0**10, 2.0**52
+    _CARRY_AFTER = 1024  # rests of at most 2^-11 each
+
+    def __init__(self, shape: Sequence[int], *, device: torch.device) -> None:
+        self._high = torch.zeros(*shape, dtype=torch.float64, device=device)
+        self._low = torch.zeros_like(self._high)
+        self._terms = 0
+
+    def add(self, term: Tensor) -> None:
+        """Adds a tensor of the sum's shape."""
+        term = term.to(torch.float64)
+        high = (term * self._COARSE).round_().div_(self._COARSE)
+        self._high += high
+        self._low += high.sub_(term).mul_(-self._FINE).round_().div_(self._FINE)
+        self._terms += 1
+        if self._terms % self._CARRY_AFTER == 0:
+            self._carry()
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the total [shape], float64, over all ranks.
+
+        Args:
+            reduce: Returns a tensor's sum over the ranks.
+        """
+        self._carry()
+        self._high, self._low = reduce(self._high), reduce(self._low)
+        self._carry()
+        return self._high + self._low
+
+    def total(self) -> Tensor:
+        """Returns the total [shape], float64; equal terms give equal bits."""
+        return self.reduced(lambda tensor: tensor)
+
+    def _carry(self) -> None:
+        whole = (self._low * self._COARSE).round_().div_(self._COARSE)
+        self._high, self._low = self._high + whole, self._low - whole

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.sparse import SparsityCallback
 from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError
 from hfprune.evaluation.zero_shot import ZeroShotTasks
@@ -23,6 +24,8 @@ class PruneTrainer(Trainer):
             if isinstance(callback, TaylorImportanceCallback):
                 callback.check(model)
                 callback.resume_from = kwargs.get("ckpt_path")
+            if isinstance(callback, SparsityCallback):
+                callback.check(model)
         super().fit(model, *args, **kwargs)
 
     def prune(
@@ -36,11 +39,14 @@ class PruneTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted run to go on from.
 
         Raises:
-            ConfigError: The trainer has no ``TaylorImportanceCallback``.
+            ConfigError: The trainer has no callback that prunes.
         """
-        found = [c for c in self.callbacks if isinstance(c, TaylorImportanceCallback)]  # type: ignore[attr-defined]
+        callbacks = self.callbacks  # type: ignore[attr-defined]
+        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
         if not found:
-            raise ConfigError("prune needs a TaylorImportanceCallback among the trainer's callbacks.")
+            raise ConfigError(
+                "prune needs a TaylorImportanceCallback or a SparsityCallback among the trainer's callbacks."
+            )
         for callback in found:
             callback.recovery = None
         self.limit_train_batches = self.limit_val_batches = self.num_sanity_val_steps = 0

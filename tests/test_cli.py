@@ -105,6 +105,37 @@ def test_fit_resumes_from_last(dense):
     assert report["recovery"]["rank"] == 2
 
 
+def test_sparse_prune_round_trip(dense, capsys):
+    Path("sparse.yaml").write_text('method: {class_path: Wanda, init_args: {scope: matrix}}\nsparsity: "2:4"\n')
+    assert prune(dense, "--config", "sparse.yaml", "--update=sparsegpt", "--sparse.offload=disk") == 0
+    expected = ["figures", "model", "plan.json", "report.html", "report.json"]
+    assert sorted(p.name for p in Path("out").iterdir()) == expected
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["saved"]["sparsity"]["groups_with_n_zeros"] == 1440
+    assert report["plan"]["sparse"]["update"]["name"] == "SparseGPT"
+    assert "2,880 of 5,760 weights are zero (50.00%), in 1,440 groups of n:m" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained("out/model")
+    assert int((model.model.layers[2].mlp.down_proj.weight == 0).sum()) == 16 * 24 / 2
+    assert prune(dense, "--method=wanda", "--sparsity=0.5") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--method=wnada", "--sparsity=0.5"], "Did you mean 'wanda'?"),
+        (["--method=wanda"], "--sparsity"),
+        (["--method=wanda", "--sparsity=1.2"], "not in [0, 1)"),
+        (["--method=wanda", "--sparsity=2:5"], "16 inputs, which groups of 5 do not fill"),
+        (["--method=sparsegpt", "--sparsity=0.5", "--update=sparsegpt"], "SparseGPT updates them itself"),
+        (["--method=wanda", "--sparsity=0.5", "--update=obc"], "Unknown update 'obc'. Known: sparsegpt"),
+        (["--method=wanda", "--sparsity=0.5", "--pruning_ratio=0.2"], "pruning_ratio"),
+    ],
+)
+def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
+    assert expected in error_of(capsys, prune(dense, *flags))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -418,7 +449,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path, monkeypatch):
     """The command in a config's header runs that config; here up to the point where models would be loaded."""
-    from hfprune.commands import CLASSES
+    from hfprune.commands import command_class
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
     words = header[0].removeprefix("#").split()
@@ -426,5 +457,6 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.text.check_source", lambda source, flag: None)
-    cli = CLASSES[command](command, [f"--config={path}"])
+    flags = [f"--config={path}"]
+    cli = command_class(command, flags)(command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

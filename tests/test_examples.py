@@ -49,7 +49,7 @@ def documented_commands():
 
 @pytest.mark.parametrize(("page", "line"), list(documented_commands()))
 def test_documented_commands_parse(page, line, monkeypatch):
-    from hfprune.commands import CLASSES
+    from hfprune.commands import command_class
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
@@ -57,7 +57,7 @@ def test_documented_commands_parse(page, line, monkeypatch):
     monkeypatch.setattr("hfprune.callbacks.report.check_output_dir", lambda *a, **k: None)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
-    CLASSES[command](command, flags)
+    command_class(command, flags)(command, flags)
 
 
 def python_blocks():

@@ -1,5 +1,6 @@
 """Sums whose bits do not depend on order, grouping or the number of ranks."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfprune.sums import GRID, LIMIT, Bfloat16Sum, ExactSum
+from hfprune.sums import GRID, LIMIT, Bfloat16Sum, ExactSum, GridSum
 
 CPU = torch.device("cpu")
 terms = st.floats(min_value=-1e15, max_value=1e15, allow_nan=False).filter(lambda x: abs(x) < LIMIT)
@@ -72,3 +73,32 @@ def test_bfloat16_sum_stalls():
     other = Bfloat16Sum(2, device=CPU)
     other.load(total.tensors())
     assert torch.equal(other.total(), total.total())
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e6])
+def test_grid_sums_have_the_same_bits_in_any_order_and_grouping(scale):
+    generator = torch.Generator().manual_seed(0)
+    terms = (torch.randn(3000, 2, 3, generator=generator) * scale).float()
+    terms[::7] *= 1e-5
+
+    def added(part):
+        total = GridSum((2, 3), device=CPU)
+        for term in part:
+            total.add(term)
+        return total
+
+    one = added(terms).total()
+    assert torch.equal(added(terms.flip(0)).total(), one)
+    ranks = [added(terms[rank::3]) for rank in range(3)]
+    for rank in ranks:
+        rank._carry()
+    shared = iter(list(zip(*[(r._high, r._low) for r in ranks], strict=True)))
+    assert torch.equal(ranks[0].reduced(lambda tensor: sum(next(shared))), one)
+    exact = [[math.fsum(terms[:, i, j].tolist()) for j in range(3)] for i in range(2)]
+    torch.testing.assert_close(one, torch.tensor(exact, dtype=torch.float64), atol=3000 * 2.0**-53, rtol=1e-15)
+
+
+def test_grid_sums_show_what_is_not_finite():
+    total = GridSum((2,), device=CPU)
+    total.add(torch.tensor([torch.inf, torch.nan]))
+    assert not total.total().isfinite().any()

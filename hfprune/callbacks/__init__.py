@@ -3,5 +3,6 @@
 from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback
 from hfprune.callbacks.report import ReportCallback
+from hfprune.callbacks.sparse import SparsityCallback
 
-__all__ = ["PruningEvents", "ReportCallback", "TaylorImportanceCallback"]
+__all__ = ["PruningEvents", "ReportCallback", "SparsityCallback", "TaylorImportanceCallback"]

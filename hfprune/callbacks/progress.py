@@ -57,3 +57,29 @@ def layer_progress(*, enabled: bool, text: str = "Layer by layer") -> Iterator[C
     with Progress(*columns, disable=not enabled) as progress:
         task = progress.add_task("layers", total=None)
         yield lambda layer, layers: progress.update(task, completed=layer, total=layers)
+
+
+@contextmanager
+def sparse_progress(layers: int, *, enabled: bool) -> Iterator[Callable[[int, float], None]]:
+    """Shows layers done and the error that pruning made in each; yields the function that takes a layer and its error.
+
+    Args:
+        layers: Their number.
+        enabled: False shows nothing.
+    """
+    columns = (
+        TextColumn("Layer by layer"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[error]}"),
+    )
+    with Progress(*columns, disable=not enabled) as progress:
+        task = progress.add_task("layers", total=layers, error="")
+
+        def done(layer: int, error: float) -> None:
+            progress.update(task, completed=layer + 1, error=f"output error {error:.2%}")
+            if enabled:
+                progress.console.print(f"layer {layer}: relative error of its output {error:.4f}")
+
+        yield done

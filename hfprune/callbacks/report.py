@@ -16,6 +16,7 @@ from hfprune.arch import parameter_count
 from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback
 from hfprune.callbacks.planner import versions
+from hfprune.callbacks.sparse import SparsityCallback
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.samples import continuations
@@ -37,6 +38,7 @@ from hfprune.export import (
     staged,
     write_json,
 )
+from hfprune.layerwise.saved import count_saved, load_orders, save_orders
 from hfprune.layouts import LAYOUTS
 from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
@@ -98,15 +100,17 @@ class ReportCallback(Callback, PruningEvents):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [callback for callback in callbacks if isinstance(callback, TaylorImportanceCallback)]
+        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
         if not found:
-            raise ConfigError("ReportCallback reports on pruning: add a TaylorImportanceCallback to the trainer.")
+            raise ConfigError(
+                "ReportCallback reports on pruning: add a TaylorImportanceCallback or a SparsityCallback."
+            )
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
                 f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
-        if stage == "fit":
+        if stage == "fit" and isinstance(found[0], TaylorImportanceCallback):
             self._check_layout(trainer, pl_module, found[0])
 
     def _check_layout(self, trainer: Trainer, module: PruningModule, importance: TaylorImportanceCallback) -> None:
@@ -145,7 +149,9 @@ class ReportCallback(Callback, PruningEvents):
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)
-            save_importance(_importance(trainer), self.output_dir)
+            if importance := _importance(trainer):
+                save_importance(importance, self.output_dir)
+            save_orders(_orders(trainer), self.output_dir)
         self._measure("pruned", pl_module, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +180,11 @@ class ReportCallback(Callback, PruningEvents):
         if module.sharded:
             writer, layout = trainer.is_global_zero, self.layout.name
             return export_sharded(model, module.tokenizer, module.plan, folder, writer=writer, layout=layout)
-        return export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name)
+        saved = export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name)
+        kept = module.plan.provenance.get("keep_zeros")
+        if kept or (kept is not None and not trainer.global_step):
+            saved["sparsity"] = count_saved(folder, model, module.plan, load_orders(self.output_dir))
+        return saved
 
     def _save_adapter(self, trainer: Trainer, module: PruningModule) -> None:
         state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}
@@ -290,7 +300,14 @@ def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
 
 def _importance(trainer: Trainer) -> dict[str, Tensor]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next(c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback))
+    return next((c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback)), {})
+
+
+def _orders(trainer: Trainer) -> dict[str, Tensor]:
+    """Returns the orders of inputs that sparse projections have, by ``LAYER.NAME``."""
+    found = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
+    layers = [layer for callback in found for layer in callback.layers]
+    return {f"{layer.index}.{name}": order for layer in layers for name, order in layer.orders.items()}
 
 
 def _windows(trainer: Trainer) -> Windows | None:

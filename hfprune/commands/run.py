@@ -51,25 +51,20 @@ class RunCLI(BaseCLI):
         )
         if self.command == "fit":
             parser.set_defaults({"importance.recovery": LoraRecovery()})
-            parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
-            parser.add_argument(
-                "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
-            )
+            self.add_fit_arguments(parser)
+
+    def add_fit_arguments(self, parser: LightningArgumentParser) -> None:
+        """Adds what only ``fit`` has, whatever prunes."""
+        parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
+        parser.add_argument(
+            "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
         """Builds the trainer with the report and, for ``fit``, checkpoints in the output folder."""
         config: Namespace = self.config
         out = Path(config.output_dir)
-        callbacks: list[Any] = [
-            ReportCallback(
-                str(out),
-                overwrite=config.overwrite or config.ckpt_path is not None,
-                latency=config.latency,
-                merge_adapters=config.get("merge_adapters", True),
-                layout=config.layout,
-                config=self.plain_config(),
-            )
-        ]
+        callbacks: list[Any] = [self.report(out)]
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         callbacks.append(ModelCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
         if self.command == "fit":
@@ -86,6 +81,18 @@ class RunCLI(BaseCLI):
             return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
         except (ValueError, TypeError, MisconfigurationException) as error:  # Lightning refuses a flag's value
             raise ConfigError(f"The trainer cannot be built: {error}") from error
+
+    def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
+        """Returns the callback that measures, exports and reports into ``out``."""
+        config: Namespace = self.config
+        return ReportCallback(
+            str(out),
+            overwrite=overwrite or config.overwrite or config.ckpt_path is not None,
+            latency=config.latency,
+            merge_adapters=config.get("merge_adapters", True),
+            layout=config.get("layout", "uniform"),
+            config=self.plain_config(),
+        )
 
     def plain_config(self) -> dict[str, Any]:
         """Returns the configuration as plain data."""

@@ -7,6 +7,7 @@ Shape legend: B sequences, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from hfprune.arch.groups import backbone, find_spec
 from hfprune.errors import CalibrationError
+from hfprune.layerwise.store import HiddenStates
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with beside the hidden states: positional and keyword arguments."""
@@ -29,31 +31,43 @@ class LayerStream:
     A layer's other arguments (rotary embeddings, masks) follow from the shape of its input alone, since sequences are
     neither padded nor packed; they are recorded once per shape.
 
+    Where ``device`` is not the model's own, the model stays where it is: embeddings run there, and each layer is moved
+    to ``device`` while it is needed.
+
     Args:
         model: A supported Hugging Face causal LM, in eval mode.
         batches: ``input_ids`` [B, T] without padding; sequences of one batch are run together.
-        device: Where layers run; hidden states stay there too.
+        device: Where layers run.
+        hidden: Empty store of hidden states; on ``device`` if not given.
 
     Raises:
         CalibrationError: There is no sequence.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        device: torch.device,
+        hidden: HiddenStates | None = None,
+    ) -> None:
         layers = model.get_submodule(find_spec(model).layers)
         assert isinstance(layers, nn.ModuleList)
         self._model, self._layers, self._device = model, layers, device
         self._calls: dict[torch.Size, list[Call]] = {}
-        self._hidden: list[Tensor] = []
+        self._hidden = HiddenStates(device=device) if hidden is None else hidden
+        home = next(model.parameters()).device
         with torch.no_grad():
             for batch in batches:
-                self._read(batch["input_ids"].to(device))
-        if not self._hidden:
+                self._read(batch["input_ids"].to(home))
+        if not len(self._hidden):
             raise CalibrationError("Calibration saw no token: the calibration data is empty.")
 
     def copy(self) -> "LayerStream":
         """Returns a stream at the same place that moves on its own."""
         twin = object.__new__(LayerStream)
-        twin.__dict__.update(self.__dict__, _hidden=list(self._hidden))
+        twin.__dict__.update(self.__dict__, _hidden=self._hidden.copy())
         return twin
 
     @property
@@ -67,13 +81,24 @@ class LayerStream:
         return self._layers
 
     @property
-    def hidden(self) -> list[Tensor]:
+    def hidden(self) -> HiddenStates:
         """The hidden states [B, T, D] of every batch, as they are now."""
         return self._hidden
 
     def layer(self, index: int) -> nn.Module:
         """Returns layer ``index`` as it is now."""
         return self._layers[index]
+
+    @contextmanager
+    def placed(self, index: int) -> Iterator[nn.Module]:
+        """Puts layer ``index`` on the stream's device, and back where it was."""
+        layer = self._layers[index]
+        home = next(layer.parameters()).device
+        layer.to(self._device)
+        try:
+            yield layer
+        finally:
+            layer.to(home)
 
     def outputs(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
         """Yields layer ``index``'s output [B, T, D] for every batch; ``layer`` runs in its place where given."""
@@ -84,9 +109,16 @@ class LayerStream:
                 output = _tensor(layer(hidden, *args, **kwargs))
             yield output
 
+    def step(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
+        """Yields what ``outputs`` yields, and replaces the hidden states by it as they are passed."""
+        for number, output in enumerate(self.outputs(index, layer)):
+            self._hidden[number] = output
+            yield output
+
     def advance(self, index: int, layer: nn.Module | None = None) -> None:
         """Replaces the hidden states by what ``outputs`` yields."""
-        self._hidden = list(self.outputs(index, layer))
+        for _ in self.step(index, layer):
+            pass
 
     def _read(self, input_ids: Tensor) -> None:
         if input_ids.shape not in self._calls:
@@ -98,7 +130,7 @@ class LayerStream:
         calls: list[Call] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((args[1:], dict(kwargs)))
+            calls.append((_moved(args[1:], self._device), _moved(dict(kwargs), self._device)))
 
         self._run(input_ids, [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._layers])
         return calls
@@ -122,6 +154,15 @@ class LayerStream:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Returns ``value`` with the tensors within it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _tensor(output: Any) -> Tensor:

@@ -28,6 +28,7 @@ from hfprune.loading import (
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
+from hfprune.recovery.masked import mask_adapters
 from hfprune.sharding import load_sharded, rebuild
 
 
@@ -168,6 +169,8 @@ class PruningModule(LightningModule):
             self._rebuild(lora=lora, seed=self.run_seed or 0)
         else:
             self.model = add_lora(self.model, lora, seed=self.run_seed or 0)
+        if self.plan is not None and self.plan.provenance.get("keep_zeros"):
+            mask_adapters(self.model)
         self.lora = lora
 
     def unwrap(self, *, merge: bool = True) -> Any:

@@ -13,7 +13,9 @@ from torch import Tensor
 from hfprune.errors import CalibrationError
 from hfprune.sparse.pattern import Sparsity
 
-Needs = Literal["nothing", "norms", "products"]
+Needs = Literal["nothing", "norms", "products", "importance"]
+"""What a method reads beside the weights: nothing, sums of squares of the inputs, of their products, or scores of every
+weight that gradients gave beforehand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +26,13 @@ class InputSums:
         num_sequences: Calibration sequences.
         squares: [C] float64, sum of x^2; None for methods without data.
         products: [C, C] float64, sum of x x^T; None unless the method needs it.
+        importance: [O, C], scores of the weights from gradients; None unless the method needs it.
     """
 
     num_sequences: int = 0
     squares: Tensor | None = None
     products: Tensor | None = None
+    importance: Tensor | None = None
 
     def norms(self) -> Tensor:
         """Returns ||x_j||_2 over all tokens, [C] float64.
@@ -42,18 +46,42 @@ class InputSums:
         return self.squares.sqrt()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """What a method made of a matrix.
+
+    Attributes:
+        weight: [O, C], with zeros.
+        gone: [O, C] boolean, what was dropped.
+        order: [C], the order of inputs in which n:m groups are consecutive; None: as they are stored.
+    """
+
+    weight: Tensor
+    gone: Tensor
+    order: Tensor | None = None
+
+
 class SparseMethod(ABC):
     """Turns a matrix into one with zeros. Instances hold settings, never sums.
 
     Attributes:
-        needs: Which sums of the inputs it reads.
+        needs: What it reads beside the weights.
     """
 
     needs: ClassVar[Needs] = "nothing"
 
-    @abstractmethod
+    @property
+    def across(self) -> bool:
+        """Whether one ranking covers all matrices, which then lose different shares."""
+        return False
+
     def prune(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Tensor:
-        """Returns the weights [O, C] with zeros, in the dtype of ``weight``, which stays as it is.
+        """Returns the weights [O, C] with zeros; see ``apply``."""
+        return self.apply(weight, sums, sparsity).weight
+
+    @abstractmethod
+    def apply(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Pruned:
+        """Returns the weights with zeros, in the dtype of ``weight``, which stays as it is, and which were dropped.
 
         Args:
             weight: [O, C].
@@ -85,7 +113,17 @@ class ScoreMethod(SparseMethod):
     def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
         """Returns which weights become zero, [O, C] boolean."""
 
-    def prune(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Tensor:
+    def order(self, scores: Tensor, sparsity: Sparsity) -> Tensor | None:
+        """Returns the order of inputs [C] in which n:m groups are made; None: as they are stored."""
+        return None
+
+    def apply(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Pruned:
         """Returns the weights with those of the lowest scores zero."""
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return weight.masked_fill(self.mask(self.score(wide, sums), sparsity), 0.0)
+        scores = self.score(weight.to(torch.promote_types(weight.dtype, torch.float32)), sums)
+        order = None if sparsity.of is None else self.order(scores, sparsity)
+        if order is None:
+            gone = self.mask(scores, sparsity)
+        else:
+            gone = torch.empty_like(scores, dtype=torch.bool)
+            gone[:, order] = self.mask(scores[:, order], sparsity)
+        return Pruned(weight=weight.masked_fill(gone, 0.0), gone=gone, order=order)

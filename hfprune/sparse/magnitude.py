@@ -3,27 +3,25 @@
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
 from hfprune.sparse.base import InputSums, ScoreMethod
-from hfprune.sparse.pattern import Scope, Sparsity, drop
-
-
-def check_scope(scope: str) -> None:
-    """Raises ``ConfigError`` unless ``scope`` is one."""
-    if scope not in ("row", "matrix"):
-        raise ConfigError(f"Unknown scope '{scope}'. Known: row, matrix.")
+from hfprune.sparse.pattern import Scope, Sparsity, WideScope, check_scope, drop
 
 
 class MagnitudeSparsity(ScoreMethod):
     """|w|, one ranking per matrix as published; exactly int(O * C * ratio) zeros, ties to the first weights.
 
     Args:
-        scope: Which weights compete.
+        scope: Which weights compete; ``model`` ranks all of them together, so that matrices lose different shares.
     """
 
-    def __init__(self, *, scope: Scope = "matrix") -> None:
-        check_scope(scope)
-        self.scope = scope
+    def __init__(self, *, scope: WideScope = "matrix") -> None:
+        check_scope(scope, ("row", "matrix", "model"))
+        self.scope: WideScope = scope
+
+    @property
+    def across(self) -> bool:
+        """Whether all matrices share a ranking."""
+        return self.scope == "model"
 
     def score(self, weight: Tensor, sums: InputSums) -> Tensor:
         """Returns |w|."""
@@ -31,7 +29,7 @@ class MagnitudeSparsity(ScoreMethod):
 
     def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
         """Returns the lowest of each row or of the matrix."""
-        return drop(scores, sparsity, scope=self.scope)
+        return drop(scores, sparsity, scope="row" if self.scope == "row" else "matrix")
 
 
 class RelativeImportance(ScoreMethod):

@@ -3,7 +3,9 @@
 Shape legend: O outputs, C inputs.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +16,15 @@ from hfprune.errors import ConfigError
 
 Scope = Literal["row", "matrix"]
 """Weights that compete: those of one output (``row``), or all of a matrix."""
+
+WideScope = Literal["row", "matrix", "model"]
+"""The same, or all that are pruned (``model``): for scores that can be compared between matrices."""
+
+
+def check_scope(scope: str, known: Sequence[str] = ("row", "matrix")) -> None:
+    """Raises ``ConfigError`` unless ``scope`` is one."""
+    if scope not in known:
+        raise ConfigError(f"Unknown scope '{scope}'. Known: {', '.join(known)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,18 @@ class Sparsity:
         except ValueError:
             raise ConfigError(f"--sparsity '{text}' is neither a share of zeros (0.5) nor a pattern (2:4).") from None
         if not 0 <= ratio < 1:
-            raise ConfigError(f"--sparsity {text} is not in [0, 1): it is the share of weights that become zero.")
+            hint = ' (YAML reads an unquoted 2:4 as 124: write "2:4".)' if ratio > 60 else ""
+            raise ConfigError(f"--sparsity {text} is not in [0, 1): it is the share of weights that become zero.{hint}")
         return cls(ratio)
+
+    @classmethod
+    def exactly(cls, count: int, size: int) -> "Sparsity":
+        """Returns the share with which ``drop`` makes ``count`` zeros among ``size`` weights.
+
+        >>> int(49 * Sparsity.exactly(29, 49).ratio)
+        29
+        """
+        return cls(math.nextafter(count / size, 1.0))
 
     def __str__(self) -> str:
         """Returns it as one types it."""

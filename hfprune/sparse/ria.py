@@ -5,23 +5,31 @@ from typing import ClassVar
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, ScoreMethod
-from hfprune.sparse.magnitude import check_scope, relative
-from hfprune.sparse.pattern import Scope, Sparsity, drop
+from hfprune.sparse.magnitude import relative
+from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
+from hfprune.sparse.permutation import Permutation, check_permutation, permute
 
 
 class RIA(ScoreMethod):
     """(|w_ij| / sum_i' |w_i'j| + |w_ij| / sum_j' |w_ij'|) * ||x_j||^a.
 
+    With a permutation, the zeros of n:m lie in groups of inputs that are not consecutive in the saved matrix: hardware
+    that skips them must gather the inputs in the recorded order first.
+
     Args:
         power: a, 0.5 as published.
         scope: ``matrix`` as published; ``row`` compares the weights of one output.
+        permutation: For n:m, how inputs are put into groups so that more of the score stays: ``none`` as they are
+            stored, ``dealt`` by their total score, ``assigned`` refined by a linear assignment for each slot.
     """
 
     needs: ClassVar[Needs] = "norms"
 
-    def __init__(self, *, power: float = 0.5, scope: Scope = "matrix") -> None:
+    def __init__(self, *, power: float = 0.5, scope: Scope = "matrix", permutation: Permutation = "none") -> None:
         check_scope(scope)
+        check_permutation(permutation)
         self.power, self.scope = power, scope
+        self.permutation: Permutation = permutation
 
     def score(self, weight: Tensor, sums: InputSums) -> Tensor:
         """Returns the relative importance times the power of the norm."""
@@ -30,3 +38,7 @@ class RIA(ScoreMethod):
     def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
         """Returns the lowest of the matrix or of each row."""
         return drop(scores, sparsity, scope=self.scope)
+
+    def order(self, scores: Tensor, sparsity: Sparsity) -> Tensor | None:
+        """Returns the permutation that was asked for."""
+        return permute(scores, sparsity, self.permutation)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfprune.errors import CalibrationError, ConfigError
-from hfprune.sparse.base import InputSums, Needs, SparseMethod
+from hfprune.sparse.base import InputSums, Needs, Pruned, SparseMethod
 from hfprune.sparse.pattern import Sparsity, drop
 
 
@@ -29,29 +29,33 @@ class SparseGPT(SparseMethod):
             raise ConfigError(f"SparseGPT needs block >= 1 and damping >= 0; got {block} and {damping}.")
         self.block, self.damping = block, damping
 
-    def prune(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Tensor:
+    def apply(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Pruned:
         """Returns the updated weights with zeros."""
-        return self.solve(weight, sums, sparsity, None)
+        sparsity.check(weight.shape[1], "the matrix")
+        if sparsity.ratio == 0:
+            return Pruned(weight=weight.clone(), gone=torch.zeros_like(weight, dtype=torch.bool))
+        return self._solve(weight, sums, sparsity, None)
 
     def update(self, weight: Tensor, sums: InputSums, mask: Tensor) -> Tensor:
         """Returns weights that are zero where ``mask`` [O, C] says so; the others make up for it."""
-        return self.solve(weight, sums, Sparsity(0.0), mask)
+        return self._solve(weight, sums, Sparsity(0.0), mask).weight
 
-    def solve(self, weight: Tensor, sums: InputSums, sparsity: Sparsity, mask: Tensor | None) -> Tensor:
+    def _solve(self, weight: Tensor, sums: InputSums, sparsity: Sparsity, mask: Tensor | None) -> Pruned:
         """Goes through the columns; ``mask`` fixes what becomes zero, else the scores of each block decide."""
-        sparsity.check(weight.shape[1], "the matrix")
         w = weight.to(torch.float64).clone()
-        if mask is None and sparsity.ratio == 0:
-            return weight.clone()
         factor, dead = self.factor(sums)
-        w[:, dead] = 0
-        columns = w.shape[1]
-        for start in range(0, columns, self.block):
-            end = min(start + self.block, columns)
+        if mask is None:
+            w[:, dead] = 0
+        columns, step = w.shape[1], self.block
+        if sparsity.of is not None:  # blocks hold whole groups
+            step = -(-step // sparsity.of) * sparsity.of
+        dropped = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask
+        for start in range(0, columns, step):
+            end = min(start + step, columns)
             gone = None if mask is None else mask[:, start:end]
-            errors = self._block(w, factor, start, end, sparsity, gone)
+            errors, dropped[:, start:end] = self._block(w, factor, start, end, sparsity, gone)
             w[:, end:] -= errors @ factor[start:end, end:]
-        return w.to(weight.dtype)
+        return Pruned(weight=w.to(weight.dtype), gone=dropped)
 
     def factor(self, sums: InputSums) -> tuple[Tensor, Tensor]:
         """Returns the upper Cholesky factor [C, C] of the inverse Hessian, and which inputs are always zero [C]."""
@@ -75,8 +79,12 @@ class SparseGPT(SparseMethod):
 
     def _block(
         self, w: Tensor, factor: Tensor, start: int, end: int, sparsity: Sparsity, mask: Tensor | None
-    ) -> Tensor:
-        """Prunes and updates columns ``start`` to ``end`` in place; returns the scaled errors [O, end - start]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Prunes and updates columns ``start`` to ``end`` in place.
+
+        Returns:
+            The scaled errors and what was dropped, [O, end - start] each.
+        """
         diagonal = factor.diagonal()
         errors = torch.zeros_like(w[:, start:end])
         if mask is None and sparsity.of is None:
@@ -92,4 +100,4 @@ class SparseGPT(SparseMethod):
             w[:, j:end] -= torch.outer(error, factor[j, j:end])
             w[:, j] = kept
             errors[:, j - start] = error
-        return errors
+        return errors, gone

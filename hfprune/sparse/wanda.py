@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, ScoreMethod
-from hfprune.sparse.magnitude import check_scope
-from hfprune.sparse.pattern import Scope, Sparsity, drop
+from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
 class Wanda(ScoreMethod):
@@ -41,7 +40,8 @@ def _adaptive(scores: Tensor, ratio: float) -> Tensor:
     """Returns per row the smallest scores that add up to a common share of the row's sum."""
     order = torch.sort(scores, dim=1, stable=True)
     cumulative = order.values.cumsum(1)
-    rank = torch.zeros_like(order.indices).scatter_(1, order.indices, torch.arange(scores.shape[1]).expand_as(scores))
+    places = torch.arange(scores.shape[1], device=scores.device)
+    rank = torch.zeros_like(order.indices).scatter_(1, order.indices, places.expand_as(scores))
 
     def chosen(share: float) -> Tensor:
         count = (cumulative <= share * cumulative[:, -1:]).sum(1, keepdim=True)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, ScoreMethod
-from hfprune.sparse.magnitude import check_scope
-from hfprune.sparse.pattern import Scope, Sparsity, drop
+from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
 class ZPruner(ScoreMethod):

@@ -7,7 +7,7 @@ from hfprune.arch import find_spec
 from hfprune.arch.projection import weight_of
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.layerwise import prune_sparse
-from hfprune.layerwise.sparse import projections
+from hfprune.layerwise.statistics import projections
 from hfprune.sparse import InputSums, MagnitudeSparsity, SparseGPT, Sparsity, Wanda, ZPruner
 from tests.layerwise.test_layerwise import BATCHES, inputs_of, layer_outputs
 from tests.models import NAMES, tiny

@@ -70,3 +70,50 @@ def sequential_update(weight, hessian, mask):
             new[i] = before + step
             new[i, j] = 0
     return new
+
+
+def zeros_of_the_model(tables, count):
+    """How many of the ``count`` lowest of all tables' scores lie in each; of equal ones the first table's go."""
+    every = sorted((v, number) for number, table in enumerate(tables) for row in table for v in row)
+    return [sum(number == wanted for _, number in every[:count]) for wanted in range(len(tables))]
+
+
+def outlier_shares(layers, threshold):
+    """Share of |w| ||x|| above ``threshold`` times the mean; a layer is a list of (weight, inputs)."""
+    shares = []
+    for layer in layers:
+        values = [v for weight, inputs in layer for row in wanda(weight, inputs) for v in row]
+        mean = math.fsum(values) / len(values)
+        shares.append(sum(v > threshold * mean for v in values) / len(values))
+    return shares
+
+
+def retained(scores, groups, zeros):
+    """The score that stays when each group of columns loses its ``zeros`` lowest in every row."""
+    return math.fsum(
+        math.fsum(sorted(row[j] for j in group)[zeros:]) for row in scores for group in groups
+    )  # fmt: skip
+
+
+def dealt(scores, of):
+    """Columns by rising total, dealt to the slots of the groups: left to right, then right to left, and so on."""
+    totals = [math.fsum(row[j] for row in scores) for j in range(len(scores[0]))]
+    order = sorted(range(len(totals)), key=lambda j: (totals[j], j))
+    count = len(order) // of
+    groups = [[] for _ in range(count)]
+    for place, column in enumerate(order):
+        slot, position = divmod(place, count)
+        groups[position if slot % 2 == 0 else count - 1 - position].append(column)
+    return groups
+
+
+def taylor(model, weights, sequences, loss):
+    """Sum over sequences of |w * dw| by autograd with trainable weights; ``loss`` maps logits [T, V] and ids to a sum."""
+    scores = [torch.zeros_like(weight) for weight in weights]
+    for ids in sequences:
+        for weight in weights:
+            weight.requires_grad_(True)
+        grads = torch.autograd.grad(loss(model(input_ids=ids[None]).logits[0], ids), weights)
+        for score, weight, grad in zip(scores, weights, grads, strict=True):
+            score += (weight.detach() * grad).abs()
+    return scores

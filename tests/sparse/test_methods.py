@@ -161,6 +161,7 @@ def test_half_precision_weights_are_scored_wide():
     [
         ("1", "not in"),
         ("1.2", "not in"),
+        (124, r"as 124: write \"2:4\""),
         ("-0.1", "not in"),
         ("4:2", "n zeros in every m"),
         ("half", "neither"),

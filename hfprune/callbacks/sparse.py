@@ -1,0 +1,269 @@
+"""``SparsityCallback``: makes weights zero inside ``fit``, layer by layer, before the first training step."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from hfprune.arch import class_name, find_spec
+from hfprune.arch.groups import find_layers
+from hfprune.callbacks.calibrate import check_source, data_summary, seed_data
+from hfprune.callbacks.carry_over import average_anew
+from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.events import listeners
+from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.layerwise import summed
+from hfprune.callbacks.planner import say, versions
+from hfprune.callbacks.progress import sparse_progress
+from hfprune.callbacks.sparse_run import at_home, check_sparse_strategy, share, sparsity_summary
+from hfprune.callbacks.target import Target
+from hfprune.checkpoints import KEY, Record
+from hfprune.errors import ConfigError
+from hfprune.fingerprint import fingerprint
+from hfprune.layerwise import LayerState, Offload, SparseLayer, check_sparse, prune_sparse
+from hfprune.plan import PruningPlan
+from hfprune.recording import evaluating
+from hfprune.recovery.lora import LoraRecovery
+from hfprune.recovery.masked import hold_zeros, mask_adapters
+from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
+
+
+class SparsityCallback(Callback):
+    """Prunes single weights or N:M groups of them in ``on_fit_start``, then hands over to recovery.
+
+    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero
+    whatever the batch size and the number of processes. It works on a ``PruningModule`` or on any LightningModule that
+    contains one supported Hugging Face model, on a single device or under DDP.
+
+    Args:
+        method: A method of :mod:`hfprune.sparse`, or its name: ``wanda``, ``sparsegpt``, ...
+        sparsity: Share of zeros (``0.5``), or n zeros in every m consecutive inputs (``2:4``).
+        update: ``sparsegpt`` lets the weights that stay make up for those that the method dropped, after any method;
+            a ``SparseGPT(...)`` does with its block and damping.
+        allocation: How many zeros each matrix gets: the same share by default, ``OutlierWeighed()``,
+            ``ExplicitSparsity({...})``.
+        recovery: LoRA settings; None trains on what the module trains.
+        keep_zeros: Zeros stay zero in recovery: adapters change the other weights only, also once merged.
+        calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
+            data.
+        offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
+            layer of the model at a time is on the accelerator; None keeps everything on the device.
+        state_dir: Finished layers wait here, so that the same run goes on behind the last of them; None keeps none.
+        fresh: Drop what ``state_dir`` holds.
+        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: SparseMethod | str,
+        sparsity: str | float,
+        update: SparseGPT | str | None = None,
+        allocation: SparseAllocation | None = None,
+        recovery: LoraRecovery | None = None,
+        keep_zeros: bool = True,
+        calibration_batches: int | None = None,
+        offload: Offload | None = None,
+        state_dir: str | Path | None = None,
+        fresh: bool = False,
+        model: str | None = None,
+    ) -> None:
+        if calibration_batches is not None and calibration_batches < 1:
+            raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
+        self.method = sparse_method(method) if isinstance(method, str) else method
+        self.sparsity = Sparsity.parse(sparsity)
+        if isinstance(update, str) and update != "sparsegpt":
+            raise ConfigError(f"Unknown update '{update}'. Known: sparsegpt.")
+        self.update = SparseGPT() if isinstance(update, str) else update
+        self.allocation, self.recovery, self.keep_zeros = allocation, recovery, keep_zeros
+        self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh
+        self.state_dir = None if state_dir is None else Path(state_dir)
+        self.model = model
+        self.layers: list[SparseLayer] = []
+        """What became of each layer, after pruning."""
+        self._target: Target | None = None
+        self._tap: CheckpointTap | None = None
+        self._failed = False
+        self._held: list[Any] = []
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides which weights become zero, as plain data."""
+        return {
+            "method": self.method.describe(),
+            "sparsity": str(self.sparsity),
+            "update": self.update.describe() if self.update else None,
+            "allocation": self.allocation.describe() if self.allocation else None,
+        }
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check(self, module: LightningModule) -> None:
+        """Raises unless the settings fit ``module``'s model, whose shapes alone are read.
+
+        Raises:
+            ConfigError: They do not.
+            UnsupportedArchitectureError: No table describes the model's class.
+        """
+        target = self._find(module)
+        if target.known:
+            model = target.shapes()
+            find_spec(model)
+            check_sparse(model, self.method, self.sparsity, self.allocation, self.update)
+
+    def _find(self, module: LightningModule) -> Target:
+        return find_target(module, objective="entropy", model=self.model, neurons=())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks the settings and what is around the callback, before any weight is loaded."""
+        self._target, self._failed = self._find(pl_module), False
+        if stage == "fit":
+            check_sparse_strategy(trainer, type(self.method).__name__)
+            check_source(trainer, limit=self.calibration_batches)
+            self.check(pl_module)
+        self._tap = CheckpointTap(trainer, saving=self._save, loaded=self._load)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps count of epochs across resumes."""
+        count_epoch(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the strategy back as it was; what ``fit`` was to leave is there, so finished layers are not needed."""
+        self._detach()
+        done = stage == "fit" and not self._failed
+        if done and self.state_dir is not None and trainer.is_global_zero:
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the strategy back as it was."""
+        self._detach()
+        self._failed = True
+
+    def _detach(self) -> None:
+        for handle in self._held:
+            handle.remove()
+        self._held = []
+        if self._tap is not None:
+            self._tap.detach()
+            self._tap = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, checkpoint: dict[str, Any]) -> None:
+        assert self._target is not None
+        checkpoint[KEY] = self._target.record("training", None).to_dict()
+
+    def _load(self, checkpoint: dict[str, Any]) -> None:
+        assert self._target is not None
+        record = Record.of(checkpoint)
+        if record is not None:
+            self._target.replay(record)
+            if self.keep_zeros:
+                mask_adapters(self._target.model)
+
+    # ---- the work ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prunes, adds adapters and sets the strategy up again."""
+        target = self._target
+        assert target is not None
+        if target.plan is not None:
+            made = target.plan.provenance.get("sparse")
+            if made != _plain(self.settings()):
+                raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {self.settings()}.")
+            say(trainer, "Resumed a sparse model: no calibration.")
+        else:
+            target.start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+            self._prune(trainer, pl_module, target)
+            trainer.strategy.model = trainer.lightning_module
+            trainer.strategy.setup(trainer)
+        if self.keep_zeros:
+            self._held = hold_zeros(target.model)
+
+    def _prune(self, trainer: Trainer, module: LightningModule, target: Target) -> None:
+        for listener in listeners(trainer):
+            listener.on_pruning_start(trainer, module)
+        start = time.perf_counter()
+        plan = self._plan(trainer, target, self._layers(trainer, target))
+        weights, zeros = plan.provenance["sparsity"]["weights"], plan.provenance["sparsity"]["zeros"]
+        seconds = time.perf_counter() - start
+        say(trainer, f"Made {zeros:,} of {weights:,} weights zero ({zeros / weights:.2%}) in {seconds:.1f} s.")
+        target.apply_plan(plan)
+        for listener in listeners(trainer):
+            listener.on_pruning_end(trainer, module, plan)
+        if self.recovery is not None:
+            target.add_lora(self.recovery)
+            if self.keep_zeros:
+                mask_adapters(target.model)
+        average_anew(trainer, module)
+
+    def _layers(self, trainer: Trainer, target: Target) -> dict[str, Any]:
+        """Prunes layer by layer; returns what is told about the calibration data."""
+        strategy, model = trainer.strategy, target.model
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        home = at_home(model, self.offload, strategy.root_device)
+        with isolate_rng(), evaluating(target.module), torch.no_grad(), home:
+            seed_data(target.record("calibrating", None).seed)
+            batches, digest, counts = share(trainer, self.calibration_batches)
+            work = prune_sparse(
+                model,
+                batches,
+                self.method,
+                self.sparsity,
+                allocation=self.allocation,
+                update=self.update,
+                device=strategy.root_device,
+                offload=self.offload,
+                state=self._open_state(trainer, target, digest),
+                reduce=lambda tensor: summed(trainer, tensor.to(strategy.root_device)).to(tensor.device),
+            )
+            self.layers = []
+            bar = sparse_progress(len(find_layers(model)), enabled=shown)
+            with bar as done, strategy.precision_plugin.forward_context():
+                for layer in work:
+                    self.layers.append(layer)
+                    done(layer.index, layer.error)
+        resumed = sum(layer.resumed for layer in self.layers)
+        if resumed:
+            say(trainer, f"Resumed behind layer {resumed - 1}: {resumed} layers were there.")
+        return {**counts, "digest": digest, "data": data_summary(trainer, "calibration")}
+
+    def _open_state(self, trainer: Trainer, target: Target, digest: str) -> LayerState | None:
+        if self.state_dir is None:
+            return None
+        model = {"model": fingerprint(target.model), "precision": str(trainer.precision), "data": digest}
+        writer, broadcast = trainer.is_global_zero, trainer.strategy.broadcast
+        return LayerState(self.state_dir, self.settings() | model, fresh=self.fresh, writer=writer, broadcast=broadcast)
+
+    def _plan(self, trainer: Trainer, target: Target, calibration: dict[str, Any]) -> PruningPlan:
+        """Returns a plan that removes no unit and says what became zero."""
+        plan = PruningPlan(
+            model_class=class_name(target.model),
+            groups=(),
+            keep={},
+            config={},
+            provenance={
+                "budget": {"asked": f"--sparsity {self.sparsity}"},
+                "criterion": self.method.describe(),
+                "sparse": _plain(self.settings()),
+                "keep_zeros": self.keep_zeros,
+                "sparsity": sparsity_summary(self.layers),
+                "model": target.describe(),
+                "calibration": calibration,
+                "recovery": {"data": data_summary(trainer, "recovery")},
+                "versions": versions(),
+            },
+        )
+        shared: PruningPlan = trainer.strategy.broadcast(plan)
+        return shared
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as they come back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain

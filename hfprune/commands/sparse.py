@@ -1,0 +1,83 @@
+"""``fit`` and ``prune`` with a sparse method: ``--method`` or ``--sparsity``, on the command line or in YAML."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from hfprune.callbacks import ReportCallback, SparsityCallback
+from hfprune.commands.run import RunCLI
+from hfprune.errors import ConfigError
+from hfprune.export import CHECKPOINT_FOLDER, STATE_FOLDER
+from hfprune.recovery import LoraRecovery
+from hfprune.sparse import METHODS, SparseGPT, SparseMethod
+
+_FLAGS = ("method", "sparsity")
+
+
+def asks_for_sparsity(args: Sequence[str]) -> bool:
+    """Returns whether flags or a YAML file among ``args`` ask for a sparse method."""
+    names = [arg.removeprefix("--").split("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
+    return any(name in _FLAGS for name in names) or any(_file_asks(path) for path in _config_files(args))
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    given = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return given + [value for flag, value in pairwise(args) if flag == "--config"]
+
+
+def _file_asks(path: str) -> bool:
+    """Returns whether a YAML file names a sparse method; what is wrong with the file, its parser says."""
+    if not Path(path).is_file():
+        return False
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(found, dict) and any(name in found for name in _FLAGS)
+
+
+class SparseCLI(RunCLI):
+    """``fit`` and ``prune`` with a sparse method."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the method, the output folder and the sparsity callback."""
+        parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
+        names = f"a name ({', '.join(METHODS)}), or a class of hfprune.sparse with options of its own"
+        parser.add_argument("--method", type=SparseMethod | str, required=True, help=names)
+        parser.add_argument(
+            "--sparsity", type=str | float, required=True, help="share of zeros (0.5), or n zeros in every m (2:4)"
+        )
+        parser.add_argument(
+            "--update", type=SparseGPT | str | None, default=None, help="sparsegpt: what stays makes up for what goes"
+        )
+        parser.add_lightning_class_args(SparsityCallback, "sparse")
+        for name in ("method", "sparsity", "update"):
+            parser.link_arguments(name, f"sparse.{name}")
+        parser.link_arguments("output_dir", "sparse.state_dir", compute_fn=_state_dir)
+        parser.link_arguments("overwrite", "sparse.fresh")
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
+        )
+        if self.command == "fit":
+            parser.set_defaults({"sparse.recovery": LoraRecovery()})
+            self.add_fit_arguments(parser)
+
+    def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
+        """Returns the report; a folder that holds nothing but finished layers is one to go on in."""
+        config = self.config
+        if not config.get("merge_adapters", True) and config.sparse.keep_zeros:
+            raise ConfigError(
+                "--merge_adapters false keeps adapters that would fill the zeros: give --sparse.keep_zeros false, or "
+                "merge them."
+            )
+        going_on = out.is_dir() and {path.name for path in out.iterdir()} <= {STATE_FOLDER, CHECKPOINT_FOLDER}
+        return super().report(out, overwrite=overwrite or going_on)
+
+
+def _state_dir(output_dir: str) -> str:
+    return str(Path(output_dir) / STATE_FOLDER)

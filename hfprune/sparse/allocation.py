@@ -1,0 +1,149 @@
+"""How many zeros each matrix gets: the same share, a share by outliers (OWL), or what the user names."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from hfprune.errors import ConfigError
+from hfprune.sparse.pattern import Sparsity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """One projection that is pruned.
+
+    Attributes:
+        layer: Its layer.
+        name: Its name within the layer.
+        shape: Outputs and inputs.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def path(self) -> str:
+        """Layer and name, as patterns see them: ``3.mlp.down_proj``."""
+        return f"{self.layer}.{self.name}"
+
+
+class SparseAllocation(ABC):
+    """Turns one sparsity into one for each matrix.
+
+    Attributes:
+        threshold: Weights whose |w| * ||x|| is so many times their layer's mean are outliers, and their share of each
+            layer is what the allocation reads; None reads nothing.
+    """
+
+    threshold: float | None = None
+
+    @abstractmethod
+    def spread(
+        self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
+    ) -> dict[str, Sparsity]:
+        """Returns path -> sparsity.
+
+        Args:
+            matrices: Of every layer.
+            sparsity: What was asked.
+            outliers: Share of outliers of each layer, where ``threshold`` asks for it.
+
+        Raises:
+            ConfigError: It cannot be spread.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings, for reports."""
+        return {"name": type(self).__name__, **vars(self)}
+
+
+class UniformSparsity(SparseAllocation):
+    """The same for every matrix, as all papers but OWL have it."""
+
+    def spread(
+        self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
+    ) -> dict[str, Sparsity]:
+        """Returns ``sparsity`` for each."""
+        return {matrix.path: sparsity for matrix in matrices}
+
+
+class OutlierWeighed(SparseAllocation):
+    """OWL: layers with more outliers lose less (Yin et al., "Outlier Weighed Layerwise Sparsity", section 3).
+
+    Layer l's share of zeros is s - 2 spread (D_l - mean D) / (max D - min D), D_l the share of its weights whose
+    |w| * ||x|| exceeds ``threshold`` times the layer's mean, on the dense model. The mean over layers, by their numbers
+    of weights, is s.
+
+    Args:
+        threshold: M of the paper, 5 or 7 there.
+        spread: Lambda of the paper: layers differ by at most twice as much.
+    """
+
+    def __init__(self, *, threshold: float = 5.0, spread: float = 0.08) -> None:
+        if not threshold > 0 or not 0 <= spread < 1:
+            raise ConfigError(f"OutlierWeighed needs threshold > 0 and spread in [0, 1); got {threshold} and {spread}.")
+        self.threshold, self.width = threshold, spread
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and settings."""
+        return {"name": "OutlierWeighed", "threshold": self.threshold, "spread": self.width}
+
+    def spread(
+        self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
+    ) -> dict[str, Sparsity]:
+        """Returns the layer's share for each matrix."""
+        if sparsity.of is not None:
+            raise ConfigError(f"--sparsity {sparsity} is the same in every group: OutlierWeighed needs a share (0.5).")
+        assert outliers is not None
+        wide = max(outliers) - min(outliers)
+        scaled = [(share - min(outliers)) / wide * 2 * self.width if wide else 0.0 for share in outliers]
+        total = sum(matrix.size for matrix in matrices)
+        mean = sum(scaled[matrix.layer] * matrix.size for matrix in matrices) / total
+        ratios = [sparsity.ratio + mean - value for value in scaled]
+        if not all(0 <= ratio < 1 for ratio in ratios):
+            raise ConfigError(
+                f"OutlierWeighed would spread --sparsity {sparsity} from {min(ratios):.3f} to {max(ratios):.3f}, which "
+                "is not in [0, 1): give a smaller spread."
+            )
+        return {matrix.path: Sparsity(ratios[matrix.layer]) for matrix in matrices}
+
+
+class ExplicitSparsity(SparseAllocation):
+    """What the user names for matrices; the others have the sparsity of the run.
+
+    Args:
+        sparsities: Pattern -> share or n:m. A pattern is compared with ``LAYER.NAME``, for example ``0.*`` (all of
+            layer 0), ``*.mlp.down_proj``, ``*.q_proj``; of several that fit the last one counts.
+    """
+
+    def __init__(self, sparsities: Mapping[str, str | float]) -> None:
+        self.sparsities = {pattern: str(value) for pattern, value in sparsities.items()}
+        self._parsed = {pattern: Sparsity.parse(value) for pattern, value in sparsities.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name and what was named."""
+        return {"name": "ExplicitSparsity", "sparsities": self.sparsities}
+
+    def spread(
+        self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
+    ) -> dict[str, Sparsity]:
+        """Returns what the last pattern that fits says."""
+        for pattern in self._parsed:
+            if not any(fnmatchcase(matrix.path, pattern) for matrix in matrices):
+                raise ConfigError(
+                    f"ExplicitSparsity names '{pattern}', which fits no projection. Projections are called "
+                    f"'{matrices[0].path}', '{matrices[-1].path}', and so on."
+                )
+        found = {}
+        for matrix in matrices:
+            fitting = [value for pattern, value in self._parsed.items() if fnmatchcase(matrix.path, pattern)]
+            found[matrix.path] = fitting[-1] if fitting else sparsity
+        return found

@@ -1,0 +1,76 @@
+"""Which inputs share an n:m group: RIA's channel permutation (Zhang et al.; methods section 7).
+
+Shape legend: O outputs, C inputs, G = C / m groups, K = m - n weights that stay in a group.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from hfprune.errors import ConfigError
+from hfprune.sparse.pattern import Sparsity
+
+Permutation = Literal["none", "dealt", "assigned"]
+"""``dealt``: sorted by total score and dealt to the slots in alternating direction; ``assigned``: then refined."""
+
+_CHUNK = 2**24
+"""Values of [O, groups, G] that exist at once."""
+
+
+def check_permutation(name: str) -> None:
+    """Raises ``ConfigError`` unless ``name`` is one."""
+    if name not in get_args(Permutation):
+        raise ConfigError(f"Unknown permutation '{name}'. Known: {', '.join(get_args(Permutation))}.")
+
+
+def permute(scores: Tensor, sparsity: Sparsity, permutation: Permutation) -> Tensor | None:
+    """Returns the order of inputs [C] whose consecutive groups of m keep more of the score; None for ``none``.
+
+    Args:
+        scores: [O, C].
+        sparsity: The pattern n:m.
+        permutation: How far to go.
+    """
+    if permutation == "none" or sparsity.of is None:
+        return None
+    sparsity.check(scores.shape[1], "the matrix")
+    order = deal(scores, sparsity.of)
+    return assign(scores, order, sparsity) if permutation == "assigned" else order
+
+
+def deal(scores: Tensor, of: int) -> Tensor:
+    """Returns inputs sorted by total score, dealt to the ``of`` slots of the groups in alternating direction, [C]."""
+    by_total = torch.sort(scores.sum(0, dtype=torch.float64), stable=True).indices
+    slots = list(by_total.view(of, -1))
+    return torch.stack([slot.flip(0) if number % 2 else slot for number, slot in enumerate(slots)], dim=1).flatten()
+
+
+def assign(scores: Tensor, order: Tensor, sparsity: Sparsity) -> Tensor:
+    """Returns ``order`` with the inputs of each slot, one slot after another, assigned anew to the groups.
+
+    Each assignment maximises the score that stays, the other slots given: it never falls.
+    """
+    groups = order.view(-1, int(sparsity.of or 1)).clone()
+    keep = groups.shape[1] - int(sparsity.zeros or 0)
+    for slot in range(groups.shape[1]):
+        candidates = groups[:, slot].clone()
+        others = torch.cat([groups[:, :slot], groups[:, slot + 1 :]], dim=1)
+        retained = _retained(scores, candidates, others, keep)
+        _, chosen = linear_sum_assignment(retained.cpu().numpy(), maximize=True)
+        groups[:, slot] = candidates[torch.from_numpy(chosen).to(candidates.device)]
+    return groups.flatten()
+
+
+def _retained(scores: Tensor, candidates: Tensor, others: Tensor, keep: int) -> Tensor:
+    """Returns the score that stays in group g when candidate c joins its other inputs, [G, G] float64.
+
+    Of m weights the K largest stay: the K - 1 largest of the others, and the larger of the candidate and the next.
+    """
+    ranked = torch.sort(scores[:, others], dim=-1, descending=True).values.to(torch.float64)  # [O, G, m - 1]
+    certain = ranked[..., : keep - 1].sum((0, 2))
+    rival, joins = ranked[..., keep - 1], scores[:, candidates].to(torch.float64)
+    step = max(1, _CHUNK // joins.numel())
+    found = [torch.maximum(part[:, :, None], joins[:, None, :]).sum(0) for part in rival.split(step, dim=1)]
+    return certain[:, None] + torch.cat(found)
