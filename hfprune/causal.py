@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hfprune.arch.groups import backbone, output_head
 from hfprune.errors import ConfigError
 from hfprune.objectives import Objective, Term, chunked_objective, chunked_objectives
+from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.packed import packed_hidden
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` [B, T], and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T]. Position ids that
@@ -76,11 +78,11 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
     Args:
         model: A supported Hugging Face causal LM; its head is applied to a chunk of tokens at a time.
         objective: What to sum.
-        batch: One sequence per row (packed rows: see :func:`sequences`); padding on either side.
+        batch: One sequence per row, padding on either side; or packed rows, see :mod:`hfprune.packed`.
     """
     teacher = _teacher_hidden(model, objective, batch)
     hidden, mask = final_hidden(model, batch)
-    targets, valid = objective.targets(batch["input_ids"], mask, batch.get("labels"))
+    targets, valid = objective.targets(batch["input_ids"], mask, labels_of(batch))
     every = bool(valid.all())
 
     def counted(tensor: Tensor | None) -> Tensor | None:
@@ -95,9 +97,9 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
     """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
     teachers = [_teacher_hidden(model, objective, batch) for objective in objectives]
     hidden, mask = final_hidden(model, batch)
-    terms, valid = [], []
+    terms, valid, labels = [], [], labels_of(batch)
     for objective, teacher in zip(objectives, teachers, strict=True):
-        targets, counted = objective.targets(batch["input_ids"], mask, batch.get("labels"))
+        targets, counted = objective.targets(batch["input_ids"], mask, labels)
         terms.append(
             Term(
                 objective,
@@ -111,11 +113,22 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
     return list(zip(totals, valid, strict=True))
 
 
+def labels_of(batch: Batch) -> Tensor | None:
+    """Returns the labels [B, T]; in packed rows the first token of a document is no target of the one before."""
+    labels = batch.get("labels")
+    if not is_packed(batch):
+        return labels
+    labels = batch["input_ids"] if labels is None else labels
+    return labels.masked_fill(batch["position_ids"] == 0, IGNORE_INDEX)
+
+
 def final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the final hidden states [B, T, D] and the attention mask [B, T]."""
     input_ids = batch["input_ids"]
     mask = batch.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
+    if is_packed(batch):
+        return packed_hidden(model, input_ids, batch["position_ids"], mask), mask
     unpadded = bool(mask.all())
     hidden: Tensor = backbone(model)(
         input_ids=input_ids,

@@ -162,6 +162,18 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
     return files
 
 
+def model_files(path: str, *, revision: str | None = None) -> list[Path]:
+    """Returns config and weight files of a saved model, fetched from the hub when ``path`` is a hub id."""
+    folder = Path(resolve_model_path(path))
+    if not folder.is_dir():
+        weights = weight_files(path, revision=revision)
+        return [weights[0].parent / "config.json", *weights]
+    return [
+        folder / "config.json",
+        *sorted(file for kind in ("safetensors", "bin") for file in folder.glob(f"*.{kind}")),
+    ]
+
+
 def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
     """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
     from transformers import AutoTokenizer

@@ -456,7 +456,7 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     command = words[words.index("hfprune") + 1]
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
-    monkeypatch.setattr("hfprune.data.text.check_source", lambda source, flag: None)
+    monkeypatch.setattr("hfprune.data.checks.check_source", lambda source, flag: None)
     flags = [f"--config={path}"]
     cli = command_class(command, flags)(command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

@@ -53,7 +53,7 @@ def test_documented_commands_parse(page, line, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
-    monkeypatch.setattr("hfprune.data.text.check_source", lambda source, flag: None)
+    monkeypatch.setattr("hfprune.data.checks.check_source", lambda source, flag: None)
     monkeypatch.setattr("hfprune.callbacks.report.check_output_dir", lambda *a, **k: None)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS

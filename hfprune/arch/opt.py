@@ -23,5 +23,6 @@ OPT = register(
             size_key=None,
             attributes=(("num_heads", "queries"),),
         ),
+        packing="mask",  # its decoder keeps the position ids from the function that makes the mask
     )
 )

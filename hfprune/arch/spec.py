@@ -97,6 +97,8 @@ class ArchSpec:
         layers_key: Config key of the number of layers.
         layer_lists: Config keys with a list of one value per layer.
         position_key: Config key that, when true, makes a layer depend on its index: no layer can go then.
+        packing: What keeps documents packed into one row apart, see :mod:`hfprune.packed`: ``positions``, where the
+            class makes its attention mask from position ids that start again; ``mask``, where it has to be given one.
     """
 
     model_class: str
@@ -112,6 +114,7 @@ class ArchSpec:
     layers_key: str = "num_hidden_layers"
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
+    packing: Literal["positions", "mask"] = "positions"
 
 
 _HINT = (

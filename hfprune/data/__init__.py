@@ -1,6 +1,7 @@
 """Calibration, recovery, validation and evaluation text, never overlapping."""
 
-from hfprune.data.sources import InstructionRow, Rows, load_rows
+from hfprune.data.layouts import ChatRow, InstructionRow, Rows, Turn
+from hfprune.data.sources import load_rows
 from hfprune.data.text import TextDataModule
 
-__all__ = ["InstructionRow", "Rows", "TextDataModule", "load_rows"]
+__all__ = ["ChatRow", "InstructionRow", "Rows", "TextDataModule", "Turn", "load_rows"]

@@ -1,20 +1,21 @@
 """From the documents of a role to its token sequences, examples or evaluation windows."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, encode_instruction
+from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, tokenizer_key
+from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, encode_all, warn_of_losses
 from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.sources import InstructionRow
+from hfprune.data.sources import SELF
+from hfprune.data.store import ExampleStore, digest
+from hfprune.data.written import Writer
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
-
-Example = tuple[list[int], list[int]]
-"""Token ids and labels of one sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +28,11 @@ class Builder:
         tokenizer: The model's tokenizer.
         vocab_size: Token ids that the model knows.
         max_positions: Positions that it allows; None when its config does not say.
-        seq_len: Tokens per sequence.
         seed: Seed of crops.
-        dropped: Role -> reason -> examples left out, filled while building.
+        options: How documents become examples; its ``seq_len`` holds for every sequence.
+        token_cache: Folder that keeps tokenised examples; None: they are made each time.
+        writer: Writes the roles whose source is ``self``; None where the model is not known.
+        dropped: Role -> reason -> examples left out or changed, filled while building.
     """
 
     roles: Roles
@@ -37,19 +40,29 @@ class Builder:
     tokenizer: Any
     vocab_size: int
     max_positions: int | None
-    seq_len: int
     seed: int
+    options: ExampleOptions
+    token_cache: str | None = None
+    writer: Writer | None = None
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence."""
+        return self.options.seq_len
+
+    def kind(self, role: Role) -> str:
+        """Returns what the role's source holds: text, instruction, chat or tokens."""
+        return "tokens" if self.sources[role] == SELF else self.roles.rows(role).kind
 
     def sequences(self, role: Role, count: int | None, *, crop: bool = False) -> Tensor:
         """Returns up to ``count`` full sequences of a role, [N, T]."""
         source = self.sources[role]
-        if self.roles.rows(role).kind == "tokens":
-            ids = self.roles.tokens(role)[:count]
-            self._check_length(ids.shape[1], f"--data.{role} '{source}'")
-            check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
-            return ids
-        self._check_length(self.seq_len, "--data.seq_len")
+        if source == SELF:
+            return self.write(role, count)
+        if self.kind(role) == "tokens":
+            return self._token_sequences(role, count)
+        self.check_length(self.seq_len, "--data.seq_len")
         texts = [plain(d) for d in self.roles.documents(role)]
         try:
             if crop:
@@ -60,38 +73,76 @@ class Builder:
                 f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
             ) from error
 
+    def calibration(self, count: int, *, crop: bool) -> Tensor:
+        """Returns the calibration sequences, [N, T]; warns when there are fewer than ``count``."""
+        ids = self.sequences("calibration", count, crop=crop)
+        if len(ids) < count:
+            source = self.sources["calibration"]
+            warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {count}.", stacklevel=2)
+        return ids
+
+    def write(self, role: Role, count: int | None) -> Tensor:
+        """Returns ``count`` sequences that the model wrote for a role, [N, T].
+
+        Raises:
+            ConfigError: Nobody said how many, or the data do not know the model.
+        """
+        if count is None:
+            raise ConfigError(f"--data.{role} self: say how many sequences to write with --data.{role}_sequences.")
+        if self.writer is None:
+            raise ConfigError(f"--data.{role} self: the data do not know the model: give bind() an author.")
+        self.check_length(self.seq_len, "--data.seq_len")
+        return self.writer.rows(role, count, self.seq_len)
+
+    def _token_sequences(self, role: Role, count: int | None) -> Tensor:
+        source, rows = self.sources[role], self.roles.rows(role)
+        if rows.tokenizer is not None and rows.tokenizer != tokenizer_key(self.tokenizer):
+            raise ConfigError(
+                f"--data.{role} '{source}' was tokenised with another tokenizer ({rows.tokenizer[:12]}) than the "
+                f"model's ({tokenizer_key(self.tokenizer)[:12]}). Tokenise the text again, or give the text itself."
+            )
+        ids = self.roles.tokens(role)[:count]
+        self.check_length(ids.shape[1], f"--data.{role} '{source}'")
+        check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
+        return ids
+
     def examples(self, role: Role, count: int | None) -> list[Example]:
         """Returns up to ``count`` training examples of a role."""
         if role not in self.sources:
             raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
-        if self.roles.rows(role).kind == "instruction":
-            return self._instruction_examples(role, count)
-        return [(row, row) for row in self.sequences(role, count).tolist()]
-
-    def _instruction_examples(self, role: Role, count: int | None) -> list[Example]:
-        self._check_length(self.seq_len, "--data.seq_len")
-        examples: list[Example] = []
-        too_long = 0
-        for row in self.roles.documents(role):
-            assert isinstance(row, InstructionRow)
-            if count is not None and len(examples) >= count:
-                break
-            example = encode_instruction(row, self.tokenizer)
-            if len(example[0]) > self.seq_len:
-                too_long += 1
-                continue
-            examples.append(example)
+        kind = self.kind(role)
+        if kind == "tokens" or (kind == "text" and not self.options.packing):
+            return [(row, row) for row in self.sequences(role, count).tolist()]
+        self.check_length(self.seq_len, "--data.seq_len")
+        check_template(self.tokenizer, self.options, kind, self.sources[role])
+        examples, counts = self._encoded(role, count)
+        found = dict(self.roles.rows(role).dropped) | counts
         if not examples:
             raise ConfigError(
                 f"--data.{role}: no example of '{self.sources[role]}' fits into {self.seq_len} tokens "
-                f"({too_long} of its examples serve {role}); see --data.seq_len."
+                f"({', '.join(f'{number} {reason}' for reason, number in found.items())}); see --data.seq_len."
             )
-        if too_long:  # cutting them would cost EOS, and with a long prompt the whole response
-            self.dropped[role] = {"longer than seq_len": too_long}
-            warnings.warn(
-                f"--data.{role}: {too_long} examples longer than {self.seq_len} tokens are left out.", stacklevel=2
-            )
+        self.dropped[role] = counts
+        warn_of_losses(role, self.sources[role], found, self.seq_len)
         return examples
+
+    def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
+        """Returns examples, from the cache when they are there, and what was left out."""
+        documents = self.roles.documents(role)
+        store = None
+        if self.token_cache is not None:
+            made_of = digest([[type(d).__name__, repr(d)] for d in documents])
+            settings = self.options.describe() | {"packing": None}
+            key = digest(tokenizer_key(self.tokenizer), settings, made_of, count)
+            store = ExampleStore(self.token_cache, key)
+            if (found := store.load()) is not None:
+                return found
+        counts: Counter[str] = Counter()
+        examples = list(encode_all(documents, Encoder(self.tokenizer, self.options, counts), count))
+        told = {reason: number for reason, number in counts.items() if number}
+        if store is not None:
+            store.save(examples, told)
+        return examples, told
 
     def windows(
         self, *, window: int, stride: int | None, count: int | None, bos: bool, explicit: bool
@@ -110,7 +161,7 @@ class Builder:
         rows = self.roles.rows("evaluation")
         if rows.kind == "tokens":
             return self._token_windows(count)
-        self._check_length(window, "--data.eval_window")
+        self.check_length(window, "--data.eval_window")
         if rows.kind == "text" and self.roles.alone("evaluation"):
             text = rows.running
         else:
@@ -129,7 +180,7 @@ class Builder:
     def _token_windows(self, count: int | None) -> Windows:
         source, every = self.sources["evaluation"], self.roles.tokens("evaluation")
         ids = every[:count]
-        self._check_length(ids.shape[1], f"--data.text '{source}'")
+        self.check_length(ids.shape[1], f"--data.text '{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
         return Windows(ids=ids, source=source, stride=ids.shape[1], available=len(every))
 
@@ -138,7 +189,8 @@ class Builder:
             raise ConfigError("--data.eval_bos: the tokenizer has no BOS token.")
         return int(self.tokenizer.bos_token_id)
 
-    def _check_length(self, tokens: int, what: str) -> None:
+    def check_length(self, tokens: int, what: str) -> None:
+        """Raises ``ConfigError`` where the model has fewer positions than ``tokens``."""
         if self.max_positions is not None and tokens > self.max_positions:
             raise ConfigError(
                 f"{what}: {tokens} tokens are more than the {self.max_positions} positions that the model allows."
@@ -146,6 +198,8 @@ class Builder:
 
     def dropped_counts(self, role: Role) -> dict[str, int]:
         """Returns reason -> rows of the role's source that were left out."""
+        if self.sources[role] == SELF:
+            return {}
         repeated = self.roles.duplicates.get(role, 0)
         counts = dict(self.roles.rows(role).dropped) | self.dropped.get(role, {})
         return counts | ({"repeated": repeated} if repeated else {})

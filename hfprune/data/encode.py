@@ -1,16 +1,18 @@
 """From text to token ids. No special tokens are added inside sequences; documents end with EOS where it exists."""
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfprune.data.sources import InstructionRow
+from hfprune.data.layouts import InstructionRow
 from hfprune.errors import ConfigError
-from hfprune.objectives.base import IGNORE_INDEX
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -73,14 +75,23 @@ def prompt_of(row: InstructionRow) -> str:
     return template.format(instruction=row.instruction, input=row.input)
 
 
-def encode_instruction(row: InstructionRow, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Returns token ids and labels of an example: prompt tokens masked, loss on the response and EOS only.
+def tokenizer_key(tokenizer: Any) -> str:
+    """Returns the digest of all that a tokenizer's ids depend on: vocabulary, rules, special tokens, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # states of use
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    template = getattr(tokenizer, "chat_template", None)
+    text = json.dumps([type(tokenizer).__name__, len(tokenizer), rules, special, template], default=str, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    Prompt and response are tokenised apart, so that no token spans both.
-    """
-    prompt, response = encode([prompt_of(row), row.output], tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return prompt + response + end, [IGNORE_INDEX] * len(prompt) + response + end
+
+def read_template(path: str) -> str:
+    """Returns the text of a chat template's file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--data.chat_template '{path}' cannot be read: {error}.") from error
 
 
 def check_vocabulary(ids: Tensor, *, vocab_size: int, source: str) -> None:

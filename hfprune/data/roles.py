@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hfprune.data.encode import prompt_of
-from hfprune.data.sources import InstructionRow, Rows, load_rows
+from hfprune.data.layouts import ChatRow, Document, InstructionRow, Rows
+from hfprune.data.sources import SELF, load_rows
 from hfprune.data.splits import assign_documents, unique_documents
 from hfprune.errors import ConfigError
 
@@ -62,7 +63,7 @@ class Roles:
             )
         return ids[own]
 
-    def documents(self, role: Role) -> list[str] | list[InstructionRow]:
+    def documents(self, role: Role) -> list[Any]:
         """Returns the role's documents, none of which an earlier role of ``SHARES`` holds too."""
         for earlier in SHARES:
             if earlier in self._sources and earlier not in self._documents and self.rows(earlier).kind != "tokens":
@@ -71,9 +72,16 @@ class Roles:
                 break
         return self._documents[role]
 
+    def seen(self) -> frozenset[bytes]:
+        """Returns the digests of the documents of every role."""
+        for role in self._sources:
+            if self.rows(role).kind != "tokens":
+                self.documents(role)
+        return frozenset(self._seen)
+
     def _take(self, role: Role) -> list[Any]:
         rows = self.rows(role)
-        documents: Any = rows.instructions if rows.kind == "instruction" else rows.texts
+        documents: Any = rows.documents
         documents = [documents[i] for i in self._own(role, [plain(d) for d in documents])]
         kept = unique_documents([plain(d) for d in documents], seen=self._seen)
         self.duplicates[role] = self.duplicates.get(role, 0) + len(documents) - len(kept)
@@ -107,6 +115,35 @@ def _identity(source: str) -> str:
     return str(path.resolve()) if path.exists() else source
 
 
-def plain(document: str | InstructionRow) -> str:
-    """Returns a document as plain text; an example as its prompt and response."""
-    return document if isinstance(document, str) else prompt_of(document) + document.output
+def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, str]:
+    """Returns role -> source; a role that was not given borrows from the calibration or recovery source.
+
+    Pre-tokenised calibration data is used for calibration alone, all of it. What the model writes is never evaluation
+    text. A streamed recovery source is used for recovery alone.
+
+    Raises:
+        ConfigError: Another role uses the streamed source.
+    """
+    calibration, text = given["calibration"], given["evaluation"]
+    assert calibration is not None
+    lender = None if calibration.endswith(".safetensors") else calibration
+    recovery = given["recovery"] or lender
+    others = (calibration, given["validation"], text)
+    if streaming and (recovery is None or _identity(recovery) in [_identity(other) for other in others if other]):
+        raise ConfigError("--data.streaming: give a --data.recovery that no other role uses; it is never in memory.")
+    found: dict[Role, str | None] = {
+        "calibration": calibration,
+        "recovery": recovery,
+        "validation": given["validation"] or (lender if streaming else recovery),
+        "evaluation": text or (None if lender == SELF else lender),
+    }
+    return {role: source for role, source in found.items() if source is not None}
+
+
+def plain(document: Document) -> str:
+    """Returns a document as plain text: an example as its prompt and response, a conversation as its messages."""
+    if isinstance(document, InstructionRow):
+        return prompt_of(document) + document.output
+    if isinstance(document, ChatRow):
+        return "\n\n".join(turn.text for turn in document.turns)
+    return document

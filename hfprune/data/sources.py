@@ -5,62 +5,27 @@ import gzip
 import json
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from hfprune.data.layouts import Rows, rows_of_records
 from hfprune.errors import ConfigError
 
 BUILTIN = "builtin"
 """The topics text of Python's own documentation, which every Python ships: English, about 0.7 million characters."""
 
-Kind = Literal["text", "instruction", "tokens"]
+SELF = "self"
+"""Text that the model itself writes, see :mod:`hfprune.data.written`."""
+
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".safetensors")
-_TEXT_COLUMNS = ("text", "content")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstructionRow:
-    """One example in Alpaca layout."""
-
-    instruction: str
-    input: str
-    output: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """What a source holds: one of ``texts``, ``instructions`` and ``token_ids`` is filled.
-
-    Attributes:
-        source: As the user named it.
-        kind: Which of the three.
-        texts: Documents; the paragraphs of a ``.txt`` file, or its lines when it has no blank one.
-        running: The whole source as one text, for evaluation: a ``.txt`` file as it is, else every row, empty ones too,
-            joined with blank lines (the usual WikiText protocol).
-        instructions: Examples in Alpaca layout.
-        token_ids: [N, T] int64, pre-tokenised sequences.
-        dropped: Reason -> number of rows left out.
-    """
-
-    source: str
-    kind: Kind
-    texts: tuple[str, ...] = ()
-    running: str = ""
-    instructions: tuple[InstructionRow, ...] = ()
-    token_ids: Tensor | None = None
-    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_source(source: str, flag: str) -> None:
     """Raises ``ConfigError`` when ``source`` can be seen to be unusable; reads nothing but the file system's names."""
-    if source == BUILTIN:
+    if source in (BUILTIN, SELF):
         return
     path = Path(source)
     try:
@@ -102,7 +67,7 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
 
         return Rows(source=source, kind="text", texts=tuple(topics[name].strip() for name in sorted(topics)))
     path = Path(source)
-    suffix = _suffix(path) if path.is_file() else ""
+    suffix = source_suffix(source)
     if suffix == ".safetensors":
         return _token_rows(source)
     if suffix == ".txt":
@@ -110,8 +75,14 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
         if not text.strip():
             raise ConfigError(f"'{source}' holds no text.")
         return Rows(source=source, kind="text", texts=_paragraphs(text), running=text)
-    records = _json_records(path, suffix) if suffix in (".json", ".jsonl") else _dataset(source, suffix, split)
-    return _from_records(source, records, text_field)
+    records = _json_records(path, suffix) if suffix in (".json", ".jsonl") else open_dataset(source, suffix, split)
+    return rows_of_records(source, records, text_field)
+
+
+def source_suffix(source: str) -> str:
+    """Returns the type of a file without ``.gz``, nothing for what is no file."""
+    path = Path(source)
+    return _suffix(path) if path.is_file() else ""
 
 
 def _suffix(path: Path) -> str:
@@ -158,45 +129,39 @@ def _json_records(path: Path, suffix: str) -> list[Any]:
     return records
 
 
-def _dataset(source: str, suffix: str, split: str) -> Any:
-    """Opens a parquet file, a saved folder or a hub data set through ``datasets``."""
+def open_dataset(source: str, suffix: str, split: str, *, streaming: bool = False) -> Any:
+    """Opens a parquet file, a saved folder or a hub data set through ``datasets``.
+
+    Args:
+        source: Its name.
+        suffix: ``.parquet`` for such a file.
+        split: Split of a saved or hub data set.
+        streaming: Read rows as they are asked for; none is kept in memory or in a cache.
+
+    Raises:
+        ConfigError: It cannot be opened.
+    """
     import datasets
 
     try:
+        if suffix == ".parquet" and streaming:
+            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
         if suffix == ".parquet":
             return datasets.Dataset.from_parquet(source, keep_in_memory=True)
         if Path(source).is_dir():
             found = datasets.load_from_disk(source)
-            if not isinstance(found, datasets.DatasetDict):
-                return found
-            if split not in found:
-                raise ConfigError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
-            return found[split]
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise ConfigError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
+                found = found[split]
+            return found
         name, config, own_split = (*source.split(":"), "", "")[:3]
-        return datasets.load_dataset(name, config or None, split=own_split or split)
+        return datasets.load_dataset(name, config or None, split=own_split or split, streaming=streaming)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
         line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
         raise ConfigError(f"Cannot load the data set '{source}': {line}") from error
-
-
-def _from_records(source: str, records: Iterable[Any], text_field: str | None) -> Rows:
-    rows = list(records)
-    if not rows:
-        raise ConfigError(f"'{source}' holds no rows.")
-    if all(isinstance(row, str) for row in rows):
-        return _text_rows(source, rows)
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ConfigError(f"'{source}' must hold objects or strings, one kind throughout.")
-    columns = sorted({key for row in rows for key in row})
-    if text_field not in columns and {"instruction", "output"} <= set(columns):
-        return _instruction_rows(source, rows)
-    name = text_field or next((c for c in _TEXT_COLUMNS if c in columns), None)
-    if name not in columns:
-        wanted = f"'{text_field}'" if text_field else "'text', or 'instruction' and 'output'"
-        raise ConfigError(f"'{source}' has no column {wanted}. It has: {', '.join(columns)}. See --data.text_field.")
-    return _text_rows(source, [row.get(name) for row in rows])
 
 
 def _paragraphs(text: str) -> tuple[str, ...]:
@@ -205,49 +170,13 @@ def _paragraphs(text: str) -> tuple[str, ...]:
     return tuple(parts if len(parts) > 1 else [line for line in text.split("\n") if line.strip()])
 
 
-def _text_rows(source: str, values: list[Any]) -> Rows:
-    texts = tuple(v for v in values if isinstance(v, str) and v.strip())
-    if not texts:
-        raise ConfigError(f"'{source}' holds no text.")
-    dropped = Counter(reason for value in values if (reason := _fault(value, "empty")))
-    running = "\n\n".join(v for v in values if isinstance(v, str))
-    return Rows(source=source, kind="text", texts=texts, running=running, dropped=dict(dropped))
-
-
-def _instruction_rows(source: str, rows: list[Mapping[str, Any]]) -> Rows:
-    kept: list[InstructionRow] = []
-    dropped: Counter[str] = Counter()
-    for row in rows:
-        given = row.get("input") or ""
-        fault = (
-            _fault(row.get("instruction"), "no instruction")
-            or _fault(row.get("output"), "no response")
-            or ("" if isinstance(given, str) else "not text")
-        )
-        if fault:
-            dropped[fault] += 1
-        else:
-            kept.append(InstructionRow(instruction=row["instruction"], input=given, output=row["output"]))
-    if not kept:
-        raise ConfigError(f"'{source}' holds no example with an instruction and an output.")
-    return Rows(source=source, kind="instruction", instructions=tuple(kept), dropped=dict(dropped))
-
-
-def _fault(value: Any, when_empty: str) -> str:
-    """Returns why a field cannot be used: ``when_empty``, ``not text``, or nothing when it can."""
-    if value is None:
-        return when_empty
-    if not isinstance(value, str):
-        return "not text"
-    return "" if value.strip() else when_empty
-
-
 def _token_rows(source: str) -> Rows:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        tensors = load_file(source)
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"'{source}' is not a safetensors file: {error}.") from error
     ids = tensors.get("input_ids")
@@ -256,4 +185,4 @@ def _token_rows(source: str) -> Rows:
             f"'{source}' must hold an integer tensor 'input_ids' [sequences, tokens]. It has: "
             f"{', '.join(f'{name} {list(t.shape)} {t.dtype}' for name, t in tensors.items())}."
         )
-    return Rows(source=source, kind="tokens", token_ids=ids.to(torch.int64))
+    return Rows(source=source, kind="tokens", token_ids=ids.to(torch.int64), tokenizer=metadata.get("tokenizer"))

@@ -25,12 +25,17 @@ def assign_documents(num_documents: int, shares: Mapping[str, float], *, seed: i
     return parts
 
 
+def text_digest(text: str) -> bytes:
+    """Returns the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
 def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) -> list[int]:
     """Returns the numbers of the documents whose exact text occurs for the first time, and adds them to ``seen``."""
     seen = set() if seen is None else seen
     kept = []
     for number, text in enumerate(texts):
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        digest = text_digest(text)
         if digest not in seen:
             seen.add(digest)
             kept.append(number)

@@ -1,14 +1,20 @@
 """What is told about the tokens of a role: where they came from, how many, a digest, and a sketch of their n-grams."""
 
 import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfprune.data.build import Builder, Example
+from hfprune.data.build import Builder
+from hfprune.data.examples import Example
 from hfprune.data.roles import Role
-from hfprune.evaluation.overlap import Sketch
+from hfprune.data.sources import SELF
+from hfprune.data.stream import ExampleStream
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.windows import Windows
 from hfprune.objectives.base import IGNORE_INDEX
 
@@ -22,14 +28,47 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
     labels = [label for _, labels in value for label in labels] if isinstance(value, list) else []
     found = {
         "source": builder.sources[role],
-        "kind": builder.roles.rows(role).kind,
+        "kind": builder.kind(role),
         "sequences": len(ids),
         "tokens": sum(map(len, ids)),
         "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
         "dropped": builder.dropped_counts(role),
         "sha256": _digest(ids),
     }
+    if builder.sources[role] == SELF:
+        found["self_text"] = asdict(builder.writer.settings) if builder.writer else None
     return found | ({"ngrams": Sketch.of(ids).to_text()} if role in SEEN else {})
+
+
+def summarise_stream(stream: ExampleStream) -> dict[str, Any]:
+    """Returns source, order and what was left out so far; nothing is told of tokens that were not read yet."""
+    return {
+        "source": stream.source.source,
+        "kind": "stream",
+        "shuffle_buffer": stream.shuffle_buffer,
+        "seed": stream.seed,
+        "dropped": dict(stream.counts),
+    }
+
+
+def overlap(summary: Mapping[str, Any], windows: Windows | None) -> dict[str, float]:
+    """Returns, for roles that a model sees, the share of the evaluation text's 13-grams that occur in their text."""
+    if windows is None:
+        return {}
+    asked = token_ids(windows)
+    known: dict[str, str] = {role: summary[role]["ngrams"] for role in SEEN if "ngrams" in summary.get(role, {})}
+    return {role: Sketch.from_text(sketch).share_of(asked) for role, sketch in known.items()}
+
+
+def warn_of_overlap(shares: Mapping[str, float]) -> None:
+    """Says when an evaluation text was seen in calibration or recovery."""
+    for role, share in shares.items():
+        if share >= SUSPICIOUS:
+            warnings.warn(
+                f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
+                "better than they are. Give another --data.text.",
+                stacklevel=2,
+            )
 
 
 def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:

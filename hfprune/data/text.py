@@ -1,31 +1,37 @@
 """``TextDataModule``: every token that a run sees, with its provenance."""
 
-import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hfprune.data.build import Builder, Example
-from hfprune.data.encode import pad
-from hfprune.data.roles import Role, Roles
-from hfprune.data.sampler import ResumableLoader
-from hfprune.data.sources import BUILTIN, check_source
-from hfprune.data.summary import SEEN, summarise, token_ids
+from hfprune.data.build import Builder
+from hfprune.data.checks import check_sources, check_stream, check_values
+from hfprune.data.encode import read_template
+from hfprune.data.examples import ExampleOptions
+from hfprune.data.position import ResumableDataModule
+from hfprune.data.roles import Role, Roles, fill_in
+from hfprune.data.sources import BUILTIN, SELF
+from hfprune.data.stream import StreamLoader, StreamSource
+from hfprune.data.summary import overlap, summarise, summarise_stream, warn_of_overlap
+from hfprune.data.training import Loaders
+from hfprune.data.written import OWN_WORDS, Author, SelfText, Writer, author_of
+from hfprune.embedded import cache_dir
 from hfprune.errors import ConfigError
-from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.windows import Windows
-from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.packed import check_packing
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Calibration, recovery, validation and evaluation data that never overlap.
 
     A source is a ``.txt``, ``.json``, ``.jsonl`` (also ``.gz``), ``.parquet`` or ``.safetensors`` file (``input_ids``),
-    a folder of ``save_to_disk``, a hub data set id, or ``builtin``: the English text of Python's documentation. Roles
-    that share a source get disjoint documents; a document that occurs in two sources stays with one role.
+    a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English text of Python's documentation, or
+    ``self``: text that the dense model writes. Roles that share a source get disjoint documents; a document that occurs
+    in two sources stays with one role.
 
     Args:
         calibration: Source of the calibration sequences.
@@ -39,7 +45,7 @@ class TextDataModule(LightningDataModule):
         calibration_layout: ``concat``: documents joined with EOS and cut; ``crop``: a crop of each long document.
         calibration_batch_size: Sequences per calibration step; scores do not depend on it.
         batch_size: Sequences per recovery step and device.
-        recovery_sequences: Use at most this many training sequences.
+        recovery_sequences: Use at most this many training sequences (examples, where a row packs several).
         validation_sequences: Use at most this many validation sequences.
         eval_windows: Evaluation windows: the first so many, all of them if null, none if 0.
         eval_window: Tokens per evaluation window.
@@ -48,6 +54,16 @@ class TextDataModule(LightningDataModule):
         eval_bos: Begin every evaluation window with the BOS token.
         seed: Seed of document assignment, crops and shuffling; 0 is a seed.
         num_workers: Worker processes of the training loader.
+        template: How instructions are written: ``alpaca``, or ``chat``, the tokenizer's chat template, which
+            conversations always use.
+        chat_template: Jinja file of a chat template to use in place of the tokenizer's; it is exported with the model.
+        overlong: What becomes of examples longer than ``seq_len``: ``split``; ``cut``, with EOS in the last place;
+            ``drop``.
+        packing: Fill rows of ``seq_len`` tokens with several examples, which do not see each other.
+        token_cache: Folder that keeps tokenised examples.
+        streaming: Read the recovery source row by row; for sets larger than memory.
+        shuffle_buffer: Rows that are shuffled together when streaming.
+        self_text: How the model writes where a source is ``self``.
     """
 
     def __init__(
@@ -72,6 +88,14 @@ class TextDataModule(LightningDataModule):
         eval_bos: bool = False,
         seed: int = 42,
         num_workers: int = 0,
+        template: Literal["alpaca", "chat"] = "alpaca",
+        chat_template: str | None = None,
+        overlong: Literal["split", "cut", "drop"] = "split",
+        packing: bool = False,
+        token_cache: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 4096,
+        self_text: SelfText = OWN_WORDS,
     ) -> None:
         super().__init__()
         self.seq_len, self.calibration_sequences = seq_len, calibration_sequences
@@ -83,45 +107,38 @@ class TextDataModule(LightningDataModule):
         )
         self.eval_windows, self.eval_window, self.seed, self.num_workers = eval_windows, eval_window, seed, num_workers
         self.eval_stride, self.eval_bos = eval_stride, eval_bos
-        self._check_values()
-        given = {"calibration": calibration, "recovery": recovery, "validation": validation, "evaluation": text}
-        for role, source in given.items():
-            if source is not None:
-                check_source(source, "--data.text" if role == "evaluation" else f"--data.{role}")
-        self._sources = _fill_in(calibration, recovery, validation, text)
+        self.streaming, self.shuffle_buffer, self.self_text = streaming, shuffle_buffer, self_text
+        self.chat_template, self.token_cache = chat_template, token_cache
+        check_values(self)
+        self.options = ExampleOptions(seq_len=seq_len, template=template, overlong=overlong, packing=packing)
+        given: dict[Role, str | None] = {
+            "calibration": calibration,
+            "recovery": recovery,
+            "validation": validation,
+            "evaluation": text,
+        }
+        check_sources(given)
+        self._sources = fill_in(given, streaming=streaming)
         if eval_windows == 0:
             self._sources.pop("evaluation", None)
         self._explicit_text = text is not None
-        self._roles = Roles(self._sources, split=split, text_field=text_field, seed=seed)
+        self._stream = StreamSource(source=self._sources.get("recovery", ""), split=split, text_field=text_field)
+        if streaming:
+            self._stream.check()
+        loaded = {role: s for role, s in self._sources.items() if s != SELF and not (streaming and role == "recovery")}
+        self._roles = Roles(loaded, split=split, text_field=text_field, seed=seed)
         self._builder: Builder | None = None
         self._cache: dict[Role, Any] = {}
         self._summaries: dict[Role, dict[str, Any]] = {}
-        self._loader: ResumableLoader | None = None
-        self._position: dict[str, int] | None = None
 
-    def _check_values(self) -> None:
-        names = ("calibration_sequences", "calibration_batch_size", "batch_size", "validation_sequences")
-        for name in (*names, "recovery_sequences"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--data.{name} {value} is not positive.")
-        for name in ("seq_len", "eval_window"):
-            if getattr(self, name) < 2:
-                raise ConfigError(f"--data.{name} {getattr(self, name)} is less than 2 tokens.")
-        if self.eval_windows is not None and self.eval_windows < 0:
-            raise ConfigError(f"--data.eval_windows {self.eval_windows} is negative.")
-        longest = self.eval_window - self.eval_bos
-        if self.eval_stride is not None and not 1 <= self.eval_stride <= longest:
-            raise ConfigError(f"--data.eval_stride {self.eval_stride} is not between 1 and {longest}, a window's text.")
-        if self.num_workers < 0:
-            raise ConfigError(f"--data.num_workers {self.num_workers} is negative; 0 loads in the main process.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--data.seed {self.seed} is not between 0 and {2**32 - 1}.")
-        if self.calibration_layout not in ("concat", "crop"):
-            raise ConfigError(f"--data.calibration_layout '{self.calibration_layout}' is neither concat nor crop.")
-
-    def bind(self, tokenizer: Any, *, vocab_size: int, max_positions: int | None) -> None:
+    def bind(self, tokenizer: Any, *, vocab_size: int, max_positions: int | None, author: Author | None = None) -> None:
         """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
+
+        Args:
+            tokenizer: The model's.
+            vocab_size: Number of token ids that the model has an embedding for.
+            max_positions: Positions that it allows.
+            author: Who writes where a source is ``self``.
 
         Raises:
             ConfigError: The tokenizer has ids that the model does not know.
@@ -131,30 +148,56 @@ class TextDataModule(LightningDataModule):
                 f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
                 "belong together."
             )
+        if self.chat_template is not None:
+            tokenizer.chat_template = read_template(self.chat_template)
+        folder = cache_dir() / "written"
         self._builder = Builder(
             roles=self._roles,
             sources=self._sources,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
             max_positions=max_positions,
-            seq_len=self.seq_len,
             seed=self.seed,
+            options=self.options,
+            token_cache=self.token_cache,
+            writer=None if author is None else Writer(author, tokenizer, self.self_text, seed=self.seed, folder=folder),
         )
+
+    def _bind_trainer(self) -> None:
+        assert self.trainer is not None
+        if self._builder is None:
+            module: Any = self.trainer.lightning_module
+            needed = SELF in self._sources.values()
+            author = author_of(module, device=self.trainer.strategy.root_device) if needed else None
+            limits = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+            self.bind(module.tokenizer, **limits, author=author)
+            if self.options.packing:
+                check_packing(module.meta_model())
+
+    def prepare_data(self) -> None:
+        """Lets the model write, in one process of each machine; the others read what it wrote."""
+        if SELF in self._sources.values() and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._bind_trainer()
+            self._build_for_fit()
 
     def setup(self, stage: str) -> None:
         """Builds what the run will need, so that unusable data is said before a model is loaded."""
         assert self.trainer is not None
-        if self._builder is None:
-            module: Any = self.trainer.lightning_module
-            self.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+        self._bind_trainer()
         if stage == "fit":
-            self.calibration_dataloader()
-            self.evaluation_windows()
-            if self.trainer.limit_train_batches:
-                self.train_dataloader()
-            if self.trainer.limit_val_batches:
-                self.val_dataloader()
-            self._warn_of_overlap()
+            if self.streaming and self.trainer.limit_train_batches:
+                check_stream(self, self.trainer)
+            self._build_for_fit()
+            warn_of_overlap(self.overlap())
+
+    def _build_for_fit(self) -> None:
+        assert self.trainer is not None
+        self.calibration_dataloader()
+        self.evaluation_windows()
+        if self.trainer.limit_train_batches:
+            self.train_dataloader()
+        if self.trainer.limit_val_batches:
+            self.val_dataloader()
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
@@ -166,40 +209,20 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the recovery batches, shuffled by the seed: ``input_ids``, ``attention_mask``, ``labels`` [B, T]."""
-        examples = self._once("recovery", lambda: self._build.examples("recovery", self.recovery_sequences))
         trainer = self.trainer
-        self._loader = ResumableLoader.over(
-            examples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            collate_fn=self._collate,
-            num_workers=self.num_workers,
-        )
-        if self._position is not None:
-            self._loader.load_state_dict(self._position)
-            self._position = None
-        return self._loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the training data.
-
-        Lightning restores a loader's own position only when nothing has asked for the number of training steps before,
-        as schedulers do.
-        """
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues in the training data where the checkpoint left it."""
-        self._position = state_dict.get("train")
-        if self._loader is not None and self._position is not None:
-            self._loader.load_state_dict(self._position)
+        ranks = {
+            "num_replicas": trainer.world_size if trainer else 1,
+            "rank": trainer.global_rank if trainer else 0,
+        }
+        if self.streaming:
+            return self._resumed(self._loaders.stream(self._stream, shuffle_buffer=self.shuffle_buffer, **ranks))
+        examples = self._once("recovery", lambda: self._build.examples("recovery", self.recovery_sequences))
+        return self._resumed(self._loaders.training(examples, **ranks))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation batches."""
         examples = self._once("validation", lambda: self._build.examples("validation", self.validation_sequences))
-        return DataLoader(examples, batch_size=self.batch_size, collate_fn=self._collate, num_workers=self.num_workers)
+        return self._loaders.validation(examples)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Returns the evaluation windows in batches of ``input_ids`` and ``attention_mask``; also for ``predict``.
@@ -237,34 +260,29 @@ class TextDataModule(LightningDataModule):
 
         Documents are never shared, but texts from different sources may quote each other.
         """
-        windows = self.evaluation_windows()
-        if windows is None:
-            return {}
-        summary, asked = self.summary(), token_ids(windows)
-        return {r: Sketch.from_text(summary[r]["ngrams"]).share_of(asked) for r in SEEN if r in summary}
-
-    def _warn_of_overlap(self) -> None:
-        for role, share in self.overlap().items():
-            if share >= SUSPICIOUS:
-                warnings.warn(
-                    f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
-                    "better than they are. Give another --data.text.",
-                    stacklevel=2,
-                )
+        return overlap(self.summary(), self.evaluation_windows())
 
     def summary(self) -> dict[str, Any]:
         """Returns, for every role used so far, where its tokens came from, how many, and their SHA-256."""
         for role, value in self._cache.items():
             if value is not None and role not in self._summaries:
                 self._summaries[role] = summarise(role, value, self._build)
-        return {str(role): found for role, found in self._summaries.items()}
+        found: dict[str, Any] = {str(role): told for role, told in self._summaries.items()}
+        if isinstance(self._loader, StreamLoader):
+            found["recovery"] = summarise_stream(self._loader.stream)
+        return found
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
-    def _once(self, role: Role, build: Any) -> Any:
+    def _once(self, role: Role, build: Callable[[], Any]) -> Any:
         if role not in self._cache:
             self._cache[role] = build()
         return self._cache[role]
+
+    @property
+    def _loaders(self) -> Loaders:
+        sizes = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
+        return Loaders(build=self._build, **sizes)
 
     @property
     def _build(self) -> Builder:
@@ -273,31 +291,5 @@ class TextDataModule(LightningDataModule):
         return self._builder
 
     def _calibration_ids(self) -> Tensor:
-        ids = self._build.sequences("calibration", self.calibration_sequences, crop=self.calibration_layout == "crop")
-        if len(ids) < self.calibration_sequences:
-            source, asked = self._sources["calibration"], self.calibration_sequences
-            warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {asked}.", stacklevel=2)
-        return ids
-
-    def _collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        filler = self._build.tokenizer.pad_token_id
-        ids = pad([e[0] for e in examples], self._build.tokenizer.eos_token_id or 0 if filler is None else filler)
-        labels = pad([e[1] for e in examples], IGNORE_INDEX)
-        mask = pad([[1] * len(e[0]) for e in examples], 0)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def _fill_in(calibration: str, recovery: str | None, validation: str | None, text: str | None) -> dict[Role, str]:
-    """Returns role -> source; a role that was not given borrows from the calibration or recovery source.
-
-    Pre-tokenised calibration data is used for calibration alone, all of it.
-    """
-    lender = None if calibration.endswith(".safetensors") else calibration
-    recovery = recovery or lender
-    given: dict[Role, str | None] = {
-        "calibration": calibration,
-        "recovery": recovery,
-        "validation": validation or recovery,
-        "evaluation": text or lender,
-    }
-    return {role: source for role, source in given.items() if source is not None}
+        crop, asked = self.calibration_layout == "crop", self.calibration_sequences
+        return self._build.calibration(asked, crop=crop)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from hfprune.calibration import ObjectiveSum
@@ -25,6 +24,7 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
+from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
@@ -32,7 +32,7 @@ from hfprune.recovery.masked import mask_adapters
 from hfprune.sharding import load_sharded, rebuild
 
 
-class PruningModule(LightningModule):
+class PruningModule(TokenWeighted):
     """Loads a causal LM, computes the calibration objective, and trains what pruning left.
 
     The model is loaded in ``configure_model``, after every argument was checked. A checkpoint carries the plan and the
@@ -217,6 +217,7 @@ class PruningModule(LightningModule):
         """Returns the next-token cross-entropy, nats per supervised token."""
         loss, num_tokens = self._next_token_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
+        self.weigh(num_tokens)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

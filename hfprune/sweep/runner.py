@@ -14,6 +14,7 @@ import torch
 from hfprune.arch import parameter_count
 from hfprune.criteria import LayerwiseCriterion
 from hfprune.data.text import TextDataModule
+from hfprune.data.written import author_of
 from hfprune.errors import ConfigError
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.latency import compare_latency
@@ -120,7 +121,9 @@ class Sweep:
 
     def _bound(self, data: TextDataModule) -> TextDataModule:
         module = self.module
-        data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+        author = author_of(module, device=self.device)
+        positions = module.max_positions
+        data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=positions, author=author)
         return data
 
     def _windows(self, name: str) -> Windows:

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hfprune.data import TextDataModule, load_rows
-from hfprune.data.encode import concat_blocks, crop_documents, encode_instruction, prompt_of
-from hfprune.data.sources import InstructionRow
+from hfprune.data.encode import concat_blocks, crop_documents, prompt_of
+from hfprune.data.examples import encode_instruction
+from hfprune.data.layouts import InstructionRow
 from hfprune.data.splits import assign_documents, unique_documents
+from hfprune.data.summary import warn_of_overlap
 from hfprune.errors import ConfigError
 from hfprune.evaluation.overlap import Sketch
 from tests.models import tiny_tokenizer, token_ids
@@ -152,9 +154,9 @@ def alpaca(path, outputs):
 
 def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
     source = alpaca(tmp_path / "a.json", ["is a", "is " * 500, "an of"])
-    data = bound(tokenizer, recovery=source, validation="builtin", seq_len=400)
+    data = bound(tokenizer, recovery=source, validation="builtin", seq_len=400, overlong="drop")
     data.bind(tokenizer, vocab_size=61, max_positions=400)
-    with pytest.warns(UserWarning, match="1 examples longer than 400 tokens"):
+    with pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len.; --data.seq_len is 400"):
         batches = list(data.train_dataloader())
     (batch,) = batches
     assert batch["input_ids"].shape[0] == 2
@@ -167,7 +169,8 @@ def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
 
 
 def test_no_example_fits(tokenizer, tmp_path):
-    data = bound(tokenizer, recovery=alpaca(tmp_path / "a.json", ["is " * 500]), validation="builtin", seq_len=20)
+    data = bound(tokenizer, recovery=alpaca(tmp_path / "a.json", ["is " * 500]), validation="builtin", seq_len=20,
+                 overlong="cut")  # fmt: skip
     with pytest.raises(ConfigError, match="no example of .* fits into 20 tokens"):
         data.train_dataloader()
 
@@ -352,7 +355,7 @@ def test_evaluation_text_that_calibrates_too_is_said(tokenizer, tmp_path):
     data.calibration_dataloader()
     assert data.overlap()["calibration"] > 0.5
     with pytest.warns(UserWarning, match="% of the evaluation text's 13-grams occur in the calibration text"):
-        data._warn_of_overlap()
+        warn_of_overlap(data.overlap())
     other = bound(tokenizer, text=str(tmp_path / "eval.txt"))
     other.calibration_dataloader()
     assert other.overlap() == {"calibration": 0.0}

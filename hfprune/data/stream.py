@@ -1,0 +1,240 @@
+"""Training data larger than memory: read block by block, shuffled within each, taken up again where a run was left.
+
+A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, encoded and packed on its own;
+so any place of the stream can be reached by skipping rows and encoding one block, and the order does not depend on
+where a run was interrupted.
+"""
+
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from hfprune.data.examples import Encoder, Example, ExampleOptions
+from hfprune.data.layouts import Document, Layout
+from hfprune.data.packing import Pack, collate, collate_examples, pack
+from hfprune.data.roles import plain
+from hfprune.data.sources import open_dataset, source_suffix
+from hfprune.data.splits import text_digest
+from hfprune.errors import ConfigError
+
+POSITION = "stream_position"
+"""Key of a batch: epoch, block, and rows of the block that all ranks have taken when the batch is done, int64 [3]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSource:
+    """Rows of a source, one after another.
+
+    Attributes:
+        source: A ``.jsonl`` (or ``.gz``) or ``.parquet`` file, a ``save_to_disk`` folder, or a hub id.
+        split: Split of saved or hub data sets.
+        text_field: Column of the text.
+    """
+
+    source: str
+    split: str
+    text_field: str | None
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` for a source that can only be read whole."""
+        if self.source in ("builtin", "self") or source_suffix(self.source) in (".txt", ".json", ".safetensors"):
+            raise ConfigError(
+                f"--data.streaming: '{self.source}' is read as a whole. Give a .jsonl or .parquet file, a folder of "
+                "save_to_disk or a hub id as --data.recovery."
+            )
+
+    def rows(self, start: int) -> Iterator[Any]:
+        """Yields the rows from number ``start`` on."""
+        if source_suffix(self.source) == ".jsonl":
+            return _json_lines(Path(self.source), start)
+        found = open_dataset(self.source, source_suffix(self.source), self.split, streaming=True)
+        rows: Iterator[Any] = iter(found.skip(start))
+        return rows
+
+
+def _json_lines(path: Path, start: int) -> Iterator[Any]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        number = 0
+        for line_number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            number += 1
+            if number <= start:
+                continue
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"'{path}', line {line_number}, is not valid JSON: {error}.") from error
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a stream goes on.
+
+    Attributes:
+        epoch: Passes done.
+        block: Blocks done in this pass.
+        taken: Rows of the block that all ranks have taken.
+    """
+
+    epoch: int = 0
+    block: int = 0
+    taken: int = 0
+
+
+@dataclass(kw_only=True)
+class ExampleStream(IterableDataset[Any]):
+    """Batches of one rank, endlessly: after the last block the first comes again, in another order.
+
+    Attributes:
+        source: Where rows come from.
+        tokenizer: The model's.
+        options: How documents become examples.
+        seen: Digests of the documents of other roles, which are left out.
+        shuffle_buffer: Rows of a block.
+        batch_size: Rows of a batch.
+        seed: Seed of the order within the blocks.
+        num_replicas: Number of ranks.
+        rank: This one.
+        filler: Token id of padding.
+        place: Where to begin.
+        counts: Reason -> rows left out or changed so far.
+    """
+
+    source: StreamSource
+    tokenizer: Any
+    options: ExampleOptions
+    seen: frozenset[bytes]
+    shuffle_buffer: int
+    batch_size: int
+    seed: int
+    num_replicas: int
+    rank: int
+    filler: int
+    place: Place = field(default_factory=Place)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._layout: Layout | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yields the batches that are left of a pass; at its very end, those of the next one.
+
+        Raises:
+            ConfigError: A whole pass gives nothing.
+        """
+        while True:
+            whole, empty = self.place.block == self.place.taken == 0, True
+            for batch in self._pass():
+                empty = False
+                yield batch
+            if not empty:
+                return
+            if whole:
+                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {dict(self.counts)}.")
+
+    def _pass(self) -> Iterator[dict[str, Tensor]]:
+        place, waiting = self.place, []
+        for block in self._blocks(place):
+            whole = len(block) - len(block) % self.num_replicas
+            first = -(-place.taken // self.num_replicas) * self.num_replicas + self.rank
+            for index in range(first, whole, self.num_replicas):
+                waiting.append(block[index])
+                place.taken = index - self.rank + self.num_replicas
+                if len(waiting) == self.batch_size:
+                    yield self._batch(waiting)
+                    waiting = []
+            place.block, place.taken = place.block + 1, 0
+        self.place = Place(epoch=place.epoch + 1)
+        if waiting:
+            yield self._batch(waiting)
+
+    def _batch(self, rows: list[Pack]) -> dict[str, Tensor]:
+        place = self.place
+        if self.options.packing:
+            batch = collate(rows, filler=self.filler)
+        else:
+            batch = collate_examples([row[0] for row in rows], filler=self.filler)
+        return batch | {POSITION: torch.tensor([place.epoch, place.block, place.taken])}
+
+    def _blocks(self, place: Place) -> Iterator[list[Pack]]:
+        """Yields the shuffled, encoded rows of each block from ``place`` on."""
+        rows = self.source.rows(place.block * self.shuffle_buffer)
+        number = place.block
+        while block := list(islice(rows, self.shuffle_buffer)):
+            yield self._prepare(block, random.Random(f"{self.seed} {place.epoch} {number}"))
+            number += 1
+
+    def _prepare(self, rows: list[Any], order: random.Random) -> list[Pack]:
+        documents = list(self._documents(rows))
+        order.shuffle(documents)
+        encoder = Encoder(self.tokenizer, self.options, self.counts)
+        examples = [example for document in documents for example in encoder(document)]
+        return list(pack(examples, size=self.options.seq_len)) if self.options.packing else _alone(examples)
+
+    def _documents(self, rows: list[Any]) -> Iterator[Document]:
+        layout = self._layout = self._layout or self._find_layout(rows)
+        for row in rows:
+            if layout.column is not None and not isinstance(row, Mapping):
+                self.counts["not an object"] += 1
+                continue
+            document = layout.read(row)
+            if document is None:
+                self.counts[layout.fault(row)] += 1
+            elif text_digest(plain(document)) in self.seen:
+                self.counts["repeated"] += 1
+            else:
+                yield document
+
+    def _find_layout(self, rows: Iterable[Any]) -> Layout:
+        if all(isinstance(row, str) for row in rows):
+            return Layout("text")
+        columns = {key for row in rows if isinstance(row, Mapping) for key in row}
+        return Layout.find(columns, self.source.source, self.source.text_field)
+
+
+def _alone(examples: list[Example]) -> list[Pack]:
+    return [[example] for example in examples]
+
+
+class StreamLoader(DataLoader[Any]):
+    """The batches of an ``ExampleStream``; ``place`` is where training is, whatever was read ahead.
+
+    Args:
+        stream: The stream.
+    """
+
+    def __init__(self, stream: ExampleStream) -> None:
+        super().__init__(stream, batch_size=None)
+        self.stream = stream
+        self._trained: list[int] | None = None
+
+    def __iter__(self) -> Any:
+        """Iterates from where training is, where that is known, else from where reading is."""
+        if self._trained is not None:
+            self.stream.place = Place(*self._trained)
+        return super().__iter__()
+
+    def trained(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Takes note that ``batch`` goes into training; returns it without its position."""
+        self._trained = batch[POSITION].tolist()
+        return {name: value for name, value in batch.items() if name != POSITION}
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the position behind the last batch that went into training."""
+        epoch, block, taken = self._trained or (0, 0, 0)
+        return {"epoch": epoch, "block": block, "taken": taken}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues behind the position."""
+        self._trained = [state_dict[name] for name in ("epoch", "block", "taken")]

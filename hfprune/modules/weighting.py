@@ -1,0 +1,50 @@
+"""Every supervised token of an optimizer step counts alike, whichever batch and rank it was in."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+_SCALE = 1024.0
+"""Sums of losses are divided by this, so that their gradients are about as large as those of means (for float16)."""
+
+
+class TokenWeighted(LightningModule):
+    """Steps along the gradient of the mean over all tokens of a step.
+
+    Lightning averages over accumulated batches, DDP and FSDP over ranks. With a mean per batch, a token of a short
+    batch would count more than one of a long batch. So each batch's mean is turned back into a sum for the backward
+    pass, and before the optimizer steps its gradients are divided by the number of tokens of all its batches on all
+    ranks, which is known only then. A ``training_step`` returns the mean over its tokens and calls ``weigh`` with
+    their number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batch_tokens: int | None = None
+        self._step_tokens = 0
+
+    def weigh(self, num_tokens: int) -> None:
+        """Says over how many tokens the loss that ``training_step`` is about to return is a mean."""
+        self._batch_tokens = num_tokens
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Runs the backward pass of the batch's sum."""
+        if self._batch_tokens is not None:
+            loss = loss * (self._batch_tokens / _SCALE)
+            self._step_tokens += self._batch_tokens
+            self._batch_tokens = None
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients by the number of tokens of the step; before they are clipped."""
+        trainer = self.trainer
+        count = torch.tensor(float(self._step_tokens), dtype=torch.float64, device=trainer.strategy.root_device)
+        every = float(trainer.strategy.reduce(count, reduce_op="sum"))
+        if every:
+            factor = _SCALE * trainer.accumulate_grad_batches * trainer.world_size / every
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        self._step_tokens = 0

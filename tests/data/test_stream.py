@@ -1,0 +1,186 @@
+"""Streams: every row once a pass, another order each pass, taken up anywhere, dealt out to ranks, never in memory."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+from lightning import seed_everything
+
+from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
+from hfprune.data.stream import POSITION
+from hfprune.errors import ConfigError
+from tests.models import save_tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def rows(count):
+    letters = "aeiostnr"
+    names = [f"{letters[n // 8 % 8]} {letters[n % 8]} {letters[-(n % 8) - 1]}" for n in range(count)]
+    return [{"text": f"{name} " + "the while is a " * (n % 4)} for n, name in enumerate(names)]
+
+
+def jsonl(path, count=23):
+    text = "\n".join(map(json.dumps, rows(count))) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def loader(tokenizer, source, *, rank=0, num_replicas=1, **kwargs):
+    data = TextDataModule(
+        recovery=source, streaming=True, **{"seq_len": 32, "batch_size": 3, "shuffle_buffer": 5, "seed": 1} | kwargs
+    )
+    data.bind(tokenizer, vocab_size=61, max_positions=64)
+    return data._loaders.stream(data._stream, shuffle_buffer=data.shuffle_buffer, num_replicas=num_replicas, rank=rank)
+
+
+def documents(batches):
+    """The first three tokens of every document are its name."""
+    found = []
+    for batch in batches:
+        positions = batch.get("position_ids")
+        for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+            starts = [0] if positions is None else ((positions[row] == 0) & (mask > 0)).nonzero().flatten().tolist()
+            found += [tuple(ids[start : start + 3].tolist()) for start in starts]
+    return found
+
+
+def trained(loader):
+    """Yields the batches of a pass, each of which goes into training."""
+    for batch in loader:
+        loader.trained(batch)
+        yield batch
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        all(a[name].equal(b[name]) for name in a) and a.keys() == b.keys() for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "saved"])
+def test_every_row_once_a_pass_in_another_order(tokenizer, tmp_path, name, packing):
+    path = tmp_path / name
+    if name.startswith("a.jsonl"):
+        jsonl(path)
+    else:
+        data = datasets.Dataset.from_list(rows(23))
+        data.to_parquet(path) if name == "a.parquet" else data.save_to_disk(path)
+    found = loader(tokenizer, str(path), packing=packing)
+    first, second = documents(found), documents(found)
+    assert len(set(first)) == len(first) == 23
+    assert set(first) == set(second)
+    assert first != second
+    assert first != sorted(first)
+    assert documents(loader(tokenizer, str(path), packing=packing)) == first
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_taken_up_anywhere(tokenizer, tmp_path, packing):
+    source = jsonl(tmp_path / "a.jsonl")
+    whole = loader(tokenizer, source, packing=packing)
+    batches = [*trained(whole), *trained(whole)]
+    for taken, batch in enumerate(batches, start=1):
+        again = loader(tokenizer, source, packing=packing)
+        again.load_state_dict(dict(zip(("epoch", "block", "taken"), batch[POSITION].tolist(), strict=True)))
+        left = [*trained(again), *trained(again)][: len(batches) - taken]
+        assert same(left, batches[taken:])
+
+
+def test_what_was_read_ahead_is_not_lost(tokenizer, tmp_path):
+    """Training took two batches, three were read: the next pass of the trainer begins with the third."""
+    found = loader(tokenizer, jsonl(tmp_path / "a.jsonl"))
+    batches = list(loader(tokenizer, jsonl(tmp_path / "a.jsonl")))
+    iterator = iter(found)
+    for _ in range(2):
+        assert POSITION not in found.trained(next(iterator))
+    next(iterator)
+    assert same(list(found), batches[2:])
+
+
+def test_ranks_share_the_rows(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", 24)
+    parts = [documents(loader(tokenizer, source, rank=rank, num_replicas=2, shuffle_buffer=6)) for rank in range(2)]
+    assert len(parts[0]) == len(parts[1]) == 12
+    assert not set(parts[0]) & set(parts[1])
+    one = documents(loader(tokenizer, source, shuffle_buffer=6))
+    assert [d for pair in zip(*parts, strict=True) for d in pair] == one
+
+
+def test_documents_of_other_roles_are_left_out(tokenizer, tmp_path):
+    source = jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows(4))))
+    found = loader(tokenizer, source, validation=str(tmp_path / "v.jsonl"))
+    assert len(documents(found)) == 19
+    assert found.stream.counts["repeated"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"recovery": "a.json"}, "'a.json' is read as a whole"),
+        ({"recovery": "builtin", "calibration": "a.jsonl"}, "'builtin' is read as a whole"),
+        ({}, "give a --data.recovery that no other role uses"),
+        ({"recovery": "a.jsonl", "validation": "./a.jsonl"}, "no other role uses"),
+        ({"recovery": "a.jsonl", "shuffle_buffer": 0}, "--data.shuffle_buffer 0 is not positive"),
+    ],
+)
+def test_streams_that_cannot_be(tmp_path, monkeypatch, kwargs, match):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ConfigError, match=match):
+        TextDataModule(streaming=True, **kwargs)
+
+
+def test_a_stream_without_an_example(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(ConfigError, match=r"gives no example: {'empty': 2}"):
+        list(loader(tokenizer, str(tmp_path / "a.jsonl")))
+    (tmp_path / "b.jsonl").write_text('{"q": "x"}\n')
+    with pytest.raises(ConfigError, match="'.*b.jsonl' has no column 'text'"):
+        list(loader(tokenizer, str(tmp_path / "b.jsonl")))
+
+
+def fit(folder, source, *, max_steps=7, ckpt_path=None, stop=None, packing=True, **kwargs):
+    """Prunes and recovers from a stream; returns the trained weights."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    seed_everything(3, verbose=False)
+    data = TextDataModule(recovery=source, streaming=True, shuffle_buffer=5, batch_size=1, packing=packing, seq_len=24,
+                          calibration_sequences=2, validation_sequences=2, eval_windows=0, **kwargs)  # fmt: skip
+    module = PruningModule(str(folder / "model"), learning_rate=1e-2)
+    importance = TaylorImportanceCallback(pruning_ratio=0.1, recovery=LoraRecovery(rank=2, alpha=4, dropout=0.1))
+    saved = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = PruneTrainer(
+        callbacks=[importance, saved], max_epochs=3, max_steps=max_steps, logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_train_batches=stop or 1.0,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_resumes_in_a_stream(tmp_path):
+    """Seven steps at once, or resumed after the third from its checkpoint: the same weights to the last bit."""
+    save_tiny(tmp_path / "model")
+    source = jsonl(tmp_path / "a.jsonl", 17)
+    whole = fit(tmp_path, source)
+    again = fit(tmp_path, source, ckpt_path=str(tmp_path / "checkpoints" / "step=3.ckpt"))
+    assert all(tensor.equal(again[name]) for name, tensor in whole.items())
+
+
+def test_a_stream_must_end_somewhere(tmp_path):
+    save_tiny(tmp_path / "model")
+    source = jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="length of a stream is not known"):
+        fit(tmp_path, source, max_steps=-1)
+    with pytest.raises(ConfigError, match="--data.num_workers is 1, not 0"):
+        fit(tmp_path, source, num_workers=1)
+    with pytest.raises(ConfigError, match="give --trainer.max_steps"):
+        fit(tmp_path, source, recovery_sequences=5)
