@@ -60,10 +60,10 @@ def model(request):
 
 @torch.no_grad()
 def test_packed_loss_is_the_unpacked_loss(model):
-    """Sum and count of every objective; labels are not given, so borders must be found."""
+    """Sum and count of every objective that draws nothing; labels are not given, so borders must be found."""
     rows = documents()
     batch = pack(rows)
-    names = sorted(OBJECTIVES)
+    names = sorted(set(OBJECTIVES) - {"sampled"})  # its labels follow from the row; calibration takes rows apart
     found = objective_sums(model, [OBJECTIVES.get(name) for name in names], batch)
     for name, (total, valid) in zip(names, found, strict=True):
         parts = [objective_sum(model, OBJECTIVES.get(name), {"input_ids": d[None]}) for row in rows for d in row]
