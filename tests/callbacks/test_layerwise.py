@@ -15,7 +15,7 @@ from hfprune.errors import ConfigError
 from hfprune.layerwise import LayerwisePass
 from hfprune.loading import load_causal_lm
 from tests.callbacks.test_fit import data, fit, trainer
-from tests.distributed.test_strategies import equal, run, start
+from tests.distributed.runs import equal, run, start
 from tests.foreign import Classifier, FineTuner
 from tests.models import save_tiny
 

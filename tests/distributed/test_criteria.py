@@ -3,16 +3,10 @@
 import pytest
 import torch
 
-from tests.distributed.test_strategies import equal, results, run, start
-from tests.models import save_tiny
+from tests.distributed.runs import equal, results, run, start
 
 SLOW = pytest.mark.slow
 ALONE = {"prune_only": True, "report": False, "sequences": 5}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
 @pytest.mark.parametrize(

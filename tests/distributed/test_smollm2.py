@@ -3,7 +3,7 @@
 import pytest
 
 from hfprune.embedded import EMBEDDED_NAME
-from tests.distributed.test_strategies import equal, results, run, start
+from tests.distributed.runs import equal, results, run, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SETTINGS = {"dtype": "float32", "seq_len": 64, "sequences": 5, "report": False}

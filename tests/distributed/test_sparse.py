@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from tests.distributed.test_strategies import KILLED, ROOT, STRATEGIES, equal, folder  # noqa: F401
+from tests.distributed.runs import KILLED, ROOT, STRATEGIES, equal
 
 
-def start(folder, out, strategy, *, fails=False, killed=False, **kwargs):  # noqa: F811
+def start(folder, out, strategy, *, fails=False, killed=False, **kwargs):
     name, devices = STRATEGIES[strategy]
     config = {"model": folder, "out": str(out), "strategy": name, "devices": devices} | kwargs
     command = [sys.executable, "-m", "tests.distributed.sparse_script", json.dumps(config)]
@@ -21,7 +21,7 @@ def start(folder, out, strategy, *, fails=False, killed=False, **kwargs):  # noq
     return done.stderr
 
 
-def run(folder, out, strategy, **kwargs):  # noqa: F811
+def run(folder, out, strategy, **kwargs):
     start(folder, out, strategy, **kwargs)
     return [torch.load(out / f"rank{rank}.pt") for rank in range(STRATEGIES[strategy][1])]
 
@@ -35,7 +35,7 @@ def run(folder, out, strategy, **kwargs):  # noqa: F811
     ],
     ids=lambda s: s["method"],
 )
-def test_one_process_two_processes_and_those_that_take_over(folder, tmp_path, sparse):  # noqa: F811
+def test_one_process_two_processes_and_those_that_take_over(folder, tmp_path, sparse):
     (alone,) = run(folder, tmp_path / "one", "single", sparse=sparse)
     for rank in run(folder, tmp_path / "two", "ddp", sparse=sparse, calibration_batch_size=4):
         assert equal(rank["weights"], alone["weights"])
@@ -49,7 +49,7 @@ def test_one_process_two_processes_and_those_that_take_over(folder, tmp_path, sp
 
 
 @pytest.mark.slow
-def test_killed_in_recovery_and_resumed(folder, tmp_path):  # noqa: F811
+def test_killed_in_recovery_and_resumed(folder, tmp_path):
     sparse = {"method": "wanda", "sparsity": "2:4"}
     (expected,) = run(folder, tmp_path / "a", "single", sparse=sparse, lora=True)
     start(folder, tmp_path / "b", "single", sparse=sparse, lora=True, die_in_step=3, killed=True)

@@ -1,0 +1,23 @@
+import pytest
+
+from tests.distributed.runs import run
+from tests.models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """(strategy, lora) -> results of each rank, made once."""
+    made = {}
+
+    def get(strategy, *, prune_only):
+        key = strategy, prune_only
+        if key not in made:
+            made[key] = run(folder, tmp_path_factory.mktemp("undisturbed"), strategy, prune_only=prune_only)
+        return made[key]
+
+    return get
