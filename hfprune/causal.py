@@ -4,6 +4,7 @@ Shape legend: B sequences, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from hfprune.arch.groups import backbone, output_head
 from hfprune.errors import ConfigError
-from hfprune.objectives import Objective, Term, chunked_objective, chunked_objectives
+from hfprune.objectives import Objective, OutputHead, Term, chunked_objective, chunked_objectives
 from hfprune.objectives.base import IGNORE_INDEX
 from hfprune.packed import packed_hidden
 
@@ -90,7 +91,15 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
 
     tokens = counted(hidden)
     assert tokens is not None
-    return chunked_objective(objective, tokens, output_head(model), counted(targets), counted(teacher)), valid
+    total = chunked_objective(
+        objective,
+        tokens,
+        output_head(model),
+        counted(targets),
+        counted(teacher),
+        teacher_head=_teacher_head(objective),
+    )
+    return total, valid
 
 
 def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -106,6 +115,7 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
                 targets=None if targets is None else targets.flatten(0, 1),
                 tokens=None if bool(counted.all()) else counted.flatten(),
                 teacher=None if teacher is None else teacher.flatten(0, 1),
+                teacher_head=_teacher_head(objective),
             )
         )
         valid.append(counted)
@@ -155,7 +165,12 @@ def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 def _teacher_hidden(model: nn.Module, objective: Objective, batch: Batch) -> Tensor | None:
     """Returns the final hidden states [B, T, D] of the objective's teacher, None where it has none."""
-    if objective.teacher is None:
+    if objective.teacher is None and objective.teacher_model is None:
         return None
-    with torch.no_grad(), objective.teacher():
-        return final_hidden(model, batch)[0]
+    with torch.no_grad(), (objective.teacher or nullcontext)():
+        return final_hidden(objective.teacher_model or model, batch)[0]
+
+
+def _teacher_head(objective: Objective) -> OutputHead | None:
+    """Returns the output head of a teacher that is another model."""
+    return None if objective.teacher_model is None else output_head(objective.teacher_model)

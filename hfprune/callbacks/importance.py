@@ -270,6 +270,8 @@ class TaylorImportanceCallback(Callback):
             say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
             return
         seed = self._record.seed if self._record else torch.initial_seed() % 2**32
+        if self.recovery is None:
+            target.check_training()
         target.start(trainer.strategy.broadcast(seed))
         self._prune(trainer, pl_module, target, resolved)
         self._set_up_again(trainer)

@@ -252,6 +252,7 @@ class ReportCallback(Callback, PruningEvents):
         self.stages[name] = figures
         if name == "recovered":
             figures["optimizer_steps"] = trainer.global_step
+            figures["supervised_tokens"] = trainer.lightning_module.trained_tokens
         dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
@@ -276,6 +277,7 @@ class ReportCallback(Callback, PruningEvents):
             "warnings": self.warnings,
             "plan": dict(module.plan.provenance),
             "recovery": recovery,
+            "distillation": module.distillation.to_dict() if module.distillation else None,
             "data": _used(summary(), module.plan) if callable(summary) else None,
             "versions": versions(),
             "config": self.config,

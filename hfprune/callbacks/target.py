@@ -91,6 +91,9 @@ class Target(ABC):
     def start(self, seed: int) -> None:
         """Takes over the run's seed, with the dense model in place."""
 
+    def check_training(self) -> None:
+        """Raises ``ConfigError`` where the module cannot train its own weights, before anything is calibrated."""
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns what the plan's provenance says about the model."""
@@ -205,6 +208,10 @@ class ModuleTarget(Target):
     def start(self, seed: int) -> None:
         """Takes over the run's seed."""
         self.module.run_seed = seed
+
+    def check_training(self) -> None:
+        """Refuses to train weights of half precision."""
+        self.module.check_training()
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
         """Runs the module's ``calibration_step``."""

@@ -1,12 +1,12 @@
 """``PruningModule``: a Hugging Face causal LM in Lightning that computes the calibration objective and recovers."""
 
-import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from hfprune.arch import find_groups
 from hfprune.calibration import ObjectiveSum
 from hfprune.causal import objective_sum
 from hfprune.checkpoints import KEY, Phase, Record
@@ -24,15 +24,16 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
-from hfprune.modules.weighting import TokenWeighted
+from hfprune.modules.steps import RecoverySteps
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
+from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
 from hfprune.sharding import load_sharded, rebuild
 
 
-class PruningModule(TokenWeighted):
+class PruningModule(RecoverySteps):
     """Loads a causal LM, computes the calibration objective, and trains what pruning left.
 
     The model is loaded in ``configure_model``, after every argument was checked. A checkpoint carries the plan and the
@@ -48,6 +49,8 @@ class PruningModule(TokenWeighted):
         learning_rate: Peak learning rate of recovery (AdamW).
         weight_decay: Weight decay of recovery.
         warmup_ratio: Share of the steps with a linearly rising learning rate, before the cosine decay to zero.
+        distillation: Recover towards the dense model's predictions; None recovers on the text alone.
+        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class PruningModule(TokenWeighted):
         learning_rate: float = 4e-4,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
+        distillation: DistillationRecovery | None = None,
+        trainable: Literal["all", "mlp"] = "all",
     ) -> None:
         super().__init__()
         check_model_path(path)
@@ -76,9 +81,12 @@ class PruningModule(TokenWeighted):
                 f"--model.path '{path}' was already pruned ({done}). Give the dense model, or --model.allow_pruned "
                 "true to prune it further (the budget then refers to this smaller model)."
             )
-        self.save_hyperparameters()
+        if trainable not in ("all", "mlp"):
+            raise ConfigError(f"--model.trainable '{trainable}' is not one of all, mlp.")
+        self.save_hyperparameters(ignore=["distillation"])
         self.path, self.dtype_name, self.revision = path, dtype, revision
         self.learning_rate, self.weight_decay, self.warmup_ratio = learning_rate, weight_decay, warmup_ratio
+        self.distillation, self.trainable = distillation, trainable
         self.model: Any = None
         self.plan: PruningPlan | None = None
         self.lora: LoraRecovery | None = None
@@ -94,6 +102,8 @@ class PruningModule(TokenWeighted):
         if self.model is not None:
             return
         if self._mesh is not None:
+            if self.distillation is not None:
+                raise ConfigError("--model.distillation needs the whole dense model beside: not under FSDP2.")
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
             loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
@@ -162,6 +172,10 @@ class PruningModule(TokenWeighted):
         else:
             apply_plan(self.causal_lm, plan)
         self.plan = plan
+        if self.trainable == "mlp":
+            names = {f"{part.module}." for group in find_groups(self.causal_lm) for part in group.slices}
+            for name, parameter in self.causal_lm.named_parameters():
+                parameter.requires_grad_(name.rpartition(".")[0] + "." in names)
 
     def add_lora(self, lora: LoraRecovery) -> None:
         """Wraps the model with adapters, from then on its only trainable weights."""
@@ -207,58 +221,6 @@ class PruningModule(TokenWeighted):
         """Goes into training mode: ``from_pretrained`` leaves a model in eval mode."""
         self.train()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
-        if self.run_seed is not None:
-            text = f"{self.run_seed} {self.trainer.current_epoch} {batch_idx} {self.global_rank}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the next-token cross-entropy, nats per supervised token."""
-        loss, num_tokens = self._next_token_loss(batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
-        self.weigh(num_tokens)
-        return loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss``, nats per supervised token."""
-        loss, num_tokens = self._next_token_loss(batch)
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``test_loss``, nats per supervised token."""
-        loss, num_tokens = self._next_token_loss(batch)
-        self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the logits [B, T, V] of every position."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
-        return logits
-
-    def _next_token_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        total, valid = self.run(objective_sum, self.causal_lm, OBJECTIVES.get("cross_entropy"), batch)
-        num_tokens = int(valid.sum())
-        return (total / max(num_tokens, 1)).float(), num_tokens
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with float32 states on the trainable weights, cosine decay to zero after the warm-up, per step."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
-            return {"optimizer": optimizer}
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        warmup = int(self.warmup_ratio * total)
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None = None) -> Record:
@@ -292,6 +254,7 @@ class PruningModule(TokenWeighted):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the pruning state, as plain data."""
         checkpoint[KEY] = self.record("training").to_dict()
+        checkpoint["trained_tokens"] = self.trained_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored, so that every shape fits."""
@@ -299,5 +262,6 @@ class PruningModule(TokenWeighted):
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
         self.replay(record)
+        self.trained_tokens = checkpoint.get("trained_tokens", 0)
         if record.phase != "training" and not checkpoint.get("state_dict"):  # what was replayed is what there was
             checkpoint["state_dict"] = self.state_dict()

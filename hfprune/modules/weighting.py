@@ -24,6 +24,8 @@ class TokenWeighted(LightningModule):
         super().__init__()
         self._batch_tokens: int | None = None
         self._step_tokens = 0
+        self.trained_tokens = 0
+        """Supervised tokens of all steps so far, on all ranks."""
 
     def weigh(self, num_tokens: int) -> None:
         """Says over how many tokens the loss that ``training_step`` is about to return is a mean."""
@@ -42,6 +44,7 @@ class TokenWeighted(LightningModule):
         trainer = self.trainer
         count = torch.tensor(float(self._step_tokens), dtype=torch.float64, device=trainer.strategy.root_device)
         every = float(trainer.strategy.reduce(count, reduce_op="sum"))
+        self.trained_tokens += int(every)
         if every:
             factor = _SCALE * trainer.accumulate_grad_batches * trainer.world_size / every
             for parameter in self.parameters():

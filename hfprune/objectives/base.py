@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune.registry import Registry
 
@@ -38,7 +38,9 @@ class Objective(ABC):
 
     name: str
     teacher: Callable[[], AbstractContextManager[None]] | None = None
-    """Makes the model its own teacher while the context lasts; None for objectives that need no teacher."""
+    """Makes the model its own teacher while the context lasts; None for objectives that are not their own teacher."""
+    teacher_model: nn.Module | None = None
+    """Another model that is the teacher, with the same vocabulary; None for objectives without such a one."""
 
     @abstractmethod
     def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:

@@ -72,12 +72,14 @@ class Term:
         targets: [N] or [N, K] int64, or None when the objective needs none.
         tokens: [N] boolean, the tokens that count; None for all.
         teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
+        teacher_head: The teacher's output head, where it is not the student's.
     """
 
     objective: Objective
     targets: Tensor | None = None
     tokens: Tensor | None = None
     teacher: Tensor | None = None
+    teacher_head: OutputHead | None = None
 
     def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns logits and targets of this term's tokens in a chunk."""
@@ -92,7 +94,7 @@ class Term:
         if self.teacher is None:
             return None
         hidden = self.teacher[part]
-        return head.logits(hidden if self.tokens is None else hidden[self.tokens[part]])
+        return (self.teacher_head or head).logits(hidden if self.tokens is None else hidden[self.tokens[part]])
 
 
 class _ChunkedObjectives(torch.autograd.Function):
@@ -195,6 +197,7 @@ def chunked_objective(
     targets: Tensor | None = None,
     teacher: Tensor | None = None,
     *,
+    teacher_head: OutputHead | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
@@ -205,9 +208,11 @@ def chunked_objective(
         head: The output head.
         targets: [N] or [N, K] int64, or None when the objective needs none.
         teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
+        teacher_head: The teacher's output head, where it is not ``head``.
         chunk_bytes: Size of one chunk of fp32 logits.
     """
-    (total,) = chunked_objectives([Term(objective, targets, teacher=teacher)], hidden, head, chunk_bytes=chunk_bytes)
+    term = Term(objective, targets, teacher=teacher, teacher_head=teacher_head)
+    (total,) = chunked_objectives([term], hidden, head, chunk_bytes=chunk_bytes)
     return total
 
 

@@ -22,12 +22,17 @@ class LoraRecovery:
         dropout: Dropout on the adapters' input, in [0, 1).
         target_modules: Names of the adapted projections; None adapts every linear projection of a layer (the seven of
             a Llama layer, as in the paper).
+        rslora: Scale by alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023).
+        dora: Train the size of every weight column beside the direction that the adapter changes (DoRA, Liu et al.,
+            2024). Needs whole weights: not under FSDP2.
     """
 
     rank: int = 32
     alpha: float = 64.0
     dropout: float = 0.05
     target_modules: list[str] | None = None
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` for values out of range."""
@@ -53,6 +58,8 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    if lora.dora and any(p.is_meta for p in model.parameters()):
+        raise ConfigError("DoRA starts from the sizes of whole weights, which FSDP2 does not hold: leave out dora.")
     targets = list(lora.target_modules or find_spec(model).lora_targets)
     names = [name for name, module in model.named_modules() if _is_projection(module)]
     for target in targets:
@@ -64,6 +71,8 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),

@@ -15,12 +15,13 @@ def logits(model):
         return model.eval()(input_ids=token_ids()).logits
 
 
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.parametrize("name", NAMES)
-def test_identity_at_first_and_merged_equals_unmerged(name):
+def test_identity_at_first_and_merged_equals_unmerged(name, options):
     model = tiny(name)
     dense = logits(model)
     count = sum(1 for _ in model.parameters())
-    adapted = add_lora(model, LoraRecovery(rank=2))
+    adapted = add_lora(model, LoraRecovery(rank=2, **options))
     torch.testing.assert_close(logits(adapted), dense, atol=1e-12, rtol=0)
     trainable = [p for p in adapted.parameters() if p.requires_grad]
     with torch.no_grad():

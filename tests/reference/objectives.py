@@ -49,3 +49,10 @@ def kl(z_teacher, z, temperature=1.0):
 def kl_grad(z_teacher, z, temperature=1.0):
     q, p = softmax([v / temperature for v in z_teacher]), softmax(z)
     return [b - a for a, b in zip(q, p, strict=True)]
+
+
+def teacher_distillation(z, teacher, y, alpha, t):
+    """(1 - alpha) CE + alpha t^2 KL(q || p), both tempered."""
+    q, p = softmax([v / t for v in teacher]), softmax([v / t for v in z])
+    kl = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)
+    return (1 - alpha) * cross_entropy(z, y) + alpha * t * t * kl

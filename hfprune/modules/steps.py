@@ -1,0 +1,128 @@
+"""The steps of recovery: losses, the dense model as a teacher, the optimizer."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune.causal import objective_sum
+from hfprune.errors import ConfigError
+from hfprune.loading import load_causal_lm
+from hfprune.modules.weighting import TokenWeighted
+from hfprune.objectives import OBJECTIVES, Objective
+from hfprune.objectives.teacher import TeacherDistillation
+from hfprune.recovery.distillation import DistillationRecovery
+
+
+class RecoverySteps(TokenWeighted):
+    """Trains the causal LM of a ``PruningModule``.
+
+    Attributes:
+        path: Where the dense model comes from.
+        revision: Branch, tag or commit of a hub id.
+        distillation: The dense model's part in the loss; None trains on the text alone.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay.
+        warmup_ratio: Share of the steps with a linearly rising learning rate.
+        run_seed: Seed of the run.
+    """
+
+    path: str
+    revision: str | None
+    distillation: DistillationRecovery | None
+    learning_rate: float
+    weight_decay: float
+    warmup_ratio: float
+    run_seed: int | None
+    causal_lm: Any
+    run: Callable[..., Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_teacher"] = None  # not a submodule: no checkpoint holds it, no optimizer trains it
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
+        if self.run_seed is not None:
+            text = f"{self.run_seed} {self.trainer.current_epoch} {batch_idx} {self.global_rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``."""
+        loss, num_tokens = self._loss(batch, self._recovery_objective())
+        self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
+        self.weigh(num_tokens)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs ``val_loss``, nats per supervised token."""
+        loss, num_tokens = self._loss(batch, OBJECTIVES.get("cross_entropy"))
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs ``test_loss``, nats per supervised token."""
+        loss, num_tokens = self._loss(batch, OBJECTIVES.get("cross_entropy"))
+        self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the logits [B, T, V] of every position."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
+        return logits
+
+    def on_train_start(self) -> None:
+        """Loads the teacher, also in a resumed run: the dense model comes from where it came from at first."""
+        if self.distillation is not None:
+            dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
+            teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
+            self.__dict__["_teacher"] = teacher.requires_grad_(requires_grad=False)
+
+    def on_train_end(self) -> None:
+        """Lets the teacher go."""
+        self.__dict__["_teacher"] = None
+
+    def _recovery_objective(self) -> Objective:
+        teacher = self.__dict__["_teacher"]
+        if self.distillation is None:
+            return OBJECTIVES.get("cross_entropy")
+        settings = self.distillation
+        return TeacherDistillation(alpha=settings.alpha, temperature=settings.temperature, teacher_model=teacher)
+
+    def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:
+        total, valid = self.run(objective_sum, self.causal_lm, objective, batch)
+        num_tokens = int(valid.sum())
+        return (total / max(num_tokens, 1)).float(), num_tokens
+
+    def check_training(self) -> None:
+        """Raises ``ConfigError`` where weights of half precision would be trained.
+
+        A second moment with beta2 = 0.999 cannot decay there, nor a small step change a weight (methods section 11).
+        """
+        trained = (p.dtype for p in self.parameters() if p.requires_grad)
+        half = next((dtype for dtype in trained if dtype in (torch.bfloat16, torch.float16)), None)
+        if half is not None and self.trainer.limit_train_batches != 0:
+            raise ConfigError(
+                f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states cannot decay. "
+                "Load the model with --model.dtype float32 and train with --trainer.precision bf16-mixed, or train "
+                "adapters (--importance.recovery.rank 32), which are float32."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with states of the trainable weights' precision, cosine decay to zero after the warm-up, per step."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
+            return {"optimizer": optimizer}
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        warmup = int(self.warmup_ratio * total)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,34 @@
+"""Recovery towards the dense model's predictions."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hfprune.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
+class DistillationRecovery:
+    """Recovery minimises (1 - alpha) CE + alpha t^2 KL to the dense model at the supervised positions.
+
+    The dense model is loaded a second time, frozen, when recovery begins: its weights stay in memory, and every batch
+    costs one more forward pass. Logits of both exist a chunk of tokens at a time.
+
+    Attributes:
+        alpha: Weight of KL, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
+        temperature: t > 0, of teacher and student.
+    """
+
+    alpha: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` for values out of range."""
+        if not 0 <= self.alpha <= 1 or not self.temperature > 0:
+            raise ConfigError(
+                "--model.distillation needs alpha in [0, 1] and temperature > 0; got "
+                f"{self.alpha} and {self.temperature}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings, for reports."""
+        return asdict(self)
