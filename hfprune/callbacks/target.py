@@ -91,6 +91,7 @@ class Target(ABC):
     def start(self, seed: int) -> None:
         """Takes over the run's seed, with the dense model in place."""
 
+    @abstractmethod
     def check_training(self) -> None:
         """Raises ``ConfigError`` where the module cannot train its own weights, before anything is calibrated."""
 

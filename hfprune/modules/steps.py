@@ -104,13 +104,13 @@ class RecoverySteps(TokenWeighted):
         half = next((dtype for dtype in trained if dtype in (torch.bfloat16, torch.float16)), None)
         if half is not None and self.trainer.limit_train_batches != 0:
             raise ConfigError(
-                f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states cannot decay. "
+                f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states can't decay. "
                 "Load the model with --model.dtype float32 and train with --trainer.precision bf16-mixed, or train "
                 "adapters (--importance.recovery.rank 32), which are float32."
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW with states of the trainable weights' precision, cosine decay to zero after the warm-up, per step."""
+        """AdamW with states as wide as the trainable weights, cosine decay to zero after the warm-up, per step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
