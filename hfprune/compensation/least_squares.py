@@ -31,7 +31,7 @@ class LeastSquares(Compensation):
     def __init__(
         self,
         *,
-        damping: float = 0.01,
+        damping: float = 0.1,
         target: Target = "module",
         sequential: bool = True,
         tokens: Tokens = "normalised",
