@@ -10,7 +10,7 @@ from tests.distributed.runs import STRATEGIES, equal, results, run, start
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["single", pytest.param("ddp", marks=SLOW), "fsdp2"])
 def test_prune_only_resumes(folder, tmp_path, undisturbed, strategy):
     start(folder, tmp_path, strategy, prune_only=True, die=["calibration", 2])
     said = start(folder, tmp_path, strategy, prune_only=True, ckpt_path="last")

@@ -90,7 +90,7 @@ def ragged_alone(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("strategy", "ragged"),
     [
-        ("ddp", [4, "left"]),
+        pytest.param("ddp", [4, "left"], marks=SLOW),
         ("fsdp2", [3, "right"]),
         pytest.param("fsdp2", [11, "packed"], marks=SLOW),
         pytest.param("ddp", [11, "packed"], marks=SLOW),

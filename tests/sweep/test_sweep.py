@@ -154,7 +154,9 @@ class Stop(Exception):
     """An interruption."""
 
 
-@pytest.mark.parametrize("after", [1, 4, 13])
+@pytest.mark.parametrize(
+    "after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_interrupted_and_resumed_it_gives_the_same_table(folder, undisturbed, tmp_path, monkeypatch, after):
     calls, measure = [], runner.measure
 
