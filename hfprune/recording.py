@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hfprune.arch.groups import group_modules
-from hfprune.arch.projection import weight_of
+from hfprune.arch.groups import find_spec, group_modules
+from hfprune.arch.projection import bias_of, weight_of
+from hfprune.arch.stream import CHANNELS, head_reads
 from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCriterion, GradientCriterion, Shape, Signal
 from hfprune.types import Group, Slice
 
@@ -84,7 +85,10 @@ def hook_gradients(
     for group in groups:
         for part in read_slices(criterion, group):
             module = modules[part.module]
-            if criterion.reads(part) == "input":
+            norm = head_reads(model, find_spec(model), group, part) if group.kind == CHANNELS else None
+            if norm is not None:
+                handles.append(norm.register_forward_hook(_head_hook(module, group, part, receive)))
+            elif criterion.reads(part) == "input":
                 handles.append(module.register_forward_pre_hook(_input_hook(group, part, receive)))
             else:
                 handles.append(module.register_forward_hook(_output_hook(group, part, receive)))
@@ -112,10 +116,24 @@ def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[.
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not torch.is_grad_enabled():
             return None
-        x = _differentiable(args[0])
+        x = _differentiable(args[0].view_as(args[0]))  # what others do with the same tensor has gradients of its own
         value = x.detach()  # a closure over x itself would be a reference cycle through its graph
         x.register_hook(lambda grad: receive(group, part, _signal(module, value, None, grad)))
         return (x, *args[1:])
+
+    return hook
+
+
+def _head_hook(head: nn.Module, group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of the final norm, whose output is the head's input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = _differentiable(output)
+        value = x.detach()
+        x.register_hook(lambda grad: receive(group, part, _signal(head, value, None, grad)))
+        return x
 
     return hook
 
@@ -133,14 +151,7 @@ def _output_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[
 
 
 def _signal(module: nn.Module, value: Tensor, output: Tensor | None, grad: Tensor) -> Signal:
-    bias = module.bias
-    return Signal(
-        input=value,
-        output=output,
-        grad=grad,
-        weight=weight_of(module),
-        bias=bias if isinstance(bias, Tensor) else None,
-    )
+    return Signal(input=value, output=output, grad=grad, weight=weight_of(module), bias=bias_of(module))
 
 
 def _differentiable(x: Tensor) -> Tensor:

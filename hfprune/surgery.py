@@ -23,7 +23,8 @@ from hfprune.arch.groups import (
     head_shape,
     is_supported,
 )
-from hfprune.arch.projection import num_channels, weight_axis
+from hfprune.arch.projection import bias_of, num_channels, weight_axis, write_channels
+from hfprune.arch.stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.errors import PlanError, UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
 from hfprune.types import Group, Side
@@ -57,23 +58,32 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
     """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks, in layers that stay.
 
-    Names are those of the dense model. Works on any device, the meta device included, and on sharded models.
+    Names are those of the dense model, the first one for tied weights. Works on any device, the meta device included,
+    and on sharded models.
 
     Raises:
         PlanError: The plan does not fit the model.
     """
     check_fits(model, plan)
     modules = group_modules(model, plan.groups)
-    cuts: dict[str, tuple[tuple[int, Tensor], ...]] = defaultdict(tuple)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    cuts: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for (name, side), removed in _removed_channels(plan).items():
         module = modules[name]
         mask = torch.ones(num_channels(module, side), dtype=torch.bool)
         mask[removed] = False
         keep = mask.nonzero().squeeze(1)
-        cuts[f"{name}.weight"] += ((weight_axis(module, side), keep),)
-        if side == "out" and isinstance(module.bias, Tensor):
-            cuts[f"{name}.bias"] += ((0, keep),)
-    return dict(cuts)
+        cuts[first[id(module.weight)]][weight_axis(module, side)] = keep
+        bias = bias_of(module)
+        if side == "out" and bias is not None:
+            cuts[first[id(bias)]][0] = keep
+    return {name: tuple(by_axis.items()) for name, by_axis in cuts.items()}
+
+
+def plan_folds(model: nn.Module, plan: PruningPlan) -> dict[str, Fold]:
+    """Returns how weights change that keep the residual stream's scale, by name; see ``hfprune.arch.stream``."""
+    group = next((group for group in plan.groups if group.kind == CHANNELS), None)
+    return {} if group is None else folds(model, find_spec(model), len(plan.keep[group.name]))
 
 
 def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
@@ -101,17 +111,23 @@ def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the plan's kept units and rewrites its config.
 
-    Tied weights are not touched. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
     Layers that go are taken out of the model, those behind them move up.
 
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
     """
-    for name, where in plan_cuts(model, plan).items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        old = getattr(module, attribute)
-        setattr(module, attribute, nn.Parameter(cut(old.detach(), where), requires_grad=old.requires_grad))
+    cuts, changes = plan_cuts(model, plan), plan_folds(model, plan)
+    places = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    for name, where in cuts.items():
+        old = model.get_parameter(name)
+        small = cut(old.detach(), where)
+        new = nn.Parameter(changes[name](small) if name in changes else small, requires_grad=old.requires_grad)
+        for place in places[id(old)]:
+            owner, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
     rewrite_sizes(model, plan)
     _remove_layers(model, plan.removed_layers())
 
@@ -182,8 +198,9 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             weight.index_fill_(weight_axis(module, side), torch.tensor(removed, device=weight.device), 0.0)
-            if side == "out" and isinstance(module.bias, Tensor):
-                module.bias[removed] = 0.0
+            bias = bias_of(module)
+            if side == "out" and bias is not None:
+                bias[removed] = 0.0
     for index in plan.removed_layers():
         find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
 
@@ -215,9 +232,7 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
     """Updates the sizes that modules and config repeat, after their parameters were cut."""
     modules = group_modules(model, plan.groups)
     for name, side in _removed_channels(plan):
-        module = modules[name]
-        linear, conv = ("out_features", "nf") if side == "out" else ("in_features", "nx")
-        setattr(module, linear if isinstance(module, nn.Linear) else conv, num_channels(module, side))
+        write_channels(modules[name], side)
     if not is_supported(model):
         return
     for key, value in plan.config.items():
@@ -251,7 +266,12 @@ def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
         setattr(attention.config, table.keys_values_key, kept)
 
 
+def _rewrite_channels(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    rewrite_stream(model, find_spec(model), units=group.num_units, kept=len(plan.keep[group.name]))
+
+
 _REWRITERS: dict[str, Callable[[nn.Module, Group, PruningPlan], None]] = {
     "mlp": _rewrite_width,
     "heads": _rewrite_heads,
+    CHANNELS: _rewrite_channels,
 }

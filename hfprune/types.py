@@ -6,8 +6,9 @@ from typing import Literal
 
 from hfprune.errors import ConfigError
 
-UnitKind = Literal["mlp", "heads", "blocks"]
-"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), layers."""
+UnitKind = Literal["mlp", "heads", "blocks", "channels"]
+"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), layers,
+hidden channels (those of the residual stream)."""
 
 Side = Literal["out", "in"]
 """Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
@@ -21,7 +22,8 @@ class Slice:
     read this table, so they cannot disagree on what a unit is.
 
     Attributes:
-        module: Qualified name of the projection, relative to the Hugging Face model.
+        module: Qualified name of the projection, relative to the Hugging Face model; an embedding or a norm where the
+            units are hidden channels.
         side: ``out`` or ``in`` channels.
         offset: First channel (fused projections hold several blocks side by side).
         width: Channels per unit.
@@ -44,10 +46,11 @@ class Group:
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
         kind: Unit kind: ``mlp`` (MLP neurons), ``heads`` (key-value heads, each with the query heads that read it),
-            ``block`` (whole layers; one group for the model).
+            ``block`` (whole layers), ``channels`` (hidden channels of the residual stream); one group for the model of
+            each of these two.
         num_units: Number of units in the dense model.
         slices: What each unit owns; none for ``block``.
-        layer: Index of the layer that the units are in; None for ``block`` and for modules without layers.
+        layer: Index of the layer that the units are in; None for ``block``, ``channels`` and modules without layers.
     """
 
     name: str
@@ -70,8 +73,8 @@ class Budget:
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep in every layer.
         mlp_ratio: MLP width to keep as a multiple of the hidden size, truncated as in the HFPrune script.
-        round_to: Kept MLP widths are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast kernels). Heads
-            and layers are counted one by one.
+        round_to: Kept MLP widths and hidden sizes are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast
+            kernels). Heads and layers are counted one by one.
         allocated: The allocation says how much goes, and none of the four is given.
     """
 

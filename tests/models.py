@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hfprune.allocation import Inventory
-from hfprune.arch import find_groups, layer_params, parameter_count, unit_cost
+from hfprune.arch import find_groups
 
 COMMON = {
     "vocab_size": 61,
@@ -74,14 +74,7 @@ def tiny(name="llama", *, seed=0, dtype=torch.float64):
 
 def inventory(model, units):
     """Returns the groups of ``model`` and what their units cost."""
-    groups = find_groups(model, units)
-    return Inventory(
-        groups=groups,
-        costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
-        dense_params=parameter_count(model),
-        hidden_size=model.config.hidden_size,
-        layer_params=layer_params(model),
-    )
+    return Inventory.of(model, find_groups(model, units))
 
 
 def token_ids(batch=2, length=12, *, seed=0, vocab=61):

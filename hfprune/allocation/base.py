@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hfprune.allocation.keep import keep_top
-from hfprune.arch import layer_params, parameter_count, unit_cost
+from hfprune.arch import (
+    CHANNELS,
+    channel_cost,
+    find_spec,
+    hidden_step,
+    layer_params,
+    parameter_count,
+    per_channel,
+    unit_cost,
+)
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
@@ -17,16 +26,51 @@ Scores = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelCosts:
+    """What goes with one hidden channel, all other units being there.
+
+    Attributes:
+        per_unit: Parameters of one unit of each group, 0 for ``block`` and ``channels`` groups.
+        per_layer: Parameters of each layer.
+        per_model: Parameters of the model.
+        step: A stock config states hidden sizes that are multiples of this, one for every query head or 1.
+    """
+
+    per_unit: tuple[int, ...]
+    per_layer: tuple[int, ...]
+    per_model: int
+    step: int
+
+    @classmethod
+    def of(cls, model: Any, groups: tuple[Group, ...]) -> "ChannelCosts | None":
+        """Returns what goes with a channel of a supported model; None where hidden channels are no units."""
+        channels = next((group for group in groups if group.kind == CHANNELS), None)
+        if channels is None:
+            return None
+        layers = find_spec(model).layers
+        return cls(
+            per_unit=tuple(0 if group is channels else per_channel(model, channels, group) for group in groups),
+            per_layer=tuple(
+                channel_cost(model, channels, within=f"{layers}.{index}.") for index in range(len(layer_params(model)))
+            ),
+            per_model=channel_cost(model, channels),
+            step=hidden_step(model) or 1,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
     """The groups of a model and what their units cost.
 
     Attributes:
         groups: The groups of the dense model.
-        costs: Parameters that one unit of each group owns, 0 for ``block`` groups; no parameter belongs to two units.
+        costs: Parameters that one unit of each group owns, 0 for ``block`` groups; no parameter belongs to two units,
+            but for those that belong to a hidden channel, too.
         dense_params: Parameters of the dense model, tied weights once.
         hidden_size: Hidden size of the model.
         layer_params: Parameters of each layer.
         fixed_layers: Layers that may not be removed.
+        channels: What goes with each hidden channel, None where these are no units.
     """
 
     groups: tuple[Group, ...]
@@ -35,6 +79,7 @@ class Inventory:
     hidden_size: int
     layer_params: tuple[int, ...] = ()
     fixed_layers: frozenset[int] = field(default_factory=frozenset)
+    channels: ChannelCosts | None = None
 
     @classmethod
     def of(cls, model: Any, groups: tuple[Group, ...]) -> "Inventory":
@@ -45,12 +90,35 @@ class Inventory:
             dense_params=parameter_count(model),
             hidden_size=model.config.hidden_size,
             layer_params=layer_params(model),
+            channels=ChannelCosts.of(model, groups),
         )
 
     @property
     def block(self) -> Group | None:
         """The group of whole layers, None where layers are no units."""
         return next((group for group in self.groups if group.kind == "block"), None)
+
+    @property
+    def stream(self) -> int:
+        """Position of the group of hidden channels; only where these are units."""
+        return next(i for i, group in enumerate(self.groups) if group.kind == CHANNELS)
+
+    def at(self, kept: int) -> "Inventory":
+        """Returns the inventory of the model with ``kept`` hidden channels, which are no units of it any more."""
+        costs = self.channels
+        assert costs is not None
+        number = self.stream
+        gone = self.groups[number].num_units - kept
+        others = [i for i in range(len(self.groups)) if i != number]
+        return replace(
+            self,
+            groups=tuple(self.groups[i] for i in others),
+            costs=tuple(self.costs[i] - gone * costs.per_unit[i] for i in others),
+            dense_params=self.dense_params - gone * costs.per_model,
+            hidden_size=kept,
+            layer_params=tuple(n - gone * each for n, each in zip(self.layer_params, costs.per_layer, strict=True)),
+            channels=None,
+        )
 
     def kinds(self) -> tuple[str, ...]:
         """Returns the kinds of the groups, each once."""
@@ -71,11 +139,29 @@ class Inventory:
             widths: Kept units per group; those of removed layers and of the ``block`` group do not matter.
             removed_layers: Layers that go as a whole.
         """
+        if self.channels is not None:
+            place = self.stream
+            return self.at(widths[place]).params([*widths[:place], *widths[place + 1 :]], removed_layers)
         removed = sum(self.layer_params[layer] for layer in removed_layers)
         for group, cost, width in zip(self.groups, self.costs, widths, strict=True):
             if group.layer not in removed_layers:
                 removed += (group.num_units - width) * cost
         return self.dense_params - removed
+
+    def common_share(self, target: int) -> float:
+        """Returns the share that meets the target when whole layers, heads and neurons could be divided.
+
+        Hidden channels are not among the units.
+        """
+        low, high = 0.0, 1.0
+        within = sum(g.num_units * cost for g, cost in zip(self.groups, self.costs, strict=True))
+        movable = sum(n for layer, n in enumerate(self.layer_params) if layer not in self.fixed_layers)
+        for _ in range(100):
+            share = (low + high) / 2
+            layers = share if self.block is not None else 0.0
+            removed = layers * movable + (1 - layers) * share * within
+            low, high = (share, high) if removed < self.dense_params - target else (low, share)
+        return high
 
     def select(self, numbers: Sequence[int]) -> "Inventory":
         """Returns an inventory of some of the groups, of the same model."""
@@ -113,9 +199,11 @@ class Allocation(ABC):
 
     Attributes:
         takes_blocks: Whether whole layers may be among the units.
+        takes_channels: Whether hidden channels may be.
     """
 
     takes_blocks: ClassVar[bool] = False
+    takes_channels: ClassVar[bool] = False
 
     @property
     def own_budget(self) -> bool:
@@ -153,9 +241,18 @@ class Allocation(ABC):
         return f"{name[1]}({', '.join(f'{key}={value}' for key, value in settings)})"
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where whole layers are among the units and the allocation does not take them."""
+        """Raises ``ConfigError`` where whole layers or hidden channels are units and the allocation takes none."""
         if inventory.block is not None and not self.takes_blocks:
             raise ConfigError(
                 f"{type(self).__name__} does not say which whole layers go: leave 'blocks' out of the units, or use "
                 "Uniform, Protected(Uniform) or Explicit."
+            )
+        self.check_channels(inventory)
+
+    def check_channels(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` where hidden channels are among the units and the allocation does not take them."""
+        if inventory.channels is not None and not self.takes_channels:
+            raise ConfigError(
+                f"{type(self).__name__} spreads a budget over layers, and a hidden channel goes through all of them: "
+                "leave 'channels' out of the units, or use Uniform or Explicit."
             )

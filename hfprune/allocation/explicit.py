@@ -14,12 +14,14 @@ class Explicit(Allocation):
         mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
         heads: Key-value heads to keep, likewise.
         blocks: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
+        channels: Number of hidden channels to keep: the hidden size.
 
     Raises:
         ConfigError: Nothing is named.
     """
 
     takes_blocks = True
+    takes_channels = True
 
     def __init__(
         self,
@@ -27,10 +29,11 @@ class Explicit(Allocation):
         mlp: int | list[int] | None = None,
         heads: int | list[int] | None = None,
         blocks: int | list[int] | None = None,
+        channels: int | None = None,
     ) -> None:
-        if mlp is None and heads is None and blocks is None:
-            raise ConfigError("Explicit names what to keep: give mlp, heads or blocks.")
-        self.mlp, self.heads, self.blocks = mlp, heads, blocks
+        if mlp is None and heads is None and blocks is None and channels is None:
+            raise ConfigError("Explicit names what to keep: give mlp, heads, blocks or channels.")
+        self.mlp, self.heads, self.blocks, self.channels = mlp, heads, blocks, channels
 
     @property
     def own_budget(self) -> bool:
@@ -39,7 +42,7 @@ class Explicit(Allocation):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and widths."""
-        named = {"mlp": self.mlp, "heads": self.heads, "blocks": self.blocks}
+        named = {"mlp": self.mlp, "heads": self.heads, "blocks": self.blocks, "channels": self.channels}
         return {"name": "Explicit"} | {key: value for key, value in named.items() if value is not None}
 
     def needs_scores(self, inventory: Inventory) -> bool:
@@ -48,11 +51,11 @@ class Explicit(Allocation):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
-        kinds = {"mlp": self.mlp, "heads": self.heads, "block": self.blocks}
+        kinds = {"mlp": self.mlp, "heads": self.heads, "block": self.blocks, "channels": self.channels}
         for kind, value in kinds.items():
             if value is not None and kind not in inventory.kinds():
                 raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
-        for kind in ("mlp", "heads"):
+        for kind in ("mlp", "heads", "channels"):
             self._widths(inventory, kind, kinds[kind])
         if self.blocks is not None:
             self._removed(inventory, None)
@@ -61,7 +64,7 @@ class Explicit(Allocation):
         """Returns the named widths."""
         removed = self._removed(inventory, scores) if self.blocks is not None else ()
         widths = list(inventory.dense_widths())
-        for kind, value in (("mlp", self.mlp), ("heads", self.heads)):
+        for kind, value in (("mlp", self.mlp), ("heads", self.heads), ("channels", self.channels)):
             for number, width in self._widths(inventory, kind, value).items():
                 if inventory.groups[number].layer not in removed:
                     widths[number] = width

@@ -44,6 +44,7 @@ class Protected(Allocation):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where no layer is left to prune, or the inner allocation does not take the units."""
+        self.check_channels(inventory)
         layers = len(inventory.layer_params)
         if self.first + self.last >= layers:
             raise ConfigError(f"{self} protects all of the model's {layers} layers.")

@@ -1,5 +1,6 @@
 """The same share of every group of a kind."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal
@@ -7,6 +8,8 @@ from typing import Any, Literal
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
 from hfprune.allocation.fill import Slot, slot
+from hfprune.allocation.hidden import with_channels
+from hfprune.arch import CHANNELS
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
@@ -16,12 +19,13 @@ Compat = Literal["llm_pruner", "slimllm"]
 class Uniform(Allocation):
     """The same share of every group of a kind: one MLP width, one number of heads for all layers.
 
-    With a budget, all kinds lose about the same share: the numbers of layers and heads nearest to it are taken, and MLP
-    neurons make up for the rest of the budget. With ``share``, that share goes, whatever it amounts to in parameters.
+    With a budget, all kinds lose about the same share: the numbers of layers, heads and hidden channels nearest to it
+    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. With ``share``,
+    that share goes, whatever it amounts to in parameters.
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
-            (``mlp``, ``heads``, ``blocks``), 0 where none is given.
+            (``mlp``, ``heads``, ``blocks``, ``channels``), 0 where none is given.
         compat: Rounding of ``share``. None: nearest, ties remove less. ``llm_pruner``: C - int(C (1 - share)) of a
             group's C channels, and as many whole heads as these fill. ``slimllm``: Python's ``round(share U)``.
 
@@ -30,6 +34,7 @@ class Uniform(Allocation):
     """
 
     takes_blocks = True
+    takes_channels = True
 
     def __init__(self, *, share: float | dict[str, float] | None = None, compat: Compat | None = None) -> None:
         shares = share if isinstance(share, Mapping) else dict.fromkeys(_KINDS, share or 0.0)
@@ -54,6 +59,8 @@ class Uniform(Allocation):
         """Returns the same share of every group of a kind."""
         if self.share is not None:
             return self._by_share(inventory, round_to=round_to, scores=scores)
+        if inventory.channels is not None:
+            return with_channels(inventory, target, _by_budget, round_to=round_to, scores=scores)
         return _by_budget(inventory, target, round_to=round_to, scores=scores)
 
     def _by_share(self, inventory: Inventory, *, round_to: int, scores: Scores | None) -> Allotment:
@@ -65,12 +72,14 @@ class Uniform(Allocation):
         for number, group in enumerate(inventory.groups):
             if group.kind != "block" and group.layer not in removed:
                 kept = group.num_units - removed_units(group, self._shares[group.kind], self.compat)
-                step = round_to if group.kind == "mlp" else 1
+                step = round_to if group.kind in ("mlp", CHANNELS) else 1
+                if group.kind == CHANNELS and inventory.channels is not None and self.compat is None:
+                    step = math.lcm(step, inventory.channels.step)
                 widths[number] = min(max(round_width(kept, step), step), group.num_units)
         return settled(inventory, widths, removed)
 
 
-_KINDS = {"mlp": "mlp", "heads": "heads", "blocks": "block"}
+_KINDS = {"mlp": "mlp", "heads": "heads", "blocks": "block", "channels": CHANNELS}
 _COMPAT = ("llm_pruner", "slimllm")
 
 
@@ -111,7 +120,7 @@ def _free_layers(inventory: Inventory) -> int:
 
 def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
     """Returns the allotment that meets the budget with shares as equal as whole layers and heads allow."""
-    share = _common_share(inventory, target)
+    share = inventory.common_share(target)
     layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.block is not None else (0,)
     near = [number for number in layers if abs(number - share * _free_layers(inventory)) < 1]
     found: list[tuple[_Distance, Allotment]] = []
@@ -147,19 +156,6 @@ def _at(
         allotment = settled(inventory, widths, removed, exact if kinds and kinds[-1] == "mlp" else None)
         found.append(((max(error - tolerance, 0.0), away, error), allotment))
     return min(found, key=lambda item: item[0])
-
-
-def _common_share(inventory: Inventory, target: int) -> float:
-    """Returns the share that meets the target when whole layers, heads and neurons could be divided."""
-    low, high = 0.0, 1.0
-    within = sum(g.num_units * cost for g, cost in zip(inventory.groups, inventory.costs, strict=True))
-    movable = sum(n for layer, n in enumerate(inventory.layer_params) if layer not in inventory.fixed_layers)
-    for _ in range(100):
-        share = (low + high) / 2
-        layers = share if inventory.block is not None else 0.0
-        removed = layers * movable + (1 - layers) * share * within
-        low, high = (share, high) if removed < inventory.dense_params - target else (low, share)
-    return high
 
 
 def _widths_of(inventory: Inventory, members: Sequence[int], round_to: int) -> list[list[int]]:

@@ -13,17 +13,21 @@ from hfprune.arch.groups import (
     parameter_count,
     unit_cost,
 )
-from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
-from hfprune.arch.stock import check_stock, config_values, head_counts
+from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, StreamSpec, register
+from hfprune.arch.stock import check_stock, config_values, head_counts, hidden_step
+from hfprune.arch.stream import CHANNELS, channel_cost, per_channel
 
 __all__ = [
     "ARCHITECTURES",
+    "CHANNELS",
     "ArchSpec",
     "AttentionSpec",
     "HeadTemplate",
     "Neurons",
     "SliceTemplate",
+    "StreamSpec",
     "backbone",
+    "channel_cost",
     "check_stock",
     "check_units",
     "class_name",
@@ -32,10 +36,12 @@ __all__ = [
     "find_groups",
     "find_spec",
     "head_counts",
+    "hidden_step",
     "is_supported",
     "layer_params",
     "output_head",
     "parameter_count",
+    "per_channel",
     "pruned_count",
     "register",
     "unit_cost",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, STREAM, ArchSpec, register
 
 GEMMA2 = register(
     ArchSpec(
@@ -16,6 +16,12 @@ GEMMA2 = register(
         lora_targets=GATED_LORA_TARGETS,
         attention=replace(ATTENTION, divides_hidden=True),
         layer_lists=("layer_types",),
+        stream=replace(
+            STREAM,
+            norms=(*STREAM.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            norm_offset=1.0,
+            scales_embedding=True,
+        ),
     )
 )
 GEMMA3 = register(replace(GEMMA2, model_class="Gemma3ForCausalLM"))

@@ -1,6 +1,6 @@
 """GPT-2: plain MLP built of transformers' Conv1D, whose weight is stored transposed."""
 
-from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
+from hfprune.arch.spec import LAYER_NORMS, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 GPT2 = register(
     ArchSpec(
@@ -10,6 +10,7 @@ GPT2 = register(
         mlp=(SliceTemplate(module="mlp.c_fc", side="out"), SliceTemplate(module="mlp.c_proj", side="in")),
         width_key="n_inner",  # None in most configs, meaning 4 * n_embd; surgery writes a number
         lora_targets=("c_attn", "c_proj", "c_fc"),  # c_proj matches attention and MLP alike
+        no_stream=LAYER_NORMS,
         attention=AttentionSpec(
             module="attn",
             heads=(

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: plain MLP with biases, attention and MLP in parallel, untied head."""
 
-from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
+from hfprune.arch.spec import LAYER_NORMS, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 GPT_NEOX = register(
     ArchSpec(
@@ -13,6 +13,7 @@ GPT_NEOX = register(
         ),
         width_key="intermediate_size",
         lora_targets=("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+        no_stream=LAYER_NORMS,
         attention=AttentionSpec(
             module="attention",
             heads=(

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from hfprune.arch.projection import num_channels
+from hfprune.arch.projection import bias_of, num_channels
 from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec
+from hfprune.arch.stream import CHANNELS, channel_cost, channel_group
 from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from hfprune.objectives.chunked import OutputHead
 from hfprune.types import Group, Slice
@@ -34,18 +35,19 @@ def class_name(model: nn.Module) -> str:
 def find_groups(
     model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
 ) -> tuple[Group, ...]:
-    """Returns the groups of ``model``: MLP neurons and heads one group per layer, in order, blocks one for all layers.
+    """Returns the groups of ``model``: MLP neurons and heads one per layer, in order, blocks and channels one for all.
 
     Works on the meta device, and on models that were pruned before: shapes alone are read.
 
     Args:
         model: A Hugging Face model of a known class.
-        units: Unit kinds: ``mlp``, ``heads``, ``blocks``. Their order does not matter.
+        units: Unit kinds: ``mlp``, ``heads``, ``blocks``, ``channels``. Their order does not matter.
         spec: The table; that of the model's class if not given.
 
     Raises:
         ConfigError: A unit kind is unknown.
-        UnsupportedArchitectureError: The class is unknown, or its modules are not what the table says.
+        UnsupportedArchitectureError: The class is unknown, or does not take a unit kind, or its modules are not what
+            the table says.
     """
     check_units(units)
     spec = spec or find_spec(model)
@@ -123,10 +125,15 @@ def _block_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     return [Group(name=spec.layers, kind="block", num_units=len(find_layers(model, spec)), slices=())]
 
 
+def _channel_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    return [_checked(model, spec, channel_group(model, spec))]
+
+
 _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
     "mlp": _mlp_groups,
     "heads": _head_groups,
     "blocks": _block_groups,
+    "channels": _channel_groups,
 }
 
 
@@ -144,7 +151,7 @@ def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
 
 
 def unit_cost(model: nn.Module, group: Group) -> int:
-    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side).
+    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side); tied ones once.
 
     Raises:
         ConfigError: The layers of a ``block`` group differ in size; see :func:`layer_params`.
@@ -156,11 +163,13 @@ def unit_cost(model: nn.Module, group: Group) -> int:
                 f"The layers of this model differ in size, from {min(sizes):,} to {max(sizes):,} parameters."
             )
         return sizes[0]
+    if group.kind == CHANNELS:
+        return channel_cost(model, group)
     cost = 0
     for s in group.slices:
         module = _module(model, s.module)
         cost += s.width * num_channels(module, "in" if s.side == "out" else "out")
-        if s.side == "out" and module.bias is not None:
+        if s.side == "out" and bias_of(module) is not None:
             cost += s.width
     return cost
 

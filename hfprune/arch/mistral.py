@@ -1,6 +1,6 @@
 """Mistral (dense models; Mixtral is another class)."""
 
-from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, STREAM, ArchSpec, register
 
 MISTRAL = register(
     ArchSpec(
@@ -10,6 +10,7 @@ MISTRAL = register(
         mlp=GATED_MLP,
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
+        stream=STREAM,
         lora_targets=GATED_LORA_TARGETS,
         attention=ATTENTION,
     )

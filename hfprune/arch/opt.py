@@ -1,6 +1,6 @@
 """OPT: plain MLP with biases, ReLU."""
 
-from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
+from hfprune.arch.spec import LAYER_NORMS, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 OPT = register(
     ArchSpec(
@@ -10,6 +10,7 @@ OPT = register(
         mlp=(SliceTemplate(module="fc1", side="out"), SliceTemplate(module="fc2", side="in")),
         width_key="ffn_dim",
         lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        no_stream=LAYER_NORMS,
         attention=AttentionSpec(
             module="self_attn",
             heads=(

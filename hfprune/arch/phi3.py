@@ -1,6 +1,8 @@
 """Phi-3 and Phi-4: gate and up are one fused projection, q, k and v another."""
 
-from hfprune.arch.spec import ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
+from dataclasses import replace
+
+from hfprune.arch.spec import STREAM, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, register
 
 PHI3 = register(
     ArchSpec(
@@ -26,5 +28,6 @@ PHI3 = register(
             attributes=(("num_key_value_heads", "keys_values"),),
             reads_config=True,
         ),
+        stream=replace(STREAM, attributes=("hidden_size",)),
     )
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, ArchSpec, register
+from hfprune.arch.spec import ATTENTION, GATED_LORA_TARGETS, GATED_MLP, STREAM, ArchSpec, register
 
 QWEN2 = register(
     ArchSpec(
@@ -12,6 +12,7 @@ QWEN2 = register(
         mlp=GATED_MLP,
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
+        stream=STREAM,
         lora_targets=GATED_LORA_TARGETS,
         attention=ATTENTION,  # norms of queries and keys (Qwen3) are per channel of a head: they stay
         layer_lists=("layer_types",),

@@ -80,6 +80,33 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpec:
+    """What carries the residual stream, besides the projections of MLP and attention that read and write it.
+
+    All norms divide by the root mean square of their channels.
+
+    Attributes:
+        embedding: The token embedding.
+        norms: The norms of a layer that run over hidden channels, relative to the layer.
+        final_norm: The norm before the output head.
+        norm_offset: What a norm adds to its weight: 1 where it multiplies by 1 + weight (Gemma).
+        scales_embedding: Whether the embedding multiplies by the square root of the hidden size (Gemma).
+        hidden_key: Config key of the hidden size.
+        epsilon_key: Config key of the norms' epsilon.
+        attributes: Attributes of a layer's modules that repeat the hidden size, as ``module.attribute``.
+    """
+
+    embedding: str
+    norms: tuple[str, ...]
+    final_norm: str
+    norm_offset: float = 0.0
+    scales_embedding: bool = False
+    hidden_key: str = "hidden_size"
+    epsilon_key: str = "rms_norm_eps"
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchSpec:
     """The table of one model class.
 
@@ -99,6 +126,8 @@ class ArchSpec:
         position_key: Config key that, when true, makes a layer depend on its index: no layer can go then.
         packing: What keeps documents packed into one row apart, see :mod:`hfprune.packed`: ``positions``, where the
             class makes its attention mask from position ids that start again; ``mask``, where it has to be given one.
+        stream: The residual stream; None where hidden channels cannot be removed.
+        no_stream: Why they cannot.
     """
 
     model_class: str
@@ -115,6 +144,8 @@ class ArchSpec:
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
     packing: Literal["positions", "mask"] = "positions"
+    stream: StreamSpec | None = None
+    no_stream: str = "its table does not say what carries the residual stream: give ArchSpec(stream=StreamSpec(...))"
 
 
 _HINT = (
@@ -153,3 +184,17 @@ ATTENTION = AttentionSpec(
     ),
 )
 """The attention that most current architectures share: separate projections, grouped key-value heads."""
+
+STREAM = StreamSpec(
+    embedding="model.embed_tokens",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    final_norm="model.norm",
+    attributes=("hidden_size", "mlp.hidden_size"),
+)
+"""The residual stream that most current architectures share."""
+
+LAYER_NORMS = (
+    "its LayerNorms subtract the mean over all channels, so no weights make a model without some of them equal to the "
+    "dense one with these at zero, and its class takes the size of a head from the hidden size"
+)
+"""Why the residual stream of GPT-2, GPT-NeoX and OPT keeps its channels."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from hfprune.arch.groups import attention_table, find_layers, find_spec, head_shape
+from hfprune.arch.stream import CHANNELS, scaled_epsilon, stream_table
 from hfprune.errors import UnsupportedArchitectureError
 from hfprune.types import Group
 
@@ -13,12 +14,17 @@ Kept = Mapping[str, Sequence[int]]
 """Group name -> kept units."""
 
 
-def head_counts(model: nn.Module) -> tuple[int, ...]:
+def head_counts(model: nn.Module, *, hidden: int | None = None) -> tuple[int, ...]:
     """Returns the numbers of units (key-value heads) per layer that a stock config of ``model``'s class can state.
 
-    The same number holds in every layer; the dense number is always among them.
+    The same number holds in every layer; with the dense hidden size the dense number is always among them.
+
+    Args:
+        model: The dense model.
+        hidden: Hidden size of the pruned one; the dense one if not given.
     """
     table, config = attention_table(find_spec(model)), _config(model)
+    hidden = hidden or config.hidden_size
     queries = getattr(config, table.heads_key)
     dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
     ratio = queries // dense
@@ -26,8 +32,28 @@ def head_counts(model: nn.Module) -> tuple[int, ...]:
     factors = table.factors_fix_heads and rotary.get("short_factor") is not None
     if table.size_key is None or factors:
         return (dense,)
-    fits = [n for n in range(1, dense + 1) if not table.divides_hidden or config.hidden_size % (n * ratio) == 0]
-    return tuple(sorted({*fits, dense}))
+    fits = [n for n in range(1, dense + 1) if not table.divides_hidden or hidden % (n * ratio) == 0]
+    return tuple(sorted({*fits, dense} if hidden == config.hidden_size else fits))
+
+
+def hidden_step(model: nn.Module, *, heads: int | None = None) -> int | None:
+    """Returns the number of which hidden sizes are multiples that a stock config of ``model``'s class can state.
+
+    None where it can state the dense hidden size only.
+
+    Args:
+        model: The dense model.
+        heads: Key-value heads per layer of the pruned one; those of the dense one if not given.
+    """
+    table, config = attention_table(find_spec(model)), _config(model)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if table.size_key is None or (table.factors_fix_heads and rotary.get("short_factor") is not None):
+        return None
+    if not table.divides_hidden:
+        return 1
+    queries: int = getattr(config, table.heads_key)
+    dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
+    return queries // dense * (heads or dense)
 
 
 def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict[str, Any]:
@@ -46,9 +72,13 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
     width = _common(groups, keep, "mlp", stay)
     if width is not None:
         values[spec.width_key] = width
-    heads = _common(groups, keep, "heads", stay)
-    if heads is not None and heads in head_counts(model):
+    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    if heads is not None and heads in head_counts(model, hidden=hidden):
         values |= _head_values(model, heads)
+    else:
+        heads = None
+    if hidden is not None and _states_hidden(model, hidden, heads):
+        values |= _hidden_values(model, hidden)
     if len(stay) < len(find_layers(model)):
         values[spec.layers_key] = len(stay)
         lists = {key: getattr(_config(model), key, None) for key in spec.layer_lists}
@@ -76,8 +106,10 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
                 "states one for all. Give an allocation with one width, Uniform() for example, or a layout with a "
                 "config per layer: --layout per_layer."
             )
-    heads = _common(groups, keep, "heads", stay)
-    if heads is None or heads in (possible := head_counts(model)):
+    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    if hidden is not None and not _states_hidden(model, hidden, heads):
+        raise UnsupportedArchitectureError(_no_hidden(model, hidden, heads))
+    if heads is None or heads in (possible := head_counts(model, hidden=hidden)):
         return
     name = find_spec(model).model_class
     raise UnsupportedArchitectureError(
@@ -89,13 +121,61 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
 
 
 def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
-    spec = find_spec(model)
-    table = attention_table(spec)
-    size, ratio = head_shape(find_layers(model, spec)[0].get_submodule(table.module), table)
+    table, (_, ratio) = attention_table(find_spec(model)), _dense_heads(model)
     values = {table.heads_key: heads * ratio}
     if table.keys_values_key is not None:
         values[table.keys_values_key] = heads
-    return values if table.size_key is None else values | {table.size_key: size}
+    return values | _size_value(model)
+
+
+def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
+    """Returns the config keys of a hidden size: heads keep their size, and norms their scale."""
+    stream, config = stream_table(find_spec(model)), _config(model)
+    if hidden == config.hidden_size:
+        return {}
+    epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), config.hidden_size, hidden)
+    return {stream.hidden_key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
+
+
+def _size_value(model: nn.Module) -> dict[str, int]:
+    """Returns the config key of the size of a head, which stays as it is, where the class has one."""
+    key = attention_table(find_spec(model)).size_key
+    return {} if key is None else {key: _dense_heads(model)[0]}
+
+
+def _dense_heads(model: nn.Module) -> tuple[int, int]:
+    """Returns the size of a head, and the number of query heads per key-value head."""
+    spec = find_spec(model)
+    table = attention_table(spec)
+    return head_shape(find_layers(model, spec)[0].get_submodule(table.module), table)
+
+
+def _hidden(groups: Sequence[Group], keep: Kept) -> int | None:
+    """Returns the number of hidden channels that stay, None where they are no units."""
+    return next((len(keep[group.name]) for group in groups if group.kind == CHANNELS), None)
+
+
+def _states_hidden(model: nn.Module, hidden: int, heads: int | None) -> bool:
+    if hidden == _config(model).hidden_size:
+        return True
+    step = hidden_step(model, heads=heads)
+    return step is not None and hidden % step == 0
+
+
+def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
+    """Returns why no stock config states a hidden size, and what is possible."""
+    name, step = find_spec(model).model_class, hidden_step(model, heads=heads)
+    if step is None:
+        return (
+            f"A stock config of this {name} takes the size of a head from the hidden size, and can state "
+            f"{_config(model).hidden_size} only. Leave 'channels' out of the units, or choose a layout that needs no "
+            "stock config: --layout per_layer."
+        )
+    return (
+        f"A stock config of {name} with {step} query heads cannot state a hidden size of {hidden}; it can state "
+        f"multiples of {step}. Name one of these with the allocation Explicit(channels=...), leave 'channels' out of "
+        "the units, or choose a layout that needs no stock config: --layout per_layer."
+    )
 
 
 def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]:

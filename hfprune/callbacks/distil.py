@@ -29,8 +29,9 @@ def check_stages(target: Target, setting: SelfDistillation, budget: Budget, allo
         budget: What was asked.
         allocation: How it is spent.
     """
-    if "blocks" in target.units:
-        raise ConfigError("distillation cuts units of every layer first: leave 'blocks' out of the units.")
+    for name in ("blocks", "channels"):
+        if name in target.units:
+            raise ConfigError(f"distillation cuts units of every layer first: leave '{name}' out of the units.")
     if not target.known:
         return
     resolved = target.resolve(budget, allocation)

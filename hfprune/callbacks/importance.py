@@ -53,9 +53,9 @@ class TaylorImportanceCallback(Callback):
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep.
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
-        round_to: Kept MLP widths are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+        round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
         units: What may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads that read it),
-            ``blocks`` (whole layers), or several of these.
+            ``blocks`` (whole layers), ``channels`` (hidden channels of the residual stream), or several of these.
         allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
             ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
             take the place of a budget.

@@ -174,7 +174,7 @@ class Planner:
         criterion, model = self._options.criterion, self._target.model
         if isinstance(criterion, LayerwiseCriterion):
             return None
-        scored = scored_groups(model, groups)
+        scored = scored_groups(model, groups, criterion)
         if isinstance(criterion, WeightCriterion):
             self.importance = with_blocks(weight_scores(model, scored, criterion), groups, scored)
             return None
@@ -200,7 +200,11 @@ class Planner:
 
     def _calibrate(self, scored: tuple[Group, ...], resolved: ResolvedBudget) -> Calibration:
         options, target = self._options, self._target
-        final = final_units(target, options.budget, options.allocation) if resolved.kinds else resolved.widths
+        final = (
+            final_units(target, options.budget, options.allocation, options.criterion)
+            if resolved.kinds
+            else resolved.widths
+        )
 
         def run(first_stage: Kept | None, saved: dict[str, Any] | None) -> Calibration:
             assert isinstance(options.criterion, CalibratedCriterion)

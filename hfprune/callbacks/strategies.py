@@ -24,6 +24,11 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
                 f"{type(method).__name__} goes through the layers one at a time, which is not supported under "
                 "ModelParallelStrategy. Use a single device or DDP."
             )
+        if "channels" in target.units:
+            raise ConfigError(
+                "Hidden channels run through embedding, layers and head, which ModelParallelStrategy gathers one at a "
+                "time: leave 'channels' out of the units, or use a single device or DDP."
+            )
         if not target.reloads_weights:
             raise ConfigError(
                 "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "

@@ -7,20 +7,21 @@ from torch import Tensor
 from hfprune.allocation import Allocation, kept_units
 from hfprune.allocation.history import Select
 from hfprune.callbacks.target import Target
-from hfprune.criteria import scored_groups, with_blocks
+from hfprune.criteria import Criterion, scored_groups, with_blocks
 from hfprune.types import Budget
 
 
-def final_units(target: Target, budget: Budget, allocation: Allocation | None) -> Select:
+def final_units(target: Target, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:
     """Returns what tells which of the scored units would be in the model, pruned by given scores.
 
     Args:
         target: The model.
         budget: What was asked.
         allocation: How it is spent.
+        criterion: How units are scored.
     """
     groups = target.groups(target.model)
-    scored = scored_groups(target.model, groups)
+    scored = scored_groups(target.model, groups, criterion)
 
     def select(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
         known = with_blocks(scores, groups, scored)

@@ -46,6 +46,8 @@ class ActivationTaylor(GradientCriterion):
         ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
     """
 
+    outside_layers = True
+
     def __init__(
         self,
         *,

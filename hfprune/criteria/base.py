@@ -135,7 +135,15 @@ class Sums:
 
 
 class Criterion(ABC):
-    """Turns what is known about units into scores. One instance serves all groups; it holds settings, never sums."""
+    """Turns what is known about units into scores. One instance serves all groups; it holds settings, never sums.
+
+    Attributes:
+        outside_layers: Whether it scores hidden channels in the embedding and the output head, too.
+        norms: Whether it scores them in the weights of norms, too.
+    """
+
+    outside_layers: ClassVar[bool] = False
+    norms: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Which groups are scored for the units that may go, and what their scores say of whole layers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import find_groups
+from hfprune.arch import CHANNELS, find_groups, find_spec
+from hfprune.arch.stream import scored_slices
+from hfprune.criteria.base import Criterion
 from hfprune.types import Group
 
 
@@ -26,11 +29,23 @@ def block_scores(scores: Mapping[str, Tensor], parts: Sequence[Group], block: Gr
     return total
 
 
-def scored_groups(model: nn.Module, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    """Returns the groups to score: those with slices; for whole layers, everything in them."""
+def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criterion) -> tuple[Group, ...]:
+    """Returns the groups to score: those with slices; for whole layers, everything in them.
+
+    Args:
+        model: The model.
+        groups: The groups that may lose units.
+        criterion: How they are scored: hidden channels by the slices of theirs that it reads.
+    """
+    channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
     if all(group.slices for group in groups):
-        return groups
-    return find_groups(model, ("mlp", "heads"))
+        return (*(group for group in groups if group.kind != CHANNELS), *channels)
+    return (*find_groups(model, ("mlp", "heads")), *channels)
+
+
+def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:
+    outside, norms = criterion.outside_layers, criterion.norms
+    return replace(group, slices=scored_slices(find_spec(model), group, outside_layers=outside, norms=norms))
 
 
 def with_blocks(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:

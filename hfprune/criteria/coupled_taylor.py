@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hfprune.arch import CHANNELS
 from hfprune.criteria.base import (
     UNITS,
     BatchInfo,
@@ -46,10 +47,10 @@ class CoupledTaylor(GradientCriterion):
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
         """Raises ``ConfigError`` unless every matrix of a unit has the same shape, so that its weights correspond."""
         sized = [slice_shape(group, part, shape) for part, shape in zip(group.slices, shapes, strict=True)]
-        if len(set(sized)) > 1:
+        if len(set(sized)) > 1 or group.kind == CHANNELS:
             raise ConfigError(
                 f"CoupledTaylor adds the weights of a unit's matrices one by one; those of {group.name} have shapes "
-                f"{', '.join(map(str, sized))}. Use WeightTaylor or VectorTaylor for these units."
+                f"{', '.join(map(str, dict.fromkeys(sized)))}. Use WeightTaylor or VectorTaylor for these units."
             )
 
     def reads(self, part: Slice) -> Literal["output"]:

@@ -32,6 +32,7 @@ class Fisher(GradientCriterion):
         reduction: ``per_token`` or ``per_sequence``.
     """
 
+    outside_layers = True
     objectives = ("sampled", "cross_entropy")
 
     def __init__(self, *, reduction: Literal["per_token", "per_sequence"] = "per_token") -> None:

@@ -18,6 +18,8 @@ class Magnitude(WeightCriterion):
         norm: ``l2`` or ``l1``.
     """
 
+    outside_layers = True
+
     def __init__(self, *, norm: Literal["l1", "l2"] = "l2") -> None:
         if norm not in ("l1", "l2"):
             raise ConfigError(f"Unknown norm '{norm}'. Known: l1, l2.")

@@ -18,6 +18,8 @@ class Random(WeightCriterion):
         seed: Which numbers; equal on every machine and rank.
     """
 
+    outside_layers = True
+
     def __init__(self, *, seed: int = 0) -> None:
         if seed < 0:
             raise ConfigError(f"The seed {seed} is negative.")

@@ -44,6 +44,9 @@ class VectorTaylor(GradientCriterion):
         weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
     """
 
+    outside_layers = True
+    norms = True
+
     def __init__(self, *, matrices: MatrixReduction = "sum", weighting: Weighting = "sequence") -> None:
         check_matrix_reduction(matrices)
         check_weighting(weighting)

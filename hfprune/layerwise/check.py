@@ -26,11 +26,12 @@ def check_together(
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
-    if "blocks" in units:
-        raise ConfigError(
-            f"{type(compensation or criterion).__name__} goes through the layers one by one, and none may go: leave "
-            "'blocks' out of the units."
-        )
+    for name, why in (("blocks", "none may go"), ("channels", "hidden channels go through all of them")):
+        if name in units:
+            raise ConfigError(
+                f"{type(compensation or criterion).__name__} goes through the layers one by one, and {why}: leave "
+                f"'{name}' out of the units."
+            )
     waits = allocation is not None and inventory is not None and allocation.needs_scores(inventory)
     if isinstance(criterion, LayerwiseCriterion) and waits:
         raise ConfigError(

@@ -41,7 +41,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
         to_stock(config)
         return
     plans = (*before, plan)
-    values = {key: getattr(dense, key, None) for made in plans for key in made.config}
+    values = {key: getattr(dense, key) for made in plans for key in made.config if hasattr(dense, key)}
     finish(model, dense, Cut(dense=values, count=len(plans), plans=plans))
 
 

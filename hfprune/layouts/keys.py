@@ -5,6 +5,7 @@ from typing import Any
 
 from hfprune.arch.groups import attention_table
 from hfprune.arch.spec import ArchSpec
+from hfprune.arch.stream import CHANNELS, stream_table
 from hfprune.plan import PruningPlan
 
 Overrides = dict[int, dict[str, int]]
@@ -31,9 +32,17 @@ def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int
         values = {key: getattr(config, key) * kept // units for key in keys}
         if table.size_key is None:
             return values
-        size = getattr(config, table.size_key, None) or config.hidden_size // getattr(config, table.heads_key)
-        return values | {table.size_key: size}
+        return values | {table.size_key: _head_size(config, spec)}
+    if kind == CHANNELS:
+        stream, size_key = stream_table(spec), attention_table(spec).size_key
+        return {stream.hidden_key: kept} | ({} if size_key is None else {size_key: _head_size(config, spec)})
     return None
+
+
+def _head_size(config: Any, spec: ArchSpec) -> int:
+    table = attention_table(spec)
+    found: int = getattr(config, table.size_key or "", None) or config.hidden_size // getattr(config, table.heads_key)
+    return found
 
 
 def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *, num_layers: int) -> Overrides:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfprune import surgery
-from hfprune.arch import config_values, find_spec
+from hfprune.arch import CHANNELS, config_values, find_spec
 from hfprune.errors import ConfigError
 from hfprune.layouts.apply import empty_copy, not_expressed
 from hfprune.layouts.base import LAYOUTS, Layout
@@ -59,7 +59,10 @@ def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
     empty = empty_copy(model, dense)
     kinds = dict.fromkeys(group.kind for group in plan.groups if group.kind != "block")
     widths = {kind: _width(empty, plan, kind) for kind in kinds}
-    return empty, plan, _filled(empty, plan, widths)
+    padded = _filled(empty, plan, widths)
+    if CHANNELS in kinds:
+        _check_hidden(empty, padded)
+    return empty, plan, padded
 
 
 def pad(model: Any) -> Any:
@@ -110,12 +113,26 @@ def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
             f"--layout padded fills layers up with units of zeros, and none can stand for a removed {kind}. Give "
             "--layout per_layer."
         )
+    if kind == CHANNELS:  # a norm would count channels of zeros
+        return max(widths)
     for width in range(max(widths), units):
         candidate = copy.deepcopy(empty)
         surgery.apply_plan(candidate, _filled(empty, plan, {kind: width}))
         if not_expressed(candidate) is None:
             return width
     return units
+
+
+def _check_hidden(empty: Any, padded: PruningPlan) -> None:
+    """Raises ``ConfigError`` where no stock config states the hidden size that is left."""
+    candidate = copy.deepcopy(empty)
+    surgery.apply_plan(candidate, padded)
+    reason = not_expressed(candidate)
+    if reason is not None:
+        raise ConfigError(
+            f"--layout padded fills up layers, not the hidden size, and no stock config states what is left: {reason}. "
+            "Give --layout per_layer."
+        )
 
 
 def _filled(empty: Any, plan: PruningPlan, widths: Mapping[str, int]) -> PruningPlan:

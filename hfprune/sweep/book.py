@@ -63,7 +63,7 @@ class ScoreBook:
         if isinstance(method.scorer, LayerwiseCriterion):
             return {}
         groups = find_groups(self._dense, method.units)
-        scored = scored_groups(self._dense, groups)
+        scored = scored_groups(self._dense, groups, method.scorer)
         criterion = method.with_seed(cell.seed or 0)
         key = (method.scoring(), cell.seed if method.seeded_scores else None)
         if key not in self._known and isinstance(criterion, WeightCriterion):

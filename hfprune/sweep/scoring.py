@@ -46,7 +46,7 @@ class SharedPass:
         self._by_objective: dict[Objective | None, list[ImportanceAccumulator]] = {}
         for method in methods:
             assert isinstance(method.scorer, CalibratedCriterion)
-            groups = scored_groups(model, find_groups(model, method.units))
+            groups = scored_groups(model, find_groups(model, method.units), method.scorer)
             accumulator = ImportanceAccumulator(model, groups, method.scorer, device=device)
             self._accumulators.append(accumulator)
             name = method.differentiated

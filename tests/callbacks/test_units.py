@@ -2,19 +2,31 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.allocation import Explicit, GlobalRank, Protected, Uniform
 from hfprune.arch import find_groups, parameter_count
+from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.strategies import check_strategy
 from hfprune.cli import main
 from hfprune.compensation import LeastSquares
-from hfprune.criteria import Magnitude, Random, Reconstruction, WeightTaylor
+from hfprune.criteria import (
+    ActivationNorm,
+    Magnitude,
+    Random,
+    Reconstruction,
+    SelfDistillation,
+    VectorTaylor,
+    WeightTaylor,
+)
 from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from tests.foreign import FineTuner
 from tests.models import save_tiny, token_ids
@@ -59,6 +71,8 @@ def fit(folder, importance, *callbacks, **kwargs):
     [
         (["mlp", "heads"], {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}),
         (["blocks"], {"num_hidden_layers": 2, "intermediate_size": 24}),
+        (["channels"], {"hidden_size": 12, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-6 * (16 / 12)}),
+        (["mlp", "channels"], {"hidden_size": 12, "head_dim": 4, "intermediate_size": 21}),
     ],
 )
 def test_units_on_the_command_line(folder, here, units, changed):
@@ -96,6 +110,9 @@ def test_allocation_from_yaml(folder, here):
         (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "says how much goes"),
         (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add them to --importance.units"),
         (["--pruning_ratio=0.9", '--importance.units=["mlp", "heads"]'], "largest possible --pruning_ratio is 0."),
+        (["--pruning_ratio=0.2", "--importance.units=[channels]", "--importance.allocation=Protected"], "Uniform or Explicit"),
+        (["--importance.allocation=Explicit", "--importance.allocation.channels=9", "--importance.units=[channels]"],
+         "cannot state a hidden size of 9; it can state multiples of 4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_loaded(folder, here, capsys, monkeypatch, flags, match):
@@ -170,6 +187,8 @@ def test_weights_are_fitted_for_heads_too(folder):
     ("settings", "match"),
     [
         ({"compensation": LeastSquares(), "units": ALL}, "leave 'blocks' out"),
+        ({"compensation": LeastSquares(), "units": ("channels",)}, "go through all of them: leave 'channels' out"),
+        ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores beforehand"),
         ({"units": ALL, "allocation": GlobalRank()}, "does not say which whole layers go"),
     ],
@@ -177,6 +196,39 @@ def test_weights_are_fitted_for_heads_too(folder):
 def test_combinations_that_make_no_sense(folder, settings, match):
     with pytest.raises(ConfigError, match=match):
         fit(folder, TaylorImportanceCallback(pruning_ratio=0.2, **settings), limit_train_batches=0)
+
+
+@pytest.mark.parametrize("criterion", [None, VectorTaylor(), ActivationNorm(), Magnitude()])
+def test_channels_go_whatever_scores_them(folder, criterion):
+    importance = TaylorImportanceCallback(
+        pruning_ratio=0.4, units=("mlp", "blocks", "channels"), criterion=criterion, recovery=LoraRecovery(rank=2)
+    )
+    module = fit(folder, importance)
+    plan = module.plan
+    assert module.model.config.hidden_size == len(plan.keep["channels"]) < 16
+    order = importance.importance["channels"].argsort(descending=True, stable=True)
+    assert sorted(order[: len(plan.keep["channels"])].tolist()) == list(plan.keep["channels"])
+
+
+def test_channels_of_a_module_of_ones_own():
+    """Every size goes in memory, whatever a stock config could state."""
+    module = FineTuner().double()
+    importance = TaylorImportanceCallback(
+        units=("mlp", "channels"), allocation=Explicit(channels=13, mlp=9), calibration_batches=3
+    )
+    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    Trainer(accelerator="cpu", callbacks=[importance], max_epochs=1, **off).fit(module)
+    assert module.net["lm"].model.embed_tokens.weight.shape[1] == 13
+    assert parameter_count(module.net["lm"]) == importance.resolved.params
+    module.net["lm"].generate(token_ids(1, 5), max_new_tokens=2, pad_token_id=0)
+
+
+def test_channels_are_refused_where_weights_are_gathered_layer_by_layer(folder):
+    target = find_target(PruningModule(folder), objective=None, model=None, neurons=())
+    target.units = ("mlp", "channels")
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ConfigError, match="leave 'channels' out of the units, or use a single device or DDP"):
+        check_strategy(trainer, target, Magnitude())
 
 
 def test_a_share_takes_the_place_of_the_budget():

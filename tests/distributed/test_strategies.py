@@ -39,6 +39,18 @@ def test_heads_and_layers_under_every_strategy(folder, tmp_path):
             assert equal(rank["weights"], alone["weights"])
 
 
+def test_channels_under_ddp(folder, tmp_path):
+    settings = {"units": ["mlp", "channels"], "pruning_ratio": 0.4}
+    alone = run(folder, tmp_path / "single", "single", prune_only=True, **settings)[0]
+    assert len(alone["keep"]["channels"]) == 12
+    for rank in run(folder, tmp_path / "ddp", "ddp", prune_only=True, **settings):
+        assert rank["keep"] == alone["keep"]
+        assert equal(rank["scores"], alone["scores"])
+        assert equal(rank["weights"], alone["weights"])
+    said = start(folder, tmp_path / "fsdp2", "fsdp2", prune_only=True, fails=True, **settings)
+    assert "leave 'channels' out of the units" in said
+
+
 def test_sharded_training_is_ddp_training(undisturbed):
     """The same steps on whole and on sharded weights, bit for bit; no FSDP2 rank holds more than its share."""
     ddp, fsdp2 = (undisturbed(name, prune_only=False)[0] for name in ("ddp", "fsdp2"))

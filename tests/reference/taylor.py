@@ -36,7 +36,7 @@ def objective_of(objective):
 def vectors(table, unit):
     """The vectors of a unit's matrix: (row or column of values) for every channel."""
     name, rows, channels = unit
-    return [(table[name][c] if rows else table[name][:, c]).tolist() for c in channels]
+    return [(table[name][c] if rows else table[name][:, c]).reshape(-1).tolist() for c in channels]
 
 
 def llm_pruner(model, sequences, objective, groups, salience, *, gradient="sequence", matrices="sum"):
