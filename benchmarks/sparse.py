@@ -7,7 +7,8 @@
 that other tools were measured with), WikiText-2 perplexity on the first 40 non-overlapping windows of 512 tokens, at
 50 %, 60 %, 4:8 and 2:4; three seeds of calibration text at 50 %. Time and peak memory are relative to a dense forward
 pass of the same tokens, one sequence at a time, logits included, in the same process: time is CPU time, scaled up from
-``--forward`` sequences; memory is the resident high-water mark beyond the loaded model.
+``--forward`` sequences; memory is the resident high-water mark beyond the loaded model. ``--autocast`` evaluates, and
+only evaluates, under bfloat16 autocast, as other tools were measured.
 
 ``layers``: a random Llama of 12, 24 and 48 layers, peak memory beyond the loaded model.
 
@@ -17,6 +18,7 @@ goes on with the same command. ``--only wanda,sparsegpt`` and ``--patterns 0.5``
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -42,6 +44,7 @@ NAMES = (
 PATTERNS = ("0.5", "0.6", "4:8", "2:4")
 ONE_RANKING = ("magnitude_model", "wanda+owl", "wanda_adaptive")  # no n:m
 PERMUTED = ("ria_assigned",)  # nothing but n:m
+NO_DATA = ("magnitude", "magnitude_model", "relative_importance")  # the same for every seed
 SEEDS = (0, 1, 2)
 
 
@@ -92,8 +95,10 @@ def run_cell(cell):
     work = parts(cell["name"], cell["pattern"])
     cpu, wall, peak, layers = measured(lambda: list(prune_sparse(model, batches, **work)))
     matrices = [m for layer in layers for m in layer.matrices.values()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=cell["autocast"]):
+        value = perplexity(model, data.evaluation_windows()).value
     found = {
-        "perplexity": perplexity(model, data.evaluation_windows()).value,
+        "perplexity": value,
         "zeros": sum(m.zeros for m in matrices) / sum(m.weights for m in matrices),
         "mean_layer_error": statistics.mean(layer.error for layer in layers),
         "cpu_seconds": cpu,
@@ -127,13 +132,15 @@ def cells(args):
             {"part": "layers", "name": name, "layers": layers, "sequences": 16}
             for name in ("wanda", "sparsegpt") for layers in (12, 24, 48)
         ]  # fmt: skip
-    common = {name: getattr(args, name) for name in ("model", "calibration", "text", "length", "sequences", "forward")}
+    names = ("model", "calibration", "text", "length", "sequences", "forward", "autocast")
+    common = {name: getattr(args, name) for name in names}
     found = []
     for seed in SEEDS:
         for pattern in args.patterns.split(","):
             for name in args.only.split(","):
                 group = ":" in pattern
-                if (group and name in ONE_RANKING) or (not group and name in PERMUTED) or (seed and pattern != "0.5"):
+                repeated = seed and (pattern != "0.5" or name in NO_DATA)
+                if (group and name in ONE_RANKING) or (not group and name in PERMUTED) or repeated:
                     continue
                 found.append({"part": "methods", "name": name, "pattern": pattern, "seed": seed, **common})
     return found
@@ -168,6 +175,7 @@ def main():
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--forward", type=int, default=8, help="sequences of the timed dense forward pass")
+    parser.add_argument("--autocast", action="store_true", help="evaluate under bfloat16 autocast")
     parser.add_argument("--only", default=",".join(NAMES), help="methods, separated by commas")
     parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--limit", type=int, default=None, help="run at most this many cells now")
@@ -186,7 +194,10 @@ def main():
     done = [row["cell"] for row in rows]
     for cell in islice((c for c in cells(args) if c not in done), args.limit):
         command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        # memory that is freed goes back at once, so that peaks say what was needed
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        out = ran.stdout.splitlines()[-1]
         with path.open("a") as file:
             file.write(out + "\n")
         row = json.loads(out)
