@@ -194,8 +194,9 @@ def main():
     done = [row["cell"] for row in rows]
     for cell in islice((c for c in cells(args) if c not in done), args.limit):
         command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-        # memory that is freed goes back at once, so that peaks say what was needed
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+        environment = dict(os.environ)
+        if cell["part"] == "layers":  # freed memory goes back at once: peaks say what was needed; slower
+            environment |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
         ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         out = ran.stdout.splitlines()[-1]
         with path.open("a") as file:
