@@ -1,9 +1,11 @@
-"""``import hfprune.auto``: from then on transformers' Auto classes load models whose layers differ in width.
+"""``import hfprune.auto``: from then on transformers' Auto classes load what only hfprune writes.
 
 ``AutoConfig``, ``AutoModelForCausalLM`` and what is built on them (lm-eval, pipelines) then read folders with
-``model_type`` ``hfprune``, without ``trust_remote_code``. Everything else of hfprune that reads models imports this.
+``model_type`` ``hfprune`` (layers that differ in width) or ``hfprune_bitmask`` (zeros left out), without
+``trust_remote_code``. Everything else of hfprune that reads models imports this.
 """
 
+from hfprune.layouts.bitmask import BitmaskConfig, BitmaskForCausalLM
 from hfprune.layouts.per_layer import HFPruneConfig, HFPruneForCausalLM
 
-__all__ = ["HFPruneConfig", "HFPruneForCausalLM"]
+__all__ = ["BitmaskConfig", "BitmaskForCausalLM", "HFPruneConfig", "HFPruneForCausalLM"]

@@ -58,7 +58,10 @@ def weight_scores(model: nn.Module, groups: Sequence[Group], criterion: WeightCr
     """Returns group name -> importance [U], float64, on the CPU; every rank of a sharded model must ask for it."""
     modules = group_modules(model, groups)
     with torch.no_grad():
-        return {g.name: criterion.score(g, [whole_weight(modules[s.module]) for s in g.slices]).cpu() for g in groups}
+        return {
+            g.name: criterion.score(g, [whole_weight(modules[s.module], s.parameter) for s in g.slices]).cpu()
+            for g in groups
+        }
 
 
 class NotFiniteError(CalibrationError):
@@ -277,7 +280,7 @@ class ImportanceAccumulator:
         """Returns group name -> importance [U]; see ``AccumulatedSums``. All ranks of a sharded model must ask."""
 
         def weights(group: Group) -> list[Tensor]:
-            return [whole_weight(self._modules[part.module]).to(self._device) for part in group.slices]
+            return [whole_weight(self._modules[p.module], p.parameter).to(self._device) for p in group.slices]
 
         with torch.no_grad():
             return self._sums.scores(weights)

@@ -26,7 +26,7 @@ from hfprune.errors import ConfigError, OutputError
 from hfprune.layouts import LAYOUTS
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.quiet import no_progress_bars
-from hfprune.saved import check_reload, measure_saved
+from hfprune.saved import check_reload, measure_saved, weight_bytes
 from hfprune.sharding import whole_parameters
 
 MODEL_FOLDER = "model"
@@ -195,8 +195,9 @@ def export_model(
         tokenizer: Its tokenizer, or None.
         plan: What was pruned; saved as ``plan.json``.
         target: The model folder.
-        layout: ``uniform`` (plain ``from_pretrained`` loads it), ``per_layer`` (:func:`hfprune.load` does), or
-            ``padded`` (plain ``from_pretrained``; layers of fewer units are filled up with zeros).
+        layout: ``uniform`` (plain ``from_pretrained`` loads it), ``per_layer`` (:func:`hfprune.load` does),
+            ``padded`` (plain ``from_pretrained``; layers of fewer units are filled up with zeros), or ``bitmask``
+            (:func:`hfprune.load`; zeros of sparse models take no space).
 
     Returns:
         ``layout``; ``parameters``, ``width`` (None where layers differ), ``widths``, ``bytes`` as measured on the saved
@@ -215,6 +216,8 @@ def export_model(
         plan.save(stage / PLAN_FILE)
         _make_readable(stage)
         saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
+        if chosen.compress(stage):
+            saved["bytes"] = weight_bytes(stage)
         tolerance = chosen.tolerance(model.dtype)
         difference = check_reload(stage, model, parameters=saved["parameters"], tolerance=tolerance)
         return saved | {"max_logit_difference_after_reload": difference}

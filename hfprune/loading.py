@@ -10,6 +10,7 @@ from torch import nn
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
 from hfprune.errors import ConfigError
 from hfprune.layouts import cut_of, is_per_layer
+from hfprune.layouts.bitmask import BitmaskConfig
 from hfprune.plan import PLAN_FILE
 from hfprune.quiet import no_progress_bars
 
@@ -74,6 +75,8 @@ def load_config(path: str, *, revision: str | None = None) -> Any:
         raise ConfigError(f"Cannot read the config of --model.path '{path}': {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"--model.path '{path}' is quantised; prune the full-precision model, then quantise.")
+    if isinstance(config, BitmaskConfig):
+        config = config.stock
     if is_per_layer(config):
         cut_of(config, path=resolve_model_path(path), revision=revision)
     return config

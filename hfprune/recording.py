@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hfprune.arch.experts import EXPERTS, FewerExperts, by_expert
 from hfprune.arch.groups import find_spec, group_modules
 from hfprune.arch.projection import bias_of, weight_of
 from hfprune.arch.stream import CHANNELS, head_reads
@@ -57,15 +58,15 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def whole_weight(module: nn.Module) -> Tensor:
+def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     """Returns a projection's weight [out, in], gathered where it is sharded: every rank must ask for it."""
-    weight = weight_of(module).detach()
+    weight = weight_of(module, parameter).detach()
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def slice_shapes(modules: Mapping[str, nn.Module], group: Group) -> list[Shape]:
     """Returns [out, in] of the projection of every slice of ``group``, sharded or not."""
-    shapes = (weight_of(modules[part.module]).shape for part in group.slices)
+    shapes = (weight_of(modules[part.module], part.parameter).shape for part in group.slices)
     return [(shape[0], shape[1]) for shape in shapes]
 
 
@@ -86,7 +87,9 @@ def hook_gradients(
         for part in read_slices(criterion, group):
             module = modules[part.module]
             norm = head_reads(model, find_spec(model), group, part) if group.kind == CHANNELS else None
-            if norm is not None:
+            if group.kind == EXPERTS:
+                handles.append(module.register_forward_pre_hook(_routing_hook(group, part, receive)))
+            elif norm is not None:
                 handles.append(norm.register_forward_hook(_head_hook(module, group, part, receive)))
             elif criterion.reads(part) == "input":
                 handles.append(module.register_forward_pre_hook(_input_hook(group, part, receive)))
@@ -103,7 +106,8 @@ def hook_activations(
 
     def hook(group: Group, part: Slice) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            receive(group, part, Activation(input=args[0].detach(), output=output.detach()))
+            value = by_expert(args[1], args[2], group.num_units) if group.kind == EXPERTS else args[0]
+            receive(group, part, Activation(input=value.detach(), output=output.detach()))
 
         return seen
 
@@ -120,6 +124,26 @@ def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[.
         value = x.detach()  # a closure over x itself would be a reference cycle through its graph
         x.register_hook(lambda grad: receive(group, part, _signal(module, value, None, grad)))
         return (x, *args[1:])
+
+    return hook
+
+
+def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of a module of experts, whose inputs are the weights that the router gives them."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        hidden, chosen, weights = args
+        w = _differentiable(weights.view_as(weights))
+        value = by_expert(chosen, w.detach(), group.num_units)
+        matrix = weight_of(module, part.parameter)
+
+        def received(grad: Tensor) -> None:
+            receive(group, part, Signal(input=value, grad=by_expert(chosen, grad, group.num_units), weight=matrix))
+
+        w.register_hook(received)
+        return hidden, chosen, w
 
     return hook
 
@@ -195,6 +219,7 @@ class UnitMask:
     def __init__(self, model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]) -> None:
         self._model, self._groups = model, tuple(groups)
         self._removed = {g.name: sorted(set(range(g.num_units)) - set(keep[g.name])) for g in groups}
+        self._keep = {g.name: sorted(keep[g.name]) for g in groups}
         self._lifted = False
 
     @contextmanager
@@ -203,6 +228,10 @@ class UnitMask:
         modules = group_modules(self._model, self._groups)
         handles = []
         for group in self._groups:
+            if group.kind == EXPERTS:
+                router = modules[group.slices[0].module]
+                handles.append(router.register_forward_hook(self._unless_lifted(FewerExperts(self._keep[group.name]))))
+                continue
             for part in group.inputs():
                 hook = self._hook(part.channels(self._removed[group.name]))
                 handles.append(modules[part.module].register_forward_pre_hook(hook))
@@ -217,6 +246,12 @@ class UnitMask:
             yield
         finally:
             self._lifted = False
+
+    def _unless_lifted(self, fewer: FewerExperts) -> Callable[..., Any]:
+        def hook(*seen: Any) -> Any:
+            return None if self._lifted else fewer(*seen)
+
+        return hook
 
     def _hook(self, channels: list[int]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

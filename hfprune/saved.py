@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from hfprune.arch.groups import find_groups, parameter_count
+from hfprune.arch.groups import mlp_widths, parameter_count
 from hfprune.errors import OutputError
 from hfprune.layouts import shapes
 from hfprune.loading import load_causal_lm, meta_model
@@ -33,14 +33,19 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
     for name, shape in stored.items():
         if said.get(name, shape) != shape:  # some classes are saved under names of older versions
             raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {said[name]}.")
-    widths = [group.num_units for group in find_groups(described)]
+    widths = list(mlp_widths(described))
     width = widths[0] if len(set(widths)) == 1 else None
     return {
         "parameters": count,
         "width": width,
         "widths": widths,
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": weight_bytes(folder),
     }
+
+
+def weight_bytes(folder: Path) -> int:
+    """Returns the size of the weight files in ``folder``."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def saved_line(folder: Path, saved: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune.arch.experts import EXPERTS, FewerExperts, experts_table
 from hfprune.arch.groups import (
     attention_table,
     class_name,
@@ -46,7 +47,7 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
         if group.kind == "block" and (layers := len(find_layers(model))) != group.num_units:
             raise PlanError(f"The plan expects {group.num_units} layers, the model has {layers}.")
         for s in group.inputs():
-            found = num_channels(modules[s.module], "in")
+            found = num_channels(modules[s.module], "in", s.parameter)
             if found != group.num_units * s.width:
                 looks = " It looks pruned already." if found == len(plan.keep[group.name]) * s.width else ""
                 raise PlanError(
@@ -68,12 +69,12 @@ def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
     modules = group_modules(model, plan.groups)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     cuts: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for (name, side), removed in _removed_channels(plan).items():
+    for (name, parameter, side), removed in _removed_channels(plan).items():
         module = modules[name]
-        mask = torch.ones(num_channels(module, side), dtype=torch.bool)
+        mask = torch.ones(num_channels(module, side, parameter), dtype=torch.bool)
         mask[removed] = False
         keep = mask.nonzero().squeeze(1)
-        cuts[first[id(module.weight)]][weight_axis(module, side)] = keep
+        cuts[first[id(getattr(module, parameter))]][weight_axis(module, side)] = keep
         bias = bias_of(module)
         if side == "out" and bias is not None:
             cuts[first[id(bias)]][0] = keep
@@ -188,19 +189,22 @@ def cut_optimizer_state(
 def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Zeroes, in place, what ``apply_plan`` would cut: same outputs, same shapes. The oracle of the surgery.
 
-    Layers that would go pass on what they are given.
+    Layers that would go pass on what they are given; routers choose among the experts that would stay.
     """
     check_fits(model, plan)
     modules = group_modules(model, plan.groups)
     with torch.no_grad():
-        for (name, side), removed in _removed_channels(plan).items():
+        for (name, parameter, side), removed in _removed_channels(plan).items():
             module = modules[name]
-            weight = module.weight
+            weight = getattr(module, parameter)
             assert isinstance(weight, Tensor)
             weight.index_fill_(weight_axis(module, side), torch.tensor(removed, device=weight.device), 0.0)
             bias = bias_of(module)
             if side == "out" and bias is not None:
                 bias[removed] = 0.0
+    for group in plan.groups:
+        if group.kind == EXPERTS:
+            modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
     for index in plan.removed_layers():
         find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
 
@@ -211,14 +215,14 @@ def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _removed_channels(plan: PruningPlan) -> dict[tuple[str, Side], list[int]]:
-    """Returns what goes of the projections of layers that stay."""
-    removed: dict[tuple[str, Side], list[int]] = defaultdict(list)
+def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int]]:
+    """Returns what goes of the projections of layers that stay, by module, parameter and side."""
+    removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
     for group in _staying(plan):
         units = plan.removed(group)
         for s in group.slices:
             if units:
-                removed[s.module, s.side] += s.channels(units)
+                removed[s.module, s.parameter, s.side] += s.channels(units)
     return removed
 
 
@@ -231,7 +235,7 @@ def _staying(plan: PruningPlan) -> list[Group]:
 def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
     """Updates the sizes that modules and config repeat, after their parameters were cut."""
     modules = group_modules(model, plan.groups)
-    for name, side in _removed_channels(plan):
+    for name, _, side in _removed_channels(plan):
         write_channels(modules[name], side)
     if not is_supported(model):
         return
@@ -266,6 +270,14 @@ def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
         setattr(attention.config, table.keys_values_key, kept)
 
 
+def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    table = experts_table(find_spec(model))
+    layer = model.get_submodule(group.name.removesuffix(f".{table.experts}"))
+    for path in table.attributes:
+        owner, _, attribute = path.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+
+
 def _rewrite_channels(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     rewrite_stream(model, find_spec(model), units=group.num_units, kept=len(plan.keep[group.name]))
 
@@ -273,5 +285,6 @@ def _rewrite_channels(model: nn.Module, group: Group, plan: PruningPlan) -> None
 _REWRITERS: dict[str, Callable[[nn.Module, Group, PruningPlan], None]] = {
     "mlp": _rewrite_width,
     "heads": _rewrite_heads,
+    EXPERTS: _rewrite_experts,
     CHANNELS: _rewrite_channels,
 }

@@ -6,9 +6,9 @@ from typing import Literal
 
 from hfprune.errors import ConfigError
 
-UnitKind = Literal["mlp", "heads", "blocks", "channels"]
-"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), layers,
-hidden channels (those of the residual stream)."""
+UnitKind = Literal["mlp", "heads", "experts", "blocks", "channels"]
+"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), experts of
+mixture-of-experts layers, layers, hidden channels (those of the residual stream)."""
 
 Side = Literal["out", "in"]
 """Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
@@ -27,12 +27,14 @@ class Slice:
         side: ``out`` or ``in`` channels.
         offset: First channel (fused projections hold several blocks side by side).
         width: Channels per unit.
+        parameter: Attribute of the module that holds the weights; experts have several.
     """
 
     module: str
     side: Side
     offset: int = 0
     width: int = 1
+    parameter: str = "weight"
 
     def channels(self, units: Iterable[int]) -> list[int]:
         """Returns the channels that ``units`` own, in the order of the units."""
@@ -46,11 +48,12 @@ class Group:
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
         kind: Unit kind: ``mlp`` (MLP neurons), ``heads`` (key-value heads, each with the query heads that read it),
-            ``block`` (whole layers), ``channels`` (hidden channels of the residual stream); one group for the model of
-            each of these two.
+            ``experts`` (of a mixture), ``block`` (whole layers), ``channels`` (hidden channels of the residual stream);
+            one group for the model of each of these two.
         num_units: Number of units in the dense model.
         slices: What each unit owns; none for ``block``.
         layer: Index of the layer that the units are in; None for ``block``, ``channels`` and modules without layers.
+        least: Fewest units that can stay: of experts as many as a token goes through.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Group:
     num_units: int
     slices: tuple[Slice, ...]
     layer: int | None = None
+    least: int = 1
 
     def inputs(self) -> tuple[Slice, ...]:
         """Returns the slices on the input side, where a unit's activation can be read."""

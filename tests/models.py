@@ -9,10 +9,13 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from hfprune.allocation import Inventory
@@ -59,13 +62,28 @@ def configs():
     }
 
 
+def mixtures():
+    """Name -> config: every supported class with mixtures of experts."""
+    qwen = OWN_HEAD_DIM | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return {
+        "mixtral": MixtralConfig(**GATED, num_local_experts=6, num_experts_per_tok=2),
+        "qwen2_moe": Qwen2MoeConfig(
+            **{k: v for k, v in qwen.items() if k != "head_dim"}, shared_expert_intermediate_size=8, norm_topk_prob=True
+        ),
+        "qwen3_moe": Qwen3MoeConfig(**qwen),
+    }
+
+
 NAMES = sorted(configs())
+MIXTURES = sorted(mixtures())
 
 
 def tiny(name="llama", *, seed=0, dtype=torch.float64):
     """Returns the tiny model ``name`` in eval mode; all weights random, norms and biases included."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(configs()[name]).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config((configs() | mixtures())[name]).to(dtype).eval()
+    if name in MIXTURES:
+        model.set_experts_implementation("eager")  # the default has no float64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

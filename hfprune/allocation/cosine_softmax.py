@@ -76,7 +76,14 @@ class CosineSoftmax(Allocation):
         if self.share is not None:
             return settled(inventory, self._by_share(inventory, weights), ())
         slots = [
-            slot(g.kind, g.num_units, cost, round_to=round_to if weight else g.num_units, floor=0.0 if weight else 1.0)
+            slot(
+                g.kind,
+                g.num_units,
+                cost,
+                round_to=round_to if weight else g.num_units,
+                floor=0.0 if weight else 1.0,
+                least=g.least,
+            )
             for g, cost, weight in zip(inventory.groups, inventory.costs, weights, strict=True)
         ]
         largest = 1 / min(weight for weight in weights if weight)
@@ -92,7 +99,7 @@ class CosineSoftmax(Allocation):
         for group, weight in zip(inventory.groups, weights, strict=True):
             share = self.share * weight
             number = removed_units(group, share, self.compat)
-            if number >= group.num_units:
+            if group.num_units - number < group.least:
                 raise ConfigError(
                     f"{type(self).__name__} would remove {share:.0%} of {group.name}: lower share or alpha, or give a "
                     "budget in place of share."

@@ -13,6 +13,7 @@ class Explicit(Allocation):
     Args:
         mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
         heads: Key-value heads to keep, likewise.
+        experts: Experts to keep, likewise.
         blocks: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
         channels: Number of hidden channels to keep: the hidden size.
 
@@ -28,12 +29,14 @@ class Explicit(Allocation):
         *,
         mlp: int | list[int] | None = None,
         heads: int | list[int] | None = None,
+        experts: int | list[int] | None = None,
         blocks: int | list[int] | None = None,
         channels: int | None = None,
     ) -> None:
-        if mlp is None and heads is None and blocks is None and channels is None:
-            raise ConfigError("Explicit names what to keep: give mlp, heads, blocks or channels.")
-        self.mlp, self.heads, self.blocks, self.channels = mlp, heads, blocks, channels
+        if all(value is None for value in (mlp, heads, experts, blocks, channels)):
+            raise ConfigError("Explicit names what to keep: give mlp, heads, experts, blocks or channels.")
+        self.blocks = blocks
+        self._named = {"mlp": mlp, "heads": heads, "experts": experts, "channels": channels}
 
     @property
     def own_budget(self) -> bool:
@@ -42,7 +45,7 @@ class Explicit(Allocation):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and widths."""
-        named = {"mlp": self.mlp, "heads": self.heads, "blocks": self.blocks, "channels": self.channels}
+        named = self._named | {"blocks": self.blocks}
         return {"name": "Explicit"} | {key: value for key, value in named.items() if value is not None}
 
     def needs_scores(self, inventory: Inventory) -> bool:
@@ -51,12 +54,11 @@ class Explicit(Allocation):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
-        kinds = {"mlp": self.mlp, "heads": self.heads, "block": self.blocks, "channels": self.channels}
-        for kind, value in kinds.items():
+        for kind, value in (self._named | {"block": self.blocks}).items():
             if value is not None and kind not in inventory.kinds():
                 raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
-        for kind in ("mlp", "heads", "channels"):
-            self._widths(inventory, kind, kinds[kind])
+        for kind, value in self._named.items():
+            self._widths(inventory, kind, value)
         if self.blocks is not None:
             self._removed(inventory, None)
 
@@ -64,7 +66,7 @@ class Explicit(Allocation):
         """Returns the named widths."""
         removed = self._removed(inventory, scores) if self.blocks is not None else ()
         widths = list(inventory.dense_widths())
-        for kind, value in (("mlp", self.mlp), ("heads", self.heads), ("channels", self.channels)):
+        for kind, value in self._named.items():
             for number, width in self._widths(inventory, kind, value).items():
                 if inventory.groups[number].layer not in removed:
                     widths[number] = width
@@ -94,7 +96,10 @@ class Explicit(Allocation):
         for number in members:
             group = inventory.groups[number]
             width = value if isinstance(value, int) else value[group.layer or 0]
-            if not 0 < width <= group.num_units:
-                raise ConfigError(f"{self}: {group.name} has {group.num_units} units; {width} cannot be kept.")
+            if not group.least <= width <= group.num_units:
+                raise ConfigError(
+                    f"{self}: {group.name} has {group.num_units} units, of which at least {group.least} must "
+                    f"stay; {width} cannot be kept."
+                )
             found[number] = width
         return found

@@ -46,7 +46,9 @@ class Slot:
         return None if kept >= self.high else min(number, self.high)
 
 
-def slot(kind: str, units: int, cost: int, *, round_to: int, floor: float = 0.0, ceiling: float = 1.0) -> Slot:
+def slot(
+    kind: str, units: int, cost: int, *, round_to: int, floor: float = 0.0, ceiling: float = 1.0, least: int = 1
+) -> Slot:
     """Returns the slot of a group.
 
     Args:
@@ -56,10 +58,12 @@ def slot(kind: str, units: int, cost: int, *, round_to: int, floor: float = 0.0,
         round_to: Rounding of MLP widths.
         floor: Least share of the units to keep; one step always stays.
         ceiling: Largest share to keep.
+        least: Fewest units that can be kept, whatever the shares.
     """
     step = min(round_to, units) if kind == "mlp" else 1
     high = units if ceiling == 1 else max(int(ceiling * units) // step * step, step)
-    low = min(max(-int(-floor * units // step) * step, step), high)
+    high = max(high, least)
+    low = min(max(-int(-floor * units // step) * step, step, least), high)
     return Slot(kind=kind, units=units, cost=cost, step=step, low=low, high=high)
 
 

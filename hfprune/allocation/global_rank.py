@@ -69,7 +69,15 @@ class GlobalRank(Allocation):
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the widths that one ranking leaves."""
         slots = [
-            slot(g.kind, g.num_units, cost, round_to=round_to, floor=self.floor, ceiling=self.ceiling)
+            slot(
+                g.kind,
+                g.num_units,
+                cost,
+                round_to=round_to,
+                floor=self.floor,
+                ceiling=self.ceiling,
+                least=g.least,
+            )
             for g, cost in zip(inventory.groups, inventory.costs, strict=True)
         ]
         widths = [s.high for s in slots]

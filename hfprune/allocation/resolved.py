@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_WORDS = {"mlp": "MLP width", "heads": "key-value heads", "block": "layers", "channels": "hidden size"}
+_WORDS = {
+    "mlp": "MLP width",
+    "heads": "key-value heads",
+    "block": "layers",
+    "channels": "hidden size",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,7 +96,7 @@ class Sensitivity(Allocation):
             pieces += _hull(number, group.num_units, cost, curve)
             floor = min(1.0, *curve) if curve else 1.0
             step = round_to if floor < 1 else group.num_units
-            slots.append(slot(group.kind, group.num_units, cost, round_to=step, floor=floor))
+            slots.append(slot(group.kind, group.num_units, cost, round_to=step, floor=floor, least=group.least))
         pieces.sort()
         widths = fill(slots, _walk(pieces, inventory.costs), inventory.dense_params - target)
         return settled(inventory, widths, ())
@@ -114,7 +114,8 @@ def measure_curves(
     """
     curves = {}
     for group in groups:
-        widths = sorted({max(1, int(share * group.num_units + 0.5)) for share in shares}, reverse=True)
+        widths = sorted({max(group.least, int(share * group.num_units + 0.5)) for share in shares}, reverse=True)
+        widths = [width for width in widths if width < group.num_units]
         curves[group.name] = {width / group.num_units: measure(group, width) for width in widths}
     return curves
 

@@ -9,7 +9,7 @@ from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
 from hfprune.allocation.fill import Slot, slot
 from hfprune.allocation.hidden import with_channels
-from hfprune.arch import CHANNELS
+from hfprune.arch import CHANNELS, EXPERTS
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
@@ -75,11 +75,11 @@ class Uniform(Allocation):
                 step = round_to if group.kind in ("mlp", CHANNELS) else 1
                 if group.kind == CHANNELS and inventory.channels is not None and self.compat is None:
                     step = math.lcm(step, inventory.channels.step)
-                widths[number] = min(max(round_width(kept, step), step), group.num_units)
+                widths[number] = min(max(round_width(kept, step), step, group.least), group.num_units)
         return settled(inventory, widths, removed)
 
 
-_KINDS = {"mlp": "mlp", "heads": "heads", "blocks": "block", "channels": CHANNELS}
+_KINDS = {"mlp": "mlp", "heads": "heads", "experts": EXPERTS, "blocks": "block", "channels": CHANNELS}
 _COMPAT = ("llm_pruner", "slimllm")
 
 
@@ -162,7 +162,7 @@ def _widths_of(inventory: Inventory, members: Sequence[int], round_to: int) -> l
     """Returns every set of widths that one share can give to the groups of a kind."""
     slots = [_slot(inventory, i, round_to) for i in members]
     shares = {1 - kept / s.units for s in slots for kept in range(s.low, s.units + 1, s.step)}
-    found = ([_nearest(s.units * (1 - share), s.step, s.units) for s in slots] for share in sorted(shares | {0.0}))
+    found = ([_nearest(s, s.units * (1 - share)) for s in slots] for share in sorted(shares | {0.0}))
     return [list(widths) for widths in dict.fromkeys(map(tuple, found))]
 
 
@@ -180,19 +180,19 @@ def _fill_last(
     share = min(max(need / held, 0.0), 1.0)
     for i in members:
         units = inventory.groups[i].num_units
-        widths[i] = _nearest(units * (1 - share), _slot(inventory, i, round_to).step, units)
+        widths[i] = _nearest(_slot(inventory, i, round_to), units * (1 - share))
     dense = {inventory.groups[i].num_units for i in members}
     return dense.pop() * (1 - need / held) if len(dense) == 1 else None
 
 
 def _slot(inventory: Inventory, number: int, round_to: int) -> Slot:
     group = inventory.groups[number]
-    return slot(group.kind, group.num_units, inventory.costs[number], round_to=round_to)
+    return slot(group.kind, group.num_units, inventory.costs[number], round_to=round_to, least=group.least)
 
 
-def _nearest(exact: float, step: int, units: int) -> int:
-    """Returns the multiple of ``step`` nearest to ``exact``, at least one step and at most the dense width."""
-    return min(max(round_width(exact, step), step), units)
+def _nearest(s: Slot, exact: float) -> int:
+    """Returns the multiple of the slot's step nearest to ``exact``, within its bounds."""
+    return min(max(round_width(exact, s.step), s.low), s.units)
 
 
 def _share_away(inventory: Inventory, members: Sequence[int], widths: Sequence[int], share: float) -> float:

@@ -1,6 +1,7 @@
 """Architectures as data: one table per Hugging Face model class, and how a table becomes groups of units."""
 
 from hfprune.arch.custom import Neurons, custom_groups, pruned_count
+from hfprune.arch.experts import EXPERTS
 from hfprune.arch.groups import (
     backbone,
     check_units,
@@ -9,19 +10,31 @@ from hfprune.arch.groups import (
     find_spec,
     is_supported,
     layer_params,
+    mlp_widths,
     output_head,
     parameter_count,
     unit_cost,
 )
-from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec, HeadTemplate, SliceTemplate, StreamSpec, register
+from hfprune.arch.spec import (
+    ARCHITECTURES,
+    ArchSpec,
+    AttentionSpec,
+    ExpertsSpec,
+    HeadTemplate,
+    SliceTemplate,
+    StreamSpec,
+    register,
+)
 from hfprune.arch.stock import check_stock, config_values, head_counts, hidden_step
 from hfprune.arch.stream import CHANNELS, channel_cost, per_channel
 
 __all__ = [
     "ARCHITECTURES",
     "CHANNELS",
+    "EXPERTS",
     "ArchSpec",
     "AttentionSpec",
+    "ExpertsSpec",
     "HeadTemplate",
     "Neurons",
     "SliceTemplate",
@@ -39,6 +52,7 @@ __all__ = [
     "hidden_step",
     "is_supported",
     "layer_params",
+    "mlp_widths",
     "output_head",
     "parameter_count",
     "per_channel",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hfprune.arch.experts import expert_group, experts_table
 from hfprune.arch.projection import bias_of, num_channels
 from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec
 from hfprune.arch.stream import CHANNELS, channel_cost, channel_group
@@ -35,13 +36,13 @@ def class_name(model: nn.Module) -> str:
 def find_groups(
     model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
 ) -> tuple[Group, ...]:
-    """Returns the groups of ``model``: MLP neurons and heads one per layer, in order, blocks and channels one for all.
+    """Returns the groups of ``model``, in order: MLP neurons, heads, experts one a layer, blocks, channels one for all.
 
     Works on the meta device, and on models that were pruned before: shapes alone are read.
 
     Args:
         model: A Hugging Face model of a known class.
-        units: Unit kinds: ``mlp``, ``heads``, ``blocks``, ``channels``. Their order does not matter.
+        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``blocks``, ``channels``. Their order does not matter.
         spec: The table; that of the model's class if not given.
 
     Raises:
@@ -67,7 +68,17 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
     return layers
 
 
+def mlp_widths(model: nn.Module) -> tuple[int, ...]:
+    """Returns the MLP width of each layer; none where the MLPs are mixtures of experts."""
+    return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
+
+
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    if not spec.mlp:
+        raise UnsupportedArchitectureError(
+            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: give the units "
+            "experts, heads or blocks, for example --importance.units '[experts]'."
+        )
     return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
 
@@ -116,6 +127,12 @@ def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
     return getattr(attention, table.size_attribute), ratio
 
 
+def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    names = [f"{spec.layers}.{index}.{experts_table(spec).router}" for index in range(len(find_layers(model, spec)))]
+    found = [expert_group(model, spec, index, _module(model, name)) for index, name in enumerate(names)]
+    return [_checked(model, spec, group) for group in found]
+
+
 def _block_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if spec.position_key is not None and getattr(model.config, spec.position_key):
         raise UnsupportedArchitectureError(
@@ -132,6 +149,7 @@ def _channel_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
     "mlp": _mlp_groups,
     "heads": _head_groups,
+    "experts": _expert_groups,
     "blocks": _block_groups,
     "channels": _channel_groups,
 }
@@ -140,7 +158,7 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
 def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
     """Returns ``group`` when its slices cover the projections that they name."""
     for s in group.slices:
-        channels = num_channels(_module(model, s.module), s.side)
+        channels = num_channels(_module(model, s.module), s.side, s.parameter)
         expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
         if channels != expected:
             raise UnsupportedArchitectureError(
@@ -168,7 +186,7 @@ def unit_cost(model: nn.Module, group: Group) -> int:
     cost = 0
     for s in group.slices:
         module = _module(model, s.module)
-        cost += s.width * num_channels(module, "in" if s.side == "out" else "out")
+        cost += s.width * num_channels(module, "in" if s.side == "out" else "out", s.parameter)
         if s.side == "out" and bias_of(module) is not None:
             cost += s.width
     return cost

@@ -1,13 +1,19 @@
 """The one place that knows how modules store their channels.
 
 ``nn.Linear`` holds [out, in], transformers' ``Conv1D`` and embeddings [in, out] (an embedding's inputs are tokens). A
-norm multiplies every channel by one weight: it counts as a projection with one input, [out, 1].
+norm multiplies every channel by one weight: it counts as a projection with one input, [out, 1]. The router of a mixture
+of experts holds [experts, in]. The experts E of a layer have two weights in one module, both stacked: ``gate_up_proj``
+[E, 2 I, H] counts as [E, 2 I H], since experts make its outputs, ``down_proj`` [E, H, I] as [H I, E], since they are
+what it adds up.
 """
 
 from torch import Tensor, nn
 
 from hfprune.errors import UnsupportedArchitectureError
 from hfprune.types import Side
+
+STACKED: dict[str, Side] = {"gate_up_proj": "out", "down_proj": "in"}
+"""Weights of a module of experts, [E, ...] -> the side that experts are on."""
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -16,7 +22,7 @@ def is_transposed(module: nn.Module) -> bool:
     Raises:
         UnsupportedArchitectureError: ``module`` is none of these and no norm, a quantised layer for example.
     """
-    if type(module) is nn.Linear or is_norm(module):
+    if type(module) is nn.Linear or is_norm(module) or is_router(module):
         return False
     if isinstance(module, nn.Embedding) or is_projection(module):
         return True
@@ -36,8 +42,22 @@ def is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm")
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """Returns the weight of a projection as [out, in], a view; that of a norm as [out, 1]."""
+def is_router(module: nn.Module) -> bool:
+    """Returns whether ``module`` chooses the experts of each token."""
+    return type(module).__name__.endswith("TopKRouter")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Returns whether ``module`` holds the weights of all experts of a layer."""
+    return type(module).__name__.endswith("Experts") and all(hasattr(module, name) for name in STACKED)
+
+
+def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """Returns a weight of a projection as [out, in], a view; that of a norm as [out, 1]."""
+    if is_experts(module):
+        stacked = getattr(module, parameter).flatten(1)
+        found: Tensor = stacked if STACKED[parameter] == "out" else stacked.T
+        return found
     transposed = is_transposed(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -52,14 +72,14 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def num_channels(module: nn.Module, side: Side) -> int:
+def num_channels(module: nn.Module, side: Side, parameter: str = "weight") -> int:
     """Returns the number of output or input channels of a projection."""
-    return weight_of(module).shape[0 if side == "out" else 1]
+    return weight_of(module, parameter).shape[0 if side == "out" else 1]
 
 
 def weight_axis(module: nn.Module, side: Side) -> int:
-    """Returns the axis of ``module.weight``, as stored, that holds the channels of ``side``."""
-    return int((side == "in") != is_transposed(module))
+    """Returns the axis of a projection's weight, as stored, that holds the channels of ``side``."""
+    return 0 if is_experts(module) else int((side == "in") != is_transposed(module))
 
 
 def write_channels(module: nn.Module, side: Side) -> None:

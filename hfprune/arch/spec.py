@@ -80,6 +80,28 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """The mixture of experts in every layer of one model class.
+
+    The router multiplies what each of its best experts gives by a weight and adds that up. A router that knows fewer
+    experts chooses among those, as if the others had a probability of zero.
+
+    Attributes:
+        router: The router, relative to the layer.
+        experts: The module that holds the weights of all experts.
+        count_key: Config key of the number of experts.
+        chosen_key: Config key of the number of experts that a token goes through.
+        attributes: Attributes of a layer's modules that repeat the number of experts, as ``module.attribute``.
+    """
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    count_key: str = "num_local_experts"
+    chosen_key: str = "num_experts_per_tok"
+    attributes: tuple[str, ...] = ("mlp.gate.num_experts", "mlp.experts.num_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSpec:
     """What carries the residual stream, besides the projections of MLP and attention that read and write it.
 
@@ -114,13 +136,14 @@ class ArchSpec:
         model_class: Exact class name; a subclass or a similar name is another architecture.
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
-        mlp: The sides of the MLP's projections, at least one of them ``in``.
+        mlp: The sides of the MLP's projections, at least one of them ``in``; none where MLPs are mixtures of experts.
         width_key: Config key of the MLP width; one value for all layers.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, if the class has one.
         width_attributes: Attributes of a layer's modules that repeat the width, as ``module.attribute``.
         lora_targets: Names of the projections that LoRA adapts (all linear ones of a layer, as in HFPrune).
         attention: The attention; None where heads cannot be removed.
+        experts: The mixture of experts; None where there is none.
         layers_key: Config key of the number of layers.
         layer_lists: Config keys with a list of one value per layer.
         position_key: Config key that, when true, makes a layer depend on its index: no layer can go then.
@@ -140,6 +163,7 @@ class ArchSpec:
     softcap_key: str | None = None
     width_attributes: tuple[str, ...] = ()
     attention: AttentionSpec | None = None
+    experts: ExpertsSpec | None = None
     layers_key: str = "num_hidden_layers"
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None

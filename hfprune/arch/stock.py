@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hfprune.arch.experts import EXPERTS, experts_table
 from hfprune.arch.groups import attention_table, find_layers, find_spec, head_shape
 from hfprune.arch.stream import CHANNELS, scaled_epsilon, stream_table
 from hfprune.errors import UnsupportedArchitectureError
@@ -72,6 +73,9 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
     width = _common(groups, keep, "mlp", stay)
     if width is not None:
         values[spec.width_key] = width
+    experts = _common(groups, keep, EXPERTS, stay)
+    if experts is not None:
+        values[experts_table(spec).count_key] = experts
     heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
     if heads is not None and heads in head_counts(model, hidden=hidden):
         values |= _head_values(model, heads)
@@ -98,7 +102,7 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
         UnsupportedArchitectureError: It cannot; the message says what it could, and names the layout that can.
     """
     stay = _staying(model, groups, keep)
-    for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads")):
+    for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads"), (EXPERTS, "experts")):
         kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(

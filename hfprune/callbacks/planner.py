@@ -29,6 +29,7 @@ from hfprune.criteria import (
     LayerwiseCriterion,
     SelfDistillation,
     WeightCriterion,
+    check_experts,
     resolve_objective,
     scored_groups,
     with_blocks,
@@ -58,8 +59,9 @@ class PruningOptions:
     stop_when_settled: float | None
 
     def __post_init__(self) -> None:
-        """Raises ``ConfigError`` where criterion, objective and distillation do not go together."""
+        """Raises ``ConfigError`` where criterion, units, objective and distillation do not go together."""
         resolve_objective(self.criterion, self.objective)
+        check_experts(self.criterion, self.units)
         if self.distillation is not None:
             self.distillation.check(self.criterion, self.objective)
 

@@ -29,6 +29,11 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
                 "Hidden channels run through embedding, layers and head, which ModelParallelStrategy gathers one at a "
                 "time: leave 'channels' out of the units, or use a single device or DDP."
             )
+        if "experts" in target.units:
+            raise ConfigError(
+                "Weights of experts are saved in other pieces than they have in memory, which ModelParallelStrategy "
+                "does not read: leave 'experts' out of the units, or use a single device or DDP."
+            )
         if not target.reloads_weights:
             raise ConfigError(
                 "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "

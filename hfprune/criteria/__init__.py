@@ -14,6 +14,7 @@ from hfprune.criteria.base import (
     Sums,
     Totals,
     WeightCriterion,
+    check_experts,
     resolve_objective,
 )
 from hfprune.criteria.blocks import block_scores, scored_groups, with_blocks
@@ -57,6 +58,7 @@ __all__ = [
     "WeightRange",
     "WeightTaylor",
     "block_scores",
+    "check_experts",
     "resolve_objective",
     "scored_groups",
     "with_blocks",

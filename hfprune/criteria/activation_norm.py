@@ -11,8 +11,11 @@ class ActivationNorm(ActivationCriterion):
     """Root mean square over tokens of the L2 norm of a unit's activation, where consumers read it.
 
     With a_t the unit's channels at token t: sqrt(sum_t norm(a_t)^2 / tokens). Up to the factor sqrt(tokens), which
-    changes no ranking, this is the norm of the unit's activation over the calibration set.
+    changes no ranking, this is the norm of the unit's activation over the calibration set. The activation of an expert
+    is the weight that the router gives it.
     """
+
+    experts = True
 
     def reads(self, part: Slice) -> bool:
         """Returns whether the projection consumes the units."""

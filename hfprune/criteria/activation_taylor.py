@@ -34,6 +34,9 @@ class ActivationTaylor(GradientCriterion):
     - ``per_sequence``: sum_n |sum_t a g|;
     - ``signed``: |sum_n sum_t a g|, the first-order effect of removing the unit on the whole set.
 
+    The activation of an expert is the weight that the router gives it in the layer's output, 0 for tokens that do not
+    go through it: a g is what the objective loses, to first order, with the expert's contribution.
+
     Sums are divided by the number of tokens, or of sequences (``weighting="sequence"``, the official normalisation).
 
     Args:
@@ -47,6 +50,7 @@ class ActivationTaylor(GradientCriterion):
     """
 
     outside_layers = True
+    experts = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ Shape legend: B sequences, T tokens, C channels, U units, S sums that a criterio
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -140,10 +140,12 @@ class Criterion(ABC):
     Attributes:
         outside_layers: Whether it scores hidden channels in the embedding and the output head, too.
         norms: Whether it scores them in the weights of norms, too.
+        experts: Whether it scores experts of mixtures.
     """
 
     outside_layers: ClassVar[bool] = False
     norms: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -258,6 +260,15 @@ class ActivationCriterion(CalibratedCriterion):
             batch: The batch.
             moments: To be added to, in place.
         """
+
+
+def check_experts(criterion: Criterion, kinds: Collection[str]) -> None:
+    """Raises ``ConfigError`` where experts are among the units and ``criterion`` does not score them."""
+    if "experts" in kinds and not criterion.experts:
+        raise ConfigError(
+            f"{type(criterion).__name__} does not score experts; ActivationTaylor, Fisher, ActivationNorm, Magnitude "
+            "and Random do. Choose one of these, or leave 'experts' out of the units."
+        )
 
 
 def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import CHANNELS, find_groups, find_spec
+from hfprune.arch import CHANNELS, EXPERTS, find_groups, find_spec
 from hfprune.arch.stream import scored_slices
-from hfprune.criteria.base import Criterion
+from hfprune.criteria.base import Criterion, check_experts
 from hfprune.types import Group
 
 
@@ -36,11 +36,17 @@ def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criter
         model: The model.
         groups: The groups that may lose units.
         criterion: How they are scored: hidden channels by the slices of theirs that it reads.
+
+    Raises:
+        ConfigError: There are experts to score, and the criterion does not do that.
     """
+    check_experts(criterion, {group.kind for group in groups})
     channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
     if all(group.slices for group in groups):
         return (*(group for group in groups if group.kind != CHANNELS), *channels)
-    return (*find_groups(model, ("mlp", "heads")), *channels)
+    inner = "mlp" if find_spec(model).mlp else EXPERTS
+    check_experts(criterion, (inner,))
+    return (*find_groups(model, (inner, "heads")), *channels)
 
 
 def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:

@@ -33,6 +33,7 @@ class Fisher(GradientCriterion):
     """
 
     outside_layers = True
+    experts = True
     objectives = ("sampled", "cross_entropy")
 
     def __init__(self, *, reduction: Literal["per_token", "per_sequence"] = "per_token") -> None:

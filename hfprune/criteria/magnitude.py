@@ -19,6 +19,7 @@ class Magnitude(WeightCriterion):
     """
 
     outside_layers = True
+    experts = True
 
     def __init__(self, *, norm: Literal["l1", "l2"] = "l2") -> None:
         if norm not in ("l1", "l2"):

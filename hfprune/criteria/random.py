@@ -19,6 +19,7 @@ class Random(WeightCriterion):
     """
 
     outside_layers = True
+    experts = True
 
     def __init__(self, *, seed: int = 0) -> None:
         if seed < 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune.arch import parameter_count
+from hfprune.arch import find_spec, parameter_count
 from hfprune.layouts import empty_copy
 from hfprune.loading import max_positions
 
@@ -48,6 +48,8 @@ def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 
     """
     tokens = min(tokens, max_positions(model.config) or tokens)
     shell = empty_copy(model).to(next(model.parameters()).dtype).eval()
+    if find_spec(model).experts is not None:
+        shell.set_experts_implementation("batched_mm")  # the one that has no shapes which depend on values
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

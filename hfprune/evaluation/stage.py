@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune.arch import find_groups, output_head, parameter_count
+from hfprune.arch import mlp_widths, output_head, parameter_count
 from hfprune.evaluation.fidelity import Reference, compare_windows, fidelity_of
 from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.latency import Latency, compare_latency, measure_latency
@@ -23,8 +23,8 @@ class Measurement:
 
     Attributes:
         parameters: Parameters, tied weights once.
-        width: MLP width of every layer; None where layers differ.
-        widths: MLP width of each layer.
+        width: MLP width of every layer; None where layers differ, or MLPs are mixtures of experts.
+        widths: MLP width of each layer; none for mixtures of experts.
         size: Bytes, multiply-accumulates, key-value cache.
         perplexity: On the evaluation windows.
         fidelity: To the dense model, on the same windows.
@@ -51,7 +51,7 @@ class Measurement:
         }
         known = {name: part.to_dict() for name, part in parts.items() if part is not None}
         widths: dict[str, Any] = {"width": self.width, "widths": list(self.widths)}
-        if self.width is None:
+        if self.widths and self.width is None:
             widths["mean_width"] = sum(self.widths) / len(self.widths)
         return {"parameters": self.parameters, **widths, **known, "seconds": self.seconds}
 
@@ -79,7 +79,7 @@ def measure(
         known: Perplexity and fidelity where they are known, so that no pass is needed.
     """
     start = time.perf_counter()
-    widths = tuple(group.num_units for group in find_groups(model))
+    widths = mlp_widths(model)
     found: Perplexity | None = None
     close: Fidelity | None = None
     if known is not None:

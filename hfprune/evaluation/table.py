@@ -15,6 +15,8 @@ def widths_text(widths: Sequence[int]) -> str:
     >>> widths_text([1024, 1024]), widths_text([7, 20, 11])
     ('1,024', '7 to 20')
     """
+    if not widths:
+        return "mixtures of experts"
     low, high = min(widths), max(widths)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 

@@ -7,6 +7,12 @@ from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.errors import ConfigError
 
+_REFUSED = (
+    ("blocks", "none may go"),
+    ("channels", "hidden channels go through all of them"),
+    ("experts", "no one projection reads experts"),
+)
+
 
 def check_together(
     criterion: Criterion,
@@ -26,7 +32,7 @@ def check_together(
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
-    for name, why in (("blocks", "none may go"), ("channels", "hidden channels go through all of them")):
+    for name, why in _REFUSED:
         if name in units:
             raise ConfigError(
                 f"{type(compensation or criterion).__name__} goes through the layers one by one, and {why}: leave "

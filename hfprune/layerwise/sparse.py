@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch.groups import find_layers
+from hfprune.arch.groups import find_layers, find_spec
 from hfprune.arch.projection import weight_of
 from hfprune.errors import CalibrationError, ConfigError
 from hfprune.layerwise.importance import ImportanceSource
@@ -94,6 +94,11 @@ def check_sparse(
 ) -> None:
     """Raises ``ConfigError`` when settings exclude each other or do not fit ``model``, whose shapes alone are read."""
     name = type(method).__name__
+    if find_spec(model).experts is not None:
+        raise ConfigError(
+            f"The experts of {find_spec(model).model_class} hold their weights in stacks, which sparse methods do not "
+            "read. Remove whole experts (--importance.units '[experts]'), or prune a model without mixtures."
+        )
     if update is not None and isinstance(method, SparseGPT):
         raise ConfigError("--update sparsegpt follows a method that only drops weights; SparseGPT updates them itself.")
     if method.across and (sparsity.of is not None or allocation is not None):

@@ -1,6 +1,7 @@
 """What a layout is, and the table of them."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,10 @@ class Layout(ABC):
     @abstractmethod
     def written(self, model: Any) -> Any:
         """Returns the model whose ``save_pretrained`` writes ``model`` in this layout; ``model`` stays as it is."""
+
+    def compress(self, folder: Path) -> bool:
+        """Rewrites, in place, what ``save_pretrained`` wrote, where a layout stores less; returns whether it did."""
+        return False
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Returns by how much logits may change, relative to the largest: not at all, but for other kernels."""

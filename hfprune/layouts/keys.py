@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hfprune.arch.experts import EXPERTS, experts_table
 from hfprune.arch.groups import attention_table
 from hfprune.arch.spec import ArchSpec
 from hfprune.arch.stream import CHANNELS, stream_table
@@ -33,6 +34,8 @@ def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int
         if table.size_key is None:
             return values
         return values | {table.size_key: _head_size(config, spec)}
+    if kind == EXPERTS:
+        return {experts_table(spec).count_key: kept}
     if kind == CHANNELS:
         stream, size_key = stream_table(spec), attention_table(spec).size_key
         return {stream.hidden_key: kept} | ({} if size_key is None else {size_key: _head_size(config, spec)})

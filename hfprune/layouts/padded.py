@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfprune import surgery
-from hfprune.arch import CHANNELS, config_values, find_spec
+from hfprune.arch import CHANNELS, EXPERTS, config_values, find_spec
 from hfprune.errors import ConfigError
 from hfprune.layouts.apply import empty_copy, not_expressed
 from hfprune.layouts.base import LAYOUTS, Layout
@@ -90,10 +90,10 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
     """
     groups: dict[str, Group] = {}
     keep: dict[str, tuple[int, ...]] = {}
-    owners: dict[tuple[str, str], str] = {}
+    owners: dict[tuple[str, str, str], str] = {}
     for plan in plans:
         for group in plan.groups:
-            if any(owners.setdefault((s.module, s.side), group.name) != group.name for s in group.slices):
+            if any(owners.setdefault((s.module, s.parameter, s.side), group.name) != group.name for s in group.slices):
                 raise ConfigError(
                     f"--layout padded cannot follow {group.name} through {len(plans)} plans: another group of an "
                     "earlier one has the same channels. Give --layout per_layer."
@@ -108,7 +108,8 @@ def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
     """Returns how many units of ``kind`` each group of the padded model has: as few as stock config fields express."""
     groups = [group for group in plan.groups if group.kind == kind]
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
-    if min(widths) < units and kind_values(empty.config, find_spec(empty), kind, kept=units, units=units) is None:
+    values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
+    if min(widths) < units and (values is None or kind == EXPERTS):  # a router would choose experts of zeros, too
         raise ConfigError(
             f"--layout padded fills layers up with units of zeros, and none can stand for a removed {kind}. Give "
             "--layout per_layer."

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hfprune.arch import find_groups
+from hfprune.arch import find_groups, find_spec
 from hfprune.calibration import ObjectiveSum
 from hfprune.causal import objective_sum
 from hfprune.checkpoints import KEY, Phase, Record
@@ -173,7 +173,8 @@ class PruningModule(RecoverySteps):
             apply_plan(self.causal_lm, plan)
         self.plan = plan
         if self.trainable == "mlp":
-            names = {f"{part.module}." for group in find_groups(self.causal_lm) for part in group.slices}
+            units = ("mlp",) if find_spec(self.causal_lm).mlp else ("experts",)
+            names = {f"{part.module}." for group in find_groups(self.causal_lm, units) for part in group.slices}
             for name, parameter in self.causal_lm.named_parameters():
                 parameter.requires_grad_(name.rpartition(".")[0] + "." in names)
 

@@ -200,7 +200,12 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-_KINDS = {"mlp": "MLP neurons", "heads": "key-value heads", "block": "layers", "channels": "hidden channels"}
+_KINDS = {
+    "mlp": "MLP neurons",
+    "heads": "key-value heads",
+    "block": "layers",
+    "channels": "hidden channels",
+}
 
 
 def _layout(saved: Mapping[str, Any]) -> str:

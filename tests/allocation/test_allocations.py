@@ -336,7 +336,7 @@ def test_explicit_layers():
     [
         (lambda: Explicit(), "names what to keep"),
         (lambda: Uniform(share=1.0), "not in"),
-        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, blocks"),
+        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, blocks"),
         (lambda: Uniform(compat="llm_pruner"), "rounds a share"),
         (lambda: Protected(first=-1), "not negative"),
         (lambda: GlobalRank(comparable="rank"), "none of none, per_parameter, mean, standard"),

@@ -125,5 +125,5 @@ def test_what_is_out_of_reach_is_refused():
         allocate(stock, Budget(pruning_ratio=0.999))
     with pytest.raises(ConfigError, match="removes nothing"):
         allocate(stock, Budget(pruning_ratio=0.001))
-    with pytest.raises(ConfigError, match="576 units; 577 cannot be kept"):
+    with pytest.raises(ConfigError, match="576 units, of which at least 1 must stay; 577 cannot be kept"):
         allocate(stock, OWN, Explicit(channels=577))

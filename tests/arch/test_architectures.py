@@ -29,7 +29,7 @@ from hfprune.arch.projection import weight_of
 from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
 from hfprune.surgery import apply_plan, cut_optimizer_state, mask_plan, new_names, plan_cuts
-from tests.models import NAMES, configs, inventory, tiny, token_ids
+from tests.models import MIXTURES, NAMES, configs, inventory, tiny, token_ids
 
 UNITS = [("mlp",), ("heads",), ("blocks",), ("mlp", "heads", "blocks")]
 KINDS = {"mlp": 11, "heads": 1, "block": 2}
@@ -308,12 +308,12 @@ def test_rotary_factors_fix_the_heads_of_phi3():
 
 @pytest.mark.parametrize("units", [(), ("mlp", "mlp"), ("neurons",)])
 def test_unit_kinds_are_checked(units):
-    with pytest.raises(ConfigError, match="give each of mlp, heads, blocks, channels at most once"):
+    with pytest.raises(ConfigError, match="give each of mlp, heads, experts, blocks, channels at most once"):
         find_groups(_dense("llama"), units)
 
 
 def test_table_covers_what_the_readme_promises():
-    assert list(ARCHITECTURES) == sorted({find_spec(_dense(name)).model_class for name in NAMES})
+    assert list(ARCHITECTURES) == sorted({find_spec(tiny(name)).model_class for name in (*NAMES, *MIXTURES)})
 
 
 def test_unknown_class_lists_the_known_ones_and_shows_how_to_describe_one():

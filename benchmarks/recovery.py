@@ -1,0 +1,205 @@
+"""What recovery gives back for the same tokens: LoRA and all weights, on the text and towards the dense model.
+
+    python benchmarks/recovery.py --calibration C4.jsonl --recovery OTHER_C4.jsonl --text WIKI.txt --out OUT
+
+SmolLM2-135M-Instruct, pruned once for each start (``hfprune prune``): ``entropy``, entropy scores on 32 sequences of
+512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences. Every mode then
+trains on the same rows of 512 tokens, in the same order, one pass, AdamW, cosine, ``bf16-mixed``:
+
+``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's logits.
+``full_ce``, ``full_kd``: all weights.
+``dense``: the dense model with all weights tuned by cross-entropy on the same rows, the control.
+
+Figures are in float32: perplexity and KL to the untuned dense model on the text's first 40 windows of 512 tokens,
+cross-entropy on validation rows of the recovery text. One JSON line a cell in ``OUT/results.jsonl``, each in a process
+of its own; what is there is skipped, so that an interrupted run goes on with the same command. ``--table`` prints it.
+``--tasks`` and ``--task_data`` add the zero-shot tasks.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from lightning import Trainer, seed_everything
+from safetensors.torch import load_file, save_file
+
+from hfprune import LoraRecovery, PruningModule, TextDataModule
+from hfprune.arch import output_head
+from hfprune.evaluation.fidelity import DenseReference
+from hfprune.evaluation.stage import measure
+from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.loading import load_causal_lm
+from hfprune.recovery import DistillationRecovery
+from hfprune.recovery.lora import add_lora
+
+STARTS = {
+    "entropy": ["--data.calibration_sequences", "32"],
+    "fitted": [
+        "--data.calibration_sequences", "128", "--importance.criterion", "ActivationNorm",
+        "--importance.compensation", "LeastSquares",
+    ],
+}  # fmt: skip
+MODES = ("lora_ce", "lora_kd", "full_ce", "full_kd")
+
+
+def start_folder(args, start, ratio, seed):
+    """Returns the folder of a pruned model, made by the command line where it is not there."""
+    out = args.out / f"{start}_{ratio:g}_{seed}"
+    if not (out / "report.json").is_file():
+        command = [
+            sys.executable, "-m", "hfprune.cli", "prune", "--model.path", args.model, "--model.dtype", "float32",
+            "--data.calibration", args.calibration, "--data.text", args.text, "--data.seq_len", "512",
+            "--data.seed", str(seed), "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
+            "--output_dir", str(out), *STARTS[start],
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+    return out
+
+
+def reference(args, module, windows):
+    """Returns the dense model's predictions; its final hidden states are computed once."""
+    path = args.out / "dense.safetensors"
+    if not path.is_file():
+        found = DenseReference.collect(module.causal_lm, windows)
+        save_file({"hidden": found.hidden.contiguous()}, path)
+    return DenseReference(windows=windows, hidden=load_file(path)["hidden"], head=output_head(module.causal_lm))
+
+
+def trained(args, cell, module, data):
+    """Recovers the model that ``module`` holds; returns what training took."""
+    if cell["mode"].startswith("lora"):
+        module.lora = LoraRecovery(rank=32, alpha=64, dropout=0.0)
+        module.model = add_lora(module.model, module.lora, seed=cell["seed"])
+    trainer = Trainer(
+        max_epochs=1, precision="bf16-mixed", accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=2, num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+    )  # fmt: skip
+    start, cpu = time.perf_counter(), time.process_time()
+    trainer.fit(module, datamodule=data)
+    took = {"minutes": (time.perf_counter() - start) / 60, "cpu_minutes": (time.process_time() - cpu) / 60}
+    validation = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    return took | {"tokens": module.trained_tokens, "steps": trainer.global_step, "val_loss": validation[0]["val_loss"]}
+
+
+def run_cell(args, cell):
+    """Runs in a process of its own: prints one JSON object."""
+    seed_everything(cell["seed"])
+    dense = cell["start"] == "dense"
+    kd = cell["mode"].endswith("kd")
+    module = PruningModule(
+        args.model, dtype="float32", learning_rate=cell["lr"], warmup_ratio=0.05,
+        distillation=DistillationRecovery(alpha=1.0) if kd else None,
+    )  # fmt: skip
+    module.run_seed = cell["seed"]
+    module.configure_model()
+    data = TextDataModule(
+        args.calibration, recovery=args.recovery, text=args.text, seq_len=512, batch_size=cell["batch"],
+        recovery_sequences=cell["tokens"] // 512, seed=cell["seed"],
+    )  # fmt: skip
+    data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+    known = reference(args, module, data.evaluation_windows())
+    if not dense:
+        folder = args.out / f"{cell['start']}_{cell['ratio']:g}_{cell['seed']}"
+        module.model = load_causal_lm(str(folder / "model"), dtype="float32")
+    found = trained(args, cell, module, data)
+    module.unwrap()
+    figures = measure(module.causal_lm, known.windows, reference=known, latency=False)
+    found |= {"perplexity": figures.perplexity.value, "kl": figures.fidelity.kl, "parameters": figures.parameters}
+    found["top1"] = figures.fidelity.top1_agreement
+    if args.tasks:
+        tasks = ZeroShotTasks(args.tasks.split(","), limit=args.limit, data_dir=args.task_data)
+        found["tasks"] = tasks.run(module.causal_lm, module.tokenizer).to_dict()
+    print(json.dumps({"cell": cell, "found": found}))
+
+
+def cells(args):
+    """Returns every cell that was asked for; the dense control comes first."""
+    common = {"tokens": args.tokens, "batch": args.batch}
+    found = []
+    for seed in args.seeds:
+        if args.control:
+            found.append(
+                {"start": "dense", "mode": "full_ce", "ratio": 0.0, "seed": seed, "lr": args.lr_full, **common}
+            )
+        for start in args.starts.split(",") if args.starts else ():
+            for mode in args.modes.split(","):
+                rate = args.lr_lora if mode.startswith("lora") else args.lr_full
+                found.append({"start": start, "mode": mode, "ratio": args.ratio, "seed": seed, "lr": rate, **common})
+    return found
+
+
+def table(args, rows):
+    """Prints mean and deviation over seeds, by start and mode, the starts themselves included."""
+    lines = defaultdict(list)
+    for report in sorted(args.out.glob("*/report.json")):
+        stages = json.loads(report.read_text())["stages"]
+        start, ratio, _ = report.parent.name.rsplit("_", 2)
+        for name, stage in (("dense", stages["dense"]), (start, stages["pruned"])):
+            key = (name, "0" if name == "dense" else ratio, "-")
+            lines[key].append((stage["perplexity"]["value"], stage["fidelity"]["kl"], 0, 0))
+    for row in rows:
+        cell, found = row["cell"], row["found"]
+        key = (cell["start"], f"{cell['ratio']:g}", cell["mode"])
+        lines[key].append((found["perplexity"], found["kl"], found["tokens"], found["cpu_minutes"]))
+    base = lines["dense", "0", "-"][0][0]
+    print("| start | removed | recovery | perplexity | of dense | KL | tokens | CPU minutes |\n" + "|---" * 8 + "|")
+    for (start, ratio, mode), found in lines.items():
+        columns = list(zip(*found, strict=True))
+        spread = [f" ± {statistics.stdev(column):.3g}" if len(set(column)) > 1 else "" for column in columns]
+        mean = [statistics.mean(column) for column in columns]
+        shown = f"{mean[0]:.2f}{spread[0]} | {mean[0] / base:.2f} | {mean[1]:.3f}{spread[1]}"
+        print(f"| {start} | {float(ratio):.0%} | {mode} | {shown} | {mean[2]:,.0f} | {mean[3]:.1f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--calibration", required=True, help="text that starts are calibrated on")
+    parser.add_argument("--recovery", required=True, help="text that recovery trains on")
+    parser.add_argument("--text", required=True, help="evaluation text")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=204_800, help="tokens of recovery, one pass")
+    parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens a step")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of all parameters removed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--starts", default=",".join(STARTS))
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--control", action="store_true", help="tune the dense model, too")
+    parser.add_argument("--lr_full", type=float, default=3e-4)
+    parser.add_argument("--lr_lora", type=float, default=1e-3)
+    parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas")
+    parser.add_argument("--task_data", default=None, help="folder of released task files")
+    parser.add_argument("--limit", type=int, default=100, help="items a task")
+    parser.add_argument("--table", action="store_true", help="print what the folder holds, run nothing")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        run_cell(args, json.loads(args.cell))
+        return
+    path = args.out / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if args.table:
+        table(args, rows)
+        return
+    done = [row["cell"] for row in rows]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for cell in (c for c in cells(args) if c not in done):
+        if cell["start"] != "dense":
+            start_folder(args, cell["start"], cell["ratio"], cell["seed"])
+        command = [sys.executable, *sys.argv, "--cell", json.dumps(cell)]
+        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        out = ran.stdout.splitlines()[-1]
+        with path.open("a") as file:
+            file.write(out + "\n")
+        print(out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
