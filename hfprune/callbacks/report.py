@@ -1,6 +1,5 @@
 """``ReportCallback``: measures the model at every stage, exports it, and writes what it all came to."""
 
-import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
@@ -17,12 +16,10 @@ from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback
 from hfprune.callbacks.planner import versions
 from hfprune.callbacks.sparse import SparsityCallback
+from hfprune.callbacks.stages import Stages
 from hfprune.errors import ConfigError
-from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.samples import continuations
-from hfprune.evaluation.stage import Measurement, flat, measure
+from hfprune.evaluation.stage import flat
 from hfprune.evaluation.table import stage_table
-from hfprune.evaluation.windows import Windows
 from hfprune.export import (
     ADAPTER_FOLDER,
     FIGURES_FOLDER,
@@ -40,16 +37,11 @@ from hfprune.export import (
 )
 from hfprune.layerwise.saved import count_saved, load_orders, save_orders
 from hfprune.layouts import LAYOUTS
-from hfprune.loading import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
-from hfprune.recovery.lora import merge_lora
 from hfprune.report import read_run, save_figures, write_report
 from hfprune.saved import saved_line
 from hfprune.sharding import whole
-
-EXPLODED = 10.0
-"""A perplexity this many times the dense model's is said loudly."""
 
 
 class ReportCallback(Callback, PruningEvents):
@@ -84,18 +76,17 @@ class ReportCallback(Callback, PruningEvents):
         layout: str = "uniform",
     ) -> None:
         self.layout = LAYOUTS.get(layout)
-        if samples < 0:
-            raise ConfigError(f"The number of samples {samples} is negative.")
-        self.samples = samples
         self.output_dir = Path(output_dir)
         if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
             check_output_dir(self.output_dir, overwrite=overwrite)
-        self.latency, self.merge_adapters, self.config = latency, merge_adapters, config
-        self.stages: dict[str, dict[str, Any]] = {}
-        self.warnings: list[str] = []
-        self.generations: list[dict[str, Any]] = []
-        self._reference: DenseReference | None = None
+        self.merge_adapters, self.config = merge_adapters, config
+        self.measured = Stages(latency=latency, samples=samples)
         self._start = time.time()
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Figures of the dense, the pruned and the recovered model, as ``report.json`` holds them."""
+        return self.measured.stages
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
@@ -124,23 +115,18 @@ class ReportCallback(Callback, PruningEvents):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
-        return {"stages": self.stages, "warnings": self.warnings, "generations": self.generations}
+        return self.measured.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the stages measured before the interruption."""
-        self.stages, self.warnings = state_dict["stages"], state_dict["warnings"]
-        self.generations = state_dict.get("generations", [])
+        self.measured.load_state_dict(state_dict)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model and remembers its final hidden states."""
         assert isinstance(pl_module, PruningModule)
-        model, windows = pl_module.causal_lm, _windows(trainer)
         copies = 1 + bool(trainer.checkpoint_callbacks)  # the exported model, and a checkpoint of as many weights
-        check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(model))
-        if windows is not None:
-            # recovery that trains the head must not move the reference along with it
-            self._reference = pl_module.run(DenseReference.collect, model, windows)
-        self._measure("dense", pl_module, trainer)
+        check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(pl_module.causal_lm))
+        self.measured.dense(pl_module, trainer)
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
         """Checks the layout against what is there now, writes ``plan.json`` and measures the pruned model."""
@@ -152,7 +138,7 @@ class ReportCallback(Callback, PruningEvents):
             if importance := _importance(trainer):
                 save_importance(importance, self.output_dir)
             save_orders(_orders(trainer), self.output_dir)
-        self._measure("pruned", pl_module, trainer)
+        self.measured.add("pruned", pl_module, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges adapters, exports, checks what was saved, writes the report and prints the table."""
@@ -164,13 +150,13 @@ class ReportCallback(Callback, PruningEvents):
         if recovery and not self.merge_adapters:
             self._save_adapter(trainer, pl_module)
         if trainer.global_step:
-            self._measure_recovered(trainer, pl_module)
+            self.measured.recovered(pl_module, trainer, merge=self.merge_adapters)
         saved = self._export(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         self._write_report(trainer, pl_module, saved, recovery)
         Console().print(stage_table(self.stages))
-        for warning in self.warnings:
+        for warning in self.measured.warnings:
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
@@ -192,76 +178,6 @@ class ReportCallback(Callback, PruningEvents):
             with staged(self.output_dir / ADAPTER_FOLDER) as stage:
                 module.model.save_pretrained(stage, state_dict=state)
 
-    def _measure_recovered(self, trainer: Trainer, module: PruningModule) -> None:
-        """Measures the recovered model, adapters merged, on the device that Lightning has just moved it from."""
-        if module.sharded:
-            self._measure_recovered_sharded(trainer, module)
-            return
-        device, windows = trainer.strategy.root_device, _windows(trainer)
-        if self._reference is None and windows is not None:  # a resumed run
-            dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
-            self._reference = DenseReference.collect(dense.to(device), windows)
-        if self.merge_adapters or not module.lora:
-            module.unwrap()
-            merged = module.model
-        else:
-            merged = merge_lora(copy.deepcopy(module.model))
-        self._record("recovered", self._figures(merged.to(device), trainer, self.latency), trainer)
-        self._sample("recovered", merged, module, trainer)
-        merged.cpu()
-
-    def _measure_recovered_sharded(self, trainer: Trainer, module: PruningModule) -> None:
-        """Measures with the adapters in place: merging them would need a second model."""
-        windows = _windows(trainer)
-        if self._reference is None and windows is not None:
-            dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
-            dense._device_mesh = module.device_mesh
-            dense.configure_model()
-            self._reference = dense.run(DenseReference.collect, dense.causal_lm, windows)
-            del dense
-        if self.merge_adapters:
-            module.unwrap()
-        figures = module.run(self._figures, module.causal_lm, trainer, False)
-        figures["parameters"] -= sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)
-        self._record("recovered", figures, trainer)
-
-    def _measure(self, name: str, module: PruningModule, trainer: Trainer) -> None:
-        latency = self.latency and not module.sharded  # the time of gathering weights says nothing of the model
-        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency), trainer)
-        if not module.sharded:
-            self._sample(name, module.causal_lm, module, trainer)
-
-    def _sample(self, name: str, model: Any, module: PruningModule, trainer: Trainer) -> None:
-        windows = _windows(trainer)
-        if windows is None or not self.samples:
-            return
-        found = continuations(model, module.tokenizer, windows.ids[: self.samples])
-        if not self.generations:
-            self.generations = [{"prompt": prompt, "texts": {}} for prompt, _ in found]
-        for item, (_, text) in zip(self.generations, found, strict=True):
-            item["texts"][name] = text
-
-    def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
-        hidden = self._reference.hidden if self._reference is not None and not self.stages else None  # dense
-        result: Measurement = measure(
-            model, _windows(trainer), reference=self._reference, latency=latency, hidden=hidden
-        )
-        return result.to_dict()
-
-    def _record(self, name: str, figures: dict[str, Any], trainer: Trainer) -> None:
-        self.stages[name] = figures
-        if name == "recovered":
-            figures["optimizer_steps"] = trainer.global_step
-            figures["supervised_tokens"] = trainer.lightning_module.trained_tokens
-        dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
-        if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
-            text = (
-                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "
-                "check the calibration data."
-            )
-            self.warnings.append(text)
-            rank_zero_warn(text)
-
     def _write_report(
         self, trainer: Trainer, module: PruningModule, saved: dict[str, Any], recovery: dict[str, Any] | None
     ) -> None:
@@ -272,9 +188,9 @@ class ReportCallback(Callback, PruningEvents):
             "seconds": time.time() - self._start,
             "stages": self.stages,
             "convergence": (module.plan.provenance.get("calibration") or {}).get("convergence", []),
-            "generations": self.generations,
+            "generations": self.measured.generations,
             "saved": saved,
-            "warnings": self.warnings,
+            "warnings": self.measured.warnings,
             "plan": dict(module.plan.provenance),
             "recovery": recovery,
             "distillation": module.distillation.to_dict() if module.distillation else None,
@@ -310,11 +226,6 @@ def _orders(trainer: Trainer) -> dict[str, Tensor]:
     found = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
     layers = [layer for callback in found for layer in callback.layers]
     return {f"{layer.index}.{name}": order for layer in layers for name, order in layer.orders.items()}
-
-
-def _windows(trainer: Trainer) -> Windows | None:
-    windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
-    return windows() if callable(windows) else None
 
 
 def _size(model: Any) -> int:

@@ -1,0 +1,144 @@
+"""What is measured of the dense, the pruned and the recovered model while a run makes one of the other."""
+
+import copy
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from hfprune.errors import ConfigError
+from hfprune.evaluation.fidelity import DenseReference
+from hfprune.evaluation.samples import continuations
+from hfprune.evaluation.stage import Measurement, measure
+from hfprune.evaluation.windows import Windows
+from hfprune.loading import load_causal_lm
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.recovery.lora import merge_lora
+
+EXPLODED = 10.0
+"""A perplexity this many times the dense model's is said loudly."""
+
+
+class Stages:
+    """Measures the model at every stage, against the dense one, and lets it continue some prompts.
+
+    Args:
+        latency: Measure prefill and decode speed (batch 1).
+        samples: Prompts from the evaluation text that every stage's model continues.
+
+    Attributes:
+        stages: Stage -> figures.
+        warnings: What has to be said loudly.
+        generations: Prompts, with each stage's continuation.
+
+    Raises:
+        ConfigError: The number of prompts is negative.
+    """
+
+    def __init__(self, *, latency: bool, samples: int) -> None:
+        if samples < 0:
+            raise ConfigError(f"The number of samples {samples} is negative.")
+        self._latency, self._samples = latency, samples
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.warnings: list[str] = []
+        self.generations: list[dict[str, Any]] = []
+        self._reference: DenseReference | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what was measured so far, for checkpoints."""
+        return {"stages": self.stages, "warnings": self.warnings, "generations": self.generations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what was measured before an interruption."""
+        self.stages, self.warnings = state["stages"], state["warnings"]
+        self.generations = state.get("generations", [])
+
+    def dense(self, module: PruningModule, trainer: Trainer) -> None:
+        """Measures the dense model and remembers its final hidden states."""
+        windows = windows_of(trainer)
+        if windows is not None:
+            # recovery that trains the head must not move the reference along with it
+            self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
+        self.add("dense", module, trainer)
+
+    def add(self, name: str, module: PruningModule, trainer: Trainer) -> None:
+        """Measures the module's model, without adapters, as stage ``name``."""
+        latency = self._latency and not module.sharded  # the time of gathering weights says nothing of the model
+        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency), trainer)
+        if not module.sharded:
+            self._sample(name, module.causal_lm, module, trainer)
+
+    def recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
+        """Measures the recovered model on the device that Lightning has just moved it from.
+
+        Args:
+            module: Holds it.
+            trainer: The trainer.
+            merge: Merge the adapters for good; else a merged copy is measured.
+        """
+        if module.sharded:
+            self._recovered_sharded(module, trainer, merge=merge)
+            return
+        device, windows = trainer.strategy.root_device, windows_of(trainer)
+        if self._reference is None and windows is not None:  # a resumed run
+            dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
+            self._reference = DenseReference.collect(dense.to(device), windows)
+        if merge or not module.lora:
+            module.unwrap()
+            merged = module.model
+        else:
+            merged = merge_lora(copy.deepcopy(module.model))
+        self._record("recovered", self._figures(merged.to(device), trainer, self._latency), trainer)
+        self._sample("recovered", merged, module, trainer)
+        merged.cpu()
+
+    def _recovered_sharded(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
+        """Measures with the adapters in place: merging them would need a second model."""
+        windows = windows_of(trainer)
+        if self._reference is None and windows is not None:
+            dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
+            dense._device_mesh = module.device_mesh
+            dense.configure_model()
+            self._reference = dense.run(DenseReference.collect, dense.causal_lm, windows)
+            del dense
+        if merge:
+            module.unwrap()
+        figures = module.run(self._figures, module.causal_lm, trainer, False)
+        figures["parameters"] -= sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)
+        self._record("recovered", figures, trainer)
+
+    def _sample(self, name: str, model: Any, module: PruningModule, trainer: Trainer) -> None:
+        windows = windows_of(trainer)
+        if windows is None or not self._samples:
+            return
+        found = continuations(model, module.tokenizer, windows.ids[: self._samples])
+        if not self.generations:
+            self.generations = [{"prompt": prompt, "texts": {}} for prompt, _ in found]
+        for item, (_, text) in zip(self.generations, found, strict=True):
+            item["texts"][name] = text
+
+    def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
+        hidden = self._reference.hidden if self._reference is not None and not self.stages else None  # dense
+        windows = windows_of(trainer)
+        result: Measurement = measure(model, windows, reference=self._reference, latency=latency, hidden=hidden)
+        return result.to_dict()
+
+    def _record(self, name: str, figures: dict[str, Any], trainer: Trainer) -> None:
+        self.stages[name] = figures
+        if name == "recovered":
+            figures["optimizer_steps"] = trainer.global_step
+            figures["supervised_tokens"] = trainer.lightning_module.trained_tokens
+        dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
+        if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
+            text = (
+                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "
+                "check the calibration data."
+            )
+            self.warnings.append(text)
+            rank_zero_warn(text)
+
+
+def windows_of(trainer: Trainer) -> Windows | None:
+    """Returns the evaluation windows of a trainer's data, None where they have none."""
+    windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
+    return windows() if callable(windows) else None
