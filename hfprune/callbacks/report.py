@@ -82,6 +82,7 @@ class ReportCallback(Callback, PruningEvents):
         self.merge_adapters, self.config = merge_adapters, config
         self.measured = Stages(latency=latency, samples=samples)
         self._start = time.time()
+        self._report: dict[str, Any] = {}
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -198,11 +199,29 @@ class ReportCallback(Callback, PruningEvents):
             "versions": versions(),
             "config": self.config,
         }
-        write_json(self.output_dir / REPORT_FILE, report)
+        self._report = report
+        self._show()
+        self._log_figures(trainer)
+
+    def _show(self) -> None:
+        """Writes ``report.json``, the figures and the page."""
+        write_json(self.output_dir / REPORT_FILE, self._report)
         shown = read_run(self.output_dir)
         save_figures(shown, self.output_dir / FIGURES_FOLDER)
         write_report(shown, self.output_dir / REPORT_PAGE)
-        self._log_figures(trainer)
+
+    def add_stage(self, name: str, measured: Stages) -> None:
+        """Adds what was measured of another model to the report that was written; prints the table again.
+
+        Args:
+            name: The stage.
+            measured: Its figures and continuations.
+        """
+        self.stages[name] = measured.stages[name]
+        for item, other in zip(self.measured.generations, measured.generations, strict=True):
+            item["texts"][name] = other["texts"][name]
+        self._show()
+        Console().print(stage_table(self.stages))
 
     def _log_figures(self, trainer: Trainer) -> None:
         """Tells the loggers the figures of every stage, as ``stage/figure``."""

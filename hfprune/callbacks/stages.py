@@ -38,11 +38,12 @@ class Stages:
     def __init__(self, *, latency: bool, samples: int) -> None:
         if samples < 0:
             raise ConfigError(f"The number of samples {samples} is negative.")
-        self._latency, self._samples = latency, samples
+        self._latency, self.samples = latency, samples
         self.stages: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
         self.generations: list[dict[str, Any]] = []
         self._reference: DenseReference | None = None
+        self._is_dense = False  # what is being measured is what the reference is made of
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what was measured so far, for checkpoints."""
@@ -59,22 +60,25 @@ class Stages:
         if windows is not None:
             # recovery that trains the head must not move the reference along with it
             self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
+        self._is_dense = True
         self.add("dense", module, trainer)
+        self._is_dense = False
 
     def add(self, name: str, module: PruningModule, trainer: Trainer) -> None:
         """Measures the module's model, without adapters, as stage ``name``."""
         latency = self._latency and not module.sharded  # the time of gathering weights says nothing of the model
-        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency), trainer)
+        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency))
         if not module.sharded:
             self._sample(name, module.causal_lm, module, trainer)
 
-    def recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
-        """Measures the recovered model on the device that Lightning has just moved it from.
+    def recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool, name: str = "recovered") -> None:
+        """Measures the trained model on the device that Lightning has just moved it from.
 
         Args:
             module: Holds it.
             trainer: The trainer.
             merge: Merge the adapters for good; else a merged copy is measured.
+            name: What the stage is called.
         """
         if module.sharded:
             self._recovered_sharded(module, trainer, merge=merge)
@@ -88,8 +92,8 @@ class Stages:
             merged = module.model
         else:
             merged = merge_lora(copy.deepcopy(module.model))
-        self._record("recovered", self._figures(merged.to(device), trainer, self._latency), trainer)
-        self._sample("recovered", merged, module, trainer)
+        self._record(name, self._figures(merged.to(device), trainer, self._latency) | _training(module, trainer))
+        self._sample(name, merged, module, trainer)
         merged.cpu()
 
     def _recovered_sharded(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
@@ -105,29 +109,26 @@ class Stages:
             module.unwrap()
         figures = module.run(self._figures, module.causal_lm, trainer, False)
         figures["parameters"] -= sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)
-        self._record("recovered", figures, trainer)
+        self._record("recovered", figures | _training(module, trainer))
 
     def _sample(self, name: str, model: Any, module: PruningModule, trainer: Trainer) -> None:
         windows = windows_of(trainer)
-        if windows is None or not self._samples:
+        if windows is None or not self.samples:
             return
-        found = continuations(model, module.tokenizer, windows.ids[: self._samples])
+        found = continuations(model, module.tokenizer, windows.ids[: self.samples])
         if not self.generations:
             self.generations = [{"prompt": prompt, "texts": {}} for prompt, _ in found]
         for item, (_, text) in zip(self.generations, found, strict=True):
             item["texts"][name] = text
 
     def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
-        hidden = self._reference.hidden if self._reference is not None and not self.stages else None  # dense
-        windows = windows_of(trainer)
-        result: Measurement = measure(model, windows, reference=self._reference, latency=latency, hidden=hidden)
+        reference, windows = self._reference, windows_of(trainer)
+        known = reference.hidden if reference is not None and self._is_dense else None
+        result: Measurement = measure(model, windows, reference=reference, latency=latency, hidden=known)
         return result.to_dict()
 
-    def _record(self, name: str, figures: dict[str, Any], trainer: Trainer) -> None:
+    def _record(self, name: str, figures: dict[str, Any]) -> None:
         self.stages[name] = figures
-        if name == "recovered":
-            figures["optimizer_steps"] = trainer.global_step
-            figures["supervised_tokens"] = trainer.lightning_module.trained_tokens
         dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
@@ -136,6 +137,19 @@ class Stages:
             )
             self.warnings.append(text)
             rank_zero_warn(text)
+
+
+def _training(module: PruningModule, trainer: Trainer) -> dict[str, Any]:
+    """Returns what training the model has taken."""
+    return {
+        "optimizer_steps": trainer.global_step,
+        "supervised_tokens": module.trained_tokens,
+        "training": {
+            "tokens": module.seen_tokens,
+            "flops": module.training_flops,
+            "seconds": module.training_seconds,
+        },
+    }
 
 
 def windows_of(trainer: Trainer) -> Windows | None:

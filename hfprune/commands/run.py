@@ -1,17 +1,20 @@
 """``fit`` and ``prune``."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
+from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from hfprune.callbacks import ReportCallback, TaylorImportanceCallback
+from hfprune.callbacks import ReportCallback, SparsityCallback, TaylorImportanceCallback
+from hfprune.callbacks.dense_control import ONE_PROCESS, STAGE, DenseControl
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
 from hfprune.errors import ConfigError
@@ -55,6 +58,12 @@ class RunCLI(BaseCLI):
 
     def add_fit_arguments(self, parser: LightningArgumentParser) -> None:
         """Adds what only ``fit`` has, whatever prunes."""
+        parser.add_argument(
+            "--recover_dense",
+            type=bool,
+            default=False,
+            help="afterwards tune the dense model on the same data, too, and report it beside",
+        )
         parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
         parser.add_argument(
             "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
@@ -108,7 +117,47 @@ class RunCLI(BaseCLI):
         if self.command == "prune":
             trainer.prune(self.model, datamodule=self.datamodule, ckpt_path=path)
         else:
+            self._check_control()
             trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
+            if self.config.recover_dense:
+                self._recover_dense()
+
+    def _check_control(self) -> None:
+        """Raises ``ConfigError`` where the dense model cannot be tuned beside, before anything is run."""
+        if not self.config.recover_dense:
+            return
+        if self.trainer.world_size > 1:
+            raise ConfigError(ONE_PROCESS)
+        if self.trainer.limit_train_batches == 0:
+            raise ConfigError("--recover_dense tunes the dense model on the recovery data; there is no recovery here.")
+        distillation = self.model.distillation
+        if distillation is not None and distillation.alpha == 1:
+            raise ConfigError(
+                "--recover_dense with --model.distillation would let the dense model follow its own predictions, which "
+                "changes nothing. Leave it out, or give --model.distillation.alpha < 1."
+            )
+
+    def _recover_dense(self) -> None:
+        """Tunes the dense model with the same settings, in a trainer of its own, and adds it to the report."""
+        config: Namespace = self.config
+        callbacks = cast(Any, self.trainer).callbacks
+        report = next(c for c in callbacks if isinstance(c, ReportCallback))
+        pruning = next(c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback))
+        seed_everything(self.model.run_seed, workers=True, verbose=False)
+        folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
+        if config.ckpt_path is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        # the pruned model goes before the dense one comes; settings, data and seed are read anew
+        again = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = again.model, again.data
+        control = DenseControl(pruning.recovery, latency=config.latency, samples=report.measured.samples)
+        within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
+        saving = ModelCheckpoint(dirpath=folder, save_last="link", auto_insert_metric_name=False, **within)
+        self.trainer_defaults["callbacks"] = [control, saving]
+        settings = dict(again.trainer) | {"logger": False}
+        self.trainer = self._instantiate_trainer(settings, [])
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=_newest(folder))
+        report.add_stage(STAGE, control.measured)
 
     def _resume_from(self) -> str | None:
         """Returns the checkpoint to resume from; for ``last`` the newest of the output folder, if there is any yet.
@@ -122,8 +171,13 @@ class RunCLI(BaseCLI):
         if asked != "last":
             raise ConfigError(f"--ckpt_path '{asked}' does not exist.")
         folder = Path(self.config.output_dir) / CHECKPOINT_FOLDER
-        found = [path for path in folder.glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
-        if not found:
+        found = _newest(folder)
+        if found is None:
             logging.getLogger("hfprune").info("There is no checkpoint in %s yet: starting anew.", folder)
-            return None
-        return str(max(found, key=lambda path: path.stat().st_mtime))
+        return found
+
+
+def _newest(folder: Path) -> str | None:
+    """Returns the newest checkpoint in ``folder``, None where there is none yet."""
+    found = [path for path in folder.glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None

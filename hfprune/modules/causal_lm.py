@@ -172,6 +172,10 @@ class PruningModule(RecoverySteps):
         else:
             apply_plan(self.causal_lm, plan)
         self.plan = plan
+        self.choose_trained()
+
+    def choose_trained(self) -> None:
+        """Freezes what recovery without adapters leaves as it is."""
         if self.trainable == "mlp":
             units = ("mlp",) if find_spec(self.causal_lm).mlp else ("experts",)
             names = {f"{part.module}." for group in find_groups(self.causal_lm, units) for part in group.slices}
@@ -255,7 +259,8 @@ class PruningModule(RecoverySteps):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores the pruning state, as plain data."""
         checkpoint[KEY] = self.record("training").to_dict()
-        checkpoint["trained_tokens"] = self.trained_tokens
+        checkpoint["trained_tokens"], checkpoint["seen_tokens"] = self.trained_tokens, self.seen_tokens
+        checkpoint["training_seconds"] = self.training_seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored, so that every shape fits."""
@@ -263,6 +268,7 @@ class PruningModule(RecoverySteps):
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
         self.replay(record)
-        self.trained_tokens = checkpoint.get("trained_tokens", 0)
+        self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)
+        self._seconds = checkpoint.get("training_seconds", 0.0)
         if record.phase != "training" and not checkpoint.get("state_dict"):  # what was replayed is what there was
             checkpoint["state_dict"] = self.state_dict()

@@ -1,6 +1,7 @@
 """The steps of recovery: losses, the dense model as a teacher, the optimizer."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hfprune.loading import load_causal_lm
 from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.teacher import TeacherDistillation
+from hfprune.recovery.cost import training_flops
 from hfprune.recovery.distillation import DistillationRecovery
 
 
@@ -36,12 +38,17 @@ class RecoverySteps(TokenWeighted):
     weight_decay: float
     warmup_ratio: float
     run_seed: int | None
+    model: Any
     causal_lm: Any
     run: Callable[..., Any]
 
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_teacher"] = None  # not a submodule: no checkpoint holds it, no optimizer trains it
+        self._seconds = 0.0
+        self._since: float | None = None
+        self.training_flops = 0
+        """Floating-point operations of recovery, see :mod:`hfprune.recovery.cost`; known when it has ended."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
@@ -53,7 +60,8 @@ class RecoverySteps(TokenWeighted):
         """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``."""
         loss, num_tokens = self._loss(batch, self._recovery_objective())
         self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
-        self.weigh(num_tokens)
+        mask = batch.get("attention_mask")
+        self.weigh(num_tokens, seen=int(batch["input_ids"].numel() if mask is None else mask.sum()))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -72,15 +80,23 @@ class RecoverySteps(TokenWeighted):
         logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
         return logits
 
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that recovery has taken so far, those before a checkpoint included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
     def on_train_start(self) -> None:
-        """Loads the teacher, also in a resumed run: the dense model comes from where it came from at first."""
+        """Starts the clock; loads the teacher from where the dense model came from, also in a resumed run."""
         if self.distillation is not None:
             dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
             teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
             self.__dict__["_teacher"] = teacher.requires_grad_(requires_grad=False)
+        self._since = time.perf_counter()
 
     def on_train_end(self) -> None:
-        """Lets the teacher go."""
+        """Stops the clock, counts operations, lets the teacher go."""
+        self._seconds, self._since = self.training_seconds, None
+        self.training_flops = training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
         self.__dict__["_teacher"] = None
 
     def _recovery_objective(self) -> Objective:

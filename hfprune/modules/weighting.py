@@ -26,10 +26,19 @@ class TokenWeighted(LightningModule):
         self._step_tokens = 0
         self.trained_tokens = 0
         """Supervised tokens of all steps so far, on all ranks."""
+        self._step_seen = 0
+        self.seen_tokens = 0
+        """Tokens of all steps so far, on all ranks, supervised or not; padding left out."""
 
-    def weigh(self, num_tokens: int) -> None:
-        """Says over how many tokens the loss that ``training_step`` is about to return is a mean."""
+    def weigh(self, num_tokens: int, *, seen: int | None = None) -> None:
+        """Says over how many tokens the loss that ``training_step`` is about to return is a mean.
+
+        Args:
+            num_tokens: Supervised tokens.
+            seen: Tokens that the model has read for it; as many if not given.
+        """
         self._batch_tokens = num_tokens
+        self._step_seen += num_tokens if seen is None else seen
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Runs the backward pass of the batch's sum."""
@@ -42,12 +51,13 @@ class TokenWeighted(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients by the number of tokens of the step; before they are clipped."""
         trainer = self.trainer
-        count = torch.tensor(float(self._step_tokens), dtype=torch.float64, device=trainer.strategy.root_device)
-        every = float(trainer.strategy.reduce(count, reduce_op="sum"))
+        counts = torch.tensor([self._step_tokens, self._step_seen], dtype=torch.float64)
+        every, seen = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum").tolist()
         self.trained_tokens += int(every)
+        self.seen_tokens += int(seen)
         if every:
             factor = _SCALE * trainer.accumulate_grad_batches * trainer.world_size / every
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        self._step_tokens = 0
+        self._step_tokens = self._step_seen = 0

@@ -63,7 +63,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def stage_color(name: str, index: int) -> str:
     """Returns the colour of a stage: the same in every figure."""
-    return {"dense": MUTED, "pruned": ORANGE, "recovered": BLUE}.get(name, SERIES[index % len(SERIES)][0])
+    known = {"dense": MUTED, "pruned": ORANGE, "recovered": BLUE, "dense_tuned": GREEN}
+    return known.get(name, SERIES[index % len(SERIES)][0])
 
 
 def legend_columns(labels: Iterable[str], width: float, *, most: int = 6) -> int:
