@@ -76,6 +76,11 @@ class SparsityCallback(Callback):
     ) -> None:
         if calibration_batches is not None and calibration_batches < 1:
             raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
+        if recovery is not None and recovery.init == "pissa" and keep_zeros:
+            raise ConfigError(
+                "PiSSA takes singular directions out of the weights, zeros included: give --sparse.recovery.init "
+                "default, or --sparse.keep_zeros false."
+            )
         self.method = sparse_method(method) if isinstance(method, str) else method
         self.sparsity = Sparsity.parse(sparsity)
         if isinstance(update, str) and update != "sparsegpt":

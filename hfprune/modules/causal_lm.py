@@ -24,7 +24,7 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
-from hfprune.modules.steps import RecoverySteps
+from hfprune.modules.steps import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
 from hfprune.recovery.distillation import DistillationRecovery
@@ -51,6 +51,10 @@ class PruningModule(RecoverySteps):
         warmup_ratio: Share of the steps with a linearly rising learning rate, before the cosine decay to zero.
         distillation: Recover towards the dense model's predictions; None recovers on the text alone.
         trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs.
+        optimizer: ``adamw``, or ``adamw_8bit``: bitsandbytes' AdamW, which keeps its moments in 8 bits a number, not
+            32 (``pip install bitsandbytes``).
+        gradient_checkpointing: Recovery keeps the inputs of the layers only, and runs each again in the backward pass:
+            less memory, more time.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class PruningModule(RecoverySteps):
         warmup_ratio: float = 0.0,
         distillation: DistillationRecovery | None = None,
         trainable: Literal["all", "mlp"] = "all",
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_model_path(path)
@@ -83,10 +89,12 @@ class PruningModule(RecoverySteps):
             )
         if trainable not in ("all", "mlp"):
             raise ConfigError(f"--model.trainable '{trainable}' is not one of all, mlp.")
+        check_optimizer(optimizer)
         self.save_hyperparameters(ignore=["distillation"])
         self.path, self.dtype_name, self.revision = path, dtype, revision
         self.learning_rate, self.weight_decay, self.warmup_ratio = learning_rate, weight_decay, warmup_ratio
         self.distillation, self.trainable = distillation, trainable
+        self.optimizer_name, self.gradient_checkpointing = optimizer, gradient_checkpointing
         self.model: Any = None
         self.plan: PruningPlan | None = None
         self.lora: LoraRecovery | None = None

@@ -2,7 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ class RecoverySteps(TokenWeighted):
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
         warmup_ratio: Share of the steps with a linearly rising learning rate.
+        optimizer_name: ``adamw`` or ``adamw_8bit``.
+        gradient_checkpointing: Run layers again in the backward pass.
         run_seed: Seed of the run.
     """
 
@@ -37,6 +41,8 @@ class RecoverySteps(TokenWeighted):
     learning_rate: float
     weight_decay: float
     warmup_ratio: float
+    optimizer_name: str
+    gradient_checkpointing: bool
     run_seed: int | None
     model: Any
     causal_lm: Any
@@ -91,11 +97,17 @@ class RecoverySteps(TokenWeighted):
             dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
             teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
             self.__dict__["_teacher"] = teacher.requires_grad_(requires_grad=False)
+        if self.gradient_checkpointing:
+            with _old_name():
+                self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._since = time.perf_counter()
 
     def on_train_end(self) -> None:
         """Stops the clock, counts operations, lets the teacher go."""
         self._seconds, self._since = self.training_seconds, None
+        if self.gradient_checkpointing:
+            with _old_name():
+                self.causal_lm.gradient_checkpointing_disable()
         self.training_flops = training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
         self.__dict__["_teacher"] = None
 
@@ -126,9 +138,10 @@ class RecoverySteps(TokenWeighted):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW with states as wide as the trainable weights, cosine decay to zero after the warm-up, per step."""
+        """AdamW with states as wide as the trainable weights, or of 8 bits; cosine decay to zero, per step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        make = _optimizer_class(self.optimizer_name)
+        optimizer = make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -142,3 +155,30 @@ class RecoverySteps(TokenWeighted):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@contextmanager
+def _old_name() -> Iterator[None]:
+    """Hides that transformers 5.23 has a newer name, which 5.20 does not know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ``ConfigError`` for an optimizer that is unknown, or whose library is missing."""
+    _optimizer_class(name)
+
+
+def _optimizer_class(name: str) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name != "adamw_8bit":
+        raise ConfigError(f"--model.optimizer '{name}' is not one of adamw, adamw_8bit.")
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"--model.optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes): {error}. Or give adamw."
+        ) from error
+    return bitsandbytes.optim.AdamW8bit

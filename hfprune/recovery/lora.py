@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ class LoraRecovery:
         rslora: Scale by alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023).
         dora: Train the size of every weight column beside the direction that the adapter changes (DoRA, Liu et al.,
             2024). Needs whole weights: not under FSDP2.
+        init: ``default``: the adapter starts at zero. ``pissa``: it starts as the ``rank`` largest singular directions
+            of the weight, which keeps the rest (PiSSA, Meng et al., 2024); base and adapter together are the pruned
+            model, the base alone is not. Needs whole weights, too.
     """
 
     rank: int = 32
@@ -33,6 +36,7 @@ class LoraRecovery:
     target_modules: list[str] | None = None
     rslora: bool = False
     dora: bool = False
+    init: Literal["default", "pissa"] = "default"
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` for values out of range."""
@@ -41,6 +45,8 @@ class LoraRecovery:
                 f"LoRA needs rank >= 1, alpha > 0 and dropout in [0, 1); got rank {self.rank}, alpha {self.alpha}, "
                 f"dropout {self.dropout}."
             )
+        if self.init not in ("default", "pissa"):
+            raise ConfigError(f"LoRA: init '{self.init}' is not one of default, pissa.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, for checkpoints and reports."""
@@ -50,16 +56,18 @@ class LoraRecovery:
 def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     """Returns ``model`` wrapped by PEFT, with fresh adapters (B = 0: outputs unchanged) as its only trainable weights.
 
-    The first weights of an adapter follow from ``seed`` and the adapter's name, not from the state of a random number
-    generator: a resumed run, and every rank, starts from the same ones.
+    The first weights of an adapter follow from ``seed`` and the adapter's name (``pissa``: from the weights), not from
+    the state of a random number generator: a resumed run, and every rank, starts from the same ones.
 
     Raises:
         ConfigError: A target matches no module of the model; the message lists what exists.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    if lora.dora and any(p.is_meta for p in model.parameters()):
-        raise ConfigError("DoRA starts from the sizes of whole weights, which FSDP2 does not hold: leave out dora.")
+    if (lora.dora or lora.init == "pissa") and any(p.is_meta for p in model.parameters()):
+        raise ConfigError(
+            "DoRA and PiSSA start from whole weights, which FSDP2 does not hold: leave out dora and init."
+        )
     targets = list(lora.target_modules or find_spec(model).lora_targets)
     names = [name for name, module in model.named_modules() if _is_projection(module)]
     for target in targets:
@@ -73,6 +81,7 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         target_modules=targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
+        init_lora_weights="pissa" if lora.init == "pissa" else True,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),
@@ -81,7 +90,10 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         # peft 0.21 asks for an attribute that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         wrapped = get_peft_model(model, config)
-    _initialise(wrapped, seed)
+    if lora.init == "default":
+        _initialise(wrapped, seed)
+    else:  # PEFT would take directions out of the saved base again when it loads the adapters
+        config.init_lora_weights = True
     return wrapped
 
 

@@ -1,21 +1,28 @@
 """Ways to recover: from the dense model, all weights or the MLPs' alone, adapters of several kinds; each resumed."""
 
 import json
+import sys
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.arch import find_groups
+from hfprune.callbacks import SparsityCallback
 from hfprune.errors import ConfigError
-from hfprune.recovery import DistillationRecovery
-from tests.models import save_tiny
+from hfprune.evaluation.perplexity import perplexity
+from hfprune.recovery import DistillationRecovery, add_lora, merge_lora
+from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
 
 ADAPTERS = {
     "lora": LoraRecovery(rank=2, dropout=0.1),
     "rslora": LoraRecovery(rank=2, rslora=True),
     "dora": LoraRecovery(rank=2, dora=True),
+    "pissa": LoraRecovery(rank=2, init="pissa"),
 }
 TEACHER = DistillationRecovery(alpha=0.5, temperature=2.0)
 
@@ -63,9 +70,10 @@ def fit(folder, *callbacks, lora=None, out=None, ckpt_path=None, **options):
         (None, {"distillation": TEACHER}),
         ("dora", {"distillation": TEACHER}),
         ("rslora", {}),
+        ("pissa", {"gradient_checkpointing": True}),
         (None, {"trainable": "mlp"}),
     ],
-    ids=["full from the dense model", "dora from the dense model", "rslora", "mlp"],
+    ids=["full from the dense model", "dora from the dense model", "rslora", "pissa, layers run again", "mlp"],
 )
 def test_interrupted_and_resumed_it_ends_the_same(folder, tmp_path, lora, options):
     lora = ADAPTERS[lora] if lora else None
@@ -116,3 +124,108 @@ def test_bad_settings(folder):
         DistillationRecovery(alpha=2.0)
     with pytest.raises(ConfigError, match="trainable"):
         PruningModule(folder, trainable="heads")
+
+
+@pytest.mark.parametrize("lora", [None, "lora"])
+def test_layers_run_again_give_the_same_weights(folder, lora):
+    """Gradient checkpointing changes what is kept, not what is computed, dropout included; calibration does without."""
+    calls = []
+
+    class Count(Callback):
+        def on_train_start(self, trainer, pl_module):
+            layer = pl_module.causal_lm.model.layers[0].mlp
+            layer.register_forward_pre_hook(lambda *args: calls.append(torch.is_grad_enabled()))
+
+    ends = []
+    for again in (False, True):
+        calls.clear()
+        module = fit(folder, Count(), lora=ADAPTERS[lora] if lora else None, gradient_checkpointing=again)
+        ends.append((dict(module.named_parameters()), sum(calls)))
+        assert not any(layer.gradient_checkpointing for layer in module.causal_lm.model.layers)
+    (one, once), (two, twice) = ends
+    assert all(torch.equal(p, two[name]) for name, p in one.items())
+    assert twice == 2 * once > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pissa_starts_where_the_model_was_and_moves_its_largest_directions(name):
+    model, plain = tiny(name, dtype=torch.float32), tiny(name, dtype=torch.float32)
+    ids = token_ids()
+    wrapped = add_lora(model, LoraRecovery(rank=2, alpha=4, dropout=0.0, init="pissa"))
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(ids).logits, plain(ids).logits, atol=1e-4, rtol=0)
+    weights = dict(plain.named_parameters())
+    layers = [(n, m) for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
+    for layer_name, layer in layers:
+        dense = weights[layer_name.removeprefix("base_model.model.") + ".weight"]
+        dense = dense.T if name == "gpt2" else dense
+        u, s, v = torch.linalg.svd(dense.detach())
+        update = layer.get_delta_weight("default")
+        update = update.T if name == "gpt2" else update
+        torch.testing.assert_close(update, u[:, :2] * s[:2] @ v[:2], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+        tuned = wrapped(ids).logits
+        torch.testing.assert_close(merge_lora(wrapped)(ids).logits, tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
+def test_pissa_adapters_and_their_base_are_exported_together(folder, tmp_path):
+    module = PruningModule(folder, learning_rate=5e-3)
+    importance = TaylorImportanceCallback(pruning_ratio=0.3, recovery=ADAPTERS["pissa"])
+    report = ReportCallback(str(tmp_path / "out"), latency=False, merge_adapters=False)
+    trainer = PruneTrainer(
+        callbacks=[report, importance], accelerator="cpu", devices=1, logger=False, max_epochs=1,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = TextDataModule(seq_len=16, calibration_sequences=4, recovery_sequences=8, eval_windows=3, eval_window=16)
+    trainer.fit(module, datamodule=data)
+    stages = json.loads((tmp_path / "out/report.json").read_text())["stages"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    both = PeftModel.from_pretrained(base, tmp_path / "out/adapter").eval()
+    windows = data.evaluation_windows()
+    found = perplexity(both.merge_and_unload(), windows).value
+    assert found == pytest.approx(stages["recovered"]["perplexity"]["value"], rel=1e-4)
+
+
+def test_pissa_is_refused_where_zeros_must_stay():
+    with pytest.raises(ConfigError, match="PiSSA takes singular directions out of the weights"):
+        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"])
+    SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"], keep_zeros=False)
+    with pytest.raises(ConfigError, match="init 'svd' is not one of default, pissa"):
+        LoraRecovery(init="svd")
+
+
+def test_an_optimizer_whose_library_is_missing_is_an_error_at_once(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes \(pip install bitsandbytes\)"):
+        PruningModule(folder, optimizer="adamw_8bit")
+    with pytest.raises(ConfigError, match="'sgd' is not one of adamw, adamw_8bit"):
+        PruningModule(folder, optimizer="sgd")
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_moments_of_8_bits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                         num_attention_heads=4, max_position_embeddings=64, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    saving = {"dirpath": tmp_path / "ckpt", "save_last": True, "every_n_train_steps": 1}
+    straight = fit(str(tmp_path / "m"), optimizer="adamw_8bit")
+    states = straight.optimizers().optimizer.state
+    assert any(state["state1"].dtype == torch.uint8 for state in states.values())
+    wide = fit(str(tmp_path / "m"))
+    moved = {n: p for n, p in wide.named_parameters() if "mlp" in n}
+    for name, parameter in straight.named_parameters():
+        if name in moved:
+            torch.testing.assert_close(parameter, moved[name], atol=2e-2, rtol=0)
+    with pytest.raises(Stop):
+        fit(str(tmp_path / "m"), ModelCheckpoint(**saving), StopAt(4), optimizer="adamw_8bit")
+    last = str(tmp_path / "ckpt/last.ckpt")
+    resumed = fit(str(tmp_path / "m"), ModelCheckpoint(**saving), ckpt_path=last, optimizer="adamw_8bit")
+    theirs = dict(straight.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in resumed.named_parameters())
