@@ -98,6 +98,7 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
         counted(targets),
         counted(teacher),
         teacher_head=_teacher_head(objective),
+        known=None if objective.known is None else objective.known(batch, valid),
     )
     return total, valid
 

@@ -1,6 +1,7 @@
 """The steps of recovery: losses, the dense model as a teacher, the optimizer."""
 
 import hashlib
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,12 @@ from hfprune.loading import load_causal_lm
 from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.teacher import TeacherDistillation
+from hfprune.objectives.teacher_top import CachedDistillation
 from hfprune.recovery.cost import training_flops
 from hfprune.recovery.distillation import DistillationRecovery
+from hfprune.recovery.teacher_cache import TeacherCache, check_cache, training_rows
+
+_log = logging.getLogger(__name__)
 
 
 class RecoverySteps(TokenWeighted):
@@ -25,6 +30,7 @@ class RecoverySteps(TokenWeighted):
 
     Attributes:
         path: Where the dense model comes from.
+        fingerprint: The dense model's.
         revision: Branch, tag or commit of a hub id.
         distillation: The dense model's part in the loss; None trains on the text alone.
         learning_rate: Peak learning rate.
@@ -36,6 +42,7 @@ class RecoverySteps(TokenWeighted):
     """
 
     path: str
+    fingerprint: str
     revision: str | None
     distillation: DistillationRecovery | None
     learning_rate: float
@@ -51,6 +58,7 @@ class RecoverySteps(TokenWeighted):
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_teacher"] = None  # not a submodule: no checkpoint holds it, no optimizer trains it
+        self.__dict__["_known"] = None
         self._seconds = 0.0
         self._since: float | None = None
         self.training_flops = 0
@@ -86,6 +94,12 @@ class RecoverySteps(TokenWeighted):
         logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
         return logits
 
+    def setup(self, stage: str) -> None:
+        """Raises ``ConfigError``, before anything is run, where the teacher's predictions cannot be kept."""
+        settings = self.distillation
+        if stage == "fit" and settings is not None and settings.cache is not None:
+            check_cache(settings.cache, self.trainer.datamodule)  # type: ignore[attr-defined]
+
     @property
     def training_seconds(self) -> float:
         """Seconds that recovery has taken so far, those before a checkpoint included."""
@@ -93,10 +107,10 @@ class RecoverySteps(TokenWeighted):
 
     def on_train_start(self) -> None:
         """Starts the clock; loads the teacher from where the dense model came from, also in a resumed run."""
-        if self.distillation is not None:
-            dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
-            teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
-            self.__dict__["_teacher"] = teacher.requires_grad_(requires_grad=False)
+        if self.distillation is not None and self.distillation.cache is None:
+            self.__dict__["_teacher"] = self._load_teacher()
+        elif self.distillation is not None:
+            self.__dict__["_known"] = self._fill_cache(self.distillation)
         if self.gradient_checkpointing:
             with _old_name():
                 self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -109,13 +123,38 @@ class RecoverySteps(TokenWeighted):
             with _old_name():
                 self.causal_lm.gradient_checkpointing_disable()
         self.training_flops = training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
-        self.__dict__["_teacher"] = None
+        self.__dict__["_teacher"] = self.__dict__["_known"] = None
+
+    def _load_teacher(self) -> Any:
+        dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
+        teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
+        return teacher.requires_grad_(requires_grad=False)
+
+    def _fill_cache(self, settings: DistillationRecovery) -> TeacherCache:
+        """Returns the dense model's predictions for all rows of the recovery data; each rank computes its share."""
+        assert settings.cache is not None
+        top_k, temperature = settings.top_k, settings.temperature
+        cache = TeacherCache(settings.cache, fingerprint=self.fingerprint, top_k=top_k, temperature=temperature)
+        strategy = self.trainer.strategy
+        strategy.barrier("the cache was read")  # before another rank adds to it
+        rows = training_rows(self.trainer.train_dataloader, rank=self.global_rank, world_size=self.trainer.world_size)
+        moved = ({name: tensor.to(self.device) for name, tensor in row.items()} for row in rows)
+        with strategy.precision_plugin.forward_context():
+            count = cache.fill(self._load_teacher, moved)
+        if count:
+            _log.info("The dense model's predictions for %d rows are in %s.", count, cache.folder)
+        strategy.barrier("the cache was filled")
+        cache.refresh()
+        return cache
 
     def _recovery_objective(self) -> Objective:
         teacher = self.__dict__["_teacher"]
         if self.distillation is None:
             return OBJECTIVES.get("cross_entropy")
         settings = self.distillation
+        if settings.cache is not None:
+            known = self.__dict__["_known"].lookup
+            return CachedDistillation(alpha=settings.alpha, temperature=settings.temperature, lookup=known)
         return TeacherDistillation(alpha=settings.alpha, temperature=settings.temperature, teacher_model=teacher)
 
     def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:

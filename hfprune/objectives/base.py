@@ -4,9 +4,9 @@ Shape legend: B batch, T tokens, V vocabulary, D hidden size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,18 @@ class Objective(ABC):
     """Makes the model its own teacher while the context lasts; None for objectives that are not their own teacher."""
     teacher_model: nn.Module | None = None
     """Another model that is the teacher, with the same vocabulary; None for objectives without such a one."""
+    known: Callable[[Mapping[str, Tensor], Tensor], Any] | None = None
+    """What is known of a teacher that is not there, for a batch and its tokens that count; None where nothing is."""
 
     @abstractmethod
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
+    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Any = None) -> ValueAndGrad:
         """Returns the value per token and the gradient of their sum.
 
         Args:
             logits: [T, V], float32 or float64; ``-inf`` marks masked-out vocabulary. May be overwritten.
             targets: [T] or [T, K], int64, or None when the objective needs none.
-            teacher: The teacher's logits [T, V], for objectives that have one. May be overwritten.
+            teacher: The teacher's logits [T, V], for objectives that have one, which may be overwritten; or what is
+                known of them.
         """
 
     @abstractmethod

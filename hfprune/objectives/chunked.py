@@ -73,6 +73,7 @@ class Term:
         tokens: [N] boolean, the tokens that count; None for all.
         teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
         teacher_head: The teacher's output head, where it is not the student's.
+        known: [N], what is known of a teacher that is not there, in place of the two.
     """
 
     objective: Objective
@@ -80,6 +81,7 @@ class Term:
     tokens: Tensor | None = None
     teacher: Tensor | None = None
     teacher_head: OutputHead | None = None
+    known: Any = None
 
     def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns logits and targets of this term's tokens in a chunk."""
@@ -89,8 +91,10 @@ class Term:
         chosen = self.tokens[part]
         return logits[chosen], None if targets is None else targets[chosen]
 
-    def teacher_logits(self, part: slice, head: OutputHead) -> Tensor | None:
-        """Returns the teacher's logits of this term's tokens in a chunk."""
+    def teacher_logits(self, part: slice, head: OutputHead) -> Any:
+        """Returns the teacher's logits of this term's tokens in a chunk, or what is known of them."""
+        if self.known is not None:
+            return self.known[part]
         if self.teacher is None:
             return None
         hidden = self.teacher[part]
@@ -166,7 +170,7 @@ def _value_and_grad(
     objective: Objective,
     logits: Tensor,
     targets: Tensor | None,
-    teacher: Tensor | None,
+    teacher: Any,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Returns an objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
@@ -198,6 +202,7 @@ def chunked_objective(
     teacher: Tensor | None = None,
     *,
     teacher_head: OutputHead | None = None,
+    known: Any = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
@@ -209,9 +214,10 @@ def chunked_objective(
         targets: [N] or [N, K] int64, or None when the objective needs none.
         teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
         teacher_head: The teacher's output head, where it is not ``head``.
+        known: [N], what is known of a teacher that is not there.
         chunk_bytes: Size of one chunk of fp32 logits.
     """
-    term = Term(objective, targets, teacher=teacher, teacher_head=teacher_head)
+    term = Term(objective, targets, teacher=teacher, teacher_head=teacher_head, known=known)
     (total,) = chunked_objectives([term], hidden, head, chunk_bytes=chunk_bytes)
     return total
 

@@ -13,13 +13,22 @@ class DistillationRecovery:
     The dense model is loaded a second time, frozen, when recovery begins: its weights stay in memory, and every batch
     costs one more forward pass. Logits of both exist a chunk of tokens at a time.
 
+    With ``cache`` its predictions are computed once, before recovery, and kept on disk: the ``top_k`` most likely
+    tokens of every supervised position, 6 bytes each. It is not in memory while the pruned model is trained, and a
+    later run on the same data does not load it. KL is then that of p and q with all other tokens taken as one: a lower
+    bound.
+
     Attributes:
         alpha: Weight of KL, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
         temperature: t > 0, of teacher and student.
+        cache: Folder for the dense model's predictions; None keeps the model itself.
+        top_k: How many tokens of each prediction are kept there.
     """
 
     alpha: float = 1.0
     temperature: float = 1.0
+    cache: str | None = None
+    top_k: int = 64
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` for values out of range."""
@@ -28,6 +37,8 @@ class DistillationRecovery:
                 "--model.distillation needs alpha in [0, 1] and temperature > 0; got "
                 f"{self.alpha} and {self.temperature}."
             )
+        if self.top_k < 1:
+            raise ConfigError(f"--model.distillation.top_k {self.top_k} is not positive.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, for reports."""

@@ -56,3 +56,14 @@ def teacher_distillation(z, teacher, y, alpha, t):
     q, p = softmax([v / t for v in teacher]), softmax([v / t for v in z])
     kl = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)
     return (1 - alpha) * cross_entropy(z, y) + alpha * t * t * kl
+
+
+def top_distillation(z, teacher, label, alpha, temperature, k):
+    """As ``teacher_distillation``, with all but the teacher's ``k`` most likely tokens taken as one."""
+    p, q = softmax([t / temperature for t in teacher]), softmax([v / temperature for v in z])
+    known = sorted(range(len(p)), key=lambda i: -p[i])[:k]
+    kl = sum(p[i] * (math.log(p[i]) - math.log(q[i])) for i in known)
+    rest_p, rest_q = (sum(x[i] for i in range(len(x)) if i not in known) for x in (p, q))
+    if rest_p > 0:
+        kl += rest_p * (math.log(rest_p) - math.log(rest_q))
+    return (1 - alpha) * cross_entropy(z, label) + alpha * temperature**2 * kl

@@ -1,0 +1,234 @@
+"""What the dense model predicts for the recovery data, on disk: its K most likely tokens, so that it need not stay.
+
+Rows are found by what they hold, not by their place: shuffling, epochs, packing and the number of processes do not
+matter, and other data add rows. The folder is that of one model, K and temperature. Files are written in one step, rows
+carry checksums; a run that was killed while it wrote goes on with the rows that are missing.
+
+Shape legend: N supervised tokens, K the most likely tokens that are kept.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from hfprune.arch import output_head
+from hfprune.causal import Batch, final_hidden, labels_of
+from hfprune.errors import ConfigError, OutputError
+from hfprune.objectives import OBJECTIVES
+from hfprune.objectives.chunked import chunk_tokens
+from hfprune.objectives.teacher_top import KnownTop
+
+ROWS_PER_FILE = 256
+
+_STREAM = (
+    "--model.distillation.cache needs recovery data that are in memory, to compute the dense model's predictions for "
+    "all of them once: give --data.streaming false, or leave the cache out."
+)
+
+
+def supervised(batch: Batch) -> Tensor:
+    """Returns where a batch's tokens are supervised, [B, T]."""
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], mask, labels_of(batch))[1]
+
+
+def row_names(batch: Batch, valid: Tensor) -> list[str]:
+    """Returns a name for what each row of a batch holds: its tokens, where documents begin, and what is supervised."""
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    names = []
+    for row in range(len(ids)):
+        real = torch.ones_like(ids[row], dtype=torch.bool) if mask is None else mask[row].bool()
+        starts = torch.zeros_like(ids[row]) if positions is None else (positions[row] == 0).long()
+        held = torch.stack([ids[row][real], starts[real], valid[row][real].long()]).to("cpu", torch.int64)
+        names.append(hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest()[:32])
+    return names
+
+
+class TeacherCache:
+    """The dense model's predictions in a folder.
+
+    Args:
+        folder: Where folders of models are; made when missing.
+        fingerprint: The dense model's.
+        top_k: K.
+        temperature: What its logits are divided by.
+
+    Raises:
+        ConfigError: The folder holds a damaged file.
+    """
+
+    def __init__(self, folder: str | Path, *, fingerprint: str, top_k: int, temperature: float) -> None:
+        key = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+        self.folder = Path(folder) / f"{key}-top{top_k}-t{temperature:g}"
+        self._top_k, self._temperature = top_k, temperature
+        self._where: dict[str, tuple[Path, int]] = {}
+        self._read: set[Path] = set()
+        self.refresh()
+
+    def __contains__(self, name: str) -> bool:
+        """Returns whether a row is there."""
+        return name in self._where
+
+    def refresh(self) -> None:
+        """Takes note of files that are new, those of other processes among them."""
+        for path in sorted(self.folder.glob("rows-*.safetensors")):
+            if path in self._read:
+                continue
+            with self._open(path) as file:
+                sums = json.loads((file.metadata() or {}).get("crc", "{}"))
+            self._where |= {name: (path, value) for name, value in sums.items()}
+            self._read.add(path)
+
+    def fill(self, load_teacher: Callable[[], nn.Module], batches: Iterable[Batch]) -> int:
+        """Computes the rows that are missing; the model is loaded only if there are any, and not kept.
+
+        Args:
+            load_teacher: Returns the dense model, in eval mode, where the batches are.
+            batches: All rows of the recovery data, one batch after the other.
+
+        Returns:
+            The number of rows that were computed.
+
+        Raises:
+            OutputError: A file could not be written.
+        """
+        missing = self._missing(batches)
+        first = next(missing, None)
+        if first is None:
+            return 0
+        teacher, count = load_teacher(), 0
+        todo = _chain(first, missing)
+        while part := list(islice(todo, ROWS_PER_FILE)):
+            rows = {name: self._computed(teacher, batch, valid) for name, batch, valid in part}
+            self._write(rows)
+            count += len(rows)
+        return count
+
+    def _missing(self, batches: Iterable[Batch]) -> Iterator[tuple[str, Batch, Tensor]]:
+        seen: set[str] = set()
+        for batch in batches:
+            valid = supervised(batch)
+            for row, name in enumerate(row_names(batch, valid)):
+                if name not in self._where and name not in seen:
+                    seen.add(name)
+                    yield name, {key: value[row : row + 1] for key, value in batch.items()}, valid[row : row + 1]
+
+    def _computed(self, teacher: Any, batch: Batch, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the log-probabilities [N, K], float16, and the tokens [N, K], int32, of one row."""
+        with torch.no_grad():
+            head = output_head(teacher)
+            hidden = final_hidden(teacher, batch)[0][valid]
+            size = chunk_tokens(head.weight.shape[0])
+            values, indices = [], []
+            for start in range(0, len(hidden), size):
+                logits = head.logits(hidden[start : start + size]) / self._temperature
+                top, index = logits.log_softmax(-1).topk(min(self._top_k, logits.shape[-1]), dim=-1)
+                values.append(top.to("cpu", torch.float16))
+                indices.append(index.to("cpu", torch.int32))
+        empty = (torch.zeros(0, self._top_k, dtype=torch.float16), torch.zeros(0, self._top_k, dtype=torch.int32))
+        return (torch.cat(values), torch.cat(indices)) if values else empty
+
+    def _write(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        tensors = {f"{name}.log_p": log_p for name, (log_p, _) in rows.items()}
+        tensors |= {f"{name}.token": tokens for name, (_, tokens) in rows.items()}
+        sums = {name: _checksum(*row) for name, row in rows.items()}
+        path = self.folder / f"rows-{uuid.uuid4().hex}.safetensors"
+        stage = path.with_name(f".{path.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, stage, metadata={"crc": json.dumps(sums)})
+            os.replace(stage, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"Writing the dense model's predictions to '{path}' failed: {error}") from error
+        finally:
+            stage.unlink(missing_ok=True)
+        self._where |= {name: (path, value) for name, value in sums.items()}
+        self._read.add(path)
+
+    def lookup(self, batch: Batch, valid: Tensor) -> KnownTop:
+        """Returns the dense model's predictions at a batch's supervised tokens [N], row after row.
+
+        Raises:
+            ConfigError: A row is missing or damaged.
+        """
+        rows = [self._row(name) for name in row_names(batch, valid)]
+        device = batch["input_ids"].device
+        log_p = torch.cat([row[0] for row in rows]).to(device, torch.float32)
+        tokens = torch.cat([row[1] for row in rows]).to(device, torch.int64)
+        return KnownTop(log_p, tokens)
+
+    def _row(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self._where:
+            raise ConfigError(
+                f"'{self.folder}' has no predictions for a row of the recovery data, which were made at the start of "
+                "this run: the data have changed since."
+            )
+        path, checksum = self._where[name]
+        with self._open(path) as file:
+            log_p, tokens = file.get_tensor(f"{name}.log_p"), file.get_tensor(f"{name}.token")
+        if _checksum(log_p, tokens) != checksum:
+            raise ConfigError(f"The cached predictions '{path}' are damaged: delete the file, it is made anew.")
+        return log_p, tokens
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"The cached predictions '{path}' cannot be read ({error}): delete the file, it is made anew."
+            ) from error
+
+
+def check_cache(folder: str, data: Any) -> None:
+    """Raises ``ConfigError`` where the folder cannot be written, or the data are a stream.
+
+    Args:
+        folder: Where predictions are to be kept.
+        data: The datamodule, if any.
+    """
+    if getattr(data, "streaming", False):
+        raise ConfigError(_STREAM)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--model.distillation.cache '{folder}' cannot be written: {error}.") from error
+
+
+def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
+    """Yields this rank's share of the rows that a training loader holds, each as a batch of one; its place stays.
+
+    Raises:
+        ConfigError: The rows are read as a stream, which ends nowhere in particular.
+    """
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or collate is None:
+        raise ConfigError(_STREAM)
+    assert dataset is not None
+    for index in range(rank, len(dataset), world_size):
+        row: dict[str, Tensor] = collate([dataset[index]])
+        yield row
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _checksum(log_p: Tensor, tokens: Tensor) -> int:
+    return zlib.crc32(tokens.contiguous().numpy().tobytes(), zlib.crc32(log_p.contiguous().numpy().tobytes()))

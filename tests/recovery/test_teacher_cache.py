@@ -1,0 +1,260 @@
+"""The dense model's predictions on disk: the loss from the K most likely tokens, files, runs, and what goes wrong."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import load_file, save_file
+
+from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
+from hfprune.causal import objective_sum
+from hfprune.cli import main
+from hfprune.errors import ConfigError
+from hfprune.modules import steps
+from hfprune.objectives.teacher import TeacherDistillation
+from hfprune.objectives.teacher_top import CachedDistillation, KnownTop, top_kl
+from hfprune.recovery import DistillationRecovery
+from hfprune.recovery.teacher_cache import TeacherCache, row_names, supervised
+from tests.models import save_tiny, tiny, token_ids
+from tests.reference import objectives as reference
+
+
+def random_logits(seed, tokens=3, vocab=7):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)
+
+
+def known(teacher, k, temperature=1.0):
+    log_p, tokens = (teacher / temperature).log_softmax(-1).topk(k, -1)
+    return KnownTop(log_p, tokens)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6, 7])
+@pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 1.0), (0.3, 2.0), (0.7, 0.5)])
+def test_value_and_gradient(alpha, temperature, k):
+    z, teacher, labels = random_logits(0), random_logits(1), torch.tensor([1, 0, 6])
+    objective = CachedDistillation(alpha=alpha, temperature=temperature, lookup=lambda batch, valid: None)
+    value, grad = objective.value_and_grad(z.clone(), labels, known(teacher, k, temperature))
+    for row in range(3):
+        y, theirs = int(labels[row]), teacher[row].tolist()
+
+        def loss(x, theirs=theirs, y=y):
+            return reference.top_distillation(x, theirs, y, alpha, temperature, k)
+
+        assert float(value[row]) == pytest.approx(loss(z[row].tolist()), abs=1e-12)
+        expected = torch.tensor(reference.finite_difference(loss, z[row].tolist()), dtype=torch.float64)
+        torch.testing.assert_close(grad[row], expected, atol=1e-7, rtol=0)
+
+
+def test_it_is_a_lower_bound_that_meets_the_whole():
+    z, teacher = random_logits(0, tokens=20), random_logits(1, tokens=20)
+    p = teacher.log_softmax(-1)
+    whole = (p.exp() * (p - z.log_softmax(-1))).sum(-1)
+    values = torch.stack([top_kl(z.clone(), known(teacher, k)).value for k in range(1, 8)])
+    assert bool((values.diff(dim=0) >= -1e-12).all())
+    torch.testing.assert_close(values[-1], whole, atol=1e-12, rtol=0)
+    assert (whole - values[0]).max() > 0.1
+    assert bool(top_kl(teacher.clone(), known(teacher, 2)).value.abs().max() < 1e-12)
+    wide = KnownTop(known(teacher, 7).log_p.half(), known(teacher, 7).tokens)  # rounded: they add up to more than 1
+    assert bool(top_kl(z.float(), wide).value.isfinite().all())
+
+
+def batches():
+    """Two rows of other lengths, padded together; packed rows; rows of which a part is supervised."""
+    ids = token_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :3] = -100
+    packed = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    yield {"input_ids": ids[:1], "position_ids": packed}
+
+
+def opened(folder, **kwargs):
+    return TeacherCache(folder, **{"fingerprint": "one", "top_k": 61, "temperature": 1.5} | kwargs)
+
+
+def test_the_loss_from_disk_is_that_of_the_model_beside(tmp_path):
+    student, teacher = tiny("llama_untied_bias", seed=1), tiny("llama_untied_bias", seed=2)
+    cache = opened(tmp_path)
+    assert cache.fill(lambda: teacher, batches()) == 3
+    for batch in batches():
+        whole = TeacherDistillation(alpha=0.6, temperature=1.5, teacher_model=teacher)
+        top = CachedDistillation(alpha=0.6, temperature=1.5, lookup=opened(tmp_path).lookup)
+        losses = []
+        for objective in (whole, top):
+            total, valid = objective_sum(student, objective, batch)
+            losses.append(float(total.detach() / valid.sum()))
+        assert losses[1] == pytest.approx(losses[0], abs=2e-3)  # log-probabilities in float16
+        assert losses[1] != losses[0]
+
+
+def test_rows_are_found_whatever_they_are_batched_with(tmp_path):
+    teacher = tiny("llama_untied_bias")
+    cache = opened(tmp_path, top_k=4)
+    cache.fill(lambda: teacher, batches())
+    batch = next(iter(batches()))
+    both = cache.lookup(batch, supervised(batch))
+    alone = []
+    for row, length in ((1, 6), (0, 9)):
+        one = {name: tensor[row : row + 1, :length] for name, tensor in batch.items() if name != "attention_mask"}
+        assert row_names(one, supervised(one)) == row_names(batch, supervised(batch))[row : row + 1]
+        alone.append(cache.lookup(one, supervised(one)))
+    torch.testing.assert_close(both.log_p, torch.cat([alone[1].log_p, alone[0].log_p]), atol=0, rtol=0)
+    assert both.log_p.shape == (6 + 5, 4)
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"][:1]).logits[0] / 1.5
+    log_p, tokens = logits.log_softmax(-1).topk(4, -1)
+    where = supervised(batch)[0]
+    assert torch.equal(both.tokens[:6], tokens[where])
+    torch.testing.assert_close(both.log_p[:6].double(), log_p[where], atol=5e-3, rtol=1e-3)
+
+
+def test_only_what_is_missing_is_computed(tmp_path):
+    calls = []
+
+    def teacher():
+        calls.append(1)
+        return tiny("llama_untied_bias")
+
+    first, second = batches()
+    assert opened(tmp_path).fill(teacher, [first]) == 2
+    assert opened(tmp_path).fill(teacher, [first, first]) == 0
+    assert len(calls) == 1
+    again = opened(tmp_path)
+    assert again.fill(teacher, [first, second]) == 1
+    assert len(calls) == 2
+    assert opened(tmp_path, fingerprint="another").fill(teacher, [first]) == 2
+    assert opened(tmp_path, temperature=1.0).fill(teacher, [first]) == 2
+    assert not list(tmp_path.rglob(".rows*"))
+
+
+def test_damaged_files_are_errors(tmp_path):
+    cache = opened(tmp_path)
+    cache.fill(lambda: tiny("llama_untied_bias"), batches())
+    (path,) = cache.folder.glob("rows-*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(ConfigError, match=r"cannot be read .* delete the file"):
+        opened(tmp_path)
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    path.write_bytes(bytes(changed))
+    bad = opened(tmp_path)
+
+    def read_all():
+        return [bad.lookup(batch, supervised(batch)) for batch in batches()]
+
+    with pytest.raises(ConfigError, match="are damaged: delete the file"):
+        read_all()
+    other = {"input_ids": token_ids(1, 5, seed=9)}
+    with pytest.raises(ConfigError, match="the data have changed"):
+        bad.lookup(other, supervised(other))
+
+
+class Stop(Exception):
+    """An interruption."""
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Stop
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("dense"))
+
+
+def fit(folder, distillation, *callbacks, ckpt_path=None, lora=None, **data):
+    module = PruningModule(folder, learning_rate=5e-3, distillation=distillation)
+    trainer = PruneTrainer(
+        callbacks=[TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora), *callbacks], accelerator="cpu",
+        devices=1, logger=False, max_epochs=2, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    settings = {"seq_len": 16, "calibration_sequences": 4, "batch_size": 4, "recovery_sequences": 12} | data
+    trainer.fit(
+        module, datamodule=TextDataModule(validation_sequences=4, eval_windows=0, **settings), ckpt_path=ckpt_path
+    )
+    return module
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def test_a_run_with_the_cache_ends_near_one_with_the_model(folder, tmp_path, monkeypatch):
+    beside = weights(fit(folder, DistillationRecovery()))
+    cached = weights(fit(folder, DistillationRecovery(cache=str(tmp_path), top_k=61)))
+    start = weights(fit(folder, None, recovery_sequences=4))
+    for name, parameter in cached.items():
+        torch.testing.assert_close(parameter, beside[name], atol=1.5e-2, rtol=0)  # six steps of AdamW, 5e-3 each
+    assert max((cached[name] - start[name]).abs().max() for name in cached) > 1e-2
+    loads = []
+    monkeypatch.setattr(steps, "load_causal_lm", lambda *args, **kwargs: loads.append(1))
+    again = weights(fit(folder, DistillationRecovery(cache=str(tmp_path), top_k=61)))
+    assert not loads  # the dense model was not needed again
+    assert all(torch.equal(p, again[name]) for name, p in cached.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_interrupted_and_resumed_it_ends_the_same(folder, tmp_path):
+    data = {"recovery_sequences": 12, "batch_size": 2}
+    settings = DistillationRecovery(alpha=0.5, cache=str(tmp_path / "cache"), top_k=8)
+    straight = weights(fit(folder, settings, lora=LoraRecovery(rank=2), **data))
+    shutil.rmtree(tmp_path / "cache")
+    saving = {"dirpath": tmp_path / "ckpt", "save_last": True, "every_n_train_steps": 1}
+    with pytest.raises(Stop):
+        fit(folder, settings, ModelCheckpoint(**saving), StopAt(2), lora=LoraRecovery(rank=2), **data)
+    last = str(tmp_path / "ckpt/last.ckpt")
+    saved = next((tmp_path / "cache").rglob("rows-*.safetensors"))
+    tensors = load_file(saved)
+    shutil.rmtree(tmp_path / "cache")
+    resumed = weights(
+        fit(folder, settings, ModelCheckpoint(**saving), ckpt_path=last, lora=LoraRecovery(rank=2), **data)
+    )
+    assert tensors
+    assert all(torch.equal(p, resumed[name]) for name, p in straight.items())
+
+
+def test_what_cannot_be_kept_is_refused_before_anything_runs(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    common = ["fit", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", "--data.seq_len=16"]
+    common += ["--data.eval_windows=0", "--data.calibration_sequences=4", "--latency=false"]
+    assert main([*common, "--model.distillation.cache=file/below"]) == 2
+    assert "--model.distillation.cache 'file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
+    streaming = ["--data.recovery=builtin", "--data.streaming=true", "--model.distillation.cache=cache"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "some words " * 20}) for _ in range(30)))
+    streaming[0] = "--data.recovery=a.jsonl"
+    assert main([*common, "--overwrite=true", *streaming, "--trainer.max_steps=2"]) == 2
+    assert "needs recovery data that are in memory" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match="top_k 0 is not positive"):
+        DistillationRecovery(cache="x", top_k=0)
+
+
+def test_half_precision_log_probabilities_are_near(tmp_path):
+    """A token costs 2 bytes of log-probability and 4 of its number; the error stays below a thousandth of the value."""
+    teacher = tiny("llama_untied_bias")
+    cache = opened(tmp_path, top_k=8)
+    batch = {"input_ids": token_ids(1, 12)}
+    cache.fill(lambda: teacher, [batch])
+    (path,) = cache.folder.glob("*.safetensors")
+    tensors = load_file(path)
+    assert sum(t.nbytes for t in tensors.values()) == 11 * 8 * 6
+    save_file(tensors, tmp_path / "copy.safetensors")
+    with torch.no_grad():
+        exact = (teacher(input_ids=batch["input_ids"]).logits[0, :-1] / 1.5).log_softmax(-1).topk(8, -1).values
+    found = next(t for name, t in tensors.items() if name.endswith("log_p")).double()
+    assert float(((found - exact) / exact).abs().max()) < 1e-3
+    assert math.isfinite(float(found.sum()))
