@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hfprune.arch.experts import EXPERTS, FewerExperts, by_expert
+from hfprune.arch.experts import EXPERTS, FewerExperts, added_norms, by_expert
 from hfprune.arch.groups import find_spec, group_modules
 from hfprune.arch.projection import bias_of, weight_of
 from hfprune.arch.stream import CHANNELS, head_reads
@@ -106,7 +106,7 @@ def hook_activations(
 
     def hook(group: Group, part: Slice) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            value = by_expert(args[1], args[2], group.num_units) if group.kind == EXPERTS else args[0]
+            value = added_norms(module, *args) if group.kind == EXPERTS else args[0]
             receive(group, part, Activation(input=value.detach(), output=output.detach()))
 
         return seen

@@ -54,6 +54,26 @@ def by_expert(chosen: Tensor, values: Tensor, num_experts: int) -> Tensor:
     return values.new_zeros(len(values), num_experts).scatter(1, chosen, values)
 
 
+def added_norms(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Returns the L2 norm [N, E], float32 or wider, of what each expert adds to each token; 0 where it was not chosen.
+
+    That is router weight times output. The module that holds the experts gives sums over a token's experts only, so it
+    runs once more for each of the K: as much work as its forward pass.
+
+    Args:
+        experts: The module.
+        hidden: [N, H], its inputs.
+        chosen: [N, K], the experts that each token goes through.
+        weights: [N, K], their weights.
+    """
+    found = []
+    for expert, weight in zip(chosen.split(1, dim=1), weights.split(1, dim=1), strict=True):
+        added = experts.forward(hidden, expert, weight)
+        added = added if added.dtype == torch.float64 else added.float()
+        found.append(added.norm(dim=-1))
+    return by_expert(chosen, torch.stack(found, dim=1), experts.num_experts)
+
+
 class FewerExperts:
     """A forward hook of a router: it chooses among the experts that stay, by their dense numbers.
 

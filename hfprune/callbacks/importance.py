@@ -22,6 +22,7 @@ from hfprune.callbacks.layerwise import check_layerwise
 from hfprune.callbacks.planner import Planner, PruningOptions, say
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
+from hfprune.callbacks.units import check_scored
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
@@ -55,7 +56,8 @@ class TaylorImportanceCallback(Callback):
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
         round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
         units: What may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads that read it),
-            ``blocks`` (whole layers), ``channels`` (hidden channels of the residual stream), or several of these.
+            ``experts`` (of mixtures), ``blocks`` (whole layers), ``channels`` (hidden channels of the residual
+            stream), or several of these.
         allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
             ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
             take the place of a budget.
@@ -163,13 +165,17 @@ class TaylorImportanceCallback(Callback):
         None where these are not known yet: a module of your own that makes its model in ``configure_model``.
 
         Raises:
-            ConfigError: There is nothing to prune in the module, or the budget is impossible for it.
+            ConfigError: There is nothing to prune in the module, the criterion does not score what is in its layers, or
+                the budget is impossible for it.
             UnsupportedArchitectureError: No table describes the model's class.
         """
         target = self._find(module)
         if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
             return self.resolved
-        self.resolved = target.resolve(self.options.budget, self.options.allocation) if target.known else None
+        self.resolved = None
+        if target.known:
+            check_scored(target, self.options.criterion)
+            self.resolved = target.resolve(self.options.budget, self.options.allocation)
         return self.resolved
 
     def check_stock(self, module: LightningModule) -> None:

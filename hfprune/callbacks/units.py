@@ -1,4 +1,4 @@
-"""Which units would be left, were the scores known so far the last ones."""
+"""Which units are scored, and which would be left, were the scores known so far the last ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +7,15 @@ from torch import Tensor
 from hfprune.allocation import Allocation, kept_units
 from hfprune.allocation.history import Select
 from hfprune.callbacks.target import Target
-from hfprune.criteria import Criterion, scored_groups, with_blocks
+from hfprune.criteria import Criterion, LayerwiseCriterion, scored_groups, with_blocks
 from hfprune.types import Budget
+
+
+def check_scored(target: Target, criterion: Criterion) -> None:
+    """Raises ``ConfigError`` where layers are units and hold what ``criterion`` does not score; reads shapes alone."""
+    if "blocks" in target.units and not isinstance(criterion, LayerwiseCriterion):
+        model = target.shapes()
+        scored_groups(model, target.groups(model), criterion)
 
 
 def final_units(target: Target, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:

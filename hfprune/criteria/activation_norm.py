@@ -12,7 +12,8 @@ class ActivationNorm(ActivationCriterion):
 
     With a_t the unit's channels at token t: sqrt(sum_t norm(a_t)^2 / tokens). Up to the factor sqrt(tokens), which
     changes no ranking, this is the norm of the unit's activation over the calibration set. The activation of an expert
-    is the weight that the router gives it.
+    is what it adds to the layer's output: its own output times the weight that the router gives it, 0 for tokens that
+    do not go through it. So it counts how often, how strongly and with how large outputs an expert is used.
     """
 
     experts = True

@@ -78,7 +78,7 @@ class Signal:
     """What was recorded at one projection during one backward pass of a summed objective.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in].
+        input: Input of the projection, [B, T, in] or [B * T, in]; of experts their routers' weights, [B * T, U].
         output: Its output, [B, T, out] or [B * T, out], of a slice on the output side that is read there.
         grad: Gradient at the projection's input or output, as the criterion ``reads`` it.
         weight: The projection's weight as [out, in].
@@ -97,7 +97,7 @@ class Activation:
     """What was recorded at one projection during one forward pass.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in].
+        input: Input of the projection, [B, T, in] or [B * T, in]; of experts the norm of what each adds, [B * T, U].
         output: Its output, [B, T, out] or [B * T, out].
     """
 
@@ -267,7 +267,7 @@ def check_experts(criterion: Criterion, kinds: Collection[str]) -> None:
     if "experts" in kinds and not criterion.experts:
         raise ConfigError(
             f"{type(criterion).__name__} does not score experts; ActivationTaylor, Fisher, ActivationNorm, Magnitude "
-            "and Random do. Choose one of these, or leave 'experts' out of the units."
+            "and Random do. Choose one of these, or leave 'experts' out of the units, and 'blocks', which hold them."
         )
 
 

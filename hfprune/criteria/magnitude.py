@@ -10,6 +10,9 @@ from hfprune.criteria.base import WeightCriterion
 from hfprune.errors import ConfigError
 from hfprune.types import Group
 
+_NUMBERS = 2**24
+"""Weights that are held in float64 at a time."""
+
 
 class Magnitude(WeightCriterion):
     """L1 or L2 norm of all weights of a unit: its rows of gate and up and its column of down. Biases do not count.
@@ -31,11 +34,19 @@ class Magnitude(WeightCriterion):
         total = torch.zeros(group.num_units, dtype=torch.float64)
         for part, weight in zip(group.slices, weights, strict=True):
             channels = slice(part.offset, part.offset + group.num_units * part.width)
-            rows = (weight[channels] if part.side == "out" else weight[:, channels].T).to(torch.float64)
-            by_channel = rows.abs().sum(1) if self.norm == "l1" else rows.square().sum(1)
+            rows = weight[channels] if part.side == "out" else weight[:, channels].T
+            by_channel = torch.cat([self._sums(some.to(torch.float64)) for some in rows.split(_at_once(rows))])
             total += by_channel.unflatten(0, (group.num_units, part.width)).sum(1).cpu()
         return total if self.norm == "l1" else total.sqrt()
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        return rows.abs().sum(1) if self.norm == "l1" else rows.square().sum(1)
 
     def describe(self) -> dict[str, str]:
         """Returns name and norm."""
         return {"name": "magnitude", "norm": self.norm}
+
+
+def _at_once(rows: Tensor) -> int:
+    """Returns how many rows are held in float64 at a time: all experts of a layer would take gigabytes."""
+    return max(1, _NUMBERS // rows.shape[1])

@@ -17,6 +17,8 @@ class WeightRange(ActivationNorm):
     of single batches, so that its score depends on the batch size; here the norm is that of the whole calibration set.
     """
 
+    experts = False
+
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns ranges times norms."""
         norm = super().score(group, sums)

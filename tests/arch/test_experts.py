@@ -1,4 +1,4 @@
-"""Experts of mixtures as units: masks, costs, configs, layouts, scores, a fit, and what is refused."""
+"""Experts of mixtures as units: masks, costs, configs, layouts, a run, and what is refused."""
 
 import copy
 import json
@@ -9,39 +9,21 @@ from transformers import AutoModelForCausalLM
 
 import hfprune
 from hfprune.allocation import Explicit, GlobalRank, Sensitivity, Uniform, allocate
-from hfprune.arch import check_stock, config_values, find_groups, parameter_count, unit_cost
-from hfprune.calibration import weight_scores
+from hfprune.arch import check_stock, config_values, find_groups, head_counts, parameter_count, unit_cost
 from hfprune.cli import main
-from hfprune.criteria import (
-    ActivationNorm,
-    ActivationTaylor,
-    CoupledTaylor,
-    Fisher,
-    Magnitude,
-    VectorTaylor,
-    WandaStructured,
-    scored_groups,
-)
 from hfprune.errors import ConfigError, PlanError, UnsupportedArchitectureError
 from hfprune.evaluation.stage import measure
 from hfprune.layerwise.sparse import check_sparse
 from hfprune.plan import PruningPlan
 from hfprune.recording import UnitMask
 from hfprune.sparse import Sparsity, sparse_method
-from hfprune.surgery import apply_plan, mask_plan
+from hfprune.surgery import apply_plan, cut_optimizer_state, mask_plan, plan_cuts
 from hfprune.types import Budget
-from tests.criteria.toys import calibrate, check
 from tests.models import MIXTURES, inventory, save_tiny, tiny, token_ids
-from tests.reference import taylor as slow
-from tests.reference.experts import by_hand, contributions
+from tests.reference.experts import by_hand
 
 KEEP = ((0, 2, 3, 5), (1, 2, 4, 5), (0, 1, 3, 4))
 UNEVEN = ((0, 2, 3, 5), (1, 2), (0, 1, 2, 3, 4))
-LENGTHS = (6, 4)
-
-
-def sequences():
-    return [token_ids(1, n, seed=n)[0] for n in LENGTHS]
 
 
 def plan_of(model, keep=KEEP, units=("experts",), **others):
@@ -104,6 +86,41 @@ def test_stock_transformers_loads_what_one_number_describes(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
+def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
+    assert head_counts(tiny(name)) == (1, 2)
+    for heads in ((1,), (0, 1)):
+        model = tiny(name, dtype=torch.float32)
+        plan = plan_of(model, KEEP, ("experts", "heads", "blocks"), heads=heads, block=(0, 2))
+        check_stock(model, plan.groups, plan.keep)
+        hfprune.apply_plan(model, plan)
+        model.save_pretrained(tmp_path / str(len(heads)))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(heads)), experts_implementation="eager")
+        assert type(loaded) is type(model)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_training_goes_on_with_what_survives(name):
+    model = tiny(name)
+    trained = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    trained.step()
+    plan = plan_of(model, UNEVEN)
+    cuts, order = plan_cuts(model, plan), list(model.named_parameters())
+    moments, state = {n: trained.state[p]["exp_avg"] for n, p in order}, trained.state_dict()
+    assert cut_optimizer_state(state, [(n, p.shape) for n, p in order], cuts) == 0
+    apply_plan(model, plan)
+    again = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    again.load_state_dict(state)
+    for number, kept in enumerate(UNEVEN):
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+            full = f"model.layers.{number}.mlp.{name}"
+            assert torch.equal(again.state[model.get_parameter(full)]["exp_avg"], moments[full][list(kept)])
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    again.step()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
 def test_other_numbers_per_layer_need_a_layout(name, tmp_path):
     model = tiny(name, dtype=torch.float32)
     plan = plan_of(model, UNEVEN)
@@ -140,82 +157,6 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
     curves = {g.name: {1 / 3: 0.1 + g.layer} for g in stock.groups}
     found = allocate(stock, Budget(target_params=stock.params([2, 6, 6])), Sensitivity(curves=curves))
     assert found.widths == (2, 6, 6)
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_taylor_scores_are_what_contributions_are_worth(name):
-    model = tiny(name)
-    groups = find_groups(model, ("experts",))
-    worth = contributions(tiny(name), sequences(), slow.objective_of("entropy"))
-    tokens = sum(LENGTHS)
-    forms = {
-        "per_token": lambda rows: sum(row.abs().sum(0) for row in rows),
-        "per_sequence": lambda rows: sum(row.sum(0).abs() for row in rows),
-        "signed": lambda rows: sum(row.sum(0) for row in rows).abs(),
-    }
-    batches = [{"input_ids": ids[None]} for ids in sequences()]
-    for reduction, form in forms.items():
-        expected = {g.name: (form([w[g.layer] for w in worth]) / tokens).tolist() for g in groups}
-        found = calibrate(model, ActivationTaylor(reduction=reduction), "entropy", groups=groups, batches=batches)
-        check(found, expected, rtol=1e-5)  # routers and norms round to float32
-    worth = contributions(tiny(name), sequences(), slow.objective_of("cross_entropy"))
-    squares = {g.name: sum(w[g.layer].square().sum(0) for w in worth) for g in groups}
-    expected = {name: (value / sum(n - 1 for n in LENGTHS)).tolist() for name, value in squares.items()}
-    check(calibrate(model, Fisher(), "cross_entropy", groups=groups, batches=batches), expected, rtol=1e-5)
-
-
-def test_scores_do_not_depend_on_padding_or_batch():
-    model = tiny("mixtral")
-    groups = find_groups(model, ("experts",))
-    alone = [{"input_ids": ids[None]} for ids in sequences()]
-    padded = torch.zeros(2, 6, dtype=torch.int64)
-    mask = torch.zeros_like(padded)
-    for row, ids in enumerate(sequences()):
-        padded[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-    one = calibrate(model, ActivationNorm(), groups=groups, batches=alone)
-    both = calibrate(model, ActivationNorm(), groups=groups, batches=[{"input_ids": padded, "attention_mask": mask}])
-    for name in one:
-        torch.testing.assert_close(one[name], both[name], rtol=1e-6, atol=0)
-
-
-def test_norms_are_those_of_the_router_s_weights_and_magnitudes_those_of_all_weights():
-    model = tiny("mixtral")
-    groups = find_groups(model, ("experts",))
-    seen = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.append(output))
-    expected = {g.name: [0.0] * 6 for g in groups}
-    for ids in sequences():
-        seen.clear()
-        logits(model, ids[None])
-        for g, (_, weights, chosen) in zip(groups, seen, strict=True):
-            for row_w, row_c in zip(weights.tolist(), chosen.tolist(), strict=True):
-                for w, e in zip(row_w, row_c, strict=True):
-                    expected[g.name][e] += w * w / sum(LENGTHS)
-    batches = [{"input_ids": ids[None]} for ids in sequences()]
-    found = calibrate(tiny("mixtral"), ActivationNorm(), groups=groups, batches=batches)
-    check(found, {name: [v**0.5 for v in values] for name, values in expected.items()}, rtol=1e-6)
-    criterion = Magnitude()
-    sizes = weight_scores(model, scored_groups(model, groups, criterion), criterion)
-    for g, layer in zip(groups, model.model.layers, strict=True):
-        for e in range(6):
-            parts = (layer.mlp.gate.weight[e], layer.mlp.experts.gate_up_proj[e], layer.mlp.experts.down_proj[e])
-            total = sum(v * v for part in parts for v in part.flatten().tolist())
-            assert float(sizes[g.name][e]) == pytest.approx(total**0.5, rel=1e-9)
-
-
-def test_layers_are_scored_by_their_experts_and_heads():
-    model = tiny("mixtral")
-    groups = find_groups(model, ("blocks",))
-    assert {g.kind for g in scored_groups(model, groups, ActivationTaylor())} == {"experts", "heads"}
-
-
-@pytest.mark.parametrize("criterion", [VectorTaylor(), CoupledTaylor(), WandaStructured()])
-def test_other_criteria_say_that_they_cannot(criterion):
-    model = tiny("mixtral")
-    for units in (("experts",), ("blocks",)):
-        with pytest.raises(ConfigError, match=f"{type(criterion).__name__} does not score experts"):
-            scored_groups(model, find_groups(model, units), criterion)
 
 
 def test_what_does_not_go_with_mixtures_is_refused():
@@ -261,6 +202,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
     for flags, text in (
         (["--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.compensation=LeastSquares"], "no one projection reads experts"),
+        (["--importance.units=[blocks]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.criterion=Magnitude", "--pruning_ratio=0.9"], "largest possible --pruning_ratio"),
     ):
         assert main(["prune", *common, "--pruning_ratio=0.2", "--output_dir=other", *flags]) == 2

@@ -7,7 +7,7 @@ from hfprune import apply_plan, load
 from hfprune.layouts import is_per_layer
 from tests.distributed.runs import STRATEGIES, equal, run, start
 from tests.layouts.plans import mlp_plan
-from tests.models import tiny, tiny_tokenizer
+from tests.models import save_tiny, tiny, tiny_tokenizer
 
 SLOW = pytest.mark.slow
 
@@ -49,6 +49,18 @@ def test_channels_under_ddp(folder, tmp_path):
         assert equal(rank["weights"], alone["weights"])
     said = start(folder, tmp_path / "fsdp2", "fsdp2", prune_only=True, fails=True, **settings)
     assert "leave 'channels' out of the units" in said
+
+
+@SLOW
+def test_experts_under_ddp(tmp_path):
+    folder = save_tiny(tmp_path / "dense", "mixtral")
+    settings = {"units": ["experts", "heads"], "dtype": "float32", "prune_only": True}
+    alone = run(folder, tmp_path / "single", "single", **settings)[0]
+    assert sorted({len(keep) for keep in alone["keep"].values()}) == [1, 5]
+    for rank in run(folder, tmp_path / "ddp", "ddp", **settings):
+        assert rank["keep"] == alone["keep"]
+        assert equal(rank["scores"], alone["scores"])
+        assert equal(rank["weights"], alone["weights"])
 
 
 def test_sharded_training_is_ddp_training(undisturbed):

@@ -6,10 +6,11 @@ RENORMALISED = ("mixtral",)
 """Model types whose routers always let the chosen weights add up to one."""
 
 
-def mixture(layer, x, *, kind, chosen_count, removed=(), factors=None):
+def mixture(layer, x, *, kind, chosen_count, removed=(), factors=None, norms=None):
     """Output [N, H] of a layer's mixture for x [N, H]; ``removed`` experts have a router logit of minus infinity.
 
-    ``factors`` [N, E] multiplies what each expert contributes to each token.
+    ``factors`` [N, E] multiplies what each expert contributes to each token. ``norms``: a list that receives a
+    dictionary for each token: expert -> length of what it adds.
     """
     router, experts = layer.gate, layer.experts
     rows = []
@@ -23,24 +24,28 @@ def mixture(layer, x, *, kind, chosen_count, removed=(), factors=None):
         if kind in RENORMALISED or getattr(router, "norm_topk_prob", False):
             total = sum(weights.values())
             weights = {e: w / total for e, w in weights.items()}
-        out = torch.zeros_like(token)
+        out, lengths = torch.zeros_like(token), {}
         for e, weight in weights.items():
             both = experts.gate_up_proj[e] @ token
             half = len(both) // 2
             inner = both[:half] * torch.sigmoid(both[:half]) * both[half:]
             factor = 1.0 if factors is None else factors[n, e]
-            out = out + factor * weight * (experts.down_proj[e] @ inner)
+            added = weight * (experts.down_proj[e] @ inner)
+            out = out + factor * added
+            lengths[e] = sum(value * value for value in added.tolist()) ** 0.5
         if hasattr(layer, "shared_expert"):
             out = out + torch.sigmoid(layer.shared_expert_gate(token)) * layer.shared_expert(token)
         rows.append(out)
+        if norms is not None:
+            norms.append(lengths)
     return torch.stack(rows)
 
 
-def by_hand(model, *, removed=None, factors=None):
+def by_hand(model, *, removed=None, factors=None, norms=None):
     """Makes ``model``, in place, compute its mixtures by the long way.
 
     ``removed``: layer -> experts that no router may choose. ``factors``: a list that receives one leaf [N, E] for
-    each layer and forward pass, in order.
+    each layer and forward pass, in order. ``norms``: layer -> a list, see ``mixture``.
     """
     kind, count = model.config.model_type, model.config.num_experts_per_tok
 
@@ -52,7 +57,9 @@ def by_hand(model, *, removed=None, factors=None):
                 leaf = torch.ones(len(flat), len(layer.gate.weight), dtype=flat.dtype, requires_grad=True)
                 factors.append(leaf)
             gone = () if removed is None else removed[index]
-            return mixture(layer, flat, kind=kind, chosen_count=count, removed=gone, factors=leaf).reshape_as(hidden)
+            found = None if norms is None else norms[index]
+            out = mixture(layer, flat, kind=kind, chosen_count=count, removed=gone, factors=leaf, norms=found)
+            return out.reshape_as(hidden)
 
         return forward
 
