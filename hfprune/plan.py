@@ -33,7 +33,7 @@ class PruningPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ``PlanError`` unless every group has sorted, unique kept units within its range."""
+        """Raises ``PlanError`` unless every group has sorted, unique kept units within its range, enough of them."""
         names = [g.name for g in self.groups]
         if sorted(names) != sorted(self.keep) or len(set(names)) != len(names):
             raise PlanError("A plan must list the kept units of each of its groups exactly once.")
@@ -42,6 +42,10 @@ class PruningPlan:
             if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= group.num_units:
                 raise PlanError(
                     f"The kept units of {group.name} must be sorted, unique, at least one and below {group.num_units}."
+                )
+            if len(keep) < group.least:
+                raise PlanError(
+                    f"{group.name} must keep at least {group.least} of its units; the plan keeps {len(keep)}."
                 )
 
     def removed(self, group: Group) -> list[int]:

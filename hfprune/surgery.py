@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch.experts import EXPERTS, FewerExperts, experts_table
+from hfprune.arch.experts import EXPERTS, FewerExperts, check_router_loss, experts_table
 from hfprune.arch.groups import (
     attention_table,
     class_name,
@@ -54,6 +54,9 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
                     f"The plan expects {group.num_units} units in {group.name}, the model has {found // s.width}."
                     f"{looks} Apply the plan to the dense model that it was made for."
                 )
+    counts = [len(plan.keep[group.name]) for group in _staying(plan) if group.kind == EXPERTS]
+    if counts:
+        check_router_loss(model, find_spec(model), counts)
 
 
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
@@ -276,6 +279,8 @@ def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     for path in table.attributes:
         owner, _, attribute = path.rpartition(".")
         setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+    if table.count_key in plan.config:
+        setattr(model, table.loss_attribute, plan.config[table.count_key])
 
 
 def _rewrite_channels(model: nn.Module, group: Group, plan: PruningPlan) -> None:

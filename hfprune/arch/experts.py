@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hfprune.arch.projection import STACKED, num_channels
 from hfprune.arch.spec import ArchSpec, ExpertsSpec
-from hfprune.errors import UnsupportedArchitectureError
+from hfprune.errors import PlanError, UnsupportedArchitectureError
 from hfprune.types import Group, Slice
 
 EXPERTS = "experts"
@@ -47,6 +47,22 @@ def expert_group(model: Any, spec: ArchSpec, index: int, router: nn.Module) -> G
     )
     units, least = num_channels(router, "out"), getattr(model.config, table.chosen_key)
     return Group(name=experts, kind=EXPERTS, num_units=units, slices=slices, layer=index, least=least)
+
+
+def check_router_loss(model: Any, spec: ArchSpec, counts: Sequence[int]) -> None:
+    """Raises ``PlanError`` where routers have a loss that needs one number of experts, and layers would have several.
+
+    Args:
+        model: The model.
+        spec: Its table.
+        counts: Experts that each layer would have.
+    """
+    key = experts_table(spec).loss_key
+    if len(set(counts)) > 1 and getattr(model.config, key):
+        raise PlanError(
+            f"config.{key} adds up the losses of all routers, which needs one number of experts in every layer; the "
+            f"plan keeps {min(counts)} to {max(counts)}. Set it to false, or use the allocation Uniform()."
+        )
 
 
 def by_expert(chosen: Tensor, values: Tensor, num_experts: int) -> Tensor:

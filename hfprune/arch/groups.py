@@ -128,9 +128,16 @@ def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
 
 
 def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    names = [f"{spec.layers}.{index}.{experts_table(spec).router}" for index in range(len(find_layers(model, spec)))]
-    found = [expert_group(model, spec, index, _module(model, name)) for index, name in enumerate(names)]
-    return [_checked(model, spec, group) for group in found]
+    table, found = experts_table(spec), []
+    for index, layer in enumerate(find_layers(model, spec)):
+        if table.router not in dict(layer.named_modules()):
+            raise UnsupportedArchitectureError(
+                f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
+                "(config.mlp_only_layers, decoder_sparse_step): where layers differ so, neither experts nor layers can "
+                "be removed. Leave 'experts' and 'blocks' out of the units; heads can go."
+            )
+        found.append(_checked(model, spec, expert_group(model, spec, index, layer.get_submodule(table.router))))
+    return found
 
 
 def _block_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:

@@ -92,6 +92,8 @@ class ExpertsSpec:
         count_key: Config key of the number of experts.
         chosen_key: Config key of the number of experts that a token goes through.
         attributes: Attributes of a layer's modules that repeat the number of experts, as ``module.attribute``.
+        loss_attribute: Attribute of the model that repeats it, for the routers' auxiliary loss.
+        loss_key: Config key that turns this loss on, in which all layers are one sum.
     """
 
     router: str = "mlp.gate"
@@ -99,6 +101,8 @@ class ExpertsSpec:
     count_key: str = "num_local_experts"
     chosen_key: str = "num_experts_per_tok"
     attributes: tuple[str, ...] = ("mlp.gate.num_experts", "mlp.experts.num_experts")
+    loss_attribute: str = "num_experts"
+    loss_key: str = "output_router_logits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
+from hfprune.arch import find_spec, is_supported
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
@@ -29,10 +30,10 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
                 "Hidden channels run through embedding, layers and head, which ModelParallelStrategy gathers one at a "
                 "time: leave 'channels' out of the units, or use a single device or DDP."
             )
-        if "experts" in target.units:
+        if _holds_experts(target):
             raise ConfigError(
-                "Weights of experts are saved in other pieces than they have in memory, which ModelParallelStrategy "
-                "does not read: leave 'experts' out of the units, or use a single device or DDP."
+                "Mixtures of experts are saved in other pieces than they have in memory, which the sharded reader of "
+                "ModelParallelStrategy does not know, whatever the units: use a single device or DDP."
             )
         if not target.reloads_weights:
             raise ConfigError(
@@ -51,3 +52,11 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
             f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
             "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
         )
+
+
+def _holds_experts(target: Target) -> bool:
+    """Returns whether the model is known to have mixtures of experts."""
+    if not target.known:
+        return False
+    model = target.shapes()
+    return is_supported(model) and find_spec(model).experts is not None

@@ -2,24 +2,30 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
 import hfprune
 from hfprune.allocation import Explicit, GlobalRank, Sensitivity, Uniform, allocate
 from hfprune.arch import check_stock, config_values, find_groups, head_counts, parameter_count, unit_cost
+from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.strategies import check_strategy
 from hfprune.cli import main
+from hfprune.criteria import ActivationTaylor, Magnitude, scored_groups
 from hfprune.errors import ConfigError, PlanError, UnsupportedArchitectureError
 from hfprune.evaluation.stage import measure
 from hfprune.layerwise.sparse import check_sparse
+from hfprune.modules import PruningModule
 from hfprune.plan import PruningPlan
 from hfprune.recording import UnitMask
 from hfprune.sparse import Sparsity, sparse_method
 from hfprune.surgery import apply_plan, cut_optimizer_state, mask_plan, plan_cuts
 from hfprune.types import Budget
-from tests.models import MIXTURES, inventory, save_tiny, tiny, token_ids
+from tests.models import MIXTURES, inventory, mixtures, save_tiny, tiny, token_ids
 from tests.reference.experts import by_hand
 
 KEEP = ((0, 2, 3, 5), (1, 2, 4, 5), (0, 1, 3, 4))
@@ -100,6 +106,23 @@ def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
+def test_routers_train_with_their_own_loss_afterwards(name, tmp_path):
+    model, ids = tiny(name, dtype=torch.float32), token_ids()
+    hfprune.apply_plan(model, plan_of(model))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    found = [m(input_ids=ids, labels=ids, output_router_logits=True) for m in (model, loaded)]
+    assert torch.equal(found[0].aux_loss, found[1].aux_loss)
+    assert torch.equal(found[0].loss, found[1].loss)
+    model = tiny(name)
+    model.config.output_router_logits = True
+    before = parameter_count(model)
+    with pytest.raises(PlanError, match=r"output_router_logits.*keeps 2 to 5.*Uniform"):
+        hfprune.apply_plan(model, plan_of(model, UNEVEN))
+    assert parameter_count(model) == before
+
+
+@pytest.mark.parametrize("name", MIXTURES)
 def test_training_goes_on_with_what_survives(name):
     model = tiny(name)
     trained = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -118,6 +141,21 @@ def test_training_goes_on_with_what_survives(name):
             assert torch.equal(again.state[model.get_parameter(full)]["exp_avg"], moments[full][list(kept)])
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     again.step()
+
+
+@pytest.mark.parametrize("keys", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_layers_without_a_mixture_are_refused_and_heads_are_not(name, keys):
+    config = mixtures()[name]
+    for key, value in keys.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert [g.num_units for g in find_groups(model, ("heads",))] == [2, 2, 2]
+    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*Leave 'experts' and 'blocks' out"):
+        find_groups(model, ("experts",))
+    with pytest.raises(UnsupportedArchitectureError, match="Leave 'blocks' out|Leave 'experts' and 'blocks' out"):
+        scored_groups(model, find_groups(model, ("blocks",)), ActivationTaylor())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -149,6 +187,8 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
         assert found.params == least == stock.dense_params - 12 * stock.costs[0]
         with pytest.raises(ConfigError, match=f"smallest possible --target_params is {least}"):
             allocate(stock, Budget(target_params=least - 1), allocation, scores=scores)
+    with pytest.raises(PlanError, match=r"layers.1.mlp.experts must keep at least 2 of its units; the plan keeps 1"):
+        plan_of(model, ((0, 1), (3,), (0, 1)))
     with pytest.raises(ConfigError, match="6 units, of which at least 2 must stay; 1 cannot be kept"):
         allocate(stock, Budget(allocated=True), Explicit(experts=1))
     assert allocate(stock, Budget(allocated=True), Explicit(experts=[6, 3, 2])).widths == (6, 3, 2)
@@ -175,6 +215,14 @@ def test_what_does_not_go_with_mixtures_is_refused():
     apply_plan(pruned, plan_of(pruned))
     with pytest.raises(PlanError, match=r"6 units in model.layers.0.mlp.experts, the model has 4"):
         apply_plan(pruned, plan_of(model))
+
+
+@pytest.mark.parametrize("units", [("experts",), ("heads",), ("blocks",)])
+def test_sharded_strategies_are_refused_whatever_the_units(units, tmp_path):
+    target = find_target(PruningModule(save_tiny(tmp_path, "mixtral")), objective=None, model=None, neurons=())
+    target.units = units
+    with pytest.raises(ConfigError, match=r"Mixtures of experts are saved in other pieces.*single device or DDP"):
+        check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()), target, Magnitude())
 
 
 def test_figures_need_no_mlp_width():
