@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.causal import objective_sum
+from hfprune.causal import labels_of, objective_sum
 from hfprune.errors import ConfigError
 from hfprune.loading import load_causal_lm
 from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.teacher import TeacherDistillation
 from hfprune.objectives.teacher_top import CachedDistillation
+from hfprune.plan import PruningPlan
 from hfprune.recovery.cost import training_flops
 from hfprune.recovery.distillation import DistillationRecovery
+from hfprune.recovery.hidden_matching import check_sizes, hidden_distance, layer_outputs, matched
 from hfprune.recovery.teacher_cache import TeacherCache, check_cache, training_rows
 
 _log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class RecoverySteps(TokenWeighted):
 
     Attributes:
         path: Where the dense model comes from.
+        plan: What was pruned; None before.
         fingerprint: The dense model's.
         revision: Branch, tag or commit of a hub id.
         distillation: The dense model's part in the loss; None trains on the text alone.
@@ -42,6 +45,7 @@ class RecoverySteps(TokenWeighted):
     """
 
     path: str
+    plan: PruningPlan | None
     fingerprint: str
     revision: str | None
     distillation: DistillationRecovery | None
@@ -72,10 +76,9 @@ class RecoverySteps(TokenWeighted):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``."""
-        loss, num_tokens = self._loss(batch, self._recovery_objective())
+        loss, num_tokens = self._recovery_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
-        mask = batch.get("attention_mask")
-        self.weigh(num_tokens, seen=int(batch["input_ids"].numel() if mask is None else mask.sum()))
+        self.weigh(num_tokens, seen=int(_mask(batch).sum()))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -108,7 +111,9 @@ class RecoverySteps(TokenWeighted):
     def on_train_start(self) -> None:
         """Starts the clock; loads the teacher from where the dense model came from, also in a resumed run."""
         if self.distillation is not None and self.distillation.cache is None:
-            self.__dict__["_teacher"] = self._load_teacher()
+            self.__dict__["_teacher"] = teacher = self._load_teacher()
+            if self.distillation.hidden:
+                check_sizes(self.causal_lm, teacher)
         elif self.distillation is not None:
             self.__dict__["_known"] = self._fill_cache(self.distillation)
         if self.gradient_checkpointing:
@@ -157,6 +162,18 @@ class RecoverySteps(TokenWeighted):
             return CachedDistillation(alpha=settings.alpha, temperature=settings.temperature, lookup=known)
         return TeacherDistillation(alpha=settings.alpha, temperature=settings.temperature, teacher_model=teacher)
 
+    def _recovery_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Returns recovery's loss per supervised token, and the number of these."""
+        objective = self._recovery_objective()
+        if self.distillation is None or not self.distillation.hidden:
+            return self._loss(batch, objective)
+        with layer_outputs(self.causal_lm) as ours, layer_outputs(self.__dict__["_teacher"]) as theirs:
+            loss, num_tokens = self._loss(batch, objective)
+        counted = OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], _mask(batch), labels_of(batch))[1]
+        removed = () if self.plan is None else self.plan.removed_layers()
+        distance = hidden_distance(ours, matched(theirs, removed), counted)
+        return loss + self.distillation.hidden * distance / max(num_tokens, 1), num_tokens
+
     def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:
         total, valid = self.run(objective_sum, self.causal_lm, objective, batch)
         num_tokens = int(valid.sum())
@@ -194,6 +211,12 @@ class RecoverySteps(TokenWeighted):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _mask(batch: dict[str, Tensor]) -> Tensor:
+    """Returns where a batch holds real tokens, [B, T]."""
+    found = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if found is None else found
 
 
 @contextmanager

@@ -21,12 +21,15 @@ class DistillationRecovery:
     Attributes:
         alpha: Weight of KL, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
         temperature: t > 0, of teacher and student.
+        hidden: Weight of the distance between hidden states, >= 0, which is added to the loss: the mean over layers of
+            |h - h_dense|^2 / |h_dense|^2. Not with ``cache``, which holds none.
         cache: Folder for the dense model's predictions; None keeps the model itself.
         top_k: How many tokens of each prediction are kept there.
     """
 
     alpha: float = 1.0
     temperature: float = 1.0
+    hidden: float = 0.0
     cache: str | None = None
     top_k: int = 64
 
@@ -36,6 +39,11 @@ class DistillationRecovery:
             raise ConfigError(
                 "--model.distillation needs alpha in [0, 1] and temperature > 0; got "
                 f"{self.alpha} and {self.temperature}."
+            )
+        if self.hidden < 0 or (self.hidden and self.cache is not None):
+            raise ConfigError(
+                f"--model.distillation.hidden {self.hidden} is a weight >= 0, and needs the dense model itself: not "
+                "with --model.distillation.cache."
             )
         if self.top_k < 1:
             raise ConfigError(f"--model.distillation.top_k {self.top_k} is not positive.")

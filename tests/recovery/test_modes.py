@@ -96,7 +96,7 @@ def test_the_dense_model_leads(folder, tmp_path):
         fit(folder, out=tmp_path / name, distillation=distillation)
         report = json.loads((tmp_path / name / "report.json").read_text())
         ends[name] = report["stages"]["recovered"]["fidelity"]["kl"]
-        assert report["distillation"] == (None if distillation is None else {"alpha": 1.0, "temperature": 1.0})
+        assert report["distillation"] == (None if distillation is None else distillation.to_dict())
         assert report["stages"]["recovered"]["supervised_tokens"] == 2 * 12 * 15
     assert ends["dense"] < 0.9 * ends["text"]
 
