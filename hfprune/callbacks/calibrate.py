@@ -41,6 +41,7 @@ class Calibration:
         stop_at: End when two looks in a row find this share of the kept units unchanged since the look before.
         first_stage: Units that an earlier stage kept, by group, which a checkpoint must carry.
         distillation: The setting that a resumed run must share.
+        rounds: Likewise.
 
     Raises:
         ConfigError: There is no calibration data, the criterion cannot score the groups, or ``stop_at`` is asked of one
@@ -62,6 +63,7 @@ class Calibration:
         stop_at: float | None = None,
         first_stage: Mapping[str, Sequence[int]] | None = None,
         distillation: str | None = None,
+        rounds: str | None = None,
     ) -> None:
         self._trainer, self._target, self._limit, self._exact, self._seed = trainer, target, limit, exact, seed
         self._look_every, self._stop_at = look_every, stop_at
@@ -73,6 +75,7 @@ class Calibration:
             "criterion": criterion.describe(),
             "objective": self._objective_name,
             "distillation": distillation,
+            "rounds": rounds,
             "exact": exact,
             "batches": limit,
             "data": _fingerprint_of_data(trainer),

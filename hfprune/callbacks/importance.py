@@ -20,6 +20,7 @@ from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.layerwise import check_layerwise
 from hfprune.callbacks.planner import Planner, PruningOptions, say
+from hfprune.callbacks.rounds import Rounds, Schedule
 from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import check_scored
@@ -66,6 +67,10 @@ class TaylorImportanceCallback(Callback):
             criterion's own, else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of
             your own. Criteria that read weights or activations alone take none.
         distillation: Two stages of calibration, with the dense model as the teacher (SDMPrune); None for one.
+        rounds: Prune in so many rounds: units go a part at a time, and what is left is scored anew on the calibration
+            data before the next part goes.
+        schedule: How much of the removal is done after a share x of the rounds: ``cubic``, 1 - (1 - x)^3, or
+            ``linear``.
         compensation: Fit the projections that read pruned units anew, layer by layer on the calibration data and in
             closed form, before any training: ``LeastSquares()``, for example. None leaves the kept weights.
         recovery: LoRA settings; None trains on what the module trains.
@@ -98,6 +103,8 @@ class TaylorImportanceCallback(Callback):
         criterion: Criterion | None = None,
         objective: str | None = None,
         distillation: SelfDistillation | None = None,
+        rounds: int = 1,
+        schedule: Schedule = "cubic",
         compensation: Compensation | None = None,
         recovery: LoraRecovery | None = None,
         calibration_batches: int | None = None,
@@ -141,6 +148,7 @@ class TaylorImportanceCallback(Callback):
             exact=exact,
             look_every=look_every,
             stop_when_settled=stop_when_settled,
+            rounds=Rounds(number=rounds, schedule=schedule),
         )
         self.recovery, self.checkpoint_every = recovery, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
@@ -230,6 +238,7 @@ class TaylorImportanceCallback(Callback):
         check_curves(target, options.allocation)
         if options.distillation is not None:
             check_stages(target, options.distillation, options.budget, options.allocation)
+        options.rounds.check(target, options.budget, options.allocation, options.criterion)
         if target.plan is None and options.calibrates:
             check_source(trainer, limit=options.calibration_batches)
         every, number = options.look_every, trainer.world_size

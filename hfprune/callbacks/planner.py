@@ -18,6 +18,7 @@ from hfprune.callbacks.calibrate import Calibration, data_summary
 from hfprune.callbacks.curves import measured
 from hfprune.callbacks.distil import Kept, two_stages
 from hfprune.callbacks.layerwise import run_layerwise
+from hfprune.callbacks.rounds import Rounds, in_rounds
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import final_units
 from hfprune.compensation import Compensation
@@ -34,6 +35,7 @@ from hfprune.criteria import (
     scored_groups,
     with_blocks,
 )
+from hfprune.errors import ConfigError
 from hfprune.layerwise import LayerwiseResult
 from hfprune.plan import PruningPlan
 from hfprune.types import Budget, Group, UnitKind
@@ -57,6 +59,7 @@ class PruningOptions:
     exact: bool
     look_every: int | None
     stop_when_settled: float | None
+    rounds: Rounds
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` where criterion, units, objective and distillation do not go together."""
@@ -64,6 +67,8 @@ class PruningOptions:
         check_experts(self.criterion, self.units)
         if self.distillation is not None:
             self.distillation.check(self.criterion, self.objective)
+            if self.rounds.number > 1:
+                raise ConfigError("--importance.rounds and .distillation are both more than one pass: give one.")
 
     @property
     def calibrates(self) -> bool:
@@ -154,6 +159,7 @@ class Planner:
             "criterion": options.criterion.describe(),
             "objective": target.objective_name if differentiates else None,
             "distillation": None if options.distillation is None else asdict(options.distillation),
+            "rounds": asdict(options.rounds),
             "model": target.describe(),
             "calibration": calibration,
             "compensation": options.compensation.describe() if options.compensation else None,
@@ -181,9 +187,8 @@ class Planner:
             self.importance = with_blocks(weight_scores(model, scored, criterion), groups, scored)
             return None
         start = time.perf_counter()
-        calibration = self._calibrate(scored, resolved)
+        calibration, by_unit = self._calibrate(scored, resolved)
         accumulator = calibration.accumulator
-        by_unit = accumulator.scores()
         self.importance = with_blocks(by_unit, groups, scored)
         self.convergence = calibration.history.convergence(by_unit)
         totals = accumulator.totals()
@@ -200,7 +205,10 @@ class Planner:
             "data": data_summary(self._trainer, "calibration"),
         }
 
-    def _calibrate(self, scored: tuple[Group, ...], resolved: ResolvedBudget) -> Calibration:
+    def _calibrate(
+        self, scored: tuple[Group, ...], resolved: ResolvedBudget
+    ) -> tuple[Calibration, dict[str, torch.Tensor]]:
+        """Returns the last pass over the calibration data, and the scores of the units."""
         options, target = self._options, self._target
         final = (
             final_units(target, options.budget, options.allocation, options.criterion)
@@ -223,6 +231,7 @@ class Planner:
                 stop_at=options.stop_when_settled,
                 first_stage=first_stage,
                 distillation=None if options.distillation is None else str(options.distillation),
+                rounds=str(options.rounds) if options.rounds.number > 1 else None,
             )
             if saved is not None:
                 calibration.load(saved)
@@ -234,9 +243,14 @@ class Planner:
                 self.calibration = None
             return calibration
 
+        if options.rounds.number > 1:
+            widths = options.rounds.widths(target, options.budget, options.allocation, resolved.widths)
+            return in_rounds(target, scored, widths, self._saved, run)
         if options.distillation is None:
-            return run(None, self._saved)
-        return two_stages(target, scored, options.distillation, resolved.widths, self._saved, run)
+            found = run(None, self._saved)
+        else:
+            found = two_stages(target, scored, options.distillation, resolved.widths, self._saved, run)
+        return found, found.accumulator.scores()
 
     def _layerwise(
         self, groups: tuple[Group, ...], resolved: ResolvedBudget, keep: dict[str, tuple[int, ...]] | None
