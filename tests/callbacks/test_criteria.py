@@ -7,7 +7,6 @@ from torch import nn
 
 from hfprune import Neurons, PruneTrainer, PruningModule, TaylorImportanceCallback, WeightTaylor
 from hfprune.arch import find_groups
-from hfprune.calibration import ImportanceAccumulator
 from hfprune.causal import sequences
 from hfprune.criteria import (
     ActivationNorm,
@@ -26,6 +25,7 @@ from tests.criteria.toys import calibrate
 from tests.foreign import FineTuner, ManualFineTuner
 from tests.models import save_tiny
 from tests.ragged import LENGTHS, RaggedData
+from tests.stops import Stop, StopInCalibration
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
@@ -131,29 +131,16 @@ def test_distillation_prunes_what_the_first_stage_masked_and_says_so(folder, dis
     assert plan.provenance["objective"] == "distillation (alpha 0.4, temperature 0.2)"
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
 @pytest.mark.parametrize("after", [4, len(LENGTHS) + 5])
 def test_distillation_is_taken_up_in_either_stage(folder, tmp_path, monkeypatch, distilled, after):
-    step, steps = ImportanceAccumulator.step, []
-
-    def failing(self, *args, **kwargs):
-        if len(steps) == after:
-            raise Stop
-        steps.append(1)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(ImportanceAccumulator, "step", failing)
+    stop = StopInCalibration(monkeypatch, after)
     with pytest.raises(Stop):
         distilled_plan(folder, checkpoints=tmp_path)
-    after = -1  # counts on, and never stops
     path = str(tmp_path / "last-pruning.ckpt")
     with pytest.raises(ConfigError, match="was written while calibrating with (objective )?distillation"):
         prune(folder, CoupledTaylor(), 3, "left", dtype="float64", objective="cross_entropy", ckpt_path=path)
     found, plan = distilled_plan(folder, ckpt_path=path)
-    assert len(steps) == 2 * len(LENGTHS)  # nothing was run twice
+    assert stop.count == 2 * len(LENGTHS)  # nothing was run twice
     assert plan.keep == distilled[1].keep
     assert all(torch.equal(found[name], score) for name, score in distilled[0].items())
 

@@ -34,6 +34,7 @@ from tests.foreign import (
     shifted,
 )
 from tests.models import tiny, token_ids
+from tests.stops import Stop, StopAt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*num_workers"),
@@ -46,10 +47,6 @@ def trainer(*callbacks, tmp_path=None, **kwargs):
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "enable_progress_bar": False, "logger": False}
     defaults |= {"enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
     return Trainer(callbacks=list(callbacks), enable_model_summary=False, **defaults | kwargs)
-
-
-class Stop(Exception):
-    """Ends a fit where a test wants it."""
 
 
 class Watch(Callback):
@@ -201,15 +198,6 @@ def test_lora_in_a_module_of_ones_own():
     assert trained
     assert all("lora_" in name for name in trained)
     assert any(p.any() for name, p in module.named_parameters() if "lora_B" in name)
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Stop
 
 
 def test_optimizer_state_of_survivors_is_kept(tmp_path):

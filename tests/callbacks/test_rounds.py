@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
 from hfprune.allocation import Explicit, GlobalRank, keep_top
 from hfprune.arch import config_values, find_groups, parameter_count
-from hfprune.calibration import ImportanceAccumulator
 from hfprune.callbacks.rounds import Rounds
 from hfprune.cli import main
 from hfprune.compensation import LeastSquares
@@ -22,6 +21,7 @@ from hfprune.plan import PruningPlan
 from hfprune.surgery import apply_plan
 from tests.criteria.toys import calibrate
 from tests.models import save_tiny
+from tests.stops import Stop, StopInCalibration
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 DATA = {
@@ -103,30 +103,18 @@ def test_schedules():
     assert Rounds().shares() == [1.0]
 
 
-class Stop(Exception):
-    """An interruption."""
-
-
 @pytest.mark.parametrize("after", [2, 8, 15])
 def test_left_in_any_round_and_taken_up_it_keeps_the_same(folder, tmp_path, monkeypatch, after):
     options = {"rounds": 3, "units": ("mlp", "heads")}
     straight, importance = prune(folder, **options)
-    step, steps = ImportanceAccumulator.step, []
-
-    def failing(self, *args, **kwargs):
-        if len(steps) == after:
-            raise Stop
-        steps.append(1)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(ImportanceAccumulator, "step", failing)
+    stop = StopInCalibration(monkeypatch, after)
     with pytest.raises(Stop):
         prune(folder, ModelCheckpoint(dirpath=tmp_path), **options)
-    after, path = -1, str(tmp_path / "last-pruning.ckpt")
+    path = str(tmp_path / "last-pruning.ckpt")
     with pytest.raises(ConfigError, match="calibrating with rounds 3 rounds, cubic; this run has 2 rounds, cubic"):
         prune(folder, ckpt_path=path, **options | {"rounds": 2})
     resumed, again = prune(folder, ckpt_path=path, **options)
-    assert len(steps) == 3 * DATA["calibration_sequences"]  # nothing was run twice
+    assert stop.count == 3 * DATA["calibration_sequences"]  # nothing was run twice
     assert resumed.plan.keep == straight.plan.keep
     assert all(torch.equal(score, again.importance[name]) for name, score in importance.importance.items())
 

@@ -17,6 +17,7 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation.perplexity import perplexity
 from hfprune.recovery import DistillationRecovery, add_lora, merge_lora
 from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
+from tests.stops import Stop, StopAt
 
 ADAPTERS = {
     "lora": LoraRecovery(rank=2, dropout=0.1),
@@ -25,19 +26,6 @@ ADAPTERS = {
     "pissa": LoraRecovery(rank=2, init="pissa"),
 }
 TEACHER = DistillationRecovery(alpha=0.5, temperature=2.0)
-
-
-class Stop(Exception):
-    """An interruption."""
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Stop
 
 
 @pytest.fixture(scope="module")

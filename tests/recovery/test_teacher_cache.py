@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
@@ -20,6 +20,7 @@ from hfprune.recovery import DistillationRecovery
 from hfprune.recovery.teacher_cache import TeacherCache, row_names, supervised
 from tests.models import save_tiny, tiny, token_ids
 from tests.reference import objectives as reference
+from tests.stops import Stop, StopAt
 
 
 def random_logits(seed, tokens=3, vocab=7):
@@ -154,19 +155,6 @@ def test_damaged_files_are_errors(tmp_path):
     other = {"input_ids": token_ids(1, 5, seed=9)}
     with pytest.raises(ConfigError, match="the data have changed"):
         bad.lookup(other, supervised(other))
-
-
-class Stop(Exception):
-    """An interruption."""
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Stop
 
 
 @pytest.fixture(scope="module")
