@@ -11,7 +11,7 @@ from hfprune.version import __version__
 
 if TYPE_CHECKING:
     from hfprune.arch import Neurons
-    from hfprune.callbacks import ReportCallback, SparsityCallback, TaylorImportanceCallback
+    from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
@@ -28,6 +28,7 @@ _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
     "Budget": "hfprune.types",
     "LeastSquares": "hfprune.compensation",
+    "LoraPruneCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
     "Neurons": "hfprune.arch",
     "PruneTrainer": "hfprune.trainer",
@@ -47,6 +48,7 @@ __all__ = [
     "ActivationTaylor",
     "Budget",
     "LeastSquares",
+    "LoraPruneCallback",
     "LoraRecovery",
     "Neurons",
     "PruneTrainer",

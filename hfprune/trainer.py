@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule, Trainer
 
 from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.lora_prune import LoraPruneCallback
 from hfprune.callbacks.sparse import SparsityCallback
 from hfprune.data.text import TextDataModule
 from hfprune.errors import ConfigError
@@ -24,7 +25,7 @@ class PruneTrainer(Trainer):
             if isinstance(callback, TaylorImportanceCallback):
                 callback.check(model)
                 callback.resume_from = kwargs.get("ckpt_path")
-            if isinstance(callback, SparsityCallback):
+            if isinstance(callback, SparsityCallback | LoraPruneCallback):
                 callback.check(model)
         super().fit(model, *args, **kwargs)
 

@@ -2,7 +2,8 @@
 
 from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.lora_prune import LoraPruneCallback
 from hfprune.callbacks.report import ReportCallback
 from hfprune.callbacks.sparse import SparsityCallback
 
-__all__ = ["PruningEvents", "ReportCallback", "SparsityCallback", "TaylorImportanceCallback"]
+__all__ = ["LoraPruneCallback", "PruningEvents", "ReportCallback", "SparsityCallback", "TaylorImportanceCallback"]

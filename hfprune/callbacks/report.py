@@ -14,6 +14,7 @@ from torch import Tensor
 from hfprune.arch import parameter_count
 from hfprune.callbacks.events import PruningEvents
 from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.lora_prune import LoraPruneCallback
 from hfprune.callbacks.planner import versions
 from hfprune.callbacks.sparse import SparsityCallback
 from hfprune.callbacks.stages import Stages
@@ -92,25 +93,28 @@ class ReportCallback(Callback, PruningEvents):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
+        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)]
         if not found:
             raise ConfigError(
-                "ReportCallback reports on pruning: add a TaylorImportanceCallback or a SparsityCallback."
+                "ReportCallback reports on pruning: add a TaylorImportanceCallback, a SparsityCallback or a "
+                "LoraPruneCallback."
             )
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
                 f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
-        if stage == "fit" and isinstance(found[0], TaylorImportanceCallback):
+        if stage == "fit" and isinstance(found[0], TaylorImportanceCallback | LoraPruneCallback):
             self._check_layout(trainer, pl_module, found[0])
 
-    def _check_layout(self, trainer: Trainer, module: PruningModule, importance: TaylorImportanceCallback) -> None:
+    def _check_layout(
+        self, trainer: Trainer, module: PruningModule, pruning: TaylorImportanceCallback | LoraPruneCallback
+    ) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
         if self.layout.stock:
-            importance.check_stock(module)
-        planned = importance.planned(module)
+            pruning.check_stock(module)
+        planned = pruning.planned(module)
         if planned is not None:
             self.layout.check(planned)
 
@@ -139,7 +143,8 @@ class ReportCallback(Callback, PruningEvents):
             if importance := _importance(trainer):
                 save_importance(importance, self.output_dir)
             save_orders(_orders(trainer), self.output_dir)
-        self.measured.add("pruned", pl_module, trainer)
+        if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else what was recovered is all there is
+            self.measured.add("pruned", pl_module, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges adapters, exports, checks what was saved, writes the report and prints the table."""
@@ -237,7 +242,7 @@ def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
 
 def _importance(trainer: Trainer) -> dict[str, Tensor]:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback)), {})
+    return next((c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback | LoraPruneCallback)), {})
 
 
 def _orders(trainer: Trainer) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
-from hfprune.callbacks import ReportCallback, SparsityCallback, TaylorImportanceCallback
+from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
 from hfprune.callbacks.dense_control import ONE_PROCESS, STAGE, DenseControl
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
@@ -22,7 +22,7 @@ from hfprune.export import CHECKPOINT_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.trainer import PruneTrainer
 
-_BUDGET = {
+BUDGET: dict[str, tuple[type, str]] = {
     "pruning_ratio": (float, "share of ALL parameters to remove, in (0, 1)"),
     "target_params": (int, "number of parameters to keep"),
     "intermediate_size": (int, "MLP width to keep"),
@@ -42,10 +42,10 @@ class RunCLI(BaseCLI):
         """Adds the budget, the output folder and the importance callback."""
         parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
-        for name, (kind, text) in _BUDGET.items():
+        for name, (kind, text) in BUDGET.items():
             parser.add_argument(f"--{name}", type=kind | None, default=1 if name == "round_to" else None, help=text)
         parser.add_lightning_class_args(TaylorImportanceCallback, "importance")
-        for name in _BUDGET:
+        for name in BUDGET:
             parser.link_arguments(name, f"importance.{name}")
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
         add_layout_argument(parser)
@@ -142,7 +142,10 @@ class RunCLI(BaseCLI):
         config: Namespace = self.config
         callbacks = cast(Any, self.trainer).callbacks
         report = next(c for c in callbacks if isinstance(c, ReportCallback))
-        pruning = next(c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback))
+        pruning = next(
+            c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)
+        )
+        adapters = pruning.lora if isinstance(pruning, LoraPruneCallback) else pruning.recovery
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
         if config.ckpt_path is None:
@@ -150,7 +153,7 @@ class RunCLI(BaseCLI):
         # the pruned model goes before the dense one comes; settings, data and seed are read anew
         again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data
-        control = DenseControl(pruning.recovery, latency=config.latency, samples=report.measured.samples)
+        control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
         saving = ModelCheckpoint(dirpath=folder, save_last="link", auto_insert_metric_name=False, **within)
         self.trainer_defaults["callbacks"] = [control, saving]

@@ -14,13 +14,13 @@ from hfprune.export import CHECKPOINT_FOLDER, STATE_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.sparse import METHODS, SparseGPT, SparseMethod
 
-_FLAGS = ("method", "sparsity")
+FLAGS = ("method", "sparsity")
 
 
-def asks_for_sparsity(args: Sequence[str]) -> bool:
-    """Returns whether flags or a YAML file among ``args`` ask for a sparse method."""
+def asks_for(args: Sequence[str], flags: Sequence[str]) -> bool:
+    """Returns whether flags of a kind are among ``args``, or in a YAML file that these name."""
     names = [arg.removeprefix("--").split("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
-    return any(name in _FLAGS for name in names) or any(_file_asks(path) for path in _config_files(args))
+    return any(name in flags for name in names) or any(_file_asks(path, flags) for path in _config_files(args))
 
 
 def _config_files(args: Sequence[str]) -> list[str]:
@@ -28,15 +28,15 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return given + [value for flag, value in pairwise(args) if flag == "--config"]
 
 
-def _file_asks(path: str) -> bool:
-    """Returns whether a YAML file names a sparse method; what is wrong with the file, its parser says."""
+def _file_asks(path: str, flags: Sequence[str]) -> bool:
+    """Returns whether a YAML file has one of the flags; what is wrong with the file, its parser says."""
     if not Path(path).is_file():
         return False
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return False
-    return isinstance(found, dict) and any(name in found for name in _FLAGS)
+    return isinstance(found, dict) and any(name in found for name in flags)
 
 
 class SparseCLI(RunCLI):

@@ -17,7 +17,7 @@ class TokenWeighted(LightningModule):
     batch would count more than one of a long batch. So each batch's mean is turned back into a sum for the backward
     pass, and before the optimizer steps its gradients are divided by the number of tokens of all its batches on all
     ranks, which is known only then. A ``training_step`` returns the mean over its tokens and calls ``weigh`` with
-    their number.
+    their number. Callbacks with a method ``on_gradients_ready(trainer, module)`` are then called.
     """
 
     def __init__(self) -> None:
@@ -61,3 +61,6 @@ class TokenWeighted(LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
         self._step_tokens = self._step_seen = 0
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_gradients_ready"):
+                callback.on_gradients_ready(trainer, self)

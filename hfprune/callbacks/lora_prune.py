@@ -1,0 +1,237 @@
+"""``LoraPruneCallback``: gradual pruning while adapters are trained, cut at the end (LoRAPrune)."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from hfprune.allocation import Allocation, ResolvedBudget, keep_top
+from hfprune.arch import class_name
+from hfprune.callbacks.events import PruningEvents, listeners
+from hfprune.callbacks.foreign import find_target
+from hfprune.callbacks.planner import say, versions
+from hfprune.callbacks.target import Target
+from hfprune.errors import ConfigError
+from hfprune.layouts import pruned_shapes
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.plan import PruningPlan
+from hfprune.recording import UnitMask
+from hfprune.recovery.lora import LoraRecovery
+from hfprune.recovery.lora_importance import DECAY, adapted, unit_importance
+from hfprune.types import Budget, Group, UnitKind
+
+
+class LoraPruneCallback(Callback):
+    """Prunes a ``PruningModule`` while its adapters are trained (LoRAPrune, Zhang et al., 2024; methods section 6).
+
+    Every optimizer step adds to a running mean of importance, S <- 0.9 S + 0.1 s, from the gradients of the adapters
+    alone. Between a warm-up and a cool-down the units with the lowest S are held at zero, more of them every ``every``
+    steps: r_f + (r_0 - r_f)(1 - progress)^3 of the units stay. At the end adapters are merged and the units cut.
+
+    Args:
+        pruning_ratio: Share of ALL parameters to remove, in (0, 1).
+        target_params: Number of parameters to keep.
+        round_to: Kept MLP widths are multiples of this.
+        units: ``mlp``, ``heads`` or both.
+        allocation: How the budget is spread; by default every layer loses the same share, which a stock config can
+            state. Published: ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
+        lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
+        every: Steps of the optimizer between two looks at what goes.
+        warmup: Share of the steps before anything goes.
+        cooldown: Share of the steps at the end with all of it gone.
+
+    Raises:
+        ConfigError: A value out of range, or units that cannot go one by one.
+    """
+
+    def __init__(
+        self,
+        *,
+        pruning_ratio: float | None = None,
+        target_params: int | None = None,
+        round_to: int = 1,
+        units: Sequence[UnitKind] = ("mlp", "heads"),
+        allocation: Allocation | None = None,
+        lora: LoraRecovery | None = None,
+        every: int = 10,
+        warmup: float = 0.1,
+        cooldown: float = 0.1,
+    ) -> None:
+        if not set(units) <= {"mlp", "heads"} or not units:
+            raise ConfigError(f"LoRAPrune holds MLP neurons and heads at zero while it trains, not {list(units)}.")
+        if every < 1 or not 0 <= warmup < 1 or not 0 <= cooldown < 1 or warmup + cooldown >= 1:
+            raise ConfigError(
+                f"LoRAPrune needs every >= 1, and warmup and cooldown that leave steps between; got {every}, {warmup}, "
+                f"{cooldown}."
+            )
+        if allocation is not None and allocation.own_budget:
+            raise ConfigError(f"LoRAPrune spends a budget, and {allocation} says itself how much goes.")
+        self.lora = lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05)
+        if self.lora.init == "pissa" or self.lora.dora:
+            raise ConfigError("LoRAPrune reads importance from plain adapters: leave out dora and init.")
+        self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
+        self.units, self.allocation = tuple(units), allocation
+        self.every, self.warmup, self.cooldown = every, warmup, cooldown
+        self.importance: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[int, ...]] | None = None
+        self._groups: tuple[Group, ...] = ()
+        self._resolved: ResolvedBudget | None = None
+        self._masks = ExitStack()
+        self._step = 0
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check(self, module: LightningModule) -> ResolvedBudget:
+        """Returns what the budget means for ``module``'s model, from its shapes alone.
+
+        Raises:
+            ConfigError: It is not a ``PruningModule``, the budget is impossible for it, or its widths wait for scores.
+            UnsupportedArchitectureError: No table describes the class, or no stock config what would be left.
+        """
+        if not isinstance(module, PruningModule):
+            raise ConfigError(f"LoraPruneCallback prunes a PruningModule, not a {type(module).__name__}.")
+        target = self._find(module)
+        shapes = target.shapes()
+        self._groups = self._groups or target.groups(shapes)
+        found = target.resolve(self.budget, self.allocation)
+        if found.provisional:
+            raise ConfigError(f"LoRAPrune needs every width before it starts, and {self.allocation} waits for scores.")
+        return found
+
+    def check_stock(self, module: LightningModule) -> None:
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what will be left."""
+        self._find(module).check_stock(self.check(module))
+
+    def planned(self, module: PruningModule) -> Any:
+        """Returns what will be left of ``module``'s model, on the meta device."""
+        return pruned_shapes(module.meta_model(), self._find(module).outline(self.check(module)))
+
+    def _find(self, module: LightningModule) -> Target:
+        found = find_target(module, objective=None, model=None, neurons=())
+        found.units = self.units
+        return found
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks settings and strategy before any weight is loaded."""
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigError(f"LoRAPrune runs on a single device or under DDP, not {type(trainer.strategy).__name__}.")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, PruningEvents) for callback in callbacks[: callbacks.index(self)]):
+            raise ConfigError("ReportCallback exports what LoraPruneCallback has cut: give it after this one.")
+        self._resolved = self.check(pl_module)
+        say(trainer, self._resolved.describe())
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the dense model, adds adapters and sets the strategy up for them."""
+        assert isinstance(pl_module, PruningModule)
+        if pl_module.lora is None:
+            for listener in listeners(trainer):
+                listener.on_pruning_start(trainer, pl_module)
+            self._find(pl_module).start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+            pl_module.add_lora(self.lora)
+            trainer.strategy.model = trainer.lightning_module
+            trainer.strategy.setup(trainer)
+        missing = adapted(pl_module.causal_lm, self._groups)
+        if missing:
+            raise ConfigError(
+                f"LoRAPrune reads importance from adapters, and {', '.join(missing[:3])} would have none: add them to "
+                "target_modules."
+            )
+        self._mask(pl_module)
+
+    def on_gradients_ready(self, trainer: Trainer, module: PruningModule) -> None:
+        """Adds to the running mean; called before every step of the optimizer, with the gradients that it will see."""
+        for group in self._groups:
+            now, before = unit_importance(module.causal_lm, group), self.importance.get(group.name)
+            self.importance[group.name] = (1 - DECAY) * now if before is None else DECAY * before + (1 - DECAY) * now
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes more units away, where it is time."""
+        assert isinstance(pl_module, PruningModule)
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        if step == self._step:  # batches of one step are still being gathered
+            return
+        self._step = step
+        first, last = round(self.warmup * total), round((1 - self.cooldown) * total)
+        if first <= step <= last and ((step - first) % self.every == 0 or step == last):
+            self._choose((step - first) / max(last - first, 1))
+            self._mask(pl_module)
+
+    def _choose(self, progress: float) -> None:
+        """Sets what is kept after a share of the schedule; units that were held at zero may come back."""
+        assert self._resolved is not None
+        kept = {}
+        for group, final in zip(self._groups, self._resolved.widths, strict=True):
+            number = final + round((group.num_units - final) * (1 - progress) ** 3)
+            kept[group.name] = keep_top(self.importance[group.name], number)
+        self._kept = kept
+
+    def _mask(self, module: PruningModule) -> None:
+        self._masks.close()
+        if self._kept is not None:
+            self._masks.enter_context(UnitMask(module.causal_lm, self._groups, self._kept).active())
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merges the adapters and cuts the units; callbacks that export come after this one."""
+        assert isinstance(pl_module, PruningModule)
+        assert self._resolved is not None
+        if not self.importance:
+            raise ConfigError("LoRAPrune took no step of the optimizer: there is no recovery data to learn from.")
+        self._choose(1.0)
+        self._masks.close()
+        kept = dict(self._kept or {})
+        pl_module.unwrap(merge=True)
+        target = self._find(pl_module)
+        plan = PruningPlan(
+            model_class=class_name(target.model),
+            groups=self._groups,
+            keep=kept,
+            config=target.config_keys(kept),
+            provenance=self._provenance(target, trainer),
+        )
+        pl_module.apply_plan(plan)
+        for listener in listeners(trainer):
+            listener.on_pruning_end(trainer, pl_module, plan)
+
+    def _provenance(self, target: Target, trainer: Trainer) -> dict[str, Any]:
+        assert self._resolved is not None
+        return {
+            "budget": self._resolved.to_dict(),
+            "units": list(self.units),
+            "allocation": self.allocation.describe() if self.allocation else None,
+            "criterion": {"name": "lora_prune", "every": self.every, "warmup": self.warmup, "cooldown": self.cooldown},
+            "objective": None,
+            "model": target.describe(),
+            "calibration": None,
+            "recovery": {"while_training": True, "lora": self.lora.to_dict(), "steps": trainer.global_step},
+            "versions": versions(),
+        }
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the masks off."""
+        self._masks.close()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the running mean and what is kept."""
+        return {"importance": self.importance, "kept": None if self._kept is None else dict(self._kept)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes both up."""
+        self.importance = dict(state_dict["importance"])
+        kept = state_dict["kept"]
+        self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}
