@@ -10,7 +10,7 @@ from torch import nn
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
 from hfprune.errors import ConfigError
 from hfprune.layouts import cut_of, is_per_layer
-from hfprune.layouts.bitmask import BitmaskConfig
+from hfprune.layouts.bitmask_auto import bitmask_stock
 from hfprune.plan import PLAN_FILE
 from hfprune.quiet import no_progress_bars
 
@@ -75,8 +75,7 @@ def load_config(path: str, *, revision: str | None = None) -> Any:
         raise ConfigError(f"Cannot read the config of --model.path '{path}': {_first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"--model.path '{path}' is quantised; prune the full-precision model, then quantise.")
-    if isinstance(config, BitmaskConfig):
-        config = config.stock
+    config = bitmask_stock(config)
     if is_per_layer(config):
         cut_of(config, path=resolve_model_path(path), revision=revision)
     return config
@@ -133,6 +132,8 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     try:
         with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(resolve_model_path(path), dtype=torch_dtype, revision=revision)
+    except ConfigError:  # says more than its first line
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"Cannot load the weights of --model.path '{path}': {_first_line(error)}") from error
     for name, parameter in model.named_parameters():

@@ -21,6 +21,7 @@ from hfprune.arch.groups import class_name, find_layers, find_spec
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import combine, tensor_digest
 from hfprune.layouts import pruned_shapes
+from hfprune.layouts.bitmask import is_bitmask
 from hfprune.loading import DTypeName, load_config, weight_files
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
@@ -225,6 +226,11 @@ def _plain(name: str) -> str:
 def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weights]:
     """Yields a reader of single parameters from the model's safetensors files."""
     files = weight_files(path, revision=revision)
+    if is_bitmask(files[0].parent):
+        raise ConfigError(
+            f"--model.path '{path}' is stored without its zeros, and a sharded strategy reads parameter by parameter. "
+            f"Put them back first: hfprune export --model.path {path} --layout uniform --output_dir DENSE."
+        )
     where: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:

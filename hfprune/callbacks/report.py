@@ -77,6 +77,11 @@ class ReportCallback(Callback, PruningEvents):
         layout: str = "uniform",
     ) -> None:
         self.layout = LAYOUTS.get(layout)
+        if not self.layout.by_runs:
+            raise ConfigError(
+                f"--layout {layout} is written from a saved model: leave it out here, and then run hfprune export "
+                f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
+            )
         self.output_dir = Path(output_dir)
         if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
             check_output_dir(self.output_dir, overwrite=overwrite)

@@ -21,8 +21,8 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
         type=str,
         default="uniform",
         help="how the model is written: uniform (loads anywhere; the same number of units in every layer), per_layer "
-        "(loads with hfprune), padded (loads anywhere; narrower layers are filled up with zeros), bitmask (loads with "
-        "hfprune; zeros of sparse models take no space)",
+        "(loads with hfprune), padded (loads anywhere; narrower layers are filled up with zeros), bitmask (by export "
+        "alone; loads with hfprune; zeros of sparse models take no space)",
     )
 
 

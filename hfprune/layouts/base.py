@@ -16,11 +16,13 @@ class Layout(ABC):
         name: What users call it.
         stock: Whether one value per config field must be able to describe the model.
         shards: Whether a model that is spread over ranks can be written so, parameter by parameter.
+        by_runs: Whether ``fit`` and ``prune`` write it; else only ``export`` does, from what they wrote.
     """
 
     name: ClassVar[str]
     stock: ClassVar[bool] = False
     shards: ClassVar[bool] = True
+    by_runs: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, model: Any) -> None:

@@ -1,53 +1,22 @@
-"""Sparse models on disk without their zeros: bits, files, loading, and what is damaged."""
+"""Sparse models on disk without their zeros: bits, files and sizes."""
 
 import json
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hfprune
 from hfprune.cli import main
 from hfprune.errors import ConfigError
-from hfprune.export import export_model
+from hfprune.layouts import LAYOUTS
 from hfprune.layouts.bitmask import INDEX_FILE, is_worth_it, pack, stored_tensors, unpack
-from hfprune.plan import PruningPlan
-from tests.models import save_tiny, tiny, token_ids
+from tests.layouts.sparse_models import logits, sparse, written
+from tests.models import save_tiny, tiny
 
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=2", "--data.eval_window=16"]
 WANDA = ["--method=wanda", "--sparsity=2:4"]
 QUIET = ["--latency=false", "--trainer.enable_progress_bar=false"]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_ids()).logits
-
-
-def sparse(model, share=0.5):
-    """Zeroes a share of every weight of the layers' projections."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "proj" in name and name.endswith("weight"):
-                parameter[torch.rand(parameter.shape, generator=generator) < share] = 0
-    return model
-
-
-def written(model, folder, **kwargs):
-    plan = PruningPlan(model_class=type(model).__name__, groups=(), keep={}, config={})
-    return export_model(model, None, plan, folder, layout="bitmask", **kwargs)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    model = sparse(tiny(dtype=torch.float32))
-    written(model, tmp_path / "m")
-    return tmp_path / "m", model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -66,6 +35,15 @@ def test_packed_and_unpacked_is_the_same(shape, dtype):
         by_hand = [int(bits[i // 8]) >> (i % 8) & 1 for i in range(dense.numel())]
         assert by_hand == [int(v != 0) for v in dense.flatten().tolist()]
         assert torch.equal(unpack(values, bits, list(shape), "w"), dense)
+
+
+def test_a_negative_zero_is_a_zero():
+    weight = torch.tensor([[-0.0, 1.0], [float("nan"), 0.0]])
+    values, bits = pack(weight)
+    assert len(values) == 2
+    found = unpack(values, bits, [2, 2], "w")
+    assert not found.signbit().any()
+    assert torch.equal(found.nan_to_num(9.0), weight.nan_to_num(9.0))
 
 
 def test_what_does_not_belong_together_is_damaged():
@@ -111,9 +89,24 @@ def test_several_files(tmp_path):
     model = sparse(tiny(dtype=torch.float32))
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    hfprune.layouts.LAYOUTS.get("bitmask").compress(tmp_path)
+    LAYOUTS.get("bitmask").compress(tmp_path)
     assert not list(tmp_path.glob("model*"))
-    assert {name for name, _ in stored_tensors(str(tmp_path))} == set(model.state_dict()) - {"lm_head.weight"}
+    with stored_tensors(str(tmp_path)) as tensors:
+        assert set(tensors) == set(model.state_dict()) - {"lm_head.weight"}
+        for name, stored in tensors.items():
+            assert torch.equal(stored[...], model.state_dict()[name])
+            assert stored.get_shape() == list(model.state_dict()[name].shape)
+    assert torch.equal(logits(hfprune.load(tmp_path)), logits(model))
+
+
+def test_files_are_no_larger_than_asked(tmp_path):
+    model = sparse(tiny(dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    LAYOUTS.get("bitmask").compress(tmp_path, file_bytes=4096)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert [f.name for f in files] == json.loads((tmp_path / INDEX_FILE).read_text())["files"]
+    assert not list(tmp_path.glob("part-*"))
     assert torch.equal(logits(hfprune.load(tmp_path)), logits(model))
 
 
@@ -127,44 +120,6 @@ def test_half_the_weights_take_a_bit_more_than_half_the_space(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     sizes = [sum(f.stat().st_size for f in (tmp_path / n).glob("*.safetensors")) for n in ("m", "dense")]
     assert 0.55 < sizes[0] / sizes[1] < 0.6  # 1/2 and one bit in sixteen; the embeddings are as they were
-
-
-def test_software_without_hfprune_stops(folder):
-    path, _ = folder
-    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(path)!r})"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode != 0
-    assert "hfprune_bitmask" in ran.stderr
-    code = f"import hfprune.auto; {code}"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
-    with pytest.raises(OSError, match="model.safetensors"):
-        LlamaForCausalLM.from_pretrained(path)
-
-
-def test_damaged_folders_are_errors(folder, tmp_path):
-    path, _ = folder
-    (file,) = path.glob("bitmask-*.safetensors")
-    tensors = load_file(file)
-    key = next(name for name in tensors if name.endswith(".bits"))
-
-    def broken(change):
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        shutil.copytree(path, tmp_path / "b")
-        change(tmp_path / "b")
-        with pytest.raises(ConfigError) as error:
-            hfprune.load(tmp_path / "b")
-        return str(error.value)
-
-    other = tensors | {key: tensors[key] ^ 1}
-    assert "damaged" in broken(lambda b: save_file(other, b / file.name))
-    less = {name: t for name, t in tensors.items() if name != key}
-    assert "lack" in broken(lambda b: save_file(less, b / file.name))
-    assert "damaged" in broken(lambda b: (b / file.name).write_bytes(file.read_bytes()[:-100]))
-    assert f"no {file.name}" in broken(lambda b: (b / file.name).unlink())
-    assert f"no {INDEX_FILE}" in broken(lambda b: (b / INDEX_FILE).unlink())
-    config = json.loads((path / "config.json").read_text())
-    config["hfprune"]["version"] = 99
-    assert "another version" in broken(lambda b: (b / "config.json").write_text(json.dumps(config)))
 
 
 def test_a_model_without_zeros_is_refused(tmp_path):
