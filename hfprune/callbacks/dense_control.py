@@ -54,8 +54,8 @@ class DenseControl(Callback):
             pl_module.add_lora(self._recovery)
         elif self._recovery is None:
             pl_module.choose_trained()
-            pl_module.trainer = trainer
-            pl_module.check_training()
+        pl_module.trainer = trainer
+        pl_module.check_training(adapters=self._recovery is not None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the tuned model, adapters merged."""

@@ -170,7 +170,12 @@ class ForeignTarget(Target):
             return super().token_counts(item)
         return torch.ones(1, dtype=torch.int64, device=self.module.device), None
 
-    def check_training(self) -> None:
+    @property
+    def lora(self) -> LoraRecovery | None:
+        """Adapters that hfprune added."""
+        return LoraRecovery(**self._state["lora"]) if "lora" in self._state else None
+
+    def check_training(self, *, adapters: bool) -> None:
         """Accepts everything: how a module of somebody else trains is its owner's."""
 
     def apply_plan(self, plan: PruningPlan) -> None:

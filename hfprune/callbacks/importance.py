@@ -239,6 +239,7 @@ class TaylorImportanceCallback(Callback):
         if options.distillation is not None:
             check_stages(target, options.distillation, options.budget, options.allocation)
         options.rounds.check(target, options.budget, options.allocation, options.criterion)
+        target.check_recovery(self.recovery)
         if target.plan is None and options.calibrates:
             check_source(trainer, limit=options.calibration_batches)
         every, number = options.look_every, trainer.world_size
@@ -278,15 +279,17 @@ class TaylorImportanceCallback(Callback):
             self._set_up_again(trainer)
         resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
         self.resolved = resolved
+        target.check_training(adapters=self.recovery is not None)
         if target.plan is not None:
             made = target.plan.provenance["budget"]["asked"]
             if made != resolved.asked:
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
             say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
+            if target.lacks_adapters(self.recovery, self._record) and self.recovery is not None:
+                target.add_lora(self.recovery)
+                self._set_up_again(trainer)
             return
         seed = self._record.seed if self._record else torch.initial_seed() % 2**32
-        if self.recovery is None:
-            target.check_training()
         target.start(trainer.strategy.broadcast(seed))
         self._prune(trainer, pl_module, target, resolved)
         self._set_up_again(trainer)

@@ -126,6 +126,7 @@ class LoraPruneCallback(Callback):
         if any(isinstance(callback, PruningEvents) for callback in callbacks[: callbacks.index(self)]):
             raise ConfigError("ReportCallback exports what LoraPruneCallback has cut: give it after this one.")
         self._resolved = self.check(pl_module)
+        self._find(pl_module).check_recovery(self.lora)
         say(trainer, self._resolved.describe())
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -133,10 +134,12 @@ class LoraPruneCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model, adds adapters and sets the strategy up for them."""
         assert isinstance(pl_module, PruningModule)
-        if pl_module.lora is None:
+        target = self._find(pl_module)
+        target.check_training(adapters=True)
+        if target.lacks_adapters(self.lora, None):
             for listener in listeners(trainer):
                 listener.on_pruning_start(trainer, pl_module)
-            self._find(pl_module).start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
+            target.start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
             pl_module.add_lora(self.lora)
             trainer.strategy.model = trainer.lightning_module
             trainer.strategy.setup(trainer)

@@ -76,6 +76,11 @@ class SparsityCallback(Callback):
     ) -> None:
         if calibration_batches is not None and calibration_batches < 1:
             raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
+        if recovery is not None and recovery.dora and keep_zeros:
+            raise ConfigError(
+                "DoRA scales whole columns, and adapters that leave zeros zero do not: give --sparse.recovery.dora "
+                "false, or --sparse.keep_zeros false."
+            )
         if recovery is not None and recovery.init == "pissa" and keep_zeros:
             raise ConfigError(
                 "PiSSA takes singular directions out of the weights, zeros included: give --sparse.recovery.init "
@@ -93,6 +98,7 @@ class SparsityCallback(Callback):
         self.layers: list[SparseLayer] = []
         """What became of each layer, after pruning."""
         self._target: Target | None = None
+        self._record: Record | None = None
         self._tap: CheckpointTap | None = None
         self._failed = False
         self._held: list[Any] = []
@@ -126,11 +132,12 @@ class SparsityCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the settings and what is around the callback, before any weight is loaded."""
-        self._target, self._failed = self._find(pl_module), False
+        self._target, self._failed, self._record = self._find(pl_module), False, None
         if stage == "fit":
             check_sparse_strategy(trainer, type(self.method).__name__)
             check_source(trainer, limit=self.calibration_batches)
             self.check(pl_module)
+            self._target.check_recovery(self.recovery)
         self._tap = CheckpointTap(trainer, saving=self._save, loaded=self._load)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -165,7 +172,7 @@ class SparsityCallback(Callback):
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         assert self._target is not None
-        record = Record.of(checkpoint)
+        self._record = record = Record.of(checkpoint)
         if record is not None:
             self._target.replay(record)
             if self.keep_zeros:
@@ -177,14 +184,20 @@ class SparsityCallback(Callback):
         """Prunes, adds adapters and sets the strategy up again."""
         target = self._target
         assert target is not None
+        target.check_training(adapters=self.recovery is not None)
         if target.plan is not None:
             made = target.plan.provenance.get("sparse")
             if made != _plain(self.settings()):
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {self.settings()}.")
             say(trainer, "Resumed a sparse model: no calibration.")
+            anew = target.lacks_adapters(self.recovery, self._record)
+            if anew:
+                self._adapt(target)
         else:
             target.start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
             self._prune(trainer, pl_module, target)
+            anew = True
+        if anew:
             trainer.strategy.model = trainer.lightning_module
             trainer.strategy.setup(trainer)
         if self.keep_zeros:
@@ -201,11 +214,14 @@ class SparsityCallback(Callback):
         target.apply_plan(plan)
         for listener in listeners(trainer):
             listener.on_pruning_end(trainer, module, plan)
+        self._adapt(target)
+        average_anew(trainer, module)
+
+    def _adapt(self, target: Target) -> None:
         if self.recovery is not None:
             target.add_lora(self.recovery)
             if self.keep_zeros:
                 mask_adapters(target.model)
-        average_anew(trainer, module)
 
     def _layers(self, trainer: Trainer, target: Target) -> dict[str, Any]:
         """Prunes layer by layer; returns what is told about the calibration data."""

@@ -24,7 +24,7 @@ from hfprune.errors import ConfigError
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import Objective
 from hfprune.plan import PruningPlan
-from hfprune.recovery.lora import LoraRecovery
+from hfprune.recovery.lora import LoraRecovery, check_lora
 from hfprune.types import Budget, Group
 
 
@@ -91,13 +91,42 @@ class Target(ABC):
     def start(self, seed: int) -> None:
         """Takes over the run's seed, with the dense model in place."""
 
+    @property
     @abstractmethod
-    def check_training(self) -> None:
-        """Raises ``ConfigError`` where the module cannot train its own weights, before anything is calibrated."""
+    def lora(self) -> LoraRecovery | None:
+        """The adapters that are there."""
+
+    @abstractmethod
+    def check_training(self, *, adapters: bool) -> None:
+        """Raises ``ConfigError`` where the module cannot train its weights or adapters, before it is calibrated."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns what the plan's provenance says about the model."""
+
+    def check_recovery(self, recovery: LoraRecovery | None) -> None:
+        """Raises ``ConfigError`` for adapters that the model has no place for, from its shapes alone."""
+        if recovery is not None and self.lora is None and self.known and is_supported(self.shapes()):
+            check_lora(self.shapes(), recovery)
+
+    def lacks_adapters(self, recovery: LoraRecovery | None, record: Record | None) -> bool:
+        """Returns whether a model that is pruned already has yet to get the adapters of ``recovery``.
+
+        Args:
+            recovery: What this run asks for.
+            record: Of the checkpoint that the run goes on from; None where the model was pruned by an earlier call.
+
+        Raises:
+            ConfigError: Training has begun with other ones.
+        """
+        if self.lora == recovery:
+            return False
+        if self.lora is None and (record is None or record.phase != "training"):
+            return True
+        raise ConfigError(
+            f"The model was recovered with {self.lora or 'no adapters'}; this run asks for {recovery or 'none'}. Give "
+            "the same recovery to go on."
+        )
 
     reloads_weights: bool = False
     """Whether the dense weights come back without a checkpoint."""
@@ -210,9 +239,15 @@ class ModuleTarget(Target):
         """Takes over the run's seed."""
         self.module.run_seed = seed
 
-    def check_training(self) -> None:
-        """Refuses to train weights of half precision."""
-        self.module.check_training()
+    @property
+    def lora(self) -> LoraRecovery | None:
+        """The module's adapters."""
+        lora: LoraRecovery | None = self.module.lora
+        return lora
+
+    def check_training(self, *, adapters: bool) -> None:
+        """Refuses to train what is of half precision."""
+        self.module.check_training(adapters=adapters)
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
         """Runs the module's ``calibration_step``."""

@@ -268,7 +268,7 @@ class PruningModule(RecoverySteps):
         """Stores the pruning state, as plain data."""
         checkpoint[KEY] = self.record("training").to_dict()
         checkpoint["trained_tokens"], checkpoint["seen_tokens"] = self.trained_tokens, self.seen_tokens
-        checkpoint["training_seconds"] = self.training_seconds
+        checkpoint["training_seconds"], checkpoint["training_flops"] = self.training_seconds, self.operations()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored, so that every shape fits."""
@@ -278,5 +278,6 @@ class PruningModule(RecoverySteps):
         self.replay(record)
         self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)
         self._seconds = checkpoint.get("training_seconds", 0.0)
+        self.training_flops = checkpoint.get("training_flops", 0)
         if record.phase != "training" and not checkpoint.get("state_dict"):  # what was replayed is what there was
             checkpoint["state_dict"] = self.state_dict()

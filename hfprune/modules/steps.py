@@ -39,6 +39,7 @@ class RecoverySteps(TokenWeighted):
         learning_rate: Peak learning rate.
         weight_decay: Weight decay.
         warmup_ratio: Share of the steps with a linearly rising learning rate.
+        trainable: What recovery without adapters trains.
         optimizer_name: ``adamw`` or ``adamw_8bit``.
         gradient_checkpointing: Run layers again in the backward pass.
         run_seed: Seed of the run.
@@ -52,6 +53,7 @@ class RecoverySteps(TokenWeighted):
     learning_rate: float
     weight_decay: float
     warmup_ratio: float
+    trainable: str
     optimizer_name: str
     gradient_checkpointing: bool
     run_seed: int | None
@@ -121,13 +123,19 @@ class RecoverySteps(TokenWeighted):
                 self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._since = time.perf_counter()
 
+    def operations(self) -> int:
+        """Returns the floating-point operations of recovery so far, with adapters and teacher in place."""
+        if self._since is None:  # not in training: what a checkpoint knew
+            return self.training_flops
+        return training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
+
     def on_train_end(self) -> None:
         """Stops the clock, counts operations, lets the teacher go."""
+        self.training_flops = self.operations()
         self._seconds, self._since = self.training_seconds, None
         if self.gradient_checkpointing:
             with _old_name():
                 self.causal_lm.gradient_checkpointing_disable()
-        self.training_flops = training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
         self.__dict__["_teacher"] = self.__dict__["_known"] = None
 
     def _load_teacher(self) -> Any:
@@ -179,14 +187,34 @@ class RecoverySteps(TokenWeighted):
         num_tokens = int(valid.sum())
         return (total / max(num_tokens, 1)).float(), num_tokens
 
-    def check_training(self) -> None:
-        """Raises ``ConfigError`` where weights of half precision would be trained.
+    def check_training(self, *, adapters: bool = False) -> None:
+        """Raises ``ConfigError`` where weights of half precision would be trained, or adapters and MLPs are asked for.
 
         A second moment with beta2 = 0.999 cannot decay there, nor a small step change a weight (methods section 11).
+
+        Args:
+            adapters: Adapters are trained, or will be, in place of the weights.
         """
+        if self.trainer.limit_train_batches == 0:
+            return
+        if adapters and self.trainable != "all":
+            raise ConfigError(
+                f"--model.trainable {self.trainable} says which weights recovery without adapters trains, and adapters "
+                "are asked for: give --importance.recovery null, or adapt these with "
+                "--importance.recovery.target_modules."
+            )
+        precision = str(self.trainer.precision)
+        if precision in ("bf16-true", "16-true"):
+            raise ConfigError(
+                f"--trainer.precision {precision} makes all that recovery trains {precision.removesuffix('-true')}, "
+                "adapters too, and optimizer states can't decay there. Give --trainer.precision bf16-mixed, and "
+                "--model.dtype bfloat16 where the model is too large for float32: adapters stay float32."
+            )
+        if adapters:
+            return
         trained = (p.dtype for p in self.parameters() if p.requires_grad)
         half = next((dtype for dtype in trained if dtype in (torch.bfloat16, torch.float16)), None)
-        if half is not None and self.trainer.limit_train_batches != 0:
+        if half is not None:
             raise ConfigError(
                 f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states can't decay. "
                 "Load the model with --model.dtype float32 and train with --trainer.precision bf16-mixed, or train "

@@ -11,7 +11,7 @@ def forward_flops(model: nn.Module) -> int:
 
     These are the weights of at least two axes but the token embedding, which counts where it is the output head too; of
     a mixture of experts those that a token goes through. Attention scores, norms and activations are left out: with
-    sequences of a few hundred tokens they are a few per cent.
+    sequences of a few hundred tokens they are a few per cent. The head counts for every token, supervised or not.
     """
     return 2 * _multiplied(model, trained=False)
 
@@ -21,7 +21,7 @@ def training_flops(model: nn.Module, tokens: int, *, teacher: nn.Module | None =
 
     Forward pass and gradients of activations take two each for every weight that multiplies, gradients of weights two
     for each of those that is trained (Kaplan et al., 2020, who get 6 a weight where all are), and the forward pass of a
-    teacher two for each of its own.
+    teacher two for each of its own. What gradient checkpointing runs again is not counted.
 
     Args:
         model: As it was trained: with adapters, before they are merged.

@@ -60,7 +60,7 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     the state of a random number generator: a resumed run, and every rank, starts from the same ones.
 
     Raises:
-        ConfigError: A target matches no module of the model; the message lists what exists.
+        ConfigError: See :func:`check_lora`; or the weights are not of a kind that DoRA or PiSSA can start from.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -68,12 +68,9 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         raise ConfigError(
             "DoRA and PiSSA start from whole weights, which FSDP2 does not hold: leave out dora and init."
         )
-    targets = list(lora.target_modules or find_spec(model).lora_targets)
-    names = [name for name, module in model.named_modules() if _is_projection(module)]
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise ConfigError(f"LoRA target '{target}' matches no projection of the model. It has: {', '.join(known)}.")
+    if lora.init == "pissa" and any(p.dtype == torch.float64 for p in model.parameters()):
+        raise ConfigError("PiSSA takes weights of at most 32 bits, not float64: give --model.dtype float32.")
+    targets = check_lora(model, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -95,6 +92,25 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     else:  # PEFT would take directions out of the saved base again when it loads the adapters
         config.init_lora_weights = True
     return wrapped
+
+
+def check_lora(model: nn.Module, lora: LoraRecovery) -> list[str]:
+    """Returns the names of the projections to adapt; ``model`` has no adapters yet, and may be on the meta device.
+
+    Raises:
+        ConfigError: A target matches no projection of the model, the message lists what exists; or the output head,
+            which the chunked losses apply as the plain matrix that it is.
+    """
+    spec = find_spec(model)
+    names = [name for name, module in model.named_modules() if _is_projection(module) and name != spec.lm_head]
+    targets = list(lora.target_modules or spec.lora_targets)
+    for target in targets:
+        if spec.lm_head == target or spec.lm_head.endswith("." + target):
+            raise ConfigError(f"LoRA target '{target}' is the output head, which adapters leave alone: leave it out.")
+        if not any(name == target or name.endswith("." + target) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise ConfigError(f"LoRA target '{target}' matches no projection of the model. It has: {', '.join(known)}.")
+    return targets
 
 
 def _initialise(model: nn.Module, seed: int) -> None:

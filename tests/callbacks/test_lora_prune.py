@@ -250,3 +250,11 @@ def test_the_report_comes_after(folder, tmp_path):
         PruneTrainer(callbacks=callbacks, logger=False, accelerator="cpu", max_epochs=1).fit(
             module, datamodule=TextDataModule(eval_windows=0, **DATA)
         )
+
+
+def test_adapters_are_checked_like_those_of_other_recovery(folder, monkeypatch):
+    with pytest.raises(ConfigError, match=r"precision bf16-true makes all .* adapters too"):
+        fit(folder, trainer={"precision": "bf16-true"})
+    monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="'c_fc' matches no projection"):
+        fit(folder, lora=LoraRecovery(rank=2, target_modules=["c_fc"]))

@@ -33,13 +33,13 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
-def fit(folder, *callbacks, lora=None, out=None, ckpt_path=None, **options):
+def fit(folder, *callbacks, lora=None, out=None, ckpt_path=None, precision="32-true", pruning=None, **options):
     module = PruningModule(folder, learning_rate=5e-3, **options)
-    importance = TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora)
+    importance = pruning or TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora)
     report = [ReportCallback(str(out), latency=False, overwrite=True)] if out else []
     trainer = PruneTrainer(
         callbacks=[*report, importance, *callbacks], accelerator="cpu", devices=1, logger=False, max_epochs=2,
-        enable_progress_bar=False, enable_model_summary=False,
+        enable_progress_bar=False, enable_model_summary=False, precision=precision,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -105,6 +105,81 @@ def test_half_precision_weights_are_not_trained(folder):
         fit(folder, dtype="bfloat16")
     module = fit(folder, dtype="bfloat16", lora=ADAPTERS["lora"])
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [None, "lora"])
+def test_a_trainer_that_makes_all_of_it_half_is_refused(folder, lora):
+    """Lightning would convert adapters, too."""
+    with pytest.raises(ConfigError, match=r"precision bf16-true makes all .* adapters too"):
+        fit(folder, lora=ADAPTERS[lora] if lora else None, precision="bf16-true")
+
+
+def test_weights_that_lost_single_weights_are_not_trained_in_half_precision(folder):
+    with pytest.raises(ConfigError, match="--trainer.precision bf16-mixed"):
+        fit(folder, pruning=SparsityCallback(method="magnitude", sparsity=0.5), dtype="bfloat16")
+
+
+def test_adapters_leave_no_choice_of_weights(folder):
+    with pytest.raises(ConfigError, match=r"--model\.trainable mlp .* without adapters"):
+        fit(folder, lora=ADAPTERS["lora"], trainable="mlp")
+
+
+@pytest.mark.parametrize(("target", "text"), [("lm_head", "is the output head"), ("c_fc", "It has: .*up_proj")])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_targets_are_checked_before_anything_is_loaded(folder, monkeypatch, target, text, sparse):
+    monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("the model was loaded"))
+    lora = LoraRecovery(rank=2, target_modules=["q_proj", target])
+    pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora) if sparse else None
+    with pytest.raises(ConfigError, match=f"'{target}'.*{text}"):
+        fit(folder, lora=lora, pruning=pruning)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_it_is_resumed_with_the_adapters_that_it_was_begun_with(folder, tmp_path, sparse):
+    def begun(lora, *callbacks, **options):
+        pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora) if sparse else None
+        return fit(folder, *callbacks, lora=lora, pruning=pruning, **options)
+
+    saving = {"dirpath": tmp_path / "ckpt", "save_last": True, "every_n_train_steps": 1}
+    with pytest.raises(Stop):
+        begun(ADAPTERS["lora"], ModelCheckpoint(**saving), StopAt(2))
+    last = str(tmp_path / "ckpt/last.ckpt")
+    for other in (None, LoraRecovery(rank=3)):
+        with pytest.raises(ConfigError, match=r"recovered with LoraRecovery\(rank=2.*asks for"):
+            begun(other, ModelCheckpoint(**saving), ckpt_path=last)
+    resumed = begun(LoraRecovery(rank=2, dropout=0.1), ModelCheckpoint(**saving), ckpt_path=last)
+    assert resumed.trainer.global_step == 6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_model_pruned_by_an_earlier_call_gets_its_adapters(folder, sparse):
+    pruning = (
+        SparsityCallback(method="magnitude", sparsity=0.5) if sparse else TaylorImportanceCallback(pruning_ratio=0.3)
+    )
+
+    def trainer():
+        return PruneTrainer(
+            callbacks=[pruning], accelerator="cpu", devices=1, logger=False, max_epochs=1,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+
+    module = PruningModule(folder, learning_rate=5e-3)
+    data = TextDataModule(seq_len=16, calibration_sequences=4, recovery_sequences=8, eval_windows=0)
+    trainer().prune(module, datamodule=data)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    pruning.recovery = ADAPTERS["lora"]
+    trainer().fit(module, datamodule=data)
+    assert module.lora == ADAPTERS["lora"]
+    now = dict(module.causal_lm.named_parameters())
+    for name, weight in before.items():
+        plain = name.removeprefix("model.")
+        base = now.get(plain, now.get(plain.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(base, weight)
+    assert all(p.abs().max() > 0 for name, p in module.named_parameters() if "lora_B" in name)
+    merged = dict(module.unwrap().named_parameters())
+    zeros = {name: weight == 0 for name, weight in before.items() if sparse and "layers" in name}
+    assert all((merged[name.removeprefix("model.")][zero] == 0).all() for name, zero in zeros.items())
 
 
 def test_bad_settings(folder):
@@ -178,10 +253,15 @@ def test_pissa_adapters_and_their_base_are_exported_together(folder, tmp_path):
     assert found == pytest.approx(stages["recovered"]["perplexity"]["value"], rel=1e-4)
 
 
-def test_pissa_is_refused_where_zeros_must_stay():
+def test_pissa_and_dora_are_refused_where_zeros_must_stay():
     with pytest.raises(ConfigError, match="PiSSA takes singular directions out of the weights"):
         SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"])
-    SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"], keep_zeros=False)
+    with pytest.raises(ConfigError, match="DoRA scales whole columns"):  # its sizes would not have been trained
+        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["dora"])
+    for name in ("pissa", "dora"):
+        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
+    with pytest.raises(ConfigError, match="not float64"):
+        add_lora(tiny(), ADAPTERS["pissa"])
     with pytest.raises(ConfigError, match="init 'svd' is not one of default, pissa"):
         LoraRecovery(init="svd")
 
