@@ -171,6 +171,11 @@ class ReportCallback(Callback, PruningEvents):
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets the module go: Lightning gave every callback its ``log``, and the report may be added to later."""
+        for name in ("log", "log_dict"):
+            self.__dict__.pop(name, None)
+
     def _export(self, trainer: Trainer, module: PruningModule) -> dict[str, Any]:
         assert module.plan is not None
         model, folder = module.unwrap(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER

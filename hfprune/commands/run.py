@@ -1,5 +1,6 @@
 """``fit`` and ``prune``."""
 
+import gc
 import logging
 import shutil
 from pathlib import Path
@@ -113,12 +114,11 @@ class RunCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         path = self._resume_from()
-        trainer = cast(PruneTrainer, self.trainer)
         if self.command == "prune":
-            trainer.prune(self.model, datamodule=self.datamodule, ckpt_path=path)
+            cast(PruneTrainer, self.trainer).prune(self.model, datamodule=self.datamodule, ckpt_path=path)
         else:
             self._check_control()
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
             if self.config.recover_dense:
                 self._recover_dense()
 
@@ -146,12 +146,13 @@ class RunCLI(BaseCLI):
             c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)
         )
         adapters = pruning.lora if isinstance(pruning, LoraPruneCallback) else pruning.recovery
+        del callbacks, pruning  # they hold the pruned model
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
         if config.ckpt_path is None:
             shutil.rmtree(folder, ignore_errors=True)
-        # the pruned model goes before the dense one comes; settings, data and seed are read anew
-        again = self.parser.instantiate_classes(config)
+        # settings, data and seed are read anew
+        self.config_init = again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
@@ -159,7 +160,9 @@ class RunCLI(BaseCLI):
         self.trainer_defaults["callbacks"] = [control, saving]
         settings = dict(again.trainer) | {"logger": False}
         self.trainer = self._instantiate_trainer(settings, [])
+        gc.collect()  # the pruned model and its optimizer go before the dense model comes
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=_newest(folder))
+        _warn_if_unequal(report, control.figures)
         report.add_stage(STAGE, control.measured)
 
     def _resume_from(self) -> str | None:
@@ -178,6 +181,21 @@ class RunCLI(BaseCLI):
         if found is None:
             logging.getLogger("hfprune").info("There is no checkpoint in %s yet: starting anew.", folder)
         return found
+
+
+def _warn_if_unequal(report: ReportCallback, control: dict[str, Any]) -> None:
+    """Says in the report where dense and pruned model were not tuned alike: one of them was stopped by something."""
+    recovered = report.stages.get("recovered", {})
+    for name in ("optimizer_steps", "supervised_tokens"):
+        ours, theirs = recovered.get(name, 0), control[name]
+        if ours != theirs:
+            text = (
+                f"{STAGE} is no control of recovered: {theirs:,} {name.replace('_', ' ')} against {ours:,}. Something "
+                "other than the data has ended one of them, --trainer.max_time or early stopping."
+            )
+            report.measured.warnings.append(text)
+            logging.getLogger("hfprune").warning(text)
+            return
 
 
 def _newest(folder: Path) -> str | None:

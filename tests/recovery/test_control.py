@@ -1,5 +1,6 @@
 """The dense model tuned beside the pruned one, and what recovery is said to have cost."""
 
+import gc
 import json
 import os
 import signal
@@ -127,10 +128,42 @@ def test_killed_in_the_control_and_resumed(folder, tmp_path, monkeypatch):
     process.wait()
     assert STAGE not in report_of("killed")["stages"]
     assert fit(folder, "killed", *flags, "--ckpt_path=last") == 0
+    recovered = (report_of(name)["stages"]["recovered"]["training"]["flops"] for name in ("straight", "killed"))
+    assert next(recovered) == next(recovered) > 0  # its training had ended before the checkpoint
     one, two = (report_of(name)["stages"][STAGE] for name in ("straight", "killed"))
+    assert one["training"]["flops"] == two["training"]["flops"]
     assert one["perplexity"]["value"] == two["perplexity"]["value"]
     assert one["fidelity"] == two["fidelity"]
     assert one["training"]["tokens"] == two["training"]["tokens"]
+
+
+def test_the_pruned_model_and_its_optimizer_have_gone_before(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original, others = DenseControl.setup, []
+
+    def held():
+        gc.collect()
+        return [x for x in gc.get_objects() if issubclass(type(x), PruningModule | torch.optim.Optimizer)]
+
+    def setup(self, trainer, pl_module, stage):
+        known = {id(x) for x in [pl_module, *earlier]}
+        others.append([type(x).__name__ for x in held() if id(x) not in known])
+        original(self, trainer, pl_module, stage)
+
+    monkeypatch.setattr(DenseControl, "setup", setup)
+    earlier = held()  # what other tests left
+    assert fit(folder, "out", *MODES["lora"], "--recover_dense=true") == 0
+    assert others == [[]]
+
+
+def test_runs_of_unequal_length_are_said_to_be_no_control(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    assert fit(folder, "out", *MODES["lora"]) == 0
+    more = ["--ckpt_path=last", "--recover_dense=true", "--trainer.limit_train_batches=2"]
+    assert fit(folder, "out", *MODES["lora"], *more) == 0
+    (warning,) = report_of("out")["warnings"]
+    assert "dense_tuned is no control of recovered: 2 optimizer steps against 3." in warning
+    assert warning in caplog.text
 
 
 @pytest.mark.parametrize(
