@@ -30,8 +30,13 @@ def prediction_fingerprint(model: Any) -> str:
 
     The base of the rotary embedding, soft caps and the norms' epsilon stand in the config alone.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
-    return combine(fingerprint(model), {"config": json.dumps(config, sort_keys=True, default=str)})
+    return with_config(fingerprint(model), model.config)
+
+
+def with_config(weights: str, config: Any) -> str:
+    """Returns the fingerprint of what a Hugging Face model with that :func:`fingerprint` and config predicts."""
+    told = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+    return combine(weights, {"config": json.dumps(told, sort_keys=True, default=str)})
 
 
 def structure_fingerprint(model: nn.Module) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hfprune.causal import labels_of, objective_sum
 from hfprune.errors import ConfigError
-from hfprune.loading import load_causal_lm
+from hfprune.fingerprint import with_config
+from hfprune.loading import load_causal_lm, load_config
 from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.teacher import TeacherDistillation
@@ -146,9 +147,14 @@ class RecoverySteps(TokenWeighted):
     def _fill_cache(self, settings: DistillationRecovery) -> TeacherCache:
         """Returns the dense model's predictions for all rows of the recovery data; each rank computes its share."""
         assert settings.cache is not None
-        top_k, temperature = settings.top_k, settings.temperature
-        cache = TeacherCache(settings.cache, fingerprint=self.fingerprint, top_k=top_k, temperature=temperature)
         strategy = self.trainer.strategy
+        predicted = with_config(self.fingerprint, load_config(self.path, revision=self.revision))
+        cache = TeacherCache(
+            settings.cache,
+            fingerprint=f"{predicted} {self.trainer.precision}",
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+        )
         strategy.barrier("the cache was read")  # before another rank adds to it
         rows = training_rows(self.trainer.train_dataloader, rank=self.global_rank, world_size=self.trainer.world_size)
         moved = ({name: tensor.to(self.device) for name, tensor in row.items()} for row in rows)

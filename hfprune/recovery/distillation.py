@@ -14,15 +14,17 @@ class DistillationRecovery:
     costs one more forward pass. Logits of both exist a chunk of tokens at a time.
 
     With ``cache`` its predictions are computed once, before recovery, and kept on disk: the ``top_k`` most likely
-    tokens of every supervised position, 6 bytes each. It is not in memory while the pruned model is trained, and a
-    later run on the same data does not load it. KL is then that of p and q with all other tokens taken as one: a lower
-    bound.
+    tokens of every supervised position, 6 bytes each, and the share of all others. It is not in memory while the pruned
+    model is trained, and a later run on the same data does not load it. KL is then that of p and q with all other
+    tokens taken as one: a lower bound.
 
     Attributes:
         alpha: Weight of KL, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
         temperature: t > 0, of teacher and student.
         hidden: Weight of the distance between hidden states, >= 0, which is added to the loss: the mean over layers of
             |h - h_dense|^2 / |h_dense|^2. Not with ``cache``, which holds none.
+        hidden_layers: Layers of the dense model whose ends are compared, from 0; those that pruning removed are left
+            out. None compares all that are left.
         cache: Folder for the dense model's predictions; None keeps the model itself.
         top_k: How many tokens of each prediction are kept there.
     """

@@ -2,7 +2,8 @@
 
 Rows are found by what they hold, not by their place: shuffling, epochs, packing and the number of processes do not
 matter, and other data add rows. The folder is that of one model, K and temperature. Files are written in one step, rows
-carry checksums; a run that was killed while it wrote goes on with the rows that are missing.
+carry checksums; a run that was killed while it wrote goes on with the rows that are missing. How a row is kept:
+:func:`hfprune.objectives.teacher_top.rounded_top`.
 
 Shape legend: N supervised tokens, K the most likely tokens that are kept.
 """
@@ -14,6 +15,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,14 @@ from hfprune.causal import Batch, final_hidden, labels_of
 from hfprune.errors import ConfigError, OutputError
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.chunked import chunk_tokens
-from hfprune.objectives.teacher_top import KnownTop
+from hfprune.objectives.teacher_top import KnownTop, rounded_top
 
 ROWS_PER_FILE = 256
+
+_PARTS = ("value", "token", "odds")
+_FORMAT = 2
+_Row = tuple[Tensor, Tensor, Tensor]
+"""Values [N, K], float16; tokens [N, K], int32; log-odds of all others [N], float32."""
 
 _STREAM = (
     "--model.distillation.cache needs recovery data that are in memory, to compute the dense model's predictions for "
@@ -63,7 +70,7 @@ class TeacherCache:
 
     Args:
         folder: Where folders of models are; made when missing.
-        fingerprint: The dense model's.
+        fingerprint: What the dense model predicts: its weights, config and precision.
         top_k: K.
         temperature: What its logits are divided by.
 
@@ -72,8 +79,8 @@ class TeacherCache:
     """
 
     def __init__(self, folder: str | Path, *, fingerprint: str, top_k: int, temperature: float) -> None:
-        key = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-        self.folder = Path(folder) / f"{key}-top{top_k}-t{temperature:g}"
+        key = hashlib.sha256(f"{_FORMAT} {fingerprint}".encode()).hexdigest()[:16]
+        self.folder = Path(folder) / f"{key}-top{top_k}-t{float(temperature)!r}"
         self._top_k, self._temperature = top_k, temperature
         self._where: dict[str, tuple[Path, int]] = {}
         self._read: set[Path] = set()
@@ -88,8 +95,8 @@ class TeacherCache:
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             if path in self._read:
                 continue
-            with self._open(path) as file:
-                sums = json.loads((file.metadata() or {}).get("crc", "{}"))
+            with _reading(path), safe_open(path, framework="pt") as file:
+                sums = json.loads((file.metadata() or {})["crc"])
             self._where |= {name: (path, value) for name, value in sums.items()}
             self._read.add(path)
 
@@ -127,24 +134,26 @@ class TeacherCache:
                     seen.add(name)
                     yield name, {key: value[row : row + 1] for key, value in batch.items()}, valid[row : row + 1]
 
-    def _computed(self, teacher: Any, batch: Batch, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the log-probabilities [N, K], float16, and the tokens [N, K], int32, of one row."""
+    def _computed(self, teacher: Any, batch: Batch, valid: Tensor) -> _Row:
+        """Returns what is kept of one row."""
         with torch.no_grad():
             head = output_head(teacher)
             hidden = final_hidden(teacher, batch)[0][valid]
             size = chunk_tokens(head.weight.shape[0])
-            values, indices = [], []
-            for start in range(0, len(hidden), size):
+            count, k = len(hidden), min(self._top_k, head.weight.shape[0])
+            row = (
+                torch.empty(count, k, dtype=torch.float16),
+                torch.empty(count, k, dtype=torch.int32),
+                torch.empty(count, dtype=torch.float32),
+            )
+            for start in range(0, count, size):
                 logits = head.logits(hidden[start : start + size]) / self._temperature
-                top, index = logits.log_softmax(-1).topk(min(self._top_k, logits.shape[-1]), dim=-1)
-                values.append(top.to("cpu", torch.float16))
-                indices.append(index.to("cpu", torch.int32))
-        empty = (torch.zeros(0, self._top_k, dtype=torch.float16), torch.zeros(0, self._top_k, dtype=torch.int32))
-        return (torch.cat(values), torch.cat(indices)) if values else empty
+                for whole, part in zip(row, rounded_top(logits, self._top_k), strict=True):
+                    whole[start : start + size] = part  # autocast on the CPU cannot concatenate float16
+        return row
 
-    def _write(self, rows: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        tensors = {f"{name}.log_p": log_p for name, (log_p, _) in rows.items()}
-        tensors |= {f"{name}.token": tokens for name, (_, tokens) in rows.items()}
+    def _write(self, rows: Mapping[str, _Row]) -> None:
+        tensors = {f"{name}.{part}": t for name, row in rows.items() for part, t in zip(_PARTS, row, strict=True)}
         sums = {name: _checksum(*row) for name, row in rows.items()}
         path = self.folder / f"rows-{uuid.uuid4().hex}.safetensors"
         stage = path.with_name(f".{path.name}")
@@ -165,32 +174,34 @@ class TeacherCache:
         Raises:
             ConfigError: A row is missing or damaged.
         """
-        rows = [self._row(name) for name in row_names(batch, valid)]
         device = batch["input_ids"].device
-        log_p = torch.cat([row[0] for row in rows]).to(device, torch.float32)
-        tokens = torch.cat([row[1] for row in rows]).to(device, torch.int64)
-        return KnownTop(log_p, tokens)
+        names = row_names(batch, valid)
+        rows = ([tensor.to(device) for tensor in self._row(name)] for name in names)
+        return KnownTop.joined([KnownTop.restored(*row, dtype=torch.float32) for row in rows])
 
-    def _row(self, name: str) -> tuple[Tensor, Tensor]:
+    def _row(self, name: str) -> _Row:
         if name not in self._where:
             raise ConfigError(
                 f"'{self.folder}' has no predictions for a row of the recovery data, which were made at the start of "
-                "this run: the data have changed since."
+                "this run: the data have changed since, or the processes do not share that folder."
             )
         path, checksum = self._where[name]
-        with self._open(path) as file:
-            log_p, tokens = file.get_tensor(f"{name}.log_p"), file.get_tensor(f"{name}.token")
-        if _checksum(log_p, tokens) != checksum:
+        with _reading(path), safe_open(path, framework="pt") as file:
+            values, tokens, odds = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
+        if _checksum(values, tokens, odds) != checksum:
             raise ConfigError(f"The cached predictions '{path}' are damaged: delete the file, it is made anew.")
-        return log_p, tokens
+        return values, tokens, odds
 
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"The cached predictions '{path}' cannot be read ({error}): delete the file, it is made anew."
-            ) from error
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises ``ConfigError`` where a file's content is not what was written."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"The cached predictions '{path}' cannot be read ({error}): delete the file, it is made anew."
+        ) from error
 
 
 def check_cache(folder: str, data: Any) -> None:
@@ -230,5 +241,8 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _checksum(log_p: Tensor, tokens: Tensor) -> int:
-    return zlib.crc32(tokens.contiguous().numpy().tobytes(), zlib.crc32(log_p.contiguous().numpy().tobytes()))
+def _checksum(*tensors: Tensor) -> int:
+    found = 0
+    for tensor in tensors:
+        found = zlib.crc32(tensor.contiguous().numpy().tobytes(), found)
+    return found

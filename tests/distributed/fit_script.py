@@ -23,6 +23,7 @@ from hfprune import (
 )
 from hfprune.calibration import ImportanceAccumulator
 from hfprune.compensation import LeastSquares
+from hfprune.recovery import DistillationRecovery, teacher_cache
 from hfprune.sharding import whole
 from tests.foreign import FineTuner
 from tests.ragged import RaggedData
@@ -53,6 +54,7 @@ DEFAULTS = {
     "compensation": None,  # settings of LeastSquares
     "layout": "uniform",
     "allow_pruned": False,
+    "teacher": None,  # settings of DistillationRecovery
     "foreign": False,  # a LightningModule of somebody else, with shuffled training data as its calibration data
 }
 
@@ -77,23 +79,27 @@ class Record(Callback):
 
 
 class Die(Callback):
-    """Ends the process at a moment: ``pruned`` before the first step, ``recovery`` before step n."""
+    """Ends the process at a moment: ``pruned`` before the first step, ``recovery`` before step n, or before file n
+    of two rows of the dense model's predictions, ``teacher``."""
 
     def __init__(self, phase, step):
         self.phase, self.step = phase, step
         if phase == "calibration":
-            self._count_calibration()
+            self._count(ImportanceAccumulator, "step")
+        if phase == "teacher":
+            teacher_cache.ROWS_PER_FILE = 2
+            self._count(teacher_cache.TeacherCache, "_write")
 
-    def _count_calibration(self):
-        original, seen = ImportanceAccumulator.step, []
+    def _count(self, kind, method):
+        original, seen = getattr(kind, method), []
 
-        def step(accumulator, *args, **kwargs):
+        def counted(*args, **kwargs):
             if len(seen) == self.step:
                 os._exit(9)
             seen.append(1)
-            return original(accumulator, *args, **kwargs)
+            return original(*args, **kwargs)
 
-        ImportanceAccumulator.step = step
+        setattr(kind, method, counted)
 
     def on_train_start(self, trainer, pl_module):
         if self.phase == "pruned":
@@ -156,7 +162,10 @@ def main(**given):
     )  # fmt: skip
     if c["ragged"]:
         data = RaggedData(*c["ragged"])
-    module = PruningModule(c["model"], dtype=c["dtype"], learning_rate=1e-2, allow_pruned=c["allow_pruned"])
+    module = PruningModule(
+        c["model"], dtype=c["dtype"], learning_rate=1e-2, allow_pruned=c["allow_pruned"],
+        distillation=DistillationRecovery(**c["teacher"]) if c["teacher"] else None,
+    )  # fmt: skip
     if c["prune_only"]:
         trainer.prune(module, datamodule=data, ckpt_path=c["ckpt_path"])
     elif c["plain_trainer"]:
