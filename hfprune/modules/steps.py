@@ -22,7 +22,7 @@ from hfprune.objectives.teacher_top import CachedDistillation
 from hfprune.plan import PruningPlan
 from hfprune.recovery.cost import training_flops
 from hfprune.recovery.distillation import DistillationRecovery
-from hfprune.recovery.hidden_matching import check_sizes, hidden_distance, layer_outputs, matched
+from hfprune.recovery.hidden_matching import check_layers, check_sizes, hidden_distance, layer_outputs, matched_layers
 from hfprune.recovery.teacher_cache import TeacherCache, check_cache, training_rows
 
 _log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class RecoverySteps(TokenWeighted):
         super().__init__()
         self.__dict__["_teacher"] = None  # not a submodule: no checkpoint holds it, no optimizer trains it
         self.__dict__["_known"] = None
+        self.__dict__["_matched"] = None
         self._seconds = 0.0
         self._since: float | None = None
         self.training_flops = 0
@@ -101,10 +102,12 @@ class RecoverySteps(TokenWeighted):
         return logits
 
     def setup(self, stage: str) -> None:
-        """Raises ``ConfigError``, before anything is run, where the teacher's predictions cannot be kept."""
+        """Raises ``ConfigError``, before anything is run, where the teacher cannot be followed as asked."""
         settings = self.distillation
         if stage == "fit" and settings is not None and settings.cache is not None:
             check_cache(settings.cache, self.trainer.datamodule)  # type: ignore[attr-defined]
+        if stage == "fit" and settings is not None and settings.hidden_layers is not None:
+            check_layers(settings.hidden_layers, load_config(self.path, revision=self.revision).num_hidden_layers)
 
     @property
     def training_seconds(self) -> float:
@@ -117,6 +120,11 @@ class RecoverySteps(TokenWeighted):
             self.__dict__["_teacher"] = teacher = self._load_teacher()
             if self.distillation.hidden:
                 check_sizes(self.causal_lm, teacher)
+                self.__dict__["_matched"] = matched_layers(
+                    teacher.config.num_hidden_layers,
+                    () if self.plan is None else self.plan.removed_layers(),
+                    self.distillation.hidden_layers,
+                )
         elif self.distillation is not None:
             self.__dict__["_known"] = self._fill_cache(self.distillation)
         if self.gradient_checkpointing:
@@ -183,9 +191,9 @@ class RecoverySteps(TokenWeighted):
             return self._loss(batch, objective)
         with layer_outputs(self.causal_lm) as ours, layer_outputs(self.__dict__["_teacher"]) as theirs:
             loss, num_tokens = self._loss(batch, objective)
-        counted = OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], _mask(batch), labels_of(batch))[1]
-        removed = () if self.plan is None else self.plan.removed_layers()
-        distance = hidden_distance(ours, matched(theirs, removed), counted)
+        real, pairs = _mask(batch), self.__dict__["_matched"]
+        counted = OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], real, labels_of(batch))[1]
+        distance = hidden_distance([ours[i] for i, _ in pairs], [theirs[j] for _, j in pairs], counted, real)
         return loss + self.distillation.hidden * distance / max(num_tokens, 1), num_tokens
 
     def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:

@@ -32,6 +32,7 @@ class DistillationRecovery:
     alpha: float = 1.0
     temperature: float = 1.0
     hidden: float = 0.0
+    hidden_layers: tuple[int, ...] | None = None
     cache: str | None = None
     top_k: int = 64
 
@@ -46,6 +47,12 @@ class DistillationRecovery:
             raise ConfigError(
                 f"--model.distillation.hidden {self.hidden} is a weight >= 0, and needs the dense model itself: not "
                 "with --model.distillation.cache."
+            )
+        layers = self.hidden_layers
+        if layers is not None and (not self.hidden or not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
+            raise ConfigError(
+                f"--model.distillation.hidden_layers {list(layers)} should be different numbers >= 0, at least one, "
+                f"beside a weight --model.distillation.hidden > 0 (here {self.hidden})."
             )
         if self.top_k < 1:
             raise ConfigError(f"--model.distillation.top_k {self.top_k} is not positive.")

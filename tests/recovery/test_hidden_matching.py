@@ -10,7 +10,7 @@ from hfprune.allocation import Explicit
 from hfprune.criteria import Magnitude
 from hfprune.errors import ConfigError
 from hfprune.recovery import DistillationRecovery
-from hfprune.recovery.hidden_matching import check_sizes, hidden_distance, layer_outputs, matched
+from hfprune.recovery.hidden_matching import check_layers, check_sizes, hidden_distance, layer_outputs, matched_layers
 from tests.models import save_tiny, tiny, token_ids
 
 
@@ -58,9 +58,22 @@ def test_layers_that_went_have_no_counterpart():
         pruned(input_ids=ids, use_cache=False)
         dense(input_ids=ids, use_cache=False)
     counted = torch.ones(1, 5, dtype=torch.bool)
-    assert len(matched(theirs, (1,))) == 2
-    assert float(hidden_distance(ours[:1], matched(theirs, (1,))[:1], counted)) == 0
-    assert float(hidden_distance(ours[1:], matched(theirs, (1,))[1:], counted)) > 0
+    assert matched_layers(3, (1,), None) == [(0, 0), (1, 2)]
+    assert float(hidden_distance(ours[:1], theirs[:1], counted)) == 0
+    assert float(hidden_distance(ours[1:], theirs[2:], counted)) > 0
+
+
+def test_packed_rows_that_run_as_one():
+    """The varlen path leaves padding out and lays all rows end to end: [1, N, H]."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.randn(3, 5, 4, generator=generator)] for _ in range(2))
+    real = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    counted = real.bool()
+    counted[:, 0] = False
+    flat = [[state[0][real.bool()][None]] for state in (ours, theirs)]
+    expected = hidden_distance(ours, theirs, counted, real)
+    for mine, dense in ((flat[0], flat[1]), (flat[0], theirs)):
+        torch.testing.assert_close(hidden_distance(mine, dense, counted, real), expected)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +81,9 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
-def fit(folder, hidden, **importance):
-    module = PruningModule(folder, learning_rate=5e-3, distillation=DistillationRecovery(hidden=hidden))
+def fit(folder, hidden, *, layers=None, again=False, **importance):
+    settings = DistillationRecovery(hidden=hidden, hidden_layers=layers)
+    module = PruningModule(folder, learning_rate=5e-3, distillation=settings, gradient_checkpointing=again)
     options = importance or {"pruning_ratio": 0.3}
     trainer = PruneTrainer(
         callbacks=[TaylorImportanceCallback(recovery=None, **options)], accelerator="cpu", devices=1, logger=False,
@@ -83,7 +97,7 @@ def fit(folder, hidden, **importance):
     return module
 
 
-def away(module, folder):
+def away(module, folder, layers=None):
     dense = PruningModule(folder)
     dense.configure_model()
     removed = module.plan.removed_layers()
@@ -91,17 +105,47 @@ def away(module, folder):
     with layer_outputs(module.causal_lm) as ours, layer_outputs(dense.causal_lm) as theirs, torch.no_grad():
         module.causal_lm.eval()(input_ids=ids, use_cache=False)
         dense.causal_lm.eval()(input_ids=ids, use_cache=False)
-    return float(hidden_distance(ours, matched(theirs, removed), torch.ones_like(ids, dtype=torch.bool)))
+    pairs = matched_layers(3, removed, layers)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    return float(hidden_distance([ours[i] for i, _ in pairs], [theirs[j] for _, j in pairs], every))
 
 
 def test_the_weight_draws_hidden_states_nearer(folder):
-    far, near = (away(fit(folder, hidden), folder) for hidden in (0.0, 10.0))
+    modules = [fit(folder, hidden) for hidden in (0.0, 10.0)]
+    far, near = (away(module, folder) for module in modules)
     assert near < 0.8 * far
+    first = fit(folder, 10.0, layers=(0,))
+    assert away(first, folder, (0,)) < 0.8 * away(modules[0], folder, (0,))
+    assert away(first, folder, (1, 2)) > away(modules[1], folder, (1, 2))
+
+
+def test_layers_run_again_match_as_well(folder):
+    """Gradient checkpointing runs the layers a second time, when nobody takes their outputs any more."""
+    one, two = (dict(fit(folder, 1.0, again=again).named_parameters()) for again in (False, True))
+    assert all(torch.equal(parameter, two[name]) for name, parameter in one.items())
 
 
 def test_with_a_layer_gone(folder):
-    module = fit(folder, 1.0, units=("blocks",), allocation=Explicit(blocks=[1]), criterion=Magnitude())
+    gone = {"units": ("blocks",), "allocation": Explicit(blocks=[1]), "criterion": Magnitude()}
+    module = fit(folder, 1.0, layers=(1, 2), **gone)
     assert len(module.causal_lm.model.layers) == 2
+    with pytest.raises(ConfigError, match=r"hidden_layers \[1\] were all removed by pruning; kept: \[0, 2\]"):
+        fit(folder, 1.0, layers=(1,), **gone)
+
+
+@pytest.mark.parametrize("layers", [(), (0, 0), (-1,)])
+def test_layers_that_are_no_choice(layers):
+    with pytest.raises(ConfigError, match="should be different numbers >= 0"):
+        DistillationRecovery(hidden=1.0, hidden_layers=layers)
+    with pytest.raises(ConfigError, match=r"beside a weight --model.distillation.hidden > 0 \(here 0.0\)"):
+        DistillationRecovery(hidden_layers=(1,))
+
+
+def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="names layer 3; the model's 3 layers are 0 to 2"):
+        fit(folder, 1.0, layers=(0, 3))
+    check_layers((0, 2), 3)
 
 
 def test_what_cannot_be_compared_is_refused(folder):

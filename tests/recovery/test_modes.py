@@ -26,6 +26,7 @@ ADAPTERS = {
     "pissa": LoraRecovery(rank=2, init="pissa"),
 }
 TEACHER = DistillationRecovery(alpha=0.5, temperature=2.0)
+HIDDEN = DistillationRecovery(alpha=0.5, hidden=2.0, hidden_layers=(0, 2))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,16 @@ def fit(folder, *callbacks, lora=None, out=None, ckpt_path=None, precision="32-t
         ("rslora", {}),
         ("pissa", {"gradient_checkpointing": True}),
         (None, {"trainable": "mlp"}),
+        ("lora", {"distillation": HIDDEN, "gradient_checkpointing": True}),
     ],
-    ids=["full from the dense model", "dora from the dense model", "rslora", "pissa, layers run again", "mlp"],
+    ids=[
+        "full from the dense model",
+        "dora from the dense model",
+        "rslora",
+        "pissa, layers run again",
+        "mlp",
+        "lora towards hidden states, layers run again",
+    ],
 )
 def test_interrupted_and_resumed_it_ends_the_same(folder, tmp_path, lora, options):
     lora = ADAPTERS[lora] if lora else None
