@@ -11,17 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
 from hfprune.arch import Neurons, check_units, parameter_count
-from hfprune.callbacks.calibrate import check_source
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
-from hfprune.callbacks.curves import check_curves
-from hfprune.callbacks.distil import check_stages
+from hfprune.callbacks.checks import check_fit
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.layerwise import check_layerwise
 from hfprune.callbacks.planner import Planner, PruningOptions, say
 from hfprune.callbacks.rounds import Rounds, Schedule
-from hfprune.callbacks.strategies import check_strategy
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import check_scored
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
@@ -218,7 +214,7 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
-            self._check_around(trainer, self._target)
+            check_fit(trainer, self._target, self.options, recovery=self.recovery)
             self.check(pl_module)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
@@ -230,21 +226,6 @@ class TaylorImportanceCallback(Callback):
                     TrainerFn.FITTING, path, model_provided=True, model_connected=True
                 )
             self._record = Record.of(read_metadata(path)) if path else None
-
-    def _check_around(self, trainer: Trainer, target: Target) -> None:
-        options = self.options
-        check_strategy(trainer, target, options.compensation or options.criterion)
-        check_layerwise(target, options.criterion, options.compensation, options.allocation)
-        check_curves(target, options.allocation)
-        if options.distillation is not None:
-            check_stages(target, options.distillation, options.budget, options.allocation)
-        options.rounds.check(target, options.budget, options.allocation, options.criterion)
-        target.check_recovery(self.recovery)
-        if target.plan is None and options.calibrates:
-            check_source(trainer, limit=options.calibration_batches)
-        every, number = options.look_every, trainer.world_size
-        if options.stop_when_settled is not None and every and every % number:
-            raise ConfigError(f"--importance.look_every {every} is not a multiple of {number} processes.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps count of epochs across resumes."""

@@ -245,6 +245,16 @@ class ModuleTarget(Target):
         lora: LoraRecovery | None = self.module.lora
         return lora
 
+    def check_recovery(self, recovery: LoraRecovery | None) -> None:
+        """Refuses hidden states that would be compared with wider ones, too."""
+        super().check_recovery(recovery)
+        distillation = self.module.distillation
+        if distillation is not None and distillation.hidden and "channels" in self.units:
+            raise ConfigError(
+                "--model.distillation.hidden compares hidden states with the dense model's, which removing channels "
+                "makes wider: leave it out, or leave 'channels' out of the units."
+            )
+
     def check_training(self, *, adapters: bool) -> None:
         """Refuses to train what is of half precision."""
         self.module.check_training(adapters=adapters)

@@ -112,6 +112,8 @@ class PruningModule(RecoverySteps):
         if self._mesh is not None:
             if self.distillation is not None:
                 raise ConfigError("--model.distillation needs the whole dense model beside: not under FSDP2.")
+            if self.optimizer_name == "adamw_8bit":
+                raise ConfigError("--model.optimizer adamw_8bit quantises whole weights' moments: not under FSDP2.")
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
             loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)

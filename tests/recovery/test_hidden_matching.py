@@ -148,6 +148,12 @@ def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(folder,
     check_layers((0, 2), 3)
 
 
+def test_removed_channels_are_refused_before_anything_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="leave 'channels' out of the units"):
+        fit(folder, 1.0, pruning_ratio=0.3, units=("channels",), criterion=Magnitude())
+
+
 def test_what_cannot_be_compared_is_refused(folder):
     with pytest.raises(ConfigError, match="needs the dense model itself: not with --model.distillation.cache"):
         DistillationRecovery(hidden=1.0, cache="somewhere")

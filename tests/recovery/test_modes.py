@@ -283,6 +283,14 @@ def test_an_optimizer_whose_library_is_missing_is_an_error_at_once(folder, monke
         PruningModule(folder, optimizer="sgd")
 
 
+def test_moments_of_8_bits_are_refused_where_weights_are_sharded(folder):
+    module = PruningModule(folder)
+    module.optimizer_name = "adamw_8bit"  # whether or not its library is here
+    module._device_mesh = {"data_parallel": object()}
+    with pytest.raises(ConfigError, match="adamw_8bit .* not under FSDP2"):
+        module.configure_model()
+
+
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 def test_moments_of_8_bits(tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
