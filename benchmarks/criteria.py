@@ -1,9 +1,10 @@
-"""What each criterion's calibration costs beside one forward pass, in one run.
+"""What each criterion's calibration, and each closed-form fit, costs beside one forward pass, in one run.
 
     python benchmarks/criteria.py                       # SmolLM2-135M, 8 sequences of 256 tokens, 3 rounds
 
 Every criterion is run on the same tokens, one sequence a step, and timed in alternation with a forward pass without
-gradients, all logits included. Given are medians of per-round ratios. Peak memory is the resident high-water mark of a
+gradients, all logits included. A fit is the pass through the layers alone, to two thirds of the neurons, whichever were
+chosen. Given are medians of per-round ratios. Peak memory is the resident high-water mark of a
 process of its own, above what the loaded model takes.
 """
 
@@ -22,6 +23,7 @@ from hfprune.allocation import uniform_keep
 from hfprune.arch import find_groups
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
 from hfprune.causal import objective_sum, run_backbone, token_counts
+from hfprune.compensation import LeastSquares, OutputRegression
 from hfprune.criteria import (
     ActivationCriterion,
     ActivationNorm,
@@ -35,6 +37,7 @@ from hfprune.criteria import (
     WeightRange,
     WeightTaylor,
 )
+from hfprune.layerwise import LayerwisePass
 from hfprune.loading import load_causal_lm
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.distillation import Distillation
@@ -53,6 +56,7 @@ VARIANTS = {
     "weight range": (WeightRange(), None),
     "slimllm channels": (SlimLLMChannels(), None),
 }
+FITS = {"fit: least squares": LeastSquares(), "fit: regression": OutputRegression()}
 
 
 def run_pass(model, sequences, criterion, objective):
@@ -77,6 +81,16 @@ def run(model, sequences, name):
         with torch.no_grad():
             for ids in sequences:
                 model(input_ids=ids[None], use_cache=False)
+        return
+    if name in FITS:
+        groups = find_groups(model)
+        keep = {group.name: tuple(range(2 * group.num_units // 3)) for group in groups}
+        LayerwisePass(model, groups, compensation=FITS[name]).run(
+            [{"input_ids": ids[None]} for ids in sequences],
+            {name: len(units) for name, units in keep.items()},
+            keep=keep,
+            device=torch.device("cpu"),
+        )
         return
     criterion, objective = VARIANTS[name]
     if objective != "two stages":
@@ -123,13 +137,13 @@ def main():
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", choices=("forward", *VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", choices=("forward", *VARIANTS, *FITS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         measure_memory(args)
         return
     model, sequences = load(args)
-    names = ["forward", *VARIANTS]
+    names = ["forward", *VARIANTS, *FITS]  # fits last: they change the weights
     for name in names:
         run(model, sequences[:1, :16], name)
     seconds = {name: [] for name in names}
