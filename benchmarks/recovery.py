@@ -4,10 +4,13 @@
 
 SmolLM2-135M-Instruct, pruned once for each start (``hfprune prune``): ``entropy``, entropy scores on 32 sequences of
 512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences. Every mode then
-trains on the same rows of 512 tokens, in the same order, one pass, AdamW, cosine, ``bf16-mixed``:
+trains on the same rows of 512 tokens, in the same order, one pass, AdamW, cosine, ``bf16-mixed``; a seed draws rows,
+order and adapters anew:
 
-``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's logits.
+``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's predictions,
+of which the 64 most likely tokens a position are kept on disk.
 ``full_ce``, ``full_kd``: all weights.
+``lora_hidden``, ``full_hidden``: the whole KL and the distance of hidden states at layer ends, the dense model beside.
 ``dense``: the dense model with all weights tuned by cross-entropy on the same rows, the control.
 
 Figures are in float32: perplexity and KL to the untuned dense model on the text's first 40 windows of 512 tokens,
@@ -48,14 +51,14 @@ STARTS = {
 MODES = ("lora_ce", "lora_kd", "full_ce", "full_kd")
 
 
-def start_folder(args, start, ratio, seed):
+def start_folder(args, start, ratio):
     """Returns the folder of a pruned model, made by the command line where it is not there."""
-    out = args.out / f"{start}_{ratio:g}_{seed}"
+    out = args.out / f"{start}_{ratio:g}"
     if not (out / "report.json").is_file():
         command = [
             sys.executable, "-m", "hfprune.cli", "prune", "--model.path", args.model, "--model.dtype", "float32",
             "--data.calibration", args.calibration, "--data.text", args.text, "--data.seq_len", "512",
-            "--data.seed", str(seed), "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
+            "--data.seed", "42", "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
             "--output_dir", str(out), *STARTS[start],
         ]  # fmt: skip
         subprocess.run(command, check=True)
@@ -92,10 +95,14 @@ def run_cell(args, cell):
     """Runs in a process of its own: prints one JSON object."""
     seed_everything(cell["seed"])
     dense = cell["start"] == "dense"
-    kd = cell["mode"].endswith("kd")
+    if "hidden" in cell:
+        distillation = DistillationRecovery(hidden=cell["hidden"])
+    else:
+        cached = DistillationRecovery(cache=str(args.out / "dense"), top_k=64)
+        distillation = cached if cell["mode"].endswith("kd") else None
     module = PruningModule(
         args.model, dtype="float32", learning_rate=cell["lr"], warmup_ratio=0.05,
-        distillation=DistillationRecovery(alpha=1.0) if kd else None,
+        distillation=distillation,
     )  # fmt: skip
     module.run_seed = cell["seed"]
     module.configure_model()
@@ -106,8 +113,7 @@ def run_cell(args, cell):
     data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
     known = reference(args, module, data.evaluation_windows())
     if not dense:
-        folder = args.out / f"{cell['start']}_{cell['ratio']:g}_{cell['seed']}"
-        module.model = load_causal_lm(str(folder / "model"), dtype="float32")
+        module.model = load_causal_lm(str(start_folder(args, cell["start"], cell["ratio"]) / "model"), dtype="float32")
     found = trained(args, cell, module, data)
     module.unwrap()
     figures = measure(module.causal_lm, known.windows, reference=known, latency=False)
@@ -131,7 +137,8 @@ def cells(args):
         for start in args.starts.split(",") if args.starts else ():
             for mode in args.modes.split(","):
                 rate = args.lr_lora if mode.startswith("lora") else args.lr_full
-                found.append({"start": start, "mode": mode, "ratio": args.ratio, "seed": seed, "lr": rate, **common})
+                cell = {"start": start, "mode": mode, "ratio": args.ratio, "seed": seed, "lr": rate, **common}
+                found.append(cell | ({"hidden": args.hidden} if mode.endswith("hidden") else {}))
     return found
 
 
@@ -140,13 +147,13 @@ def table(args, rows):
     lines = defaultdict(list)
     for report in sorted(args.out.glob("*/report.json")):
         stages = json.loads(report.read_text())["stages"]
-        start, ratio, _ = report.parent.name.rsplit("_", 2)
+        start, ratio = report.parent.name.rsplit("_", 1)
         for name, stage in (("dense", stages["dense"]), (start, stages["pruned"])):
             key = (name, "0" if name == "dense" else ratio, "-")
             lines[key].append((stage["perplexity"]["value"], stage["fidelity"]["kl"], 0, 0))
     for row in rows:
         cell, found = row["cell"], row["found"]
-        key = (cell["start"], f"{cell['ratio']:g}", cell["mode"])
+        key = (cell["start"], f"{cell['ratio']:g}", f"{cell['mode']}, {cell['lr']:g}, {cell['tokens']:,}")
         lines[key].append((found["perplexity"], found["kl"], found["tokens"], found["cpu_minutes"]))
     base = lines["dense", "0", "-"][0][0]
     print("| start | removed | recovery | perplexity | of dense | KL | tokens | CPU minutes |\n" + "|---" * 8 + "|")
@@ -174,6 +181,7 @@ def main():
     parser.add_argument("--control", action="store_true", help="tune the dense model, too")
     parser.add_argument("--lr_full", type=float, default=3e-4)
     parser.add_argument("--lr_lora", type=float, default=1e-3)
+    parser.add_argument("--hidden", type=float, default=5.0, help="weight of the distance of hidden states")
     parser.add_argument("--tasks", default="", help="zero-shot tasks, separated by commas")
     parser.add_argument("--task_data", default=None, help="folder of released task files")
     parser.add_argument("--limit", type=int, default=100, help="items a task")
@@ -192,7 +200,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     for cell in (c for c in cells(args) if c not in done):
         if cell["start"] != "dense":
-            start_folder(args, cell["start"], cell["ratio"], cell["seed"])
+            start_folder(args, cell["start"], cell["ratio"])
         command = [sys.executable, *sys.argv, "--cell", json.dumps(cell)]
         ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
         out = ran.stdout.splitlines()[-1]
