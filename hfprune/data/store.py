@@ -1,4 +1,4 @@
-"""Files that can be made again, each written in one step and used only for the key it was made for."""
+"""Tokenised examples on disk, found by what they were made from."""
 
 import hashlib
 import json
@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from hfprune.data.examples import Example
-from hfprune.errors import ConfigError
+from hfprune.tensor_files import load_tensors, save_tensors
 
 _VERSION = 1
 
@@ -21,44 +18,6 @@ def digest(*parts: Any) -> str:
     """Returns the SHA-256 of plain data."""
     text = json.dumps([_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts: str) -> None:
-    """Writes tensors beside ``path`` and moves them into place.
-
-    Raises:
-        ConfigError: The folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{_own_name()}.tmp")
-        try:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"key": key, **facts})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"'{path}' cannot be written: {error}.") from error
-
-
-def _own_name() -> str:
-    import os
-    import threading
-
-    return f"{os.getpid()}-{threading.get_ident()}"
-
-
-def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
-    """Returns the tensors that were saved for ``key``; None when there are none, or the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return None
 
 
 class ExampleStore:

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from hfprune.data.encode import encode, tokenizer_key
-from hfprune.data.store import digest, load_tensors, save_tensors
+from hfprune.data.store import digest
 from hfprune.errors import ConfigError
 from hfprune.loading import load_causal_lm, model_files
+from hfprune.tensor_files import load_tensors, save_tensors
 
 _log = logging.getLogger("hfprune")
 _SAMPLES = 1024

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hfprune.allocation import uniform_keep
@@ -15,11 +13,12 @@ from hfprune.arch import find_groups
 from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
 from hfprune.causal import objective_sums, run_backbone, sequences, token_counts
 from hfprune.criteria import CalibratedCriterion, scored_groups
-from hfprune.errors import CalibrationError, OutputError
+from hfprune.errors import CalibrationError
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.distillation import Distillation
 from hfprune.recording import UnitMask
 from hfprune.sweep.grid import Method
+from hfprune.tensor_files import load_tensors, save_tensors
 
 SAVE_EVERY = 64
 """Sequences between saved states."""
@@ -133,7 +132,7 @@ def seed_scores(
         device: Where to run.
         objective: The objective of all methods; each method's own if not given.
     """
-    found = _load(path, key)
+    found = load_tensors(path, key=key)
     if found is not None:
         scores: Scores = {}
         for name, tensor in found.items():
@@ -142,18 +141,19 @@ def seed_scores(
         return scores
     shared = SharedPass(model, methods, device=device, objective=objective)
     unfinished = path.with_suffix(".unfinished")
-    state, skip = _load(unfinished, key), 0
+    state, skip = load_tensors(unfinished, key=key), 0
     if state is not None:
         skip = int(state.pop("position"))
         shared.load(state)
 
     def done(position: int) -> None:
         if position % SAVE_EVERY == 0:
-            _save(unfinished, shared.tensors() | {"position": torch.tensor(position)}, key)
+            save_tensors(unfinished, shared.tensors() | {"position": torch.tensor(position)}, key=key)
 
     shared.run(iter(batches), skip=skip, done=done)
     scores = shared.scores()
-    _save(path, {f"{name}/{group}": t for name, by_group in scores.items() for group, t in by_group.items()}, key)
+    found = {f"{name}/{group}": t for name, by_group in scores.items() for group, t in by_group.items()}
+    save_tensors(path, found, key=key)
     unfinished.unlink(missing_ok=True)
     return scores
 
@@ -181,28 +181,3 @@ def distilled_scores(
     student = Distillation(alpha=setting.alpha, temperature=setting.temperature, teacher=mask.lifted)
     with mask.active():
         return seed_scores(model, [method], batches(), path, key=key, device=device, objective=student)
-
-
-def _save(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Writes tensors in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata={"key": key})
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"Writing '{path}' failed: {error}") from error
-
-
-def _load(path: Path, key: str) -> dict[str, Tensor] | None:
-    """Returns the tensors of a file that was written for ``key``, None when there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return None  # damaged: it is computed again

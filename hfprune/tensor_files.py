@@ -1,0 +1,50 @@
+"""Files of tensors that can be made again, each written in one step and used only for the key it was made for."""
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hfprune.errors import OutputError
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts: str) -> None:
+    """Writes tensors beside ``path`` and moves them into place.
+
+    Args:
+        path: The file; its folder is made where it is not there.
+        tensors: Name -> tensor, of any shape, on any device.
+        key: What the tensors depend on.
+        facts: More for the file's metadata.
+
+    Raises:
+        OutputError: The file cannot be written; one that was there before stays as it is.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        try:
+            plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(plain, temporary, metadata={"key": key, **facts})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"'{path}' cannot be written: {error}.") from error
+
+
+def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
+    """Returns the tensors that were saved for ``key``; None when there are none, or the file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return None
