@@ -18,13 +18,16 @@ from hfprune.criteria.base import (
     ActivationCriterion,
     BatchInfo,
     CalibratedCriterion,
+    Criterion,
     GradientCriterion,
+    LayerwiseCriterion,
     Rows,
     Signal,
     Totals,
     WeightCriterion,
 )
-from hfprune.errors import CalibrationError
+from hfprune.criteria.blocks import scored_groups
+from hfprune.errors import CalibrationError, ConfigError
 from hfprune.recording import (
     first_not_finite,
     frozen,
@@ -104,6 +107,33 @@ def backward(
     for accumulator in accumulators:
         accumulator.commit(out.total.detach())
     return total, num_tokens
+
+
+def check_criterion(
+    model: nn.Module, groups: tuple[Group, ...], criterion: Criterion, *, settles: bool = False
+) -> None:
+    """Raises ``ConfigError`` where ``criterion`` does not score units, or what units hold; reads shapes alone.
+
+    Args:
+        model: The dense model, or one with its shapes.
+        groups: The groups that may lose units.
+        criterion: How they are scored.
+        settles: Scores are made again and again, to see whether they settle.
+    """
+    if isinstance(criterion, LayerwiseCriterion):
+        return
+    scored = scored_groups(model, groups, criterion)
+    if not isinstance(criterion, CalibratedCriterion):
+        return
+    modules = group_modules(model, scored)
+    for group in scored:
+        shapes = slice_shapes(modules, group)
+        criterion.check(group, shapes)
+        if settles and criterion.moments(group, shapes):
+            raise ConfigError(
+                f"--importance.stop_when_settled does not go with {type(criterion).__name__} as it is set: its "
+                "sums are too large to be reduced and scored again and again."
+            )
 
 
 class ImportanceAccumulator:

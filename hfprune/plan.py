@@ -10,7 +10,7 @@ from hfprune.errors import PlanError
 from hfprune.types import Group, Slice
 
 PLAN_FILE = "plan.json"
-_FORMAT = "hfprune-plan"
+PLAN_FORMAT = "hfprune-plan"
 _VERSION = 1
 
 
@@ -64,7 +64,12 @@ class PruningPlan:
     def to_json(self) -> str:
         """Returns the plan as JSON; ``from_json`` gives an equal plan back."""
         groups = [{**asdict(g), "keep": list(self.keep[g.name])} for g in self.groups]
-        head = {"format": _FORMAT, "version": _VERSION, "model_class": self.model_class, "config": dict(self.config)}
+        head = {
+            "format": PLAN_FORMAT,
+            "version": _VERSION,
+            "model_class": self.model_class,
+            "config": dict(self.config),
+        }
         text = json.dumps({**head, "provenance": dict(self.provenance), "groups": []}, indent=2)
         body = ",\n    ".join(json.dumps(g, separators=(",", ":")) for g in groups)  # one line per group
         return text.replace('"groups": []', f'"groups": [\n    {body}\n  ]') + "\n"
@@ -74,10 +79,10 @@ class PruningPlan:
         """Returns the plan that ``text`` describes; raises ``PlanError`` when it is not one."""
         try:
             data = json.loads(text)
-            if data["format"] != _FORMAT or data["version"] != _VERSION:
+            if data["format"] != PLAN_FORMAT or data["version"] != _VERSION:
                 raise PlanError(
                     f"Not a plan that this version reads: format {data['format']!r}, version {data['version']!r}; "
-                    f"expected {_FORMAT!r}, version {_VERSION}."
+                    f"expected {PLAN_FORMAT!r}, version {_VERSION}."
                 )
             groups, keep = [], {}
             for item in data["groups"]:

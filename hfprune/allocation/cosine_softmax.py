@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.budget import round_width
 from hfprune.allocation.fill import fill, slot
 from hfprune.allocation.uniform import removed_units, settled
 from hfprune.errors import ConfigError
@@ -74,7 +75,7 @@ class CosineSoftmax(Allocation):
         by_layer = self.weights()
         weights = [by_layer[group.layer] for group in inventory.groups if group.layer is not None]
         if self.share is not None:
-            return settled(inventory, self._by_share(inventory, weights), ())
+            return settled(inventory, self._by_share(inventory, weights, round_to), ())
         slots = [
             slot(
                 g.kind,
@@ -86,6 +87,8 @@ class CosineSoftmax(Allocation):
             )
             for g, cost, weight in zip(inventory.groups, inventory.costs, weights, strict=True)
         ]
+        if not any(weights):
+            raise ConfigError("CosineSoftmax: none of the layers that its cosines choose may lose units.")
         largest = 1 / min(weight for weight in weights if weight)
         removal = inventory.dense_params - target
         widths = fill(
@@ -93,7 +96,7 @@ class CosineSoftmax(Allocation):
         )
         return settled(inventory, widths, ())
 
-    def _by_share(self, inventory: Inventory, weights: list[float]) -> list[int]:
+    def _by_share(self, inventory: Inventory, weights: list[float], round_to: int) -> list[int]:
         assert self.share is not None
         widths = []
         for group, weight in zip(inventory.groups, weights, strict=True):
@@ -104,5 +107,7 @@ class CosineSoftmax(Allocation):
                     f"{type(self).__name__} would remove {share:.0%} of {group.name}: lower share or alpha, or give a "
                     "budget in place of share."
                 )
-            widths.append(group.num_units - number)
+            step = round_to if group.kind == "mlp" else 1
+            kept = round_width(group.num_units - number, step) if number else group.num_units
+            widths.append(min(max(kept, step, group.least), group.num_units))
         return widths

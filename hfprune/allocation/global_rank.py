@@ -47,7 +47,7 @@ class GlobalRank(Allocation):
         ceiling: Largest share of its units that a group keeps.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
+        ConfigError: A setting is unknown or out of range; ``allot``: the ceiling removes more than the budget.
     """
 
     def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:
@@ -82,6 +82,12 @@ class GlobalRank(Allocation):
         ]
         widths = [s.high for s in slots]
         left = inventory.params(widths) - target
+        if left < -max(s.step * s.cost for s in slots):
+            dense, most = inventory.dense_params, target + left
+            raise ConfigError(
+                f"GlobalRank: the ceiling {self.ceiling:g} alone leaves {most:,} of {dense:,} parameters, and the "
+                f"budget {target:,}: give a higher ceiling, or a --pruning_ratio of at least {1 - most / dense:.4f}."
+            )
         parts = []
         for number, (group, s) in enumerate(zip(inventory.groups, slots, strict=True)):
             known = torch.ones(group.num_units) if scores is None else scores[group.name]

@@ -8,8 +8,9 @@ from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.fill import fill, slot
-from hfprune.allocation.uniform import Uniform, settled
+from hfprune.allocation.uniform import settled
 from hfprune.errors import ConfigError
+from hfprune.plan import PLAN_FORMAT
 from hfprune.types import Group
 
 Curves = Mapping[str, Mapping[float, float]]
@@ -28,9 +29,9 @@ class Sensitivity(Allocation):
     rounded first and MLP neurons make up for the rest.
 
     Args:
-        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file. None:
-            measured after calibration, on the first ``sequences`` sequences of its data; a forward pass of these for
-            every group and share.
+        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file, or of
+            the ``plan.json`` of a run that measured them. None: measured after calibration, on the first ``sequences``
+            sequences of its data; a forward pass of these for every group and share.
         shares: Kept shares to measure at.
         sequences: Number of sequences to measure on.
 
@@ -83,9 +84,9 @@ class Sensitivity(Allocation):
         return f"Sensitivity({len(self.curves)} curves)"
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the widths at the end of the cheapest pieces; those of ``Uniform`` until the curves are measured."""
+        """Returns the widths at the end of the cheapest pieces; of straight lines until curves are measured."""
         if self.curves is None:
-            return Uniform().allot(inventory, target, round_to=round_to, scores=scores)
+            return self._provisional(inventory).allot(inventory, target, round_to=round_to, scores=scores)
         missing = [group.name for group in inventory.groups if group.name not in self.curves]
         if missing:
             raise ConfigError(f"Sensitivity: no curve for {', '.join(missing[:3])}{', ...' if missing[3:] else ''}.")
@@ -101,6 +102,14 @@ class Sensitivity(Allocation):
         widths = fill(slots, _walk(pieces, inventory.costs), inventory.dense_params - target)
         return settled(inventory, widths, ())
 
+    def _provisional(self, inventory: Inventory) -> "Sensitivity":
+        """Returns an allocation with straight curves: the same limits, and layers of different widths."""
+        lines = {}
+        for group in inventory.groups:
+            shares = [width / group.num_units for width in _measured(group, self.shares)]
+            lines[group.name] = {share: 1 - share for share in shares}
+        return Sensitivity(lines)
+
 
 def measure_curves(
     groups: Sequence[Group], shares: Sequence[float], measure: Callable[[Group, int], float]
@@ -114,17 +123,23 @@ def measure_curves(
     """
     curves = {}
     for group in groups:
-        widths = sorted({max(group.least, int(share * group.num_units + 0.5)) for share in shares}, reverse=True)
-        widths = [width for width in widths if width < group.num_units]
-        curves[group.name] = {width / group.num_units: measure(group, width) for width in widths}
+        curves[group.name] = {width / group.num_units: measure(group, width) for width in _measured(group, shares)}
     return curves
+
+
+def _measured(group: Group, shares: Sequence[float]) -> list[int]:
+    """Returns the widths that kept shares are, descending."""
+    widths = {max(group.least, int(share * group.num_units + 0.5)) for share in shares}
+    return sorted((width for width in widths if width < group.num_units), reverse=True)
 
 
 def _read(path: str) -> dict[str, dict[float, float]]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data.get("format") == PLAN_FORMAT:
+            data = ((data.get("provenance") or {}).get("allocation") or {})["curves"]
         return {name: {float(share): float(kl) for share, kl in curve.items()} for name, curve in data.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"Sensitivity: '{path}' holds no curves (group -> share -> KL): {error}.") from error
 
 

@@ -50,6 +50,16 @@ class Uniform(Allocation):
         """Whether a share was given."""
         return self.share is not None
 
+    def check(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` where a share is given for units that are not pruned."""
+        super().check(inventory)
+        names = {kind: name for name, kind in _KINDS.items()}
+        named = self.share if isinstance(self.share, Mapping) else {}
+        idle = sorted(name for name, share in named.items() if share and _KINDS[name] not in inventory.kinds())
+        if idle:
+            pruned = ", ".join(names[kind] for kind in inventory.kinds())
+            raise ConfigError(f"{self} names {', '.join(idle)}, units that are not pruned: the units are {pruned}.")
+
     def describe(self) -> dict[str, Any]:
         """Returns name and settings."""
         settings = {"share": self.share, "compat": self.compat}

@@ -84,11 +84,6 @@ class Calibration:
         device = trainer.strategy.root_device
         self.accumulator = ImportanceAccumulator(target.model, groups, criterion, root=target.module, device=device)
         if self.accumulator.has_moments:
-            if stop_at is not None:
-                raise ConfigError(
-                    f"--importance.stop_when_settled does not go with {type(criterion).__name__} as it is set: its "
-                    "sums are too large to be reduced and scored again and again."
-                )
             self._look_every = None
         self.history = KeptHistory(groups, widths)
         self.stability: float | None = None

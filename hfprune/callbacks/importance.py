@@ -178,7 +178,8 @@ class TaylorImportanceCallback(Callback):
             return self.resolved
         self.resolved = None
         if target.known:
-            check_scored(target, self.options.criterion)
+            settles = self.options.stop_when_settled is not None
+            check_scored(target, self.options.criterion, settles=settles)
             self.resolved = target.resolve(self.options.budget, self.options.allocation)
         return self.resolved
 

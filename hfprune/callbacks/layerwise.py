@@ -39,8 +39,8 @@ def check_layerwise(
     asked = type(compensation or criterion).__name__
     if target.known and not is_supported(target.shapes()):
         raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
-    inventory = target.inventory() if target.known else None
-    check_together(criterion, compensation, target.units, allocation, inventory)
+    inventory, model = (target.inventory(), target.shapes()) if target.known else (None, None)
+    check_together(criterion, compensation, target.units, allocation, inventory, model=model)
 
 
 def run_layerwise(

@@ -6,16 +6,16 @@ from torch import Tensor
 
 from hfprune.allocation import Allocation, kept_units
 from hfprune.allocation.history import Select
+from hfprune.calibration import check_criterion
 from hfprune.callbacks.target import Target
-from hfprune.criteria import Criterion, LayerwiseCriterion, scored_groups, with_blocks
+from hfprune.criteria import Criterion, scored_groups, with_blocks
 from hfprune.types import Budget
 
 
-def check_scored(target: Target, criterion: Criterion) -> None:
-    """Raises ``ConfigError`` where layers are units and hold what ``criterion`` does not score; reads shapes alone."""
-    if "blocks" in target.units and not isinstance(criterion, LayerwiseCriterion):
-        model = target.shapes()
-        scored_groups(model, target.groups(model), criterion)
+def check_scored(target: Target, criterion: Criterion, *, settles: bool) -> None:
+    """Raises ``ConfigError`` where ``criterion`` does not score units, or what units hold; reads shapes alone."""
+    model = target.shapes()
+    check_criterion(model, target.groups(model), criterion, settles=settles)
 
 
 def final_units(target: Target, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:

@@ -5,7 +5,7 @@ Shape legend: O outputs, C inputs, K kept inputs.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class Compensation(ABC):
     Raises:
         ConfigError: An unknown value, or ``target="dense"`` without ``sequential``, where it would say nothing.
     """
+
+    needs_bias: ClassVar[bool] = False
+    """Whether projections without bias are refused."""
 
     def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "normalised") -> None:
         if target not in ("module", "dense"):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfprune.compensation.base import Compensation, Fit
+from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
 from hfprune.errors import ConfigError
 from hfprune.moments import Moments
@@ -14,7 +14,17 @@ class MeanCompensation(Compensation):
 
     Only for projections that have a bias (OPT, GPT-2, GPT-NeoX); others would need a parameter that their config cannot
     say, and are refused.
+
+    Args:
+        target: See :class:`Compensation`.
+        sequential: Likewise.
+        tokens: Likewise; ``equal`` is the plain mean, the default here.
     """
+
+    needs_bias = True
+
+    def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "equal") -> None:
+        super().__init__(target=target, sequential=sequential, tokens=tokens)
 
     def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
         """Returns the kept weights and the new bias.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hfprune.compensation.base import Compensation, Fit
+from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
 from hfprune.moments import Moments
 
@@ -15,7 +15,15 @@ class OutputRegression(Compensation):
     the new weights are diag(A) W_K. Where the projection has a bias it takes up mean(t) - A mean(o), as in the
     published method. Where it has none, the line goes through the origin (A_d = sum o t / sum o^2): SlimLLM would add
     a bias, which stock configs of bias-free models cannot say.
+
+    Args:
+        target: See :class:`Compensation`.
+        sequential: Likewise.
+        tokens: Likewise; ``equal`` is SlimLLM's regression, the default here.
     """
+
+    def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "equal") -> None:
+        super().__init__(target=target, sequential=sequential, tokens=tokens)
 
     def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
         """Returns the scaled weights."""

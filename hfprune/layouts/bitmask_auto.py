@@ -12,8 +12,7 @@ from transformers.utils.hub import cached_file
 
 from hfprune.errors import ConfigError
 from hfprune.layouts.bitmask import MODEL_TYPE, PREFIX, VERSION, described, stored_tensors
-
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+from hfprune.layouts.cut import HUB
 
 
 class BitmaskConfig:
@@ -102,7 +101,7 @@ class BitmaskForCausalLM:
         Raises:
             ConfigError: A file is missing or damaged, or config and weights do not belong together.
         """
-        hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in HUB if key in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
         plain = bitmask_stock(config)
         kwargs |= {"config": plain, "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -9,6 +9,9 @@ from transformers.utils.hub import cached_file
 from hfprune.errors import PlanError
 from hfprune.plan import PLAN_FILE, PruningPlan
 
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""What ``from_pretrained`` takes that says where files are."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -32,18 +35,22 @@ class Cut:
         """Returns the names of the plans' files; ``plan.json`` holds the last."""
         return [f"plan-{number}.json" for number in range(1, self.count)] + [PLAN_FILE]
 
-    def read(self, path: str, *, revision: str | None = None) -> "Cut":
+    def read(self, path: str, **hub: Any) -> "Cut":
         """Returns the cut with the plans of a folder or hub id.
+
+        Args:
+            path: The folder or hub id.
+            hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
 
         Raises:
             PlanError: A plan is missing or damaged.
         """
-        return Cut(dense=self.dense, count=self.count, plans=tuple(_read(path, f, revision) for f in self.files()))
+        return Cut(dense=self.dense, count=self.count, plans=tuple(_read(path, f, hub) for f in self.files()))
 
 
-def _read(path: str, file: str, revision: str | None) -> PruningPlan:
+def _read(path: str, file: str, hub: Mapping[str, Any]) -> PruningPlan:
     try:
-        found = cached_file(path, file, revision=revision)
+        found = cached_file(path, file, **hub)
     except OSError as error:
         raise PlanError(
             f"'{path}' has no {file}: its layers differ in width, and only the plan says which units they kept. Copy "

@@ -106,7 +106,8 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
 
 def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
     """Returns how many units of ``kind`` each group of the padded model has: as few as stock config fields express."""
-    groups = [group for group in plan.groups if group.kind == kind]
+    gone = plan.removed_layers()
+    groups = [group for group in plan.groups if group.kind == kind and (group.layer is None or group.layer not in gone)]
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
     if min(widths) < units and (values is None or kind == EXPERTS):  # a router would choose experts of zeros, too

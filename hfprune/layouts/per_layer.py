@@ -19,7 +19,7 @@ from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hfprune.arch import find_spec
 from hfprune.errors import ConfigError, PlanError
-from hfprune.layouts.cut import Cut
+from hfprune.layouts.cut import HUB, Cut
 from hfprune.layouts.keys import implied_values, layer_overrides
 from hfprune.surgery import apply_plan
 
@@ -96,19 +96,19 @@ def is_per_layer(config: Any) -> bool:
     return isinstance(config, PerLayerConfig)
 
 
-def cut_of(config: Any, *, path: str | None = None, revision: str | None = None) -> Cut:
+def cut_of(config: Any, *, path: str | None = None, **hub: Any) -> Cut:
     """Returns the cut of a per-layer config with its plans, read once where they were not yet.
 
     Args:
         config: The config; it keeps what was read.
         path: Folder or hub id of the plans; by default where the config came from.
-        revision: Branch, tag or commit of a hub id.
+        hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
 
     Raises:
         PlanError: A plan is missing or damaged.
     """
     if not config._hfprune.plans:
-        config._hfprune = config._hfprune.read(path or config.name_or_path, revision=revision)
+        config._hfprune = config._hfprune.read(path or config.name_or_path, **hub)
     found: Cut = config._hfprune
     return found
 
@@ -203,7 +203,7 @@ class HFPruneForCausalLM:
         Raises:
             PlanError: A plan is missing, damaged, or does not fit config.json or the weights.
         """
-        cut = cut_of(config, path=str(path), revision=kwargs.get("revision"))
+        cut = cut_of(config, path=str(path), **{key: kwargs[key] for key in HUB if key in kwargs})
         dense, wants_info = dense_config(config), kwargs.pop("output_loading_info", False)
         stock = _stock_model(dense)
         kwargs |= {"config": dense, "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hfprune.allocation import Inventory, ResolvedBudget, allocate, kept_units
 from hfprune.arch import class_name, config_values, find_groups
+from hfprune.calibration import check_criterion
 from hfprune.causal import as_batch, sequences
 from hfprune.criteria import LayerwiseCriterion
 from hfprune.errors import ConfigError
@@ -61,7 +62,9 @@ class Pruner:
     def _check(self, method: Method, budget: ResolvedBudget) -> None:
         inventory = self.inventory(method)
         try:
-            check_together(method.scorer, method.compensation, method.units, method.allocation, inventory)
+            model = self._module.meta_model()
+            check_together(method.scorer, method.compensation, method.units, method.allocation, inventory, model=model)
+            check_criterion(model, inventory.groups, method.scorer)
             if method.distillation is not None:
                 if budget.provisional or inventory.block is not None:
                     raise ConfigError("distillation needs every width before its first stage, and keeps all layers.")

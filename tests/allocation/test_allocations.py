@@ -24,6 +24,7 @@ from hfprune.allocation import (
     resolve,
 )
 from hfprune.errors import ConfigError
+from hfprune.plan import PruningPlan
 from hfprune.types import Budget, Group, Slice
 from tests.allocation.test_budget import MODELS
 from tests.models import inventory
@@ -78,6 +79,7 @@ ALLOCATIONS = {
     "uniform": lambda stock: Uniform(),
     "protected": lambda stock: Protected(first=1, last=1),
     "global": lambda stock: GlobalRank(floor=0.0),
+    "global_ceiling": lambda stock: GlobalRank(floor=0.0, ceiling=0.75),
     "global_parameter": lambda stock: GlobalRank(comparable="per_parameter", floor=0.0),
     "cosine": lambda stock: CosineSoftmax({i: 0.8 + 0.02 * i for i in range(len(stock.layer_params))}, alpha=3.0),
     "sensitivity": lambda stock: Sensitivity(curves(stock)),
@@ -105,6 +107,8 @@ def test_budget_is_met_within_one_rounding_step(name, ratio, round_to, layers, h
     try:
         found = allocate(stock, budget, allocation, scores=scores)
     except ConfigError as error:
+        if name == "global_ceiling" and "at least" in str(error):
+            ratio, error = -ratio, str(error).replace("at least ", "--pruning_ratio is -").replace("ceiling", "largest")
         possible = float(str(error).split("--pruning_ratio is ")[1].rstrip(".")) if "largest" in str(error) else None
         assert possible is None or possible < ratio + 1e-4  # else: less than half a unit
         return
@@ -219,6 +223,9 @@ def test_slimllm_shares():
     budget = allocate(stock, Budget(target_params=found.params), CosineSoftmax(cosines, num_layers=4))
     assert max(abs(a - b) for a, b in zip(budget.widths, found.widths, strict=True)) <= 30  # heads round otherwise
     assert abs(budget.params - found.params) <= 15
+    rounded = allocate(stock, replace(OWN, round_to=32), CosineSoftmax(cosines, num_layers=4, share=0.25))
+    assert all(w % 32 == 0 or w == 1000 for w in rounded.widths[:6])
+    assert max(abs(a - b) for a, b in zip(rounded.widths[:6], found.widths[:6], strict=True)) <= 16
     with pytest.raises(ConfigError, match=r"would remove 1\d\d% of \d.mlp"):
         allocate(stock, OWN, CosineSoftmax(cosines, alpha=40.0, share=0.5))
 
@@ -310,6 +317,24 @@ def test_curves_are_measured_and_read(tmp_path):
         allocate(made(2, mlp=10), budget, read)
     with pytest.raises(ConfigError, match="holds no curves"):
         Sensitivity(str(tmp_path / "none.json"))
+    provenance = {"allocation": read.with_curves(found).describe()}
+    plan = PruningPlan(model_class="Toy", groups=(), keep={}, config={}, provenance=provenance)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert Sensitivity(str(tmp_path / "plan.json")).curves == found
+    (tmp_path / "plan.json").write_text(replace(plan, provenance={}).to_json())
+    with pytest.raises(ConfigError, match="holds no curves"):
+        Sensitivity(str(tmp_path / "plan.json"))
+
+
+def test_limits_of_curves_are_known_before_they_are_measured():
+    stock = made(3, mlp=20, heads=0)
+    asked = Sensitivity(shares=[0.8])
+    with pytest.raises(ConfigError, match="smallest possible --target_params is 6461"):  # 3 layers lose 4 of 20
+        allocate(stock, Budget(target_params=6460), asked)
+    assert allocate(stock, Budget(target_params=6461), asked).widths == (16, 16, 16)
+    found = allocate(stock, Budget(target_params=6641), asked)
+    assert found.provisional
+    assert len(set(found.widths)) > 1  # so that a layout that cannot say it is refused beforehand
 
 
 # ---- explicit --------------------------------------------------------------------------------------------------------
@@ -357,6 +382,16 @@ def test_explicit_layers():
         (lambda: allocate(made(3), Budget(pruning_ratio=0.2), Protected(first=2, last=1)), "all of the model's 3"),
         (lambda: allocate(made(3, blocks=True), Budget(pruning_ratio=0.2), GlobalRank()), "leave 'blocks' out"),
         (lambda: allocate(made(3), Budget(pruning_ratio=0.2), CosineSoftmax({0: 0.5})), "no cosine for layers 1, 2"),
+        (lambda: allocate(made(3), Budget(pruning_ratio=0.1), GlobalRank(ceiling=0.5)), "ceiling 0.5 alone leaves"),
+        (lambda: allocate(made(3, heads=0), OWN, Uniform(share={"mlp": 0.3, "heads": 0.5})), "names heads, units that"),
+        (
+            lambda: allocate(
+                made(3, heads=0),
+                Budget(pruning_ratio=0.1),
+                Protected(first=1, last=1, allocation=CosineSoftmax({0: 0.9, 1: 0.1, 2: 0.8}, num_layers=2)),
+            ),
+            "none of the layers that its cosines choose",
+        ),
         (lambda: allocate(made(3), Budget(intermediate_size=8)), "says nothing of other units"),
         (lambda: allocate(made(3), Budget(target_params=10)), "smallest possible --target_params is"),
     ],

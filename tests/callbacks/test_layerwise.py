@@ -8,9 +8,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from hfprune import LoraRecovery, Neurons, PruningModule, TaylorImportanceCallback, apply_plan
+from hfprune.allocation import Sensitivity
 from hfprune.causal import sequences
 from hfprune.compensation import LeastSquares, MeanCompensation, OutputRegression
-from hfprune.criteria import Magnitude, Reconstruction
+from hfprune.criteria import Magnitude, Reconstruction, SlimLLMChannels, SlimLLMHeads
 from hfprune.errors import ConfigError
 from hfprune.layerwise import LayerwisePass
 from hfprune.loading import load_causal_lm
@@ -117,9 +118,45 @@ def test_refused_without_a_known_model():
         trainer(callback).fit(module)
 
 
-def test_refused_without_a_bias(folder):
-    with pytest.raises(ConfigError, match="needs projections with a bias"):
+def test_mean_compensation_takes_up_the_plain_mean(tmp_path):
+    """Of the inputs that the pruned layers before give, every token alike."""
+    folder = save_tiny(tmp_path / "opt", "opt")
+    module, _ = fit(folder, importance=importance(compensation=MeanCompensation()), limit_train_batches=0)
+    found, dense = data(), load_causal_lm(folder).eval()
+    found.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+    group = module.plan.groups[0]
+    name = group.inputs()[0].module
+    seen = []
+    hook = dense.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in found.calibration_dataloader():
+            for sequence in sequences(batch):
+                dense(input_ids=sequence["input_ids"])
+    hook.remove()
+    gone = module.plan.removed(group)
+    before, after = dense.get_submodule(name), module.model.get_submodule(name)
+    expected = before.bias.double() + before.weight[:, gone].double() @ torch.cat(seen)[:, gone].double().mean(0)
+    torch.testing.assert_close(after.bias.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_refused_without_a_bias(folder, monkeypatch):
+    monkeypatch.setattr(PruningModule, "configure_model", None)  # nothing was loaded
+    with pytest.raises(ConfigError, match=r"needs projections with a bias, and model\.layers\.0\.mlp\.down_proj has"):
         fit(folder, importance=importance(compensation=MeanCompensation()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"criterion": SlimLLMHeads()}, "SlimLLMHeads"),
+        ({"criterion": SlimLLMChannels(), "stop_when_settled": 0.9}, "stop_when_settled does not go with"),
+        ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible --pruning_ratio"),
+    ],
+)
+def test_what_cannot_be_scored_or_reached_is_refused_before_anything_is_loaded(folder, monkeypatch, settings, match):
+    monkeypatch.setattr(PruningModule, "configure_model", None)
+    with pytest.raises(ConfigError, match=match):
+        fit(folder, importance=importance(compensation=None, **settings))
 
 
 def test_recovery_follows(folder, tmp_path):

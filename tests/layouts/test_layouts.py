@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import hfprune
 from hfprune import PruningModule, PruningPlan, ReportCallback, TaylorImportanceCallback
-from hfprune.arch import find_groups, parameter_count
+from hfprune.allocation import Explicit, Inventory, allocate, kept_units
+from hfprune.arch import config_values, find_groups, parameter_count
 from hfprune.cli import main
 from hfprune.errors import ConfigError
 from hfprune.export import check_shards, export_model
 from hfprune.layouts import LAYOUTS, is_per_layer
 from hfprune.layouts.padded import compose, pad
 from hfprune.surgery import mask_plan
-from hfprune.types import Group, Slice
+from hfprune.types import Budget, Group, Slice
 from tests.layouts.plans import WIDTHS, head_plan, mlp_plan
 from tests.models import NAMES, tiny, tiny_tokenizer, token_ids
 
@@ -177,6 +178,22 @@ def test_a_uniform_plan_is_an_ordinary_folder_in_every_layout(layout, tmp_path):
     assert (saved["layout"], saved["width"], saved["parameters"]) == (layout, 8, parameter_count(model))
     assert saved["parameters_needed"] == saved["parameters"]
     assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == "llama"
+
+
+def test_padded_is_as_wide_as_the_layers_that_stayed(tmp_path):
+    """A layer that goes as a whole says nothing of widths."""
+    model = tiny(dtype=torch.float64)
+    groups = find_groups(model, ("mlp", "heads", "blocks"))
+    allocation = Explicit(mlp=[11, 9, 7], blocks=[1])
+    found = allocate(Inventory.of(model, groups), Budget(allocated=True), allocation)
+    keep = kept_units({g.name: torch.arange(g.num_units) for g in groups}, groups, found)
+    config = config_values(model, groups, keep)
+    plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config=config)
+    hfprune.apply_plan(model, plan)
+    export_model(model, None, plan, tmp_path / "m", layout="padded")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    assert (stock.config.num_hidden_layers, stock.config.intermediate_size) == (2, 11)
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-12, rtol=0)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

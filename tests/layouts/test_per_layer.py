@@ -194,6 +194,8 @@ def test_arguments_of_load(saved):
     eager = AutoModelForCausalLM.from_pretrained(folder, dtype="float64", attn_implementation="eager")
     assert (eager.config._attn_implementation, eager.dtype) == ("eager", torch.float64)
     torch.testing.assert_close(logits(eager).float(), logits(model), atol=1e-5, rtol=0)
+    within = AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name)
+    assert torch.equal(logits(within), logits(model))
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
 

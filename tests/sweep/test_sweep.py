@@ -11,7 +11,7 @@ import hfprune.sweep.runner as runner
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule, WeightTaylor
 from hfprune.allocation import GlobalRank, Uniform
 from hfprune.arch import find_groups
-from hfprune.compensation import LeastSquares
+from hfprune.compensation import LeastSquares, MeanCompensation
 from hfprune.criteria import (
     ActivationNorm,
     ActivationTaylor,
@@ -21,6 +21,7 @@ from hfprune.criteria import (
     Random,
     Reconstruction,
     SelfDistillation,
+    SlimLLMHeads,
 )
 from hfprune.errors import ConfigError
 from hfprune.evaluation import perplexity
@@ -326,6 +327,8 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
+        ({"criterion": SlimLLMHeads()}, "Method 'a': SlimLLMHeads"),
+        ({"compensation": MeanCompensation()}, "needs projections with a bias"),
     ],
 )
 def test_parts_that_do_not_go_together_are_said_before_anything_is_loaded(folder, tmp_path, settings, message):
