@@ -1,5 +1,6 @@
 """``LoraPruneCallback``: gradual pruning while adapters are trained, cut at the end (LoRAPrune)."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -152,10 +153,16 @@ class LoraPruneCallback(Callback):
         self._mask(pl_module)
 
     def on_gradients_ready(self, trainer: Trainer, module: PruningModule) -> None:
-        """Adds to the running mean; called before every step of the optimizer, with the gradients that it will see."""
-        for group in self._groups:
-            now, before = unit_importance(module.causal_lm, group), self.importance.get(group.name)
-            self.importance[group.name] = (1 - DECAY) * now if before is None else DECAY * before + (1 - DECAY) * now
+        """Adds to the running mean; called before every step of the optimizer, with the gradients that it will see.
+
+        Gradients that overflowed, whose step a gradient scaler leaves out, are left out here, too.
+        """
+        found = {group.name: unit_importance(module.causal_lm, group) for group in self._groups}
+        if not all(bool(now.isfinite().all()) for now in found.values()):
+            return
+        for name, now in found.items():
+            before = self.importance.get(name)
+            self.importance[name] = (1 - DECAY) * now if before is None else DECAY * before + (1 - DECAY) * now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -167,7 +174,7 @@ class LoraPruneCallback(Callback):
             return
         self._step = step
         first, last = round(self.warmup * total), round((1 - self.cooldown) * total)
-        if first <= step <= last and ((step - first) % self.every == 0 or step == last):
+        if self.importance and first <= step <= last and ((step - first) % self.every == 0 or step == last):
             self._choose((step - first) / max(last - first, 1))
             self._mask(pl_module)
 
@@ -193,6 +200,13 @@ class LoraPruneCallback(Callback):
         assert self._resolved is not None
         if not self.importance:
             raise ConfigError("LoRAPrune took no step of the optimizer: there is no recovery data to learn from.")
+        total = int(trainer.estimated_stepping_batches)
+        if trainer.global_step < round((1 - self.cooldown) * total):
+            warnings.warn(
+                f"LoRAPrune ended after {trainer.global_step} of {total} steps, before its schedule did: units are cut "
+                "that the adapters were not trained without.",
+                stacklevel=2,
+            )
         self._choose(1.0)
         self._masks.close()
         kept = dict(self._kept or {})
@@ -227,14 +241,29 @@ class LoraPruneCallback(Callback):
         """Takes the masks off."""
         self._masks.close()
 
+    def _settings(self) -> dict[str, Any]:
+        resolved = None if self._resolved is None else list(self._resolved.widths)
+        schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
+        return {"units": list(self.units), "widths": resolved, **schedule}
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the running mean and what is kept."""
-        return {"importance": self.importance, "kept": None if self._kept is None else dict(self._kept)}
+        """Returns the running mean, what is kept, and the settings."""
+        kept = None if self._kept is None else dict(self._kept)
+        return {"importance": self.importance, "kept": kept, "settings": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes both up."""
+        """Takes mean and kept units up.
+
+        Raises:
+            ConfigError: They were made with other settings.
+        """
+        before, now = state_dict["settings"], self._settings()
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            told = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
+            raise ConfigError(f"The checkpoint's LoRAPrune run had other settings: {told}. Resume with the same ones.")
         self.importance = dict(state_dict["importance"])
         kept = state_dict["kept"]
         self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}

@@ -10,12 +10,12 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
 from hfprune.callbacks.dense_control import ONE_PROCESS, STAGE, DenseControl
+from hfprune.callbacks.saving import StepCheckpoint
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
 from hfprune.errors import ConfigError
@@ -76,10 +76,10 @@ class RunCLI(BaseCLI):
         out = Path(config.output_dir)
         callbacks: list[Any] = [self.report(out)]
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
-        callbacks.append(ModelCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
+        callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
         if self.command == "fit":
             within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
-            callbacks.append(ModelCheckpoint(dirpath=folder, auto_insert_metric_name=False, **within))
+            callbacks.append(StepCheckpoint(dirpath=folder, auto_insert_metric_name=False, **within))
         self.trainer_defaults["callbacks"] = callbacks
         if config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(out)
@@ -156,7 +156,7 @@ class RunCLI(BaseCLI):
         self.model, self.datamodule = again.model, again.data
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
-        saving = ModelCheckpoint(dirpath=folder, save_last="link", auto_insert_metric_name=False, **within)
+        saving = StepCheckpoint(dirpath=folder, save_last="link", auto_insert_metric_name=False, **within)
         self.trainer_defaults["callbacks"] = [control, saving]
         settings = dict(again.trainer) | {"logger": False}
         self.trainer = self._instantiate_trainer(settings, [])

@@ -81,14 +81,19 @@ class Builder:
             warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {count}.", stacklevel=2)
         return ids
 
+    def check_count(self, role: Role, count: int | None) -> None:
+        """Raises ``ConfigError`` where nobody said how many sequences the model is to write for a role."""
+        if count is None:
+            raise ConfigError(f"--data.{role} self: say how many sequences to write with --data.{role}_sequences.")
+
     def write(self, role: Role, count: int | None) -> Tensor:
         """Returns ``count`` sequences that the model wrote for a role, [N, T].
 
         Raises:
             ConfigError: Nobody said how many, or the data do not know the model.
         """
-        if count is None:
-            raise ConfigError(f"--data.{role} self: say how many sequences to write with --data.{role}_sequences.")
+        self.check_count(role, count)
+        assert count is not None
         if self.writer is None:
             raise ConfigError(f"--data.{role} self: the data do not know the model: give bind() an author.")
         self.check_length(self.seq_len, "--data.seq_len")

@@ -191,9 +191,9 @@ def encode_all(
             return
 
 
-def warn_of_losses(role: str, source: str, counts: dict[str, int], seq_len: int) -> None:
-    """Says how many rows of a source are left out or changed, and why, if any are."""
+def warn_of_losses(role: str, source: str, counts: dict[str, int], seq_len: int, *, where: str = "") -> None:
+    """Says how many rows of a source (of a part of it: ``where``) are left out or changed, and why, if any are."""
     told = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
     if told:
-        text = f"--data.{role} '{source}': examples left out or changed: {', '.join(told)}"
+        text = f"--data.{role} '{source}'{where}: examples left out or changed: {', '.join(told)}"
         warnings.warn(f"{text}; --data.seq_len is {seq_len}.", stacklevel=2)

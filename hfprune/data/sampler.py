@@ -31,6 +31,7 @@ class ResumableLoader(DataLoader[Any]):
 
     _batches = 0  # of this epoch, taken so far
     _skip = 0
+    _epoch: int | None = None  # that ``_skip`` is of
 
     @classmethod
     def over(
@@ -54,7 +55,8 @@ class ResumableLoader(DataLoader[Any]):
         """Iterates over the batches that are left of the epoch."""
         sampler = self.sampler
         assert isinstance(sampler, EpochShuffle)
-        skip, self._skip = self._skip, 0
+        skip = self._skip if self._epoch in (None, sampler.epoch) else 0  # Lightning may end an epoch early
+        self._skip, self._epoch = 0, None
         self._batches, sampler.start = skip, skip * (self.batch_size or 1)
         for batch in super().__iter__():
             self._batches += 1
@@ -65,9 +67,11 @@ class ResumableLoader(DataLoader[Any]):
         return (self.batch_size or 1) * self.sampler.num_replicas
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position: samples taken in this epoch, over all ranks; 0 at its end."""
-        return {"samples": 0 if self._batches >= len(self) else self._batches * self._per_step()}
+        """Returns the position: samples taken in this epoch, over all ranks, 0 at its end; and the epoch."""
+        assert isinstance(self.sampler, EpochShuffle)
+        taken = 0 if self._batches >= len(self) else self._batches * self._per_step()
+        return {"samples": taken, "epoch": self.sampler.epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues after ``state_dict``'s position, at the next whole batch."""
-        self._skip = -(-state_dict["samples"] // self._per_step())
+        """Continues after ``state_dict``'s position, at the next whole batch; another epoch begins at its start."""
+        self._skip, self._epoch = -(-state_dict["samples"] // self._per_step()), state_dict.get("epoch")

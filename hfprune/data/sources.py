@@ -5,6 +5,8 @@ import gzip
 import json
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,16 @@ def _near(path: Path) -> str:
 
 def _read_text(path: Path) -> str:
     """Returns a file's text with line ends turned into LF and no byte order mark, also from gzip."""
+    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        text: str = file.read()
+        return text
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong when a text file is read into ``ConfigError``."""
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8-sig") as file:
-                return file.read()
-        return path.read_text(encoding="utf-8-sig")
+        yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path}' is not UTF-8 text: {error}.") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hfprune.data.examples import Encoder, Example, ExampleOptions
+from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, warn_of_losses
 from hfprune.data.layouts import Document, Layout
 from hfprune.data.packing import Pack, collate, collate_examples, pack
 from hfprune.data.roles import plain
-from hfprune.data.sources import open_dataset, source_suffix
+from hfprune.data.sources import open_dataset, reading, source_suffix
 from hfprune.data.splits import text_digest
 from hfprune.errors import ConfigError
 
@@ -63,18 +63,23 @@ class StreamSource:
 
 
 def _json_lines(path: Path, start: int) -> Iterator[Any]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        number = 0
-        for line_number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            number += 1
-            if number <= start:
-                continue
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"'{path}', line {line_number}, is not valid JSON: {error}.") from error
+    number = 0
+    for line_number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        number += 1
+        if number <= start:
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"'{path}', line {line_number}, is not valid JSON: {error}.") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        while line := file.readline():
+            yield line
 
 
 @dataclass(slots=True)
@@ -108,7 +113,8 @@ class ExampleStream(IterableDataset[Any]):
         rank: This one.
         filler: Token id of padding.
         place: Where to begin.
-        counts: Reason -> rows left out or changed so far.
+        counts: Reason -> rows left out or changed so far, in the first pass.
+        counted: Blocks of the first pass that ``counts`` knows.
     """
 
     source: StreamSource
@@ -123,6 +129,7 @@ class ExampleStream(IterableDataset[Any]):
     filler: int
     place: Place = field(default_factory=Place)
     counts: Counter[str] = field(default_factory=Counter)
+    counted: int = 0
 
     def __post_init__(self) -> None:
         self._layout: Layout | None = None
@@ -172,27 +179,39 @@ class ExampleStream(IterableDataset[Any]):
         rows = self.source.rows(place.block * self.shuffle_buffer)
         number = place.block
         while block := list(islice(rows, self.shuffle_buffer)):
-            yield self._prepare(block, random.Random(f"{self.seed} {place.epoch} {number}"))
+            counts: Counter[str] = Counter()
+            prepared = self._prepare(block, random.Random(f"{self.seed} {place.epoch} {number}"), counts)
+            if place.epoch == 0 and number == self.counted:
+                self._count(counts)
+            yield prepared
             number += 1
 
-    def _prepare(self, rows: list[Any], order: random.Random) -> list[Pack]:
-        documents = list(self._documents(rows))
+    def _count(self, counts: Counter[str]) -> None:
+        """Adds what one more block of the first pass left out; says reasons when they are met first."""
+        new = {reason: number for reason, number in counts.items() if reason not in self.counts}
+        self.counts.update(counts)
+        self.counted += 1
+        rows = f" (rows {(self.counted - 1) * self.shuffle_buffer + 1:,} to {self.counted * self.shuffle_buffer:,})"
+        warn_of_losses("recovery", self.source.source, new, self.options.seq_len, where=rows)
+
+    def _prepare(self, rows: list[Any], order: random.Random, counts: Counter[str]) -> list[Pack]:
+        documents = list(self._documents(rows, counts))
         order.shuffle(documents)
-        encoder = Encoder(self.tokenizer, self.options, self.counts)
+        encoder = Encoder(self.tokenizer, self.options, counts)
         examples = [example for document in documents for example in encoder(document)]
         return list(pack(examples, size=self.options.seq_len)) if self.options.packing else _alone(examples)
 
-    def _documents(self, rows: list[Any]) -> Iterator[Document]:
+    def _documents(self, rows: list[Any], counts: Counter[str]) -> Iterator[Document]:
         layout = self._layout = self._layout or self._find_layout(rows)
         for row in rows:
             if layout.column is not None and not isinstance(row, Mapping):
-                self.counts["not an object"] += 1
+                counts["not an object"] += 1
                 continue
             document = layout.read(row)
             if document is None:
-                self.counts[layout.fault(row)] += 1
+                counts[layout.fault(row)] += 1
             elif text_digest(plain(document)) in self.seen:
-                self.counts["repeated"] += 1
+                counts["repeated"] += 1
             else:
                 yield document
 
@@ -200,7 +219,9 @@ class ExampleStream(IterableDataset[Any]):
         if all(isinstance(row, str) for row in rows):
             return Layout("text")
         columns = {key for row in rows if isinstance(row, Mapping) for key in row}
-        return Layout.find(columns, self.source.source, self.source.text_field)
+        found = Layout.find(columns, self.source.source, self.source.text_field)
+        check_template(self.tokenizer, self.options, found.kind, self.source.source)
+        return found
 
 
 def _alone(examples: list[Example]) -> list[Pack]:
@@ -230,11 +251,14 @@ class StreamLoader(DataLoader[Any]):
         self._trained = batch[POSITION].tolist()
         return {name: value for name, value in batch.items() if name != POSITION}
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns the position behind the last batch that went into training."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position behind the last batch that went into training, and what was left out so far."""
         epoch, block, taken = self._trained or (0, 0, 0)
-        return {"epoch": epoch, "block": block, "taken": taken}
+        place = {"epoch": epoch, "block": block, "taken": taken}
+        return place | {"counts": dict(self.stream.counts), "counted": self.stream.counted}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues behind the position."""
         self._trained = [state_dict[name] for name in ("epoch", "block", "taken")]
+        self.stream.counts = Counter(state_dict.get("counts", {}))
+        self.stream.counted = state_dict.get("counted", 0)

@@ -192,6 +192,8 @@ class TextDataModule(ResumableDataModule):
 
     def _build_for_fit(self) -> None:
         assert self.trainer is not None
+        if self.trainer.limit_train_batches and self._sources.get("recovery") == SELF and not self.streaming:
+            self._build.check_count("recovery", self.recovery_sequences)  # before calibration text is written
         self.calibration_dataloader()
         self.evaluation_windows()
         if self.trainer.limit_train_batches:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -68,8 +69,8 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"), dtype=torch.float64)
 
 
-def fit(folder, *callbacks, out=None, ckpt_path=None, data=None, trainer=None, **options):
-    module = PruningModule(folder, dtype="float64", learning_rate=5e-3)
+def fit(folder, *callbacks, out=None, ckpt_path=None, data=None, trainer=None, dtype="float64", **options):
+    module = PruningModule(folder, dtype=dtype, learning_rate=5e-3)
     settings = {"pruning_ratio": 0.25, "lora": LORA, "every": 2} | options
     pruning = LoraPruneCallback(**settings)
     report = [ReportCallback(str(out), latency=False, overwrite=True)] if out else []
@@ -83,6 +84,16 @@ def fit(folder, *callbacks, out=None, ckpt_path=None, data=None, trainer=None, *
     text = TextDataModule(calibration_sequences=2, **DATA | windows | (data or {}))
     found.fit(module, datamodule=text, ckpt_path=ckpt_path)
     return module, pruning
+
+
+class StopEarly(Callback):
+    """Ends the run after a step, as ``max_time`` does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 class Watch(Callback):
@@ -206,6 +217,31 @@ def test_accumulated_batches_are_one_step(folder):
     _, two = fit(folder, watch, trainer={"accumulate_grad_batches": 2})
     for name, scores in one.importance.items():
         torch.testing.assert_close(two.importance[name], scores, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first steps are skipped
+def test_gradients_that_overflowed_are_left_out(tmp_path):
+    """A scaler that begins too high skips steps; their gradients are in no score."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    _, pruning = fit(save_tiny(tmp_path), dtype="float32", trainer={"plugins": [plugin], "max_epochs": 8})
+    assert scaler.get_scale() < 2.0**40  # some steps were skipped
+    assert all(scores.isfinite().all() for scores in pruning.importance.values())
+
+
+def test_a_run_that_ends_before_its_schedule_says_so(folder):
+    with pytest.warns(UserWarning, match=r"ended after 3 of 10 steps, before its schedule did"):
+        fit(folder, StopEarly(3))
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize("changed", [{"pruning_ratio": 0.1}, {"units": ("mlp",)}, {"every": 3}])
+def test_it_is_resumed_with_the_settings_that_it_was_begun_with(folder, tmp_path, changed):
+    saving = {"dirpath": tmp_path, "save_last": True, "every_n_train_steps": 1}
+    with pytest.raises(Stop):
+        fit(folder, ModelCheckpoint(**saving), StopAt(4))
+    with pytest.raises(ConfigError, match="run had other settings"):
+        fit(folder, ModelCheckpoint(**saving), ckpt_path=str(tmp_path / "last.ckpt"), **changed)
 
 
 def test_a_run_of_the_command_line(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_position_is_taken_up_again(taken, workers):
 def test_end_of_epoch_is_the_start_of_the_next():
     whole = loader()
     assert len(batches(whole)) == len(whole) == 7
-    assert whole.state_dict() == {"samples": 0}
+    assert whole.state_dict() == {"samples": 0, "epoch": 0}
 
 
 def test_position_counts_samples_of_all_ranks():
@@ -63,7 +63,18 @@ def test_position_counts_samples_of_all_ranks():
     two = loader(num_replicas=2)
     iterator = iter(two)
     next(iterator), next(iterator)
-    assert two.state_dict() == {"samples": 12}
+    assert two.state_dict() == {"samples": 12, "epoch": 0}
     one = loader()
     one.load_state_dict(two.state_dict())
     assert [i for batch in batches(one) for i in batch] == shuffle()[12:]
+
+
+def test_an_epoch_that_was_ended_early_leaves_nothing_for_the_next():
+    """As under ``limit_train_batches``: the position is of epoch 0, and epoch 1 is what follows."""
+    early = loader()
+    iterator = iter(early)
+    next(iterator), next(iterator)
+    again = loader()
+    again.load_state_dict(early.state_dict())
+    again.sampler.set_epoch(1)
+    assert [i for batch in batches(again) for i in batch] == shuffle(epoch=1)

@@ -138,6 +138,7 @@ def test_streams_that_cannot_be(tmp_path, monkeypatch, kwargs, match):
         TextDataModule(streaming=True, **kwargs)
 
 
+@pytest.mark.filterwarnings("ignore:.*examples left out or changed")
 def test_a_stream_without_an_example(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     with pytest.raises(ConfigError, match=r"gives no example: {'empty': 2}"):
@@ -145,6 +146,38 @@ def test_a_stream_without_an_example(tokenizer, tmp_path):
     (tmp_path / "b.jsonl").write_text('{"q": "x"}\n')
     with pytest.raises(ConfigError, match="'.*b.jsonl' has no column 'text'"):
         list(loader(tokenizer, str(tmp_path / "b.jsonl")))
+
+
+def test_what_is_left_out_is_said_and_counted_once(tokenizer, tmp_path):
+    """In the first pass alone, however often rows are read, and after a resume."""
+    text = [json.dumps({"text": "" if n % 2 else row["text"]}) for n, row in enumerate(rows(20))]
+    (tmp_path / "a.jsonl").write_text("\n".join(text))
+    found = loader(tokenizer, str(tmp_path / "a.jsonl"))
+    with pytest.warns(UserWarning, match=r"\(rows 1 to 5\): examples left out or changed: 2 \(empty\)"):
+        first = list(trained(found))
+    assert found.stream.counts == {"empty": 10}
+    list(trained(found))
+    assert found.stream.counts == {"empty": 10}
+    again = loader(tokenizer, str(tmp_path / "a.jsonl"))
+    again.load_state_dict(found.state_dict())
+    list(trained(again))
+    assert again.stream.counts == {"empty": 10}
+    assert len(first) == 4
+
+
+def test_what_cannot_be_read_is_named(tokenizer, tmp_path):
+    """Also where it lies deep in the file."""
+    good = "\n".join(map(json.dumps, rows(12))).encode()
+    (tmp_path / "a.jsonl").write_bytes(good + b'\n{"text": "\xff"}\n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl' is not UTF-8 text"):
+        list(loader(tokenizer, str(tmp_path / "a.jsonl")))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good)[:-20])
+    with pytest.raises(ConfigError, match=r"b\.jsonl\.gz' cannot be read"):
+        list(loader(tokenizer, str(tmp_path / "b.jsonl.gz")))
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(chat))
+    with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none"):
+        list(loader(tokenizer, str(tmp_path / "c.jsonl")))
 
 
 def fit(folder, source, *, max_steps=7, ckpt_path=None, stop=None, packing=True, **kwargs):

@@ -196,3 +196,12 @@ def test_command_line_without_data(tmp_path, monkeypatch):
     assert main(["prune", *flags]) == 0
     told = json.loads((tmp_path / "out" / "report.json").read_text())["data"]["calibration"]
     assert told["self_text"] == {"temperature": 0.7, "top_p": 1.0, "batch_size": 16, "start": "the"}
+
+
+def test_how_much_recovery_text_is_asked_before_any_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dense = save_tiny(tmp_path / "dense")
+    monkeypatch.setattr(Writer, "rows", lambda *_: pytest.fail("text was written"))
+    flags = [f"--model.path={dense}", "--data.calibration=self", "--data.seq_len=16", "--pruning_ratio=0.2"]
+    assert main(["fit", *flags, "--data.eval_windows=0", "--output_dir=out"]) == 2
+    assert "say how many sequences to write with --data.recovery_sequences" in capsys.readouterr().err

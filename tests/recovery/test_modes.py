@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.arch import find_groups
 from hfprune.callbacks import SparsityCallback
+from hfprune.callbacks.saving import StepCheckpoint
 from hfprune.errors import ConfigError
 from hfprune.evaluation.perplexity import perplexity
 from hfprune.recovery import DistillationRecovery, add_lora, merge_lora
@@ -34,18 +35,21 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
-def fit(folder, *callbacks, lora=None, out=None, ckpt_path=None, precision="32-true", pruning=None, **options):
+def fit(
+    folder, *callbacks, lora=None, out=None, ckpt_path=None, precision="32-true", pruning=None, trainer=None,
+    batch_size=4, **options,
+):  # fmt: skip
     module = PruningModule(folder, learning_rate=5e-3, **options)
     importance = pruning or TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora)
     report = [ReportCallback(str(out), latency=False, overwrite=True)] if out else []
     trainer = PruneTrainer(
         callbacks=[*report, importance, *callbacks], accelerator="cpu", devices=1, logger=False, max_epochs=2,
         enable_progress_bar=False, enable_model_summary=False, precision=precision,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), **(trainer or {}),
     )  # fmt: skip
     torch.manual_seed(0)
     data = TextDataModule(
-        seq_len=16, calibration_sequences=4, batch_size=4, recovery_sequences=12, validation_sequences=4,
+        seq_len=16, calibration_sequences=4, batch_size=batch_size, recovery_sequences=12, validation_sequences=4,
         eval_windows=3, eval_window=16,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -82,6 +86,48 @@ def test_interrupted_and_resumed_it_ends_the_same(folder, tmp_path, lora, option
     assert not any("teacher" in name for name in torch.load(last, weights_only=True)["state_dict"])
     resumed = fit(folder, ModelCheckpoint(**saving), lora=lora, ckpt_path=last, **options)
     assert resumed.trainer.global_step == 6
+    theirs = dict(straight.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in resumed.named_parameters())
+
+
+class StopAtBatch(Callback):
+    """Leaves before a batch, counted from the start of the fit."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.number:
+            raise Stop
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+@pytest.mark.parametrize(
+    ("accumulate", "stops", "saving", "trainer"),
+    [
+        (3, (7, 8), {"every_n_train_steps": 1}, {}),  # the batch after a resume still has the number of the step before
+        (2, (7, 10), {}, {"val_check_interval": 3}),  # validations within steps
+    ],
+)
+def test_interrupted_twice_within_accumulated_steps_it_ends_the_same(
+    folder, tmp_path, accumulate, stops, saving, trainer
+):
+    options = {"lora": ADAPTERS["lora"], "batch_size": 1}
+    options["trainer"] = {"accumulate_grad_batches": accumulate} | trainer
+    straight = fit(folder, **options)
+    last = str(tmp_path / "last.ckpt")
+    for number, path in zip(stops, (None, last), strict=True):
+        with pytest.raises(Stop):
+            fit(
+                folder,
+                StepCheckpoint(tmp_path, save_last=True, **saving),
+                StopAtBatch(number),
+                ckpt_path=path,
+                **options,
+            )
+    resumed = fit(folder, StepCheckpoint(tmp_path, save_last=True, **saving), ckpt_path=last, **options)
+    assert resumed.trainer.global_step == straight.trainer.global_step
+    assert resumed.trained_tokens == straight.trained_tokens
     theirs = dict(straight.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in resumed.named_parameters())
 
