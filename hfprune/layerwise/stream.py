@@ -103,6 +103,7 @@ class LayerStream:
     def outputs(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
         """Yields layer ``index``'s output [B, T, D] for every batch; ``layer`` runs in its place where given."""
         layer = self._layers[index] if layer is None else layer
+        torch.clear_autocast_cache()  # it holds weights as they were before they changed
         for hidden in self._hidden:
             args, kwargs = self._calls[hidden.shape[:2]][index]
             with torch.no_grad():  # not around the yield: a generator left half-way would leave gradients disabled

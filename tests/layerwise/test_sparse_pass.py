@@ -215,3 +215,12 @@ def test_singular_moments_are_named():
     short = [{"input_ids": token_ids(1, 3)}]
     with pytest.raises(Exception, match=r"self_attn.q_proj of layer 0: .* singular at damping 0: give a larger one"):
         pruned(SparseGPT(damping=0), batches=short)
+
+
+def test_mixed_precision_sees_the_pruned_weights():
+    """Autocast keeps the rounded weights of what is trainable, also when they have changed since."""
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = pruned(model=tiny(dtype=torch.float32))
+        _, frozen = pruned(model=tiny(dtype=torch.float32).requires_grad_(requires_grad=False))
+    assert [layer.error for layer in found] == [layer.error for layer in frozen]
+    assert all(layer.error > 0 for layer in found)
