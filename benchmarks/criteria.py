@@ -89,7 +89,6 @@ def run(model, sequences, name):
             [{"input_ids": ids[None]} for ids in sequences],
             {name: len(units) for name, units in keep.items()},
             keep=keep,
-            device=torch.device("cpu"),
         )
         return
     criterion, objective = VARIANTS[name]

@@ -3,12 +3,12 @@
     python benchmarks/recovery.py --calibration C4.jsonl --recovery OTHER_C4.jsonl --text WIKI.txt --out OUT
 
 SmolLM2-135M-Instruct, pruned once for each start (``hfprune prune``): ``entropy``, entropy scores on 32 sequences of
-512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences. Every mode then
-trains on the same rows of 512 tokens, in the same order, one pass, AdamW, cosine, ``bf16-mixed``; a seed draws rows,
-order and adapters anew:
+512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences; ``widths``, the
+same with widths by fitted sensitivity curves, on ``--sequences`` sequences. Every mode then trains on the same rows of
+512 tokens, in the same order, AdamW, cosine; a seed draws rows, order and adapters anew:
 
 ``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's predictions,
-of which the 64 most likely tokens a position are kept on disk.
+of which the ``--top_k`` most likely tokens a position are kept on disk (0: all of them, the dense model beside).
 ``full_ce``, ``full_kd``: all weights.
 ``lora_hidden``, ``full_hidden``: the whole KL and the distance of hidden states at layer ends, the dense model beside.
 ``dense``: the dense model with all weights tuned by cross-entropy on the same rows, the control.
@@ -20,13 +20,13 @@ of its own; what is there is skipped, so that an interrupted run goes on with th
 """
 
 import argparse
+import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lightning import Trainer, seed_everything
@@ -47,6 +47,11 @@ STARTS = {
         "--data.calibration_sequences", "128", "--importance.criterion", "ActivationNorm",
         "--importance.compensation", "LeastSquares",
     ],
+    "widths": [
+        "--importance.criterion", "ActivationNorm", "--importance.compensation", "LeastSquares",
+        "--importance.allocation", "Sensitivity", "--importance.allocation.shares", "[0.8, 0.6, 0.4, 0.2]",
+        "--importance.allocation.sequences", "16", "--layout", "per_layer",
+    ],
 }  # fmt: skip
 MODES = ("lora_ce", "lora_kd", "full_ce", "full_kd")
 
@@ -59,34 +64,40 @@ def start_folder(args, start, ratio):
             sys.executable, "-m", "hfprune.cli", "prune", "--model.path", args.model, "--model.dtype", "float32",
             "--data.calibration", args.calibration, "--data.text", args.text, "--data.seq_len", "512",
             "--data.seed", "42", "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
-            "--output_dir", str(out), *STARTS[start],
+            "--output_dir", str(out), "--trainer.accelerator", args.accelerator, *STARTS[start],
         ]  # fmt: skip
+        if start == "widths":
+            command += ["--data.calibration_sequences", str(args.sequences)]
         subprocess.run(command, check=True)
     return out
 
 
 def reference(args, module, windows):
-    """Returns the dense model's predictions; its final hidden states are computed once."""
+    """Returns the dense model's predictions; its final hidden states are computed once, its head is a copy."""
     path = args.out / "dense.safetensors"
+    head = output_head(module.causal_lm)
+    head = dataclasses.replace(head, weight=head.weight.detach().clone())
     if not path.is_file():
-        found = DenseReference.collect(module.causal_lm, windows)
+        found = DenseReference.collect(module.causal_lm, windows, copy_head=False)
         save_file({"hidden": found.hidden.contiguous()}, path)
-    return DenseReference(windows=windows, hidden=load_file(path)["hidden"], head=output_head(module.causal_lm))
+    return DenseReference(windows=windows, hidden=load_file(path)["hidden"], head=head)
 
 
-def trained(args, cell, module, data):
+def make_trainer(args, cell):
+    return Trainer(
+        max_epochs=cell["epochs"], precision=args.precision, accelerator=args.accelerator, devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        check_val_every_n_epoch=cell["epochs"] + 1, num_sanity_val_steps=0, gradient_clip_val=1.0,
+    )  # fmt: skip
+
+
+def trained(cell, module, data, trainer):
     """Recovers the model that ``module`` holds; returns what training took."""
     if cell["mode"].startswith("lora"):
         module.lora = LoraRecovery(rank=32, alpha=64, dropout=0.0)
         module.model = add_lora(module.model, module.lora, seed=cell["seed"])
-    trainer = Trainer(
-        max_epochs=1, precision="bf16-mixed", accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, check_val_every_n_epoch=2, num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-    )  # fmt: skip
-    start, cpu = time.perf_counter(), time.process_time()
     trainer.fit(module, datamodule=data)
-    took = {"minutes": (time.perf_counter() - start) / 60, "cpu_minutes": (time.process_time() - cpu) / 60}
+    took = {"minutes": module.training_seconds / 60, "flops": module.training_flops}
     validation = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
     return took | {"tokens": module.trained_tokens, "steps": trainer.global_step, "val_loss": validation[0]["val_loss"]}
 
@@ -97,9 +108,11 @@ def run_cell(args, cell):
     dense = cell["start"] == "dense"
     if "hidden" in cell:
         distillation = DistillationRecovery(hidden=cell["hidden"])
+    elif cell["mode"].endswith("kd"):
+        kept = {"cache": str(args.out / "teacher"), "top_k": args.top_k} if args.top_k else {}
+        distillation = DistillationRecovery(**kept)
     else:
-        cached = DistillationRecovery(cache=str(args.out / "dense"), top_k=64)
-        distillation = cached if cell["mode"].endswith("kd") else None
+        distillation = None
     module = PruningModule(
         args.model, dtype="float32", learning_rate=cell["lr"], warmup_ratio=0.05,
         distillation=distillation,
@@ -111,11 +124,15 @@ def run_cell(args, cell):
         recovery_sequences=cell["tokens"] // 512, seed=cell["seed"],
     )  # fmt: skip
     data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+    trainer = make_trainer(args, cell)
+    device = trainer.strategy.root_device
+    module.model.to(device)
     known = reference(args, module, data.evaluation_windows())
     if not dense:
         module.model = load_causal_lm(str(start_folder(args, cell["start"], cell["ratio"]) / "model"), dtype="float32")
-    found = trained(args, cell, module, data)
+    found = trained(cell, module, data, trainer)
     module.unwrap()
+    module.causal_lm.to(device)
     figures = measure(module.causal_lm, known.windows, reference=known, latency=False)
     found |= {"perplexity": figures.perplexity.value, "kl": figures.fidelity.kl, "parameters": figures.parameters}
     found["top1"] = figures.fidelity.top1_agreement
@@ -127,7 +144,7 @@ def run_cell(args, cell):
 
 def cells(args):
     """Returns every cell that was asked for; the dense control comes first."""
-    common = {"tokens": args.tokens, "batch": args.batch}
+    common = {"tokens": args.tokens, "batch": args.batch, "epochs": args.epochs}
     found = []
     for seed in args.seeds:
         if args.control:
@@ -138,7 +155,11 @@ def cells(args):
             for mode in args.modes.split(","):
                 rate = args.lr_lora if mode.startswith("lora") else args.lr_full
                 cell = {"start": start, "mode": mode, "ratio": args.ratio, "seed": seed, "lr": rate, **common}
-                found.append(cell | ({"hidden": args.hidden} if mode.endswith("hidden") else {}))
+                if mode.endswith("hidden"):
+                    cell["hidden"] = args.hidden
+                if mode.endswith("kd"):
+                    cell["top_k"] = args.top_k
+                found.append(cell)
     return found
 
 
@@ -154,9 +175,9 @@ def table(args, rows):
     for row in rows:
         cell, found = row["cell"], row["found"]
         key = (cell["start"], f"{cell['ratio']:g}", f"{cell['mode']}, {cell['lr']:g}, {cell['tokens']:,}")
-        lines[key].append((found["perplexity"], found["kl"], found["tokens"], found["cpu_minutes"]))
+        lines[key].append((found["perplexity"], found["kl"], found["tokens"], found["minutes"]))
     base = lines["dense", "0", "-"][0][0]
-    print("| start | removed | recovery | perplexity | of dense | KL | tokens | CPU minutes |\n" + "|---" * 8 + "|")
+    print("| start | removed | recovery | perplexity | of dense | KL | tokens | minutes |\n" + "|---" * 8 + "|")
     for (start, ratio, mode), found in lines.items():
         columns = list(zip(*found, strict=True))
         spread = [f" ± {statistics.stdev(column):.3g}" if len(set(column)) > 1 else "" for column in columns]
@@ -172,11 +193,17 @@ def main():
     parser.add_argument("--recovery", required=True, help="text that recovery trains on")
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=204_800, help="tokens of recovery, one pass")
+    parser.add_argument("--tokens", type=int, default=204_800, help="tokens of recovery text")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over them")
     parser.add_argument("--batch", type=int, default=4, help="rows of 512 tokens a step")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    parser.add_argument("--top_k", type=int, default=64, help="tokens a position that the dense model's cache keeps")
+    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences of the start 'widths'")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of all parameters removed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--starts", default=",".join(STARTS))
+    parser.add_argument("--starts", default="entropy,fitted")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--control", action="store_true", help="tune the dense model, too")
     parser.add_argument("--lr_full", type=float, default=3e-4)
@@ -198,15 +225,22 @@ def main():
         return
     done = [row["cell"] for row in rows]
     args.out.mkdir(parents=True, exist_ok=True)
-    for cell in (c for c in cells(args) if c not in done):
-        if cell["start"] != "dense":
-            start_folder(args, cell["start"], cell["ratio"])
+    todo = [cell for cell in cells(args) if cell not in done]
+    for start, ratio in dict.fromkeys((cell["start"], cell["ratio"]) for cell in todo):
+        if start != "dense":
+            start_folder(args, start, ratio)
+
+    def run(cell):
         command = [sys.executable, *sys.argv, "--cell", json.dumps(cell)]
-        ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
-        out = ran.stdout.splitlines()[-1]
+        line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         with path.open("a") as file:
-            file.write(out + "\n")
-        print(out, flush=True)
+            file.write(line + "\n")
+        print(line, flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        if todo and not (args.out / "dense.safetensors").is_file():
+            run(todo.pop(0))  # computes what the others read
+        list(pool.map(run, todo))
 
 
 if __name__ == "__main__":

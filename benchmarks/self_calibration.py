@@ -33,8 +33,6 @@ from hfprune.sweep.compare import overlap
 from hfprune.sweep.scoring import seed_scores
 from hfprune.types import Budget
 
-DEVICE = torch.device("cpu")
-
 
 def bound(args, module, source, *, seed=42, **kwargs):
     data = TextDataModule(
@@ -51,7 +49,7 @@ def bound(args, module, source, *, seed=42, **kwargs):
         module.tokenizer,
         vocab_size=module.vocab_size,
         max_positions=module.max_positions,
-        author=author_of(module, device=DEVICE),
+        author=author_of(module, device=args.device),
     )
     return data
 
@@ -78,7 +76,7 @@ def kept_units(args, module, name, data):
     key = data.summary()["calibration"]["sha256"]
     path = args.out / "scores" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
     methods = [Method(name="entropy", objective="entropy")]
-    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}", device=DEVICE)
+    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}", device=args.device)
     return uniform_keep(scores["entropy"], groups, found.widths), found.width
 
 
@@ -91,11 +89,11 @@ def figures(model, windows, reference):
     }
 
 
-def pruned(module, keep, width):
+def pruned(args, module, keep, width):
     model = load_causal_lm(module.path, dtype="float32")
     config = {find_spec(model).width_key: width}
     apply_plan(model, PruningPlan(model_class=class_name(model), groups=find_groups(model), keep=keep, config=config))
-    return model
+    return model.to(args.device)
 
 
 def cell(args, module, name, data, state):
@@ -111,7 +109,7 @@ def cell(args, module, name, data, state):
         if state["reference"] is None:
             state["reference"] = DenseReference.collect(module.causal_lm, state["windows"], copy_head=False)
         row = {"key": key, "keep": keep, "tokens": told["tokens"], "seconds_text": writing, "sha256": told["sha256"]}
-        row |= figures(pruned(module, keep, width), state["windows"], state["reference"])
+        row |= figures(pruned(args, module, keep, width), state["windows"], state["reference"])
         args.results[name] = row
         write_json(args.out / "results.json", args.results)
     return row
@@ -123,6 +121,7 @@ def main():
     parser.add_argument("--c4", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--start", default="<|endoftext|>")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -137,6 +136,7 @@ def main():
     args.results = json.loads(path.read_text()) if path.is_file() else {}
     module = PruningModule(args.model, dtype="float32")
     module.configure_model()
+    module.model.to(args.device)
     every = sources(args, module)
     state = {"windows": every["c4"].evaluation_windows(), "reference": None}
     print(f"{args.sequences} sequences of {args.length} tokens, {args.pruning_ratio:.0%} of all parameters removed")

@@ -64,6 +64,37 @@ def sequences(batch: Batch) -> list[dict[str, Tensor]]:
     return found
 
 
+_TOGETHER = 8192
+"""Tokens that an accelerator runs at once, where the result does not have to be that of each sequence alone."""
+
+
+def run_together(found: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """Returns sequences as they are to be run on ``device``: an accelerator takes neighbours of equal length together.
+
+    One sequence does not fill it; the CPU runs each alone.
+
+    >>> two = [{"input_ids": torch.zeros(1, 3)}, {"input_ids": torch.ones(1, 3)}]
+    >>> [batch["input_ids"].shape for batch in run_together(two, torch.device("cuda"))]
+    [torch.Size([2, 3])]
+
+    Args:
+        found: Sequences [1, T] or batches of them, without padding.
+        device: Where they are run.
+    """
+    if device.type == "cpu":
+        return list(found)
+    batches: list[list[Batch]] = []
+    for one in found:
+        shape = one["input_ids"].shape
+        if batches and batches[-1][0]["input_ids"].shape[1] == shape[1] and batches[-1][0].keys() == one.keys():
+            rows = sum(len(batch["input_ids"]) for batch in batches[-1]) + shape[0]
+            if rows * shape[1] <= _TOGETHER:
+                batches[-1].append(one)
+                continue
+        batches.append([one])
+    return [{name: torch.cat([batch[name] for batch in part]) for name in part[0]} for part in batches]
+
+
 def is_packed(batch: Batch) -> bool:
     """Returns whether rows of ``batch`` hold several documents: position ids that start again within a row."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")

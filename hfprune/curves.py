@@ -1,6 +1,8 @@
 """What removing units of one group costs in KL to the dense model: the curves by which ``Sensitivity`` goes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 
 from hfprune.allocation import keep_top, measure_curves
 from hfprune.arch import output_head
-from hfprune.causal import Batch, final_hidden, sequences
+from hfprune.causal import Batch, final_hidden, run_together, sequences
 from hfprune.errors import CalibrationError
+from hfprune.layerwise import LayerwisePass
+from hfprune.moments import Moments
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.recording import UnitMask, evaluating
 from hfprune.types import Group
@@ -20,14 +24,15 @@ class DensePredictions:
 
     Args:
         model: A supported Hugging Face causal LM, in eval mode.
-        batches: What it is run on, one sequence at a time.
+        batches: What it is run on, one sequence at a time on the CPU.
     """
 
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         self._model = model
-        self._sequences = [sequence for batch in batches for sequence in sequences(batch)]
+        alone = [sequence for batch in batches for sequence in sequences(batch)]
+        self._batches = run_together(alone, next(model.parameters()).device)
         with torch.no_grad():
-            self._hidden = [final_hidden(model, sequence)[0][0] for sequence in self._sequences]
+            self._hidden = [final_hidden(model, batch)[0].flatten(0, 1) for batch in self._batches]
         self.tokens = sum(map(len, self._hidden))
 
     @torch.no_grad()
@@ -36,12 +41,25 @@ class DensePredictions:
         head = output_head(self._model)
         size = chunk_tokens(head.weight.shape[0])
         total = torch.zeros((), dtype=torch.float64, device=head.weight.device)
-        for sequence, dense in zip(self._sequences, self._hidden, strict=True):
-            changed = final_hidden(self._model, sequence)[0][0]
+        for batch, dense in zip(self._batches, self._hidden, strict=True):
+            changed = final_hidden(self._model, batch)[0].flatten(0, 1)
             for one, other in zip(dense.split(size), changed.split(size), strict=True):
                 p, q = (head.logits(hidden).log_softmax(-1) for hidden in (one, other))
                 total += (p.exp() * (p - q)).sum(dtype=torch.float64)
         return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """How kept weights are fitted before the KL is measured.
+
+    Attributes:
+        work: The pass through the layers, with the compensation.
+        batches: What the fit is calibrated on, this rank's part, without padding.
+    """
+
+    work: LayerwisePass
+    batches: Sequence[Mapping[str, Tensor]]
 
 
 def kl_curves(
@@ -51,13 +69,14 @@ def kl_curves(
     batches: Iterable[Batch],
     shares: Sequence[float],
     *,
+    fitted: Fitted | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     done: Callable[[int, int], None] = lambda group, groups: None,
 ) -> dict[str, dict[float, float]]:
     """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone pruned by ``scores``.
 
     Removed units are masked where they are read, so nothing is copied or cut. Costs a forward pass of ``batches`` per
-    group and share.
+    group and share; fits cost a pass through the layers and a Cholesky factorisation per group and share beside.
 
     Args:
         model: The dense model.
@@ -65,6 +84,7 @@ def kl_curves(
         scores: Group name -> importance [U].
         batches: What KL is measured on, this rank's part.
         shares: Kept shares, each in (0, 1).
+        fitted: Fit the projection that reads the group, on the dense model's inputs; None leaves its weights.
         reduce: Adds sums up over ranks.
         done: Told after each group how many of how many are done.
 
@@ -77,16 +97,23 @@ def kl_curves(
         if not tokens:
             raise CalibrationError("Sensitivity curves need tokens: the calibration data is empty.")
 
-        def measure(group: Group, width: int) -> float:
+        def measure(group: Group, width: int, moments: Moments | None) -> float:
             kept = keep_top(scores[group.name], width)
-            with UnitMask(model, [group], {group.name: kept}).active():
+            if moments is None or fitted is None:
+                changed = UnitMask(model, [group], {group.name: kept}).active()
+            else:
+                changed = fitted.work.pruned(group, moments, kept)
+            with changed:
                 found = float(reduce(dense.kl())) / tokens
             if not found < float("inf"):
                 raise CalibrationError(f"{group.name} at {width} units: the KL to the dense model is {found}.")
             return max(found, 0.0)
 
         curves: dict[str, dict[float, float]] = {}
-        for number, group in enumerate(groups):
-            curves |= measure_curves([group], shares, measure)
-            done(number + 1, len(groups))
-        return curves
+        every: Iterable[tuple[Group, Moments | None]] = (
+            ((group, None) for group in groups) if fitted is None else fitted.work.dense_moments(fitted.batches)
+        )
+        for group, moments in every:
+            curves |= measure_curves([group], shares, partial(measure, moments=moments))
+            done(len(curves), len(groups))
+        return {group.name: curves[group.name] for group in groups}

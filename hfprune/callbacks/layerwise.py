@@ -85,7 +85,7 @@ def run_layerwise(
             reduce=lambda tensor: summed(trainer, tensor),
         )
         with strategy.precision_plugin.forward_context():
-            return work.run(batches, widths, keep=keep, criterion=criterion, device=strategy.root_device, done=done)
+            return work.run(batches, widths, keep=keep, criterion=criterion, done=done)
 
 
 def share(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hfprune.arch.groups import find_spec
 from hfprune.arch.projection import num_channels, weight_of
+from hfprune.causal import run_together
 from hfprune.compensation import Compensation, Fit
 from hfprune.criteria import LayerwiseCriterion
 from hfprune.errors import ConfigError
@@ -79,23 +80,21 @@ class LayerwisePass:
         *,
         keep: Mapping[str, tuple[int, ...]] | None = None,
         criterion: LayerwiseCriterion | None = None,
-        device: torch.device,
         done: Callable[[int, int], None] = lambda layer, layers: None,
     ) -> LayerwiseResult:
-        """Goes through the layers.
+        """Goes through the layers, on the model's device.
 
         Args:
             batches: This rank's ``input_ids`` [B, T], without padding.
             widths: Kept units per group.
             keep: Kept units that were chosen before; None lets ``criterion`` choose.
             criterion: Chooses units from the moments of their activations.
-            device: Where layers run.
             done: Told after each layer how many of how many are done.
 
         Raises:
             CalibrationError: There is no token, or moments are not finite.
         """
-        stream = LayerStream(self._model, batches, device=device)
+        stream = self._stream(batches)
         dense = stream.copy() if self._paired else None
         result = LayerwiseResult()
         for index, groups in enumerate(self._by_layer):
@@ -109,6 +108,45 @@ class LayerwisePass:
                 dense.advance(index, original)
             done(index + 1, len(self._by_layer))
         return result
+
+    def dense_moments(self, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Group, Moments]]:
+        """Yields each group with the moments of what its projection reads in the dense model, layer by layer.
+
+        What :meth:`pruned` does in between must be undone before the next one is asked for.
+
+        Args:
+            batches: This rank's ``input_ids`` [B, T], without padding.
+        """
+        stream = self._stream(batches)
+        for index, groups in enumerate(self._by_layer):
+            for group in groups:
+                yield group, self._moments(group, index, stream, None, stream.layer(index))
+            stream.advance(index)
+
+    @contextmanager
+    def pruned(self, group: Group, moments: Moments, keep: Sequence[int]) -> Iterator[None]:
+        """Removes units of one group, and fits the projection that reads them, while the context lasts.
+
+        Args:
+            group: The group.
+            moments: Of what the projection reads.
+            keep: Kept units, ascending.
+        """
+        _, module = self._readers[group.name]
+        before = [(p, p.detach().clone()) for p in (weight_of(module), module.bias) if p is not None]
+        try:
+            self._prune(group, moments, len(keep), {group.name: tuple(keep)}, None, LayerwiseResult())
+            torch.clear_autocast_cache()  # it holds weights as they were before they changed
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+            torch.clear_autocast_cache()
+
+    def _stream(self, batches: Sequence[Mapping[str, Tensor]]) -> LayerStream:
+        device = next(self._model.parameters()).device
+        return LayerStream(self._model, run_together(batches, device), device=device)
 
     def _moments(
         self, group: Group, index: int, stream: LayerStream, dense: LayerStream | None, original: nn.Module

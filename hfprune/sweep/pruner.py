@@ -99,11 +99,12 @@ class Pruner:
             self._layerwise(model, cell, keep, batches)
         config = config_values(model, groups, keep)
         apply_plan(model, PruningPlan(model_class=class_name(model), groups=groups, keep=keep, config=config))
-        return model.to(self._device)
+        return model
 
     def _load(self) -> Any:
         module = self._module
-        return load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision).eval()
+        model = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
+        return model.to(self._device).eval()
 
     def _layerwise(self, model: Any, cell: Cell, keep: Kept | None, batches: Iterable[Any]) -> LayerwiseResult:
         method = cell.method
@@ -115,5 +116,4 @@ class Pruner:
                 dict(zip((group.name for group in groups), widths, strict=True)),
                 keep=keep,
                 criterion=method.scorer if isinstance(method.scorer, LayerwiseCriterion) else None,
-                device=self._device,
             )

@@ -36,9 +36,7 @@ def by_hand(folder, module, compensation):
     found.bind(source.tokenizer, vocab_size=source.vocab_size, max_positions=source.max_positions)
     batches = [sequence for batch in found.calibration_dataloader() for sequence in sequences(batch)]
     model, plan = load_causal_lm(folder).eval(), module.plan
-    LayerwisePass(model, plan.groups, compensation=compensation).run(
-        batches, plan.widths(), keep=plan.keep, device=torch.device("cpu")
-    )
+    LayerwisePass(model, plan.groups, compensation=compensation).run(batches, plan.widths(), keep=plan.keep)
     apply_plan(model, plan)
     return model
 

@@ -101,7 +101,7 @@ def test_sequential_fit_equals_whole_passes(name, target):
     tokens = "equal" if target == "dense" else "normalised"
     keep, compensation = some(groups), LeastSquares(damping=0.1, target=target, tokens=tokens)
     widths = {g.name: 11 for g in groups}
-    found = LayerwisePass(model, groups, compensation=compensation).run(BATCHES, widths, keep=keep, device=CPU)
+    found = LayerwisePass(model, groups, compensation=compensation).run(BATCHES, widths, keep=keep)
     slow_pass(slow, dense, groups, keep, compensation)
     assert found.keep == keep
     for (parameter, value), other in zip(model.named_parameters(), slow.parameters(), strict=True):
@@ -112,9 +112,7 @@ def test_fit_on_dense_inputs():
     model, dense = tiny(), tiny()
     groups = find_groups(model)
     keep, compensation = some(groups), OutputRegression(sequential=False)
-    LayerwisePass(model, groups, compensation=compensation).run(
-        BATCHES, {g.name: 11 for g in groups}, keep=keep, device=CPU
-    )
+    LayerwisePass(model, groups, compensation=compensation).run(BATCHES, {g.name: 11 for g in groups}, keep=keep)
     for group in groups:
         alone = copy.deepcopy(dense)
         slow_pass(alone, dense, [group], keep, compensation)
@@ -136,7 +134,7 @@ def test_the_fit_helps_the_pruned_model(name):
     groups = find_groups(fitted)
     keep = some(groups, 16)
     LayerwisePass(fitted, groups, compensation=LeastSquares(damping=0.01)).run(
-        BATCHES, {g.name: 16 for g in groups}, keep=keep, device=CPU
+        BATCHES, {g.name: 16 for g in groups}, keep=keep
     )
     spec = find_spec(plain)
     plan = PruningPlan(model_class=spec.model_class, groups=groups, keep=keep, config={spec.width_key: 16})
@@ -150,7 +148,7 @@ def test_reconstruction_chooses_on_the_pruned_prefix():
     groups = find_groups(model)
     criterion, compensation = Reconstruction(damping=0.1), LeastSquares(damping=0.1)
     found = LayerwisePass(model, groups, compensation=compensation).run(
-        BATCHES, {g.name: 11 for g in groups}, criterion=criterion, device=CPU
+        BATCHES, {g.name: 11 for g in groups}, criterion=criterion
     )
     for group in groups:
         (part,) = group.inputs()
@@ -169,10 +167,10 @@ def test_ranks_add_up():
     groups = find_groups(tiny())
     keep, widths = some(groups), {g.name: 11 for g in groups}
     whole = tiny()
-    LayerwisePass(whole, groups, compensation=LeastSquares()).run(BATCHES, widths, keep=keep, device=CPU)
+    LayerwisePass(whole, groups, compensation=LeastSquares()).run(BATCHES, widths, keep=keep)
     split = tiny()
     doubled = LayerwisePass(split, groups, compensation=LeastSquares(), reduce=lambda tensor: 2 * tensor)
-    doubled.run(BATCHES, widths, keep=keep, device=CPU)  # as if the other rank had seen the same
+    doubled.run(BATCHES, widths, keep=keep)  # as if the other rank had seen the same
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
@@ -181,7 +179,7 @@ def test_gradients_stay_enabled():
     model = tiny()
     groups = find_groups(model)
     LayerwisePass(model, groups, compensation=LeastSquares(target="dense")).run(
-        BATCHES, {g.name: 11 for g in groups}, keep=some(groups), device=CPU
+        BATCHES, {g.name: 11 for g in groups}, keep=some(groups)
     )
     next(LayerStream(model, BATCHES, device=CPU).outputs(0))
     assert torch.is_grad_enabled()
