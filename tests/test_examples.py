@@ -31,6 +31,7 @@ def test_example(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_process_example(strategy, tmp_path):
+    """The one test of processes that Lightning launches: those of other tests are forked by ``tests.warm``."""
     folder = save_tiny(tmp_path / "dense")
     command = [sys.executable, str(ROOT / "examples/two_processes.py"), folder, str(tmp_path / "out"), strategy]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,8 +1,6 @@
-"""Kills runs with SIGKILL at random moments and resumes them until they end. Run as a process of its own, one thread.
+"""Kills runs with SIGKILL at random moments and resumes them until they end. Run by ``tests.warm``.
 
-    python -m tests.distributed.chaos_script MODEL OUT KILLS SEED
-
-Everything is imported once; each life of a run is a fork. Prints one JSON line: what each life had reached when it was
+Each life of a run is a fork. Prints one JSON line: what each life had reached when it was
 killed, and the folders of the runs that ended.
 """
 
@@ -11,7 +9,6 @@ import os
 import random
 import select
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -96,9 +93,7 @@ def reached(out):
 
 
 def main(model, out, kills, seed):
-    torch.set_num_threads(1)
-    generator = random.Random(int(seed))
-    kills, out = int(kills), Path(out)
+    generator, out = random.Random(seed), Path(out)
     assert live(model, out / "warmup", 0, FOREVER)  # the first life of all reads and compiles more than the others
     start = time.monotonic()
     assert live(model, out / "undisturbed", 0, FOREVER)
@@ -119,7 +114,3 @@ def main(model, out, kills, seed):
         assert ended or live(model, run, 0, FOREVER)
         runs.append(str(run))
     print(json.dumps({"moments": moments, "runs": runs, "undisturbed": str(out / "undisturbed")}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

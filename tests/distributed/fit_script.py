@@ -1,11 +1,9 @@
-"""Fits a tiny model under a strategy and writes what each rank ended with. Run as a process of its own, one thread.
+"""Fits a tiny model under a strategy and writes what each rank ended with. Run by ``tests.warm``.
 
-Takes one JSON object: see ``DEFAULTS``.
+For its arguments see ``DEFAULTS``.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -172,9 +170,3 @@ def main(**given):
         super(PruneTrainer, trainer).fit(module, datamodule=data, ckpt_path=c["ckpt_path"])
     else:
         trainer.fit(module, datamodule=data, ckpt_path=c["ckpt_path"])
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them

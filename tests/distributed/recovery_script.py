@@ -1,10 +1,8 @@
-"""Recovers a tiny model in one of several ways and writes what each rank ended with. Run as a process of its own.
+"""Recovers a tiny model in one of several ways and writes what each rank ended with. Run by ``tests.warm``.
 
-Takes one JSON object: see ``DEFAULTS``.
+For its arguments see ``DEFAULTS``.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -47,9 +45,3 @@ def main(**kwargs):
     trainer.fit(module, datamodule=data)
     found = {"weights": {n: p.detach() for n, p in module.named_parameters()}, "keep": module.plan.keep}
     torch.save(found | {"importance": dict(pruning.importance)}, out / f"rank{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them

@@ -1,25 +1,18 @@
-"""Runs of ``fit_script`` in processes of their own."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Runs of ``fit_script`` and its like, a process for each rank."""
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
+
 KILLED = 9
 STRATEGIES = {"single": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": ("fsdp2", 2)}
 MORE = {"fsdp2_alone": ("fsdp2", 1)}
 
 
-def start(folder, out, strategy, *, fails=False, **kwargs):
+def start(folder, out, strategy, *, fails=False, script="fit_script", **kwargs):
     name, devices = (STRATEGIES | MORE)[strategy]
     config = {"model": folder, "out": str(out), "strategy": name, "devices": devices} | kwargs
-    command = [sys.executable, "-m", "tests.distributed.fit_script", json.dumps(config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    done = warm.run(f"tests.distributed.{script}:main", ranks=devices, **config)
     expected = 1 if fails else KILLED if config.get("die") else 0
     assert done.returncode == expected, done.stderr[-3000:]
     return done.stderr

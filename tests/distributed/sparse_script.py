@@ -1,11 +1,9 @@
-"""Prunes a tiny model with a sparse method and writes what each rank ended with. Run as a process of its own.
+"""Prunes a tiny model with a sparse method and writes what each rank ended with. Run by ``tests.warm``.
 
-Takes one JSON object: see ``DEFAULTS``.
+For its arguments see ``DEFAULTS``.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -23,9 +21,8 @@ DEFAULTS = {
     "calibration_batch_size": 1,
     "sequences": 7,
     "sparse": None,  # arguments of the callback
-    "die": None,  # leave without a word when so many layers were saved
+    "die": {},  # leave without a word when so many ``layers`` were saved, or at that ``step`` of recovery
     "lora": False,
-    "die_in_step": None,  # or at that step of recovery
     "ckpt_path": None,
 }
 
@@ -58,12 +55,12 @@ def main(**kwargs):
     c = DEFAULTS | kwargs
     out = Path(c["out"])
     out.mkdir(parents=True, exist_ok=True)
-    if c["die"]:
-        die_after(c["die"])
+    if "layers" in c["die"]:
+        die_after(c["die"]["layers"])
     callback = SparsityCallback(
         state_dir=out / "layers", recovery=LoraRecovery(rank=2) if c["lora"] else None, **c["sparse"]
     )
-    callbacks = [callback, DieInStep(out / "checkpoints", c["die_in_step"])] if c["lora"] else [callback]
+    callbacks = [callback, DieInStep(out / "checkpoints", c["die"].get("step"))] if c["lora"] else [callback]
     trainer = PruneTrainer(
         accelerator="cpu", devices=c["devices"], strategy=strategy(c["strategy"], c["devices"]), max_epochs=2,
         logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -86,9 +83,3 @@ def main(**kwargs):
         },
         out / f"rank{trainer.global_rank}.pt",
     )
-
-
-if __name__ == "__main__":
-    main(**json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them

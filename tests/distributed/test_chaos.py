@@ -1,24 +1,20 @@
 """A run killed with SIGKILL at random moments, and resumed each time, ends as one that was left alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests import warm
 from tests.models import save_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS = 24
 
 
 def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     folder = save_tiny(tmp_path / "dense")
-    command = [sys.executable, "-m", "tests.distributed.chaos_script", folder, str(tmp_path), str(KILLS), "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    script = "tests.distributed.chaos_script:main"
+    done = warm.run(script, timeout=280, model=folder, out=str(tmp_path), kills=KILLS, seed=1)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["moments"]) >= KILLS

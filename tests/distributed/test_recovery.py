@@ -1,24 +1,14 @@
 """Recovery by one process and by two: LoRAPrune, and the dense model's predictions on disk."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-from tests.distributed.runs import ROOT, STRATEGIES, equal
+from tests.distributed import runs
+from tests.distributed.runs import equal
 
-
-def run(folder, out, strategy, **kwargs):
-    name, devices = STRATEGIES[strategy]
-    config = {"model": folder, "out": str(out), "strategy": name, "devices": devices} | kwargs
-    command = [sys.executable, "-m", "tests.distributed.recovery_script", json.dumps(config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(devices)]
+run = partial(runs.run, script="recovery_script")
 
 
 def compare(alone, ranks, *, atol):

@@ -1,29 +1,14 @@
 """Sparse pruning by one process and by two: the same bits, also when a run was killed and another number takes over."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
-import torch
 
-from tests.distributed.runs import KILLED, ROOT, STRATEGIES, equal
+from tests.distributed import runs
+from tests.distributed.runs import equal
 
-
-def start(folder, out, strategy, *, fails=False, killed=False, **kwargs):
-    name, devices = STRATEGIES[strategy]
-    config = {"model": folder, "out": str(out), "strategy": name, "devices": devices} | kwargs
-    command = [sys.executable, "-m", "tests.distributed.sparse_script", json.dumps(config)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == (1 if fails else KILLED if killed else 0), done.stderr[-3000:]
-    return done.stderr
-
-
-def run(folder, out, strategy, **kwargs):
-    start(folder, out, strategy, **kwargs)
-    return [torch.load(out / f"rank{rank}.pt") for rank in range(STRATEGIES[strategy][1])]
+start = partial(runs.start, script="sparse_script")
+run = partial(runs.run, script="sparse_script")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +25,7 @@ def test_one_process_two_processes_and_those_that_take_over(folder, tmp_path, sp
     for rank in run(folder, tmp_path / "two", "ddp", sparse=sparse, calibration_batch_size=4):
         assert equal(rank["weights"], alone["weights"])
         assert rank["errors"] == alone["errors"]
-    start(folder, tmp_path / "killed", "ddp", sparse=sparse, die=1, killed=True)
+    start(folder, tmp_path / "killed", "ddp", sparse=sparse, die={"layers": 1})
     (resumed,) = run(folder, tmp_path / "killed", "single", sparse=sparse, calibration_batch_size=3)
     assert resumed["resumed"] == [True, False, False]
     assert not resumed["left"]
@@ -52,7 +37,7 @@ def test_one_process_two_processes_and_those_that_take_over(folder, tmp_path, sp
 def test_killed_in_recovery_and_resumed(folder, tmp_path):
     sparse = {"method": "wanda", "sparsity": "2:4"}
     (expected,) = run(folder, tmp_path / "a", "single", sparse=sparse, lora=True)
-    start(folder, tmp_path / "b", "single", sparse=sparse, lora=True, die_in_step=3, killed=True)
+    start(folder, tmp_path / "b", "single", sparse=sparse, lora=True, die={"step": 3})
     (resumed,) = run(folder, tmp_path / "b", "single", sparse=sparse, lora=True, ckpt_path="last")
     assert resumed["errors"] == []
     assert equal(resumed["weights"], expected["weights"])

@@ -1,7 +1,7 @@
+import json
 import math
+import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,10 @@ from hfprune.evaluation.cache import cached_reference, collect_top_k
 from hfprune.evaluation.divergence import QUANTITIES, TopK, divergences
 from hfprune.evaluation.fidelity import TopLogits
 from hfprune.fingerprint import fingerprint
+from tests import warm
 from tests.evaluation.test_fidelity import perturbed
 from tests.models import GATED, tiny, token_ids
 from tests.reference import divergences as reference
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def logits(*shape, seed=0, dtype=torch.float64):
@@ -164,37 +163,29 @@ def test_metric_refuses_windows_of_two_lengths():
         metric.update(logits(6, 40), logits(6, 40))
 
 
-_TWO = """
-import sys, torch
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method="file://" + sys.argv[2])
-from hfprune.evaluation import FidelityMetric
-from tests.evaluation.test_metrics import logits
-dense, other = logits(5, 7, 40), logits(5, 7, 40, seed=1)
-mine = [[0, 1, 2], [3, 4]][int(sys.argv[1])]
-metric = FidelityMetric()
-for i in mine:
-    metric.update(dense[i], other[i])
-found = metric.result()
-print(repr(found.kl), repr(found.kl_stderr), found.num_windows, found.num_tokens)
-torch.distributed.destroy_process_group()
-"""
+def rank_of_two(folder):
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    dense, other = logits(5, 7, 40), logits(5, 7, 40, seed=1)
+    metric = FidelityMetric()
+    for i in ([0, 1, 2], [3, 4])[rank]:
+        metric.update(dense[i], other[i])
+    found = metric.result()
+    figures = [found.kl, found.kl_stderr, found.num_windows, found.num_tokens]
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(figures))
 
 
 def test_metric_over_two_uneven_processes(tmp_path):
-    command = [sys.executable, "-c", _TWO]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    lines = [process.communicate(timeout=120)[0].split() for process in ranks]
+    done = warm.run(f"{__name__}:{rank_of_two.__name__}", ranks=2, folder=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     metric = FidelityMetric()
     metric.update(logits(5, 7, 40), logits(5, 7, 40, seed=1))
     one = metric.result()
-    assert lines[0] == lines[1]
-    assert float(lines[0][0]) == pytest.approx(one.kl, rel=1e-13)
-    assert float(lines[0][1]) == pytest.approx(one.kl_stderr, rel=1e-12)
-    assert lines[0][2:] == ["5", "35"]
+    assert ranks[0] == ranks[1]
+    assert ranks[0][0] == pytest.approx(one.kl, rel=1e-13)
+    assert ranks[0][1] == pytest.approx(one.kl_stderr, rel=1e-12)
+    assert ranks[0][2:] == [5, 35]
 
 
 def test_cache_serves_a_second_comparison(tmp_path):

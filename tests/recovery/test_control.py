@@ -4,14 +4,12 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -22,6 +20,7 @@ from hfprune.cli import main
 from hfprune.errors import ConfigError
 from hfprune.recovery.cost import forward_flops, training_flops
 from hfprune.recovery.lora import add_lora
+from tests import warm
 from tests.models import save_tiny, tiny
 
 DATA = {"seq_len": 16, "batch_size": 4, "recovery_sequences": 12, "validation_sequences": 2}
@@ -102,30 +101,25 @@ def test_it_is_what_tuning_the_dense_model_alone_gives(folder, tmp_path, monkeyp
     assert max((ours[name] - dense[name]).abs().max() for name in ours) > 5e-3
 
 
+def leave_in_the_control(folder, flags):
+    """Fits, and is killed when the first step of the control has been saved."""
+    original = ModelCheckpoint.on_train_batch_end
+
+    def leaving(*args):
+        original(*args)
+        if list(Path("killed/checkpoints/dense").glob("step-1*.ckpt")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ModelCheckpoint.on_train_batch_end = leaving
+    fit(folder, "killed", *flags)
+
+
 def test_killed_in_the_control_and_resumed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*MODES["lora"], "--recover_dense=true", "--checkpoint_steps=1"]
     assert fit(folder, "straight", *flags) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "hfprune.cli",
-        "fit",
-        f"--model.path={folder}",
-        "--output_dir=killed",
-        *FLAGS,
-        *flags,
-    ]
-    slow = "import time, lightning.pytorch.callbacks as c; c.ModelCheckpoint.on_train_batch_end = (lambda f: lambda *a: (f(*a), time.sleep(0.5)))(c.ModelCheckpoint.on_train_batch_end)"
-    (tmp_path / "sitecustomize.py").write_text(slow)
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder_of_control, end = tmp_path / "killed/checkpoints/dense", time.time() + 90
-    while not list(folder_of_control.glob("step-1*.ckpt")) and time.time() < end and process.poll() is None:
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    done = warm.run(f"{__name__}:{leave_in_the_control.__name__}", cwd=tmp_path, folder=folder, flags=flags)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert STAGE not in report_of("killed")["stages"]
     assert fit(folder, "killed", *flags, "--ckpt_path=last") == 0
     recovered = (report_of(name)["stages"]["recovered"]["training"]["flops"] for name in ("straight", "killed"))
