@@ -3,9 +3,8 @@
     python benchmarks/recovery.py --calibration C4.jsonl --recovery OTHER_C4.jsonl --text WIKI.txt --out OUT
 
 SmolLM2-135M-Instruct, pruned once for each start (``hfprune prune``): ``entropy``, entropy scores on 32 sequences of
-512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences; ``widths``, the
-same with widths by fitted sensitivity curves, on ``--sequences`` sequences. Every mode then trains on the same rows of
-512 tokens, in the same order, AdamW, cosine; a seed draws rows, order and adapters anew:
+512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences. Every mode then
+trains on the same rows of 512 tokens, in the same order, AdamW, cosine; a seed draws rows, order and adapters anew:
 
 ``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's predictions,
 of which the ``--top_k`` most likely tokens a position are kept on disk (0: all of them, the dense model beside).
@@ -16,7 +15,7 @@ of which the ``--top_k`` most likely tokens a position are kept on disk (0: all 
 Figures are in float32: perplexity and KL to the untuned dense model on the text's first 40 windows of 512 tokens,
 cross-entropy on validation rows of the recovery text. One JSON line a cell in ``OUT/results.jsonl``, each in a process
 of its own; what is there is skipped, so that an interrupted run goes on with the same command. ``--table`` prints it.
-``--tasks`` and ``--task_data`` add the zero-shot tasks.
+``--tasks`` and ``--task_data`` add the zero-shot tasks, in bfloat16.
 """
 
 import argparse
@@ -29,6 +28,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from lightning import Trainer, seed_everything
 from safetensors.torch import load_file, save_file
 
@@ -47,11 +47,6 @@ STARTS = {
         "--data.calibration_sequences", "128", "--importance.criterion", "ActivationNorm",
         "--importance.compensation", "LeastSquares",
     ],
-    "widths": [
-        "--importance.criterion", "ActivationNorm", "--importance.compensation", "LeastSquares",
-        "--importance.allocation", "Sensitivity", "--importance.allocation.shares", "[0.8, 0.6, 0.4, 0.2]",
-        "--importance.allocation.sequences", "16", "--layout", "per_layer",
-    ],
 }  # fmt: skip
 MODES = ("lora_ce", "lora_kd", "full_ce", "full_kd")
 
@@ -66,8 +61,6 @@ def start_folder(args, start, ratio):
             "--data.seed", "42", "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
             "--output_dir", str(out), "--trainer.accelerator", args.accelerator, *STARTS[start],
         ]  # fmt: skip
-        if start == "widths":
-            command += ["--data.calibration_sequences", str(args.sequences)]
         subprocess.run(command, check=True)
     return out
 
@@ -138,7 +131,7 @@ def run_cell(args, cell):
     found["top1"] = figures.fidelity.top1_agreement
     if args.tasks:
         tasks = ZeroShotTasks(args.tasks.split(","), limit=args.limit, data_dir=args.task_data)
-        found["tasks"] = tasks.run(module.causal_lm, module.tokenizer).to_dict()
+        found["tasks"] = tasks.run(module.causal_lm.to(torch.bfloat16), module.tokenizer).to_dict()
     print(json.dumps({"cell": cell, "found": found}))
 
 
@@ -200,10 +193,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="cells side by side")
     parser.add_argument("--precision", default="bf16-mixed", help="of training")
     parser.add_argument("--top_k", type=int, default=64, help="tokens a position that the dense model's cache keeps")
-    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences of the start 'widths'")
     parser.add_argument("--ratio", type=float, default=0.2, help="share of all parameters removed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--starts", default="entropy,fitted")
+    parser.add_argument("--starts", default=",".join(STARTS))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--control", action="store_true", help="tune the dense model, too")
     parser.add_argument("--lr_full", type=float, default=3e-4)

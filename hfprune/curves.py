@@ -1,8 +1,6 @@
 """What removing units of one group costs in KL to the dense model: the curves by which ``Sensitivity`` goes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +10,6 @@ from hfprune.allocation import keep_top, measure_curves
 from hfprune.arch import output_head
 from hfprune.causal import Batch, final_hidden, run_together, sequences
 from hfprune.errors import CalibrationError
-from hfprune.layerwise import LayerwisePass
-from hfprune.moments import Moments
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.recording import UnitMask, evaluating
 from hfprune.types import Group
@@ -49,19 +45,6 @@ class DensePredictions:
         return total
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fitted:
-    """How kept weights are fitted before the KL is measured.
-
-    Attributes:
-        work: The pass through the layers, with the compensation.
-        batches: What the fit is calibrated on, this rank's part, without padding.
-    """
-
-    work: LayerwisePass
-    batches: Sequence[Mapping[str, Tensor]]
-
-
 def kl_curves(
     model: Any,
     groups: Sequence[Group],
@@ -69,14 +52,13 @@ def kl_curves(
     batches: Iterable[Batch],
     shares: Sequence[float],
     *,
-    fitted: Fitted | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     done: Callable[[int, int], None] = lambda group, groups: None,
 ) -> dict[str, dict[float, float]]:
     """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone pruned by ``scores``.
 
     Removed units are masked where they are read, so nothing is copied or cut. Costs a forward pass of ``batches`` per
-    group and share; fits cost a pass through the layers and a Cholesky factorisation per group and share beside.
+    group and share.
 
     Args:
         model: The dense model.
@@ -84,7 +66,6 @@ def kl_curves(
         scores: Group name -> importance [U].
         batches: What KL is measured on, this rank's part.
         shares: Kept shares, each in (0, 1).
-        fitted: Fit the projection that reads the group, on the dense model's inputs; None leaves its weights.
         reduce: Adds sums up over ranks.
         done: Told after each group how many of how many are done.
 
@@ -97,23 +78,16 @@ def kl_curves(
         if not tokens:
             raise CalibrationError("Sensitivity curves need tokens: the calibration data is empty.")
 
-        def measure(group: Group, width: int, moments: Moments | None) -> float:
+        def measure(group: Group, width: int) -> float:
             kept = keep_top(scores[group.name], width)
-            if moments is None or fitted is None:
-                changed = UnitMask(model, [group], {group.name: kept}).active()
-            else:
-                changed = fitted.work.pruned(group, moments, kept)
-            with changed:
+            with UnitMask(model, [group], {group.name: kept}).active():
                 found = float(reduce(dense.kl())) / tokens
             if not found < float("inf"):
                 raise CalibrationError(f"{group.name} at {width} units: the KL to the dense model is {found}.")
             return max(found, 0.0)
 
         curves: dict[str, dict[float, float]] = {}
-        every: Iterable[tuple[Group, Moments | None]] = (
-            ((group, None) for group in groups) if fitted is None else fitted.work.dense_moments(fitted.batches)
-        )
-        for group, moments in every:
-            curves |= measure_curves([group], shares, partial(measure, moments=moments))
-            done(len(curves), len(groups))
-        return {group.name: curves[group.name] for group in groups}
+        for number, group in enumerate(groups):
+            curves |= measure_curves([group], shares, measure)
+            done(number + 1, len(groups))
+        return curves

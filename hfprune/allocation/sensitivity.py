@@ -34,8 +34,6 @@ class Sensitivity(Allocation):
             sequences of its data; a forward pass of these for every group and share.
         shares: Kept shares to measure at.
         sequences: Number of sequences to measure on.
-        fitted: Where a compensation will fit the kept weights, fit them for every point of a curve, too, each group
-            alone, on the dense model's inputs; False measures with the kept weights as they are.
 
     Raises:
         ConfigError: The file cannot be read, or a value is out of range.
@@ -47,9 +45,8 @@ class Sensitivity(Allocation):
         *,
         shares: Sequence[float] = (0.75, 0.5, 0.25),
         sequences: int = 4,
-        fitted: bool = True,
     ) -> None:
-        self.shares, self.sequences, self.fitted, self.measured = tuple(shares), sequences, fitted, False
+        self.shares, self.sequences, self.measured = tuple(shares), sequences, False
         if not self.shares or not all(0 < share < 1 for share in self.shares) or sequences < 1:
             raise ConfigError(f"Sensitivity: shares {list(shares)} are in (0, 1), sequences {sequences} at least 1.")
         if curves is None:
@@ -61,8 +58,9 @@ class Sensitivity(Allocation):
 
     def with_curves(self, curves: Curves) -> "Sensitivity":
         """Returns the allocation that goes by curves which were measured as it says."""
-        plain = {name: dict(curve) for name, curve in curves.items()}
-        found = Sensitivity(plain, shares=self.shares, sequences=self.sequences, fitted=self.fitted)
+        found = Sensitivity(
+            {name: dict(curve) for name, curve in curves.items()}, shares=self.shares, sequences=self.sequences
+        )
         found.measured = True
         return found
 
@@ -74,7 +72,7 @@ class Sensitivity(Allocation):
         """Returns name and curves, and how these were measured where the allocation says so."""
         found: dict[str, Any] = {"name": "Sensitivity"}
         if self.curves is None or self.measured:
-            found |= {"shares": list(self.shares), "sequences": self.sequences, "fitted": self.fitted}
+            found |= {"shares": list(self.shares), "sequences": self.sequences}
         if self.curves is not None:
             found["curves"] = {n: {str(k): v for k, v in c.items()} for n, c in self.curves.items()}
         return found
@@ -82,8 +80,7 @@ class Sensitivity(Allocation):
     def __str__(self) -> str:
         """Returns the name and what the curves are; the same before and after they were measured."""
         if self.curves is None or self.measured:
-            fitted = "" if self.fitted else ", fitted=False"
-            return f"Sensitivity(shares={list(self.shares)}, sequences={self.sequences}{fitted})"
+            return f"Sensitivity(shares={list(self.shares)}, sequences={self.sequences})"
         return f"Sensitivity({len(self.curves)} curves)"
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -12,10 +11,8 @@ from hfprune.arch import is_supported
 from hfprune.callbacks.layerwise import share, summed
 from hfprune.callbacks.progress import layer_progress
 from hfprune.callbacks.target import Target
-from hfprune.compensation import Compensation
-from hfprune.curves import Fitted, kl_curves
+from hfprune.curves import kl_curves
 from hfprune.errors import ConfigError
-from hfprune.layerwise import LayerwisePass
 from hfprune.types import Group
 
 
@@ -41,8 +38,6 @@ def measured(
     scores: Mapping[str, Tensor],
     allocation: Allocation | None,
     *,
-    compensation: Compensation | None,
-    limit: int | None,
     seed: int,
 ) -> Allocation | None:
     """Returns ``allocation``, with curves where it is to measure them; the same on every rank.
@@ -53,8 +48,6 @@ def measured(
         groups: Its groups.
         scores: Group name -> importance [U].
         allocation: How the budget is spent.
-        compensation: How kept weights will be fitted.
-        limit: Fit on at most this many batches.
         seed: Seed of the loader's shuffling.
     """
     if not isinstance(allocation, Sensitivity) or allocation.curves is not None:
@@ -63,20 +56,13 @@ def measured(
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with isolate_rng(), layer_progress(enabled=shown, text="Sensitivity") as done:
         batches = [strategy.batch_to_device(b) for b in share(trainer, seed, sequences=allocation.sequences)]
-        fitted = None
-        if compensation is not None and allocation.fitted:
-            work = LayerwisePass(
-                target.model, groups, compensation=compensation, reduce=lambda tensor: summed(trainer, tensor)
-            )
-            fitted = Fitted(work=work, batches=share(trainer, seed, limit=limit))
-        with torch.no_grad(), strategy.precision_plugin.forward_context():
+        with strategy.precision_plugin.forward_context():
             curves = kl_curves(
                 target.model,
                 groups,
                 scores,
                 batches,
                 allocation.shares,
-                fitted=fitted,
                 reduce=lambda tensor: summed(trainer, tensor),
                 done=done,
             )

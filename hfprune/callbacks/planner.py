@@ -169,17 +169,8 @@ class Planner:
 
     def _measured(self, groups: tuple[Group, ...]) -> Allocation | None:
         """Returns the allocation, with curves where it goes by measured ones."""
-        options = self._options
-        return measured(
-            self._trainer,
-            self._target,
-            groups,
-            self.importance,
-            options.allocation,
-            compensation=options.compensation,
-            limit=options.calibration_batches,
-            seed=self._target.record("calibrating", None).seed,
-        )
+        seed = self._target.record("calibrating", None).seed
+        return measured(self._trainer, self._target, groups, self.importance, self._options.allocation, seed=seed)
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 

@@ -109,41 +109,6 @@ class LayerwisePass:
             done(index + 1, len(self._by_layer))
         return result
 
-    def dense_moments(self, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Group, Moments]]:
-        """Yields each group with the moments of what its projection reads in the dense model, layer by layer.
-
-        What :meth:`pruned` does in between must be undone before the next one is asked for.
-
-        Args:
-            batches: This rank's ``input_ids`` [B, T], without padding.
-        """
-        stream = self._stream(batches)
-        for index, groups in enumerate(self._by_layer):
-            for group in groups:
-                yield group, self._moments(group, index, stream, None, stream.layer(index))
-            stream.advance(index)
-
-    @contextmanager
-    def pruned(self, group: Group, moments: Moments, keep: Sequence[int]) -> Iterator[None]:
-        """Removes units of one group, and fits the projection that reads them, while the context lasts.
-
-        Args:
-            group: The group.
-            moments: Of what the projection reads.
-            keep: Kept units, ascending.
-        """
-        _, module = self._readers[group.name]
-        before = [(p, p.detach().clone()) for p in (weight_of(module), module.bias) if p is not None]
-        try:
-            self._prune(group, moments, len(keep), {group.name: tuple(keep)}, None, LayerwiseResult())
-            torch.clear_autocast_cache()  # it holds weights as they were before they changed
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
-            torch.clear_autocast_cache()
-
     def _stream(self, batches: Sequence[Mapping[str, Tensor]]) -> LayerStream:
         device = next(self._model.parameters()).device
         return LayerStream(self._model, run_together(batches, device), device=device)
