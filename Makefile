@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-all check format bench clean
+.PHONY: help demo test test-slow test-gpu test-all check format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
 
 test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+test-gpu: $(STAMP)  ## the tests that need CUDA
+	$(BIN)/python -m pytest -m gpu
 
 test-all: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
