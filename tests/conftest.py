@@ -36,6 +36,12 @@ def _global_state():
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Reports with empty images: drawing takes most of the time of a run of a tiny model. Others test what is drawn."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
 def shared_dir():
     """The folder of shared data and golden figures beside the repository."""
     if not SHARED.is_dir():

@@ -17,6 +17,8 @@ from hfprune.cli import COMMANDS, main
 from hfprune.evaluation import cache, stage
 from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
 SMALL += ["--latency=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]

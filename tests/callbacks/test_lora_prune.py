@@ -21,6 +21,8 @@ from tests.models import save_tiny, tiny, token_ids
 from tests.reference import lora_prune as slow
 from tests.stops import Stop, StopAt
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LORA = LoraRecovery(rank=2, alpha=4, dropout=0.0)
 DATA = {"seq_len": 16, "batch_size": 2, "recovery_sequences": 20, "validation_sequences": 1}
 

@@ -23,7 +23,10 @@ from tests.criteria.toys import calibrate
 from tests.models import save_tiny
 from tests.stops import Stop, StopInCalibration
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = [
+    pytest.mark.usefixtures("undrawn"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
 DATA = {
     "seq_len": 16,
     "calibration_sequences": 6,

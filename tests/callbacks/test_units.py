@@ -31,6 +31,8 @@ from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from tests.foreign import FineTuner
 from tests.models import save_tiny, token_ids
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ALL = ("mlp", "heads", "blocks")
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=2", "--data.eval_window=16"]
 QUIET = ["--latency=false", "--trainer.enable_progress_bar=false"]

@@ -4,12 +4,12 @@ from tests.distributed.runs import run
 from tests.models import save_tiny
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("dense"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(folder, tmp_path_factory):
     """(strategy, lora) -> results of each rank, made once."""
     made = {}

@@ -114,6 +114,7 @@ def leave_in_the_control(folder, flags):
     fit(folder, "killed", *flags)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_in_the_control_and_resumed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*MODES["lora"], "--recover_dense=true", "--checkpoint_steps=1"]
@@ -131,6 +132,7 @@ def test_killed_in_the_control_and_resumed(folder, tmp_path, monkeypatch):
     assert one["training"]["tokens"] == two["training"]["tokens"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_pruned_model_and_its_optimizer_have_gone_before(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     original, others = DenseControl.setup, []
@@ -150,6 +152,7 @@ def test_the_pruned_model_and_its_optimizer_have_gone_before(folder, tmp_path, m
     assert others == [[]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_of_unequal_length_are_said_to_be_no_control(folder, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     assert fit(folder, "out", *MODES["lora"]) == 0

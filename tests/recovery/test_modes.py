@@ -20,6 +20,8 @@ from hfprune.recovery import DistillationRecovery, add_lora, merge_lora
 from tests.models import save_tiny, tiny, tiny_tokenizer, token_ids
 from tests.stops import Stop, StopAt
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ADAPTERS = {
     "lora": LoraRecovery(rank=2, dropout=0.1),
     "rslora": LoraRecovery(rank=2, rslora=True),

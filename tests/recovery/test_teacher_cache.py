@@ -22,6 +22,8 @@ from tests.models import save_tiny, tiny, token_ids
 from tests.reference import objectives as reference
 from tests.stops import Stop, StopAt
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def random_logits(seed, tokens=3, vocab=7):
     generator = torch.Generator().manual_seed(seed)

@@ -29,6 +29,8 @@ from hfprune.sweep import Method, Sweep, SweepGrid, scoring
 from hfprune.sweep.scoring import SharedPass, seed_scores
 from tests.models import save_tiny, tiny, token_ids
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 METHODS = [
     Method(name="entropy", objective="entropy"),
     Method(name="signed", objective="cross_entropy", criterion=ActivationTaylor(reduction="signed")),
