@@ -167,7 +167,8 @@ def table(args, rows):
             lines[key].append((stage["perplexity"]["value"], stage["fidelity"]["kl"], 0, 0))
     for row in rows:
         cell, found = row["cell"], row["found"]
-        key = (cell["start"], f"{cell['ratio']:g}", f"{cell['mode']}, {cell['lr']:g}, {cell['tokens']:,}")
+        how = [f"{name} {cell[name]:g}" for name in ("lr", "epochs", "batch", "top_k", "hidden") if name in cell]
+        key = (cell["start"], f"{cell['ratio']:g}", ", ".join([cell["mode"], f"{cell['tokens']:,}", *how]))
         lines[key].append((found["perplexity"], found["kl"], found["tokens"], found["minutes"]))
     base = lines["dense", "0", "-"][0][0]
     print("| start | removed | recovery | perplexity | of dense | KL | tokens | minutes |\n" + "|---" * 8 + "|")
