@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --calibration C4.jsonl --recovery OTHER_C4.jsonl --text WIKI.txt --out OUT
 
 SmolLM2-135M-Instruct, pruned once for each start (``hfprune prune``): ``entropy``, entropy scores on 32 sequences of
-512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences. Every mode then
+512 tokens, kept weights as they are; ``fitted``, activation norms and LeastSquares on 128 sequences; ``sensitivity``,
+the same with widths by measured KL (``configs/prune_sensitivity.yaml``). Every mode then
 trains on the same rows of 512 tokens, in the same order, AdamW, cosine; a seed draws rows, order and adapters anew:
 
 ``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's predictions,
@@ -47,6 +48,7 @@ STARTS = {
         "--data.calibration_sequences", "128", "--importance.criterion", "ActivationNorm",
         "--importance.compensation", "LeastSquares",
     ],
+    "sensitivity": ["--config", str(Path(__file__).parents[1] / "configs" / "prune_sensitivity.yaml")],
 }  # fmt: skip
 MODES = ("lora_ce", "lora_kd", "full_ce", "full_kd")
 
@@ -56,10 +58,11 @@ def start_folder(args, start, ratio):
     out = args.out / f"{start}_{ratio:g}"
     if not (out / "report.json").is_file():
         command = [
-            sys.executable, "-m", "hfprune.cli", "prune", "--model.path", args.model, "--model.dtype", "float32",
-            "--data.calibration", args.calibration, "--data.text", args.text, "--data.seq_len", "512",
+            sys.executable, "-m", "hfprune.cli", "prune", *STARTS[start],
+            "--model.path", args.model, "--model.dtype", "float32", "--data.calibration", args.calibration,
+            "--data.text", args.text, "--data.seq_len", "512",
             "--data.seed", "42", "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",
-            "--output_dir", str(out), "--trainer.accelerator", args.accelerator, *STARTS[start],
+            "--output_dir", str(out), "--trainer.accelerator", args.accelerator,
         ]  # fmt: skip
         subprocess.run(command, check=True)
     return out

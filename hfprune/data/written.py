@@ -167,19 +167,31 @@ def write(
         output = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[:, -1, :known].to("cpu", torch.float64)
-        fed = torch.stack([draw(row, g, settings) for row, g in zip(logits, generators, strict=True)])[:, None]
+        fed = draw(logits, generators, settings)[:, None]
         ids = torch.cat([ids, fed], dim=1)
     return ids
 
 
-def draw(logits: Tensor, generator: torch.Generator, settings: SelfText) -> Tensor:
-    """Returns a token drawn from the softmax of ``logits`` [V], float64, by one uniform number of ``generator``."""
-    p, order = (logits / settings.temperature).softmax(-1).sort(descending=True, stable=True)
+def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) -> Tensor:
+    """Returns one token per row, [N] int64, drawn from the softmax of ``logits`` [N, V] by one uniform number each.
+
+    Numbers are laid out in the order of ids, not of probability: logits that round otherwise move the borders between
+    tokens a little and never swap two.
+
+    Args:
+        logits: In float64, on the CPU.
+        generators: One a row.
+        settings: Temperature and top-p.
+    """
+    p = (logits / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        ranked, order = p.sort(descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= settings.top_p
+        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
     cumulative = p.cumsum(-1)
-    kept = int((cumulative - p < settings.top_p).sum())
-    point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[kept - 1]
-    place = torch.searchsorted(cumulative[:kept], point, right=True).clamp(max=kept - 1)
-    return order[place[0]]
+    numbers = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    places = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
+    return places[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _seed_of(seed: int, role: str, number: int) -> int:

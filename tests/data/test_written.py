@@ -35,7 +35,7 @@ def test_what_is_written_is_drawn_from_whole_forward_passes(name):
 
 
 def slow_draw(logits, generator, temperature, top_p):
-    """Walks down the tokens by probability until the uniform number is used up."""
+    """Keeps tokens by probability until ``top_p`` is there, then walks over them by id until the number is used up."""
     weights = [float((logits[i].double() / temperature - logits.max().double() / temperature).exp()) for i in range(50)]
     total = sum(weights)
     order = sorted(range(50), key=lambda i: (-weights[i], i))
@@ -46,19 +46,31 @@ def slow_draw(logits, generator, temperature, top_p):
         kept.append(i)
         mass += weights[i]
     point = float(torch.rand(1, generator=generator, dtype=torch.float64)) * mass
-    for i in kept:
+    for i in sorted(kept):
         point -= weights[i]
         if point < 0:
             return i
-    return kept[-1]
+    return max(kept)
 
 
 def test_drawn_tokens_have_the_distribution_of_the_model():
-    logits, generator = torch.tensor([0.0, 2.0, 1.0, -50.0], dtype=torch.float64), torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.stack([draw(logits, generator, SelfText()) for _ in range(4000)]), minlength=4)
+    logits = torch.tensor([[0.0, 2.0, 1.0, -50.0], [1.0, -1.0, 0.5, 3.0]], dtype=torch.float64)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    drawn = torch.stack([draw(logits, generators, SelfText()) for _ in range(4000)])
+    counts = torch.stack([torch.bincount(column, minlength=4) for column in drawn.T])
     assert (counts / 4000 - logits.softmax(-1)).abs().max() < 0.02
-    only = {int(draw(logits, generator, SelfText(top_p=0.6))) for _ in range(200)}
-    assert only == {1}
+    likely = torch.stack([draw(logits, generators, SelfText(top_p=0.6)) for _ in range(200)])
+    assert likely.unique(dim=0).tolist() == [[1, 3]]
+
+
+def test_a_draw_hardly_depends_on_rounding():
+    """Two tokens as likely as each other: which of them is rounded up decides nothing."""
+    base = torch.tensor([1.0, 0.0, 1.0, -1.0], dtype=torch.float64)
+    other = base + torch.tensor([0.0, 0.0, 1e-9, 0.0], dtype=torch.float64)
+    for seed in range(50):
+        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+        found = draw(torch.stack([base, other]), [first, second], SelfText(top_p=0.9))
+        assert found[0] == found[1]
 
 
 def writer(folder, load, *, seed=0, **settings):
