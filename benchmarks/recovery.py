@@ -10,6 +10,7 @@ trains on the same rows of 512 tokens, in the same order, AdamW, cosine; a seed 
 ``lora_ce``, ``lora_kd``: rank 32 adapters on every projection; cross-entropy, or KL to the dense model's predictions,
 of which the ``--top_k`` most likely tokens a position are kept on disk (0: all of them, the dense model beside).
 ``full_ce``, ``full_kd``: all weights.
+``lora_mix``, ``full_mix``: the mean of the two losses.
 ``lora_hidden``, ``full_hidden``: the whole KL and the distance of hidden states at layer ends, the dense model beside.
 ``dense``: the dense model with all weights tuned by cross-entropy on the same rows, the control.
 
@@ -104,9 +105,9 @@ def run_cell(args, cell):
     dense = cell["start"] == "dense"
     if "hidden" in cell:
         distillation = DistillationRecovery(hidden=cell["hidden"])
-    elif cell["mode"].endswith("kd"):
+    elif "top_k" in cell:
         kept = {"cache": str(args.out / "teacher"), "top_k": args.top_k} if args.top_k else {}
-        distillation = DistillationRecovery(**kept)
+        distillation = DistillationRecovery(alpha=0.5 if cell["mode"].endswith("mix") else 1.0, **kept)
     else:
         distillation = None
     module = PruningModule(
@@ -153,7 +154,7 @@ def cells(args):
                 cell = {"start": start, "mode": mode, "ratio": args.ratio, "seed": seed, "lr": rate, **common}
                 if mode.endswith("hidden"):
                     cell["hidden"] = args.hidden
-                if mode.endswith("kd"):
+                if mode.endswith(("kd", "mix")):
                     cell["top_k"] = args.top_k
                 found.append(cell)
     return found

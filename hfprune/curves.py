@@ -1,18 +1,61 @@
 """What removing units of one group costs in KL to the dense model: the curves by which ``Sensitivity`` goes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfprune.allocation import keep_top, measure_curves
 from hfprune.arch import output_head
+from hfprune.arch.groups import find_layers
 from hfprune.causal import Batch, final_hidden, run_together, sequences
 from hfprune.errors import CalibrationError
 from hfprune.objectives.chunked import chunk_tokens
-from hfprune.recording import UnitMask, evaluating
+from hfprune.recording import UnitMask, evaluating, hooked
 from hfprune.types import Group
+
+
+class _Prefix:
+    """Layers before those that are changed: what the last of them returned is kept, and they are not run again.
+
+    Args:
+        layers: All layers of the model.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._kept: dict[int, tuple[int, Any]] = {}
+
+    @contextmanager
+    def unchanged(self, end: int, batch: int) -> Iterator[None]:
+        """Within the context the model is run on a batch, known by its number; its first ``end`` layers are dense."""
+        reached, output = self._kept.get(batch, (0, None))
+        if reached > end:
+            reached = 0
+
+        def keep(module: nn.Module, args: tuple[Any, ...], found: Any) -> None:
+            self._kept[batch] = end, found
+
+        handles = [self._layers[end - 1].register_forward_hook(keep)] if reached < end else []
+        with ExitStack() as stack, hooked(handles):
+            for layer in self._layers[:reached]:
+                stack.enter_context(_returning(layer, output))
+            yield
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Lets ``module`` return ``output``, whatever it is called with."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 class DensePredictions:
@@ -24,7 +67,7 @@ class DensePredictions:
     """
 
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
-        self._model = model
+        self._model, self._prefix = model, _Prefix(find_layers(model))
         alone = [sequence for batch in batches for sequence in sequences(batch)]
         self._batches = run_together(alone, next(model.parameters()).device)
         with torch.no_grad():
@@ -32,16 +75,27 @@ class DensePredictions:
         self.tokens = sum(map(len, self._hidden))
 
     @torch.no_grad()
-    def kl(self) -> Tensor:
-        """Returns the sum over tokens of KL(dense || model as it is now), nats, a float64 scalar."""
+    def kl(self, masks: Sequence[UnitMask], *, layer: int) -> Tensor:
+        """Returns the sum over tokens of KL(dense || masked), nats, for every mask, [M] float64.
+
+        Args:
+            masks: Each changes nothing before ``layer``.
+            layer: Layers before it are run once where calls come in the order of layers.
+        """
         head = output_head(self._model)
         size = chunk_tokens(head.weight.shape[0])
-        total = torch.zeros((), dtype=torch.float64, device=head.weight.device)
-        for batch, dense in zip(self._batches, self._hidden, strict=True):
-            changed = final_hidden(self._model, batch)[0].flatten(0, 1)
-            for one, other in zip(dense.split(size), changed.split(size), strict=True):
-                p, q = (head.logits(hidden).log_softmax(-1) for hidden in (one, other))
-                total += (p.exp() * (p - q)).sum(dtype=torch.float64)
+        total = torch.zeros(len(masks), dtype=torch.float64, device=head.weight.device)
+        for number, (batch, dense) in enumerate(zip(self._batches, self._hidden, strict=True)):
+            changed = []
+            for mask in masks:
+                with self._prefix.unchanged(layer, number), mask.active():
+                    changed.append(final_hidden(self._model, batch)[0].flatten(0, 1).split(size))
+            for place, hidden in enumerate(dense.split(size)):
+                log_p = head.logits(hidden).log_softmax(-1)
+                p = log_p.exp()
+                for which, chunks in enumerate(changed):
+                    log_q = head.logits(chunks[place]).log_softmax(-1)
+                    total[which] += (p * (log_p - log_q)).sum(dtype=torch.float64)
         return total
 
 
@@ -57,8 +111,8 @@ def kl_curves(
 ) -> dict[str, dict[float, float]]:
     """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone pruned by ``scores``.
 
-    Removed units are masked where they are read, so nothing is copied or cut. Costs a forward pass of ``batches`` per
-    group and share.
+    Removed units are masked where they are read, so nothing is copied or cut. A group and share cost what the layers
+    from the group's own on and the output head cost on ``batches``.
 
     Args:
         model: The dense model.
@@ -78,13 +132,13 @@ def kl_curves(
         if not tokens:
             raise CalibrationError("Sensitivity curves need tokens: the calibration data is empty.")
 
-        def measure(group: Group, width: int) -> float:
-            kept = keep_top(scores[group.name], width)
-            with UnitMask(model, [group], {group.name: kept}).active():
-                found = float(reduce(dense.kl())) / tokens
-            if not found < float("inf"):
-                raise CalibrationError(f"{group.name} at {width} units: the KL to the dense model is {found}.")
-            return max(found, 0.0)
+        def measure(group: Group, widths: Sequence[int]) -> list[float]:
+            masks = [UnitMask(model, [group], {group.name: keep_top(scores[group.name], width)}) for width in widths]
+            found = (reduce(dense.kl(masks, layer=group.layer or 0)) / tokens).tolist()
+            for width, kl in zip(widths, found, strict=True):
+                if not kl < float("inf"):
+                    raise CalibrationError(f"{group.name} at {width} units: the KL to the dense model is {kl}.")
+            return [max(kl, 0.0) for kl in found]
 
         curves: dict[str, dict[float, float]] = {}
         for number, group in enumerate(groups):

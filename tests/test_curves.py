@@ -7,7 +7,7 @@ import torch
 
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
 from hfprune.allocation import Protected, Sensitivity, keep_top
-from hfprune.arch import find_groups
+from hfprune.arch import class_name, find_groups
 from hfprune.criteria import ActivationNorm, Reconstruction
 from hfprune.curves import kl_curves
 from hfprune.errors import CalibrationError, ConfigError
@@ -18,11 +18,11 @@ from tests.models import save_tiny, tiny, token_ids
 SHARES = (0.75, 0.25)
 
 
-def masked_kl(model, group, kept, batches):
+def masked_kl(model, group, kept, batches, model_class="LlamaForCausalLM"):
     """The same by the plain road: a copy with zeroed weights, whole logits in float64."""
     copied = copy.deepcopy(model)
     keep = {group.name: tuple(kept)}
-    mask_plan(copied, PruningPlan(model_class="LlamaForCausalLM", groups=(group,), keep=keep, config={}))
+    mask_plan(copied, PruningPlan(model_class=model_class, groups=(group,), keep=keep, config={}))
     total, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches:
@@ -32,9 +32,11 @@ def masked_kl(model, group, kept, batches):
     return total / tokens
 
 
-def test_curves_are_the_kl_of_masked_models():
-    model = tiny().train()
-    groups = find_groups(model, ("mlp", "heads"))
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox", "opt", "mixtral"])
+def test_curves_are_the_kl_of_masked_models(name):
+    model = tiny(name).train()
+    units = ("experts",) if name == "mixtral" else ("mlp", "heads")
+    groups = find_groups(model, units)
     batches = [{"input_ids": token_ids(2, 7, seed=seed)} for seed in range(2)]
     scores = {group.name: torch.rand(group.num_units, dtype=torch.float64) for group in groups}
     found = kl_curves(model, groups, scores, batches, SHARES)
@@ -44,8 +46,30 @@ def test_curves_are_the_kl_of_masked_models():
     for group in groups:
         for share, kl in found[group.name].items():
             kept = keep_top(scores[group.name], round(share * group.num_units))
-            assert kl == pytest.approx(masked_kl(model, group, kept, batches), rel=1e-9)
+            expected = masked_kl(model, group, kept, batches, class_name(model))
+            assert kl == pytest.approx(expected, rel=1e-9)
             assert (kl > 0) == (len(kept) < group.num_units)
+
+
+def test_layers_before_a_group_are_run_once():
+    model = tiny().eval()
+    groups = find_groups(model)
+    scores = {group.name: torch.rand(group.num_units) for group in groups}
+    batches = [{"input_ids": token_ids(2, 7)}]  # two sequences, one by one
+    ran = [0, 0, 0]
+
+    def count(index):
+        def hook(*_):
+            ran[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(count(index))
+    kl_curves(model, groups, scores, batches, SHARES)
+    # the dense pass, then two shares each of the groups up to the layer, and once on the way to the next layer's group
+    assert ran == [2 * (1 + 2 + 1), 2 * (1 + 4 + 1), 2 * (1 + 6)]
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
 def test_no_tokens_and_no_finite_kl_are_errors():

@@ -112,18 +112,21 @@ class Sensitivity(Allocation):
 
 
 def measure_curves(
-    groups: Sequence[Group], shares: Sequence[float], measure: Callable[[Group, int], float]
+    groups: Sequence[Group], shares: Sequence[float], measure: Callable[[Group, Sequence[int]], Sequence[float]]
 ) -> dict[str, dict[float, float]]:
     """Returns the curves that :class:`Sensitivity` takes.
 
     Args:
         groups: The groups.
         shares: Kept shares to measure at, each in (0, 1).
-        measure: Takes a group and the number of units that it alone keeps; returns the KL to the dense model.
+        measure: Takes a group and numbers of units that it alone keeps, descending; returns the KL to the dense model
+            for each of them.
     """
     curves = {}
     for group in groups:
-        curves[group.name] = {width / group.num_units: measure(group, width) for width in _measured(group, shares)}
+        widths = _measured(group, shares)
+        found = zip(widths, measure(group, widths), strict=True)
+        curves[group.name] = {width / group.num_units: kl for width, kl in found}
     return curves
 
 

@@ -89,8 +89,13 @@ def test_sensitivity_goes_down_the_cheapest_pieces():
 def test_curves_are_measured_and_read(tmp_path):
     stock = made(2, mlp=10, heads=0)
     asked = []
-    found = measure_curves(stock.groups, [0.5, 0.25, 0.21], lambda g, n: asked.append((g.name, n)) or 1 - n / 10)
-    assert asked == [(name, n) for name in ("0.mlp", "1.mlp") for n in (5, 3, 2)]
+
+    def measure(group, widths):
+        asked.append((group.name, widths))
+        return [1 - width / 10 for width in widths]
+
+    found = measure_curves(stock.groups, [0.5, 0.25, 0.21], measure)
+    assert asked == [(name, [5, 3, 2]) for name in ("0.mlp", "1.mlp")]
     assert found["1.mlp"] == {0.5: 0.5, 0.3: 0.7, 0.2: 0.8}
     (tmp_path / "curves.json").write_text(json.dumps(found))
     read = Sensitivity(str(tmp_path / "curves.json"))
