@@ -24,6 +24,8 @@ from hfprune.loading import load_causal_lm, model_files
 from hfprune.tensor_files import load_tensors, save_tensors
 
 _log = logging.getLogger("hfprune")
+_FORMAT = 2
+"""Of how tokens are drawn: text that was drawn otherwise is not taken for what would be written now."""
 _SAMPLES = 1024
 """Places of each file of a model that are read to tell it from others."""
 
@@ -105,7 +107,7 @@ class Writer:
 
     def rows(self, role: str, count: int, length: int) -> Tensor:
         """Returns the first ``count`` sequences of a role, [count, length] int64, the start included."""
-        text = [asdict(self.settings), self._seed, role, length, count]
+        text = [_FORMAT, asdict(self.settings), self._seed, role, length, count]
         key = digest(self._author.key(), tokenizer_key(self._tokenizer), text)
         path = self._folder / f"{key[:32]}.safetensors"
         found = load_tensors(path, key=key)
