@@ -93,9 +93,6 @@ def backward(
         NotFiniteError: The objective is not finite.
         CalibrationError: A score is not finite, or the objective depends on nothing that is scored.
     """
-    total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())
-    if total != total or abs(total) == float("inf"):
-        raise NotFiniteError(f"The objective is {total} in this batch.")
     if not out.total.requires_grad:
         raise CalibrationError(
             "The objective does not depend on any scored activation: no scored module ran, or the objective was "
@@ -104,6 +101,9 @@ def backward(
     for accumulator in accumulators:
         accumulator.arm(out.num_tokens, out.padding, count=count)
     out.total.backward(retain_graph=retain_graph)
+    total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())  # waits for the device: once, at the end
+    if total != total or abs(total) == float("inf"):
+        raise NotFiniteError(f"The objective is {total} in this batch.")
     for accumulator in accumulators:
         accumulator.commit(out.total.detach())
     return total, num_tokens

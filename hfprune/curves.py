@@ -83,7 +83,7 @@ class DensePredictions:
             layer: Layers before it are run once where calls come in the order of layers.
         """
         head = output_head(self._model)
-        size = chunk_tokens(head.weight.shape[0])
+        size = chunk_tokens(head.weight.shape[0], device=head.weight.device)
         total = torch.zeros(len(masks), dtype=torch.float64, device=head.weight.device)
         for number, (batch, dense) in enumerate(zip(self._batches, self._hidden, strict=True)):
             changed = []

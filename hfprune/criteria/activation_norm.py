@@ -1,5 +1,6 @@
 """How large a unit's activations are: one forward pass, no objective."""
 
+import torch
 from torch import Tensor
 
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Sums
@@ -37,5 +38,10 @@ class ActivationNorm(ActivationCriterion):
 
 def squares(signal: Tensor, batch: BatchInfo) -> Tensor:
     """Returns the sum over each sequence's real tokens of the square of every channel, [B, C] float64."""
+    if signal.is_cuda and signal.dtype.itemsize < 4:  # one pass over the signal, products and sums in float32
+        found = batch.by_sequence(signal)
+        if batch.padding is not None:
+            found = found.masked_fill(batch.padding.unsqueeze(-1), 0.0)
+        return torch.linalg.vector_norm(found, dim=1, dtype=torch.float32).double().square_()
     value = batch.wide(signal, zero_padding=True)
     return value.square().sum(dim=1).double()

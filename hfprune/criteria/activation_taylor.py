@@ -81,7 +81,8 @@ class ActivationTaylor(GradientCriterion):
         ((part, signal),) = signals.items()
         if self.compat:
             return {UNITS: self._official_rows(group, part, signal, batch)}
-        product = unit_products(batch.wide(signal.input), batch.wide(signal.grad), group, part, batch)
+        value = batch.by_sequence(signal.input)  # widened within the product, which saves a copy
+        product = unit_products(value, batch.wide(signal.grad), group, part, batch)
         if self.reduction == "per_token":
             product = product.abs_()
         by_sequence = product.sum(dim=1).to(torch.float64)

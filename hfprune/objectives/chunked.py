@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from hfprune.objectives.base import Objective
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk of fp32 logits. Peak memory of the head is about three of these, whatever the vocabulary."""
+"""Size of one chunk of fp32 logits on the CPU. Peak memory of the head is about three of these for any vocabulary."""
+ACCELERATOR_CHUNK_BYTES = 128 * 2**20
+"""The same on an accelerator, which small matrix products leave idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +60,16 @@ class OutputHead:
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
-def chunk_tokens(vocab_size: int, *, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Returns how many tokens' fp32 logits fit into ``chunk_bytes`` (at least one)."""
+def chunk_tokens(vocab_size: int, *, chunk_bytes: int | None = None, device: torch.device | None = None) -> int:
+    """Returns how many tokens' fp32 logits fit into one chunk (at least one).
+
+    Args:
+        vocab_size: V.
+        chunk_bytes: Size of a chunk; the default of ``device`` if not given.
+        device: Where the logits are computed; the CPU if not given.
+    """
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES if device is None or device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
@@ -203,7 +213,7 @@ def chunked_objective(
     *,
     teacher_head: OutputHead | None = None,
     known: Any = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
 
@@ -215,7 +225,7 @@ def chunked_objective(
         teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
         teacher_head: The teacher's output head, where it is not ``head``.
         known: [N], what is known of a teacher that is not there.
-        chunk_bytes: Size of one chunk of fp32 logits.
+        chunk_bytes: Size of one chunk of fp32 logits; the default of the device if not given.
     """
     term = Term(objective, targets, teacher=teacher, teacher_head=teacher_head, known=known)
     (total,) = chunked_objectives([term], hidden, head, chunk_bytes=chunk_bytes)
@@ -223,7 +233,7 @@ def chunked_objective(
 
 
 def chunked_objectives(
-    terms: Sequence[Term], hidden: Tensor, head: OutputHead, *, chunk_bytes: int = CHUNK_BYTES
+    terms: Sequence[Term], hidden: Tensor, head: OutputHead, *, chunk_bytes: int | None = None
 ) -> tuple[Tensor, ...]:
     """Returns each objective's sum over its tokens: float64 scalars, differentiable in ``hidden`` and the head.
 
@@ -234,9 +244,9 @@ def chunked_objectives(
         terms: Objectives and their tokens.
         hidden: [N, D], final hidden states.
         head: The output head.
-        chunk_bytes: Size of one chunk of fp32 logits.
+        chunk_bytes: Size of one chunk of fp32 logits; the default of the device if not given.
     """
-    size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes)
+    size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes, device=hidden.device)
     totals: tuple[Tensor, ...] = _ChunkedObjectives.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, tuple(terms), size
     )
