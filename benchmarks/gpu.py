@@ -36,29 +36,30 @@ from hfprune.curves import kl_curves
 from hfprune.layerwise import LayerwisePass
 from hfprune.objectives import OBJECTIVES, chunked_objective
 
+COLUMNS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES = {
-    "7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "toy": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4},
-}  # fmt: skip
+    "7b": (32000, 4096, 11008, 32, 32),
+    "1b": (128256, 2048, 8192, 16, 32),
+    "toy": (512, 64, 176, 3, 4),
+}
 BARE = {
     "entropy": "gradient",
     "entropy_batched": "gradient_batched",
     "activation_norm": "forward",
     "least_squares": "forward",
 }
-FLOPS = {"forward": 2, "gradient": 4, "gradient_batched": 4, "entropy": 4, "entropy_batched": 4, "activation_norm": 2, "least_squares": 4}  # fmt: skip
+FLOPS = {"forward": 2, "gradient": 4, "gradient_batched": 4, "entropy": 4, "entropy_batched": 4, "activation_norm": 2}
 
 
 def build(args):
     """Returns the model with random weights, in eval mode, and the token ids [N, T]."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[args.shapes], max_position_embeddings=args.length, attn_implementation="sdpa")
+    shapes = dict(zip(COLUMNS, SHAPES[args.shapes], strict=True))
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    config = LlamaConfig(**shapes, max_position_embeddings=args.length, attn_implementation="sdpa")
     with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if args.device == "cuda" else torch.float32
-        )
-    ids = torch.randint(3, config.vocab_size, (args.sequences, args.length), generator=torch.Generator().manual_seed(0))
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    ids = torch.randint(3, config.vocab_size, (args.sequences, args.length), generator=torch.Generator())
     return model.eval().requires_grad_(False), ids.to(args.device)
 
 
@@ -188,8 +189,8 @@ def main():
         row = {"part": name, "shapes": args.shapes, "seconds": seconds}
         row["device"] = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         row["peak_gib"] = None if peak is None else peak / 2**30
+        row["tokens_per_second"] = (args.curve_sequences * args.length if part is curves else ids.numel()) / seconds
         if name in FLOPS:
-            row["tokens_per_second"] = ids.numel() / seconds
             row["mfu"] = FLOPS[name] * parameters * ids.numel() / seconds / (args.peak_tflops * 1e12)
         if BARE.get(name) in rows:
             row["ratio"] = seconds / rows[BARE[name]]["seconds"]
