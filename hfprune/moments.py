@@ -8,9 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_EXTENDED_MM = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether this torch multiplies bfloat16 matrices with a float32 result."""
-
 
 class Moments:
     """Weighted sums over tokens of x, x x^T and, with a second input y of equal shape, x y^T, in float64.
@@ -41,15 +38,15 @@ class Moments:
     def add(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds the tokens of ``x`` [..., C], and of ``y`` of the same shape, each counted ``weights`` [...] times."""
         assert (y is not None) == self.paired
-        narrow, x = x.reshape(-1, x.shape[-1]), wide_tokens(x)
+        x = wide_tokens(x)
         weighted = x if weights is None else x * weights.reshape(-1, 1).to(x.dtype)
         self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.x += weighted.sum(0, dtype=torch.float64)
-        self.xx += products(weighted, narrow)
+        self.xx += weighted.T @ x
         if y is not None:
-            narrow, y = y.reshape(-1, y.shape[-1]), wide_tokens(y)
+            y = wide_tokens(y)
             self.y += (y if weights is None else y * weights.reshape(-1, 1).to(y.dtype)).sum(0, dtype=torch.float64)
-            self.xy += products(weighted, narrow)
+            self.xy += weighted.T @ y
 
     def tensors(self) -> list[Tensor]:
         """Returns every sum."""
@@ -71,29 +68,6 @@ class Moments:
         out.xx = self.xx - torch.outer(self.x, self.x) / self.count
         out.xy = self.xy - torch.outer(self.x, self.y) / self.count if self.paired else self.xy
         return out
-
-
-def products(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Returns the sum over tokens of wide x narrow^T, [C, C], products and sums in float32 or wider.
-
-    A GPU multiplies bfloat16 matrices up to 16 times as fast as float32 ones. A float32 number is the sum of three
-    bfloat16 numbers and the product of two bfloat16 numbers is exact in float32, so three products of bfloat16
-    matrices, added in float32, are as exact as one of float32 matrices.
-
-    Args:
-        wide: [N, C], float32 or wider.
-        narrow: [N, C], as the model computed it.
-    """
-    if not (_EXTENDED_MM and narrow.is_cuda and narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32):
-        return wide.T @ narrow.to(wide.dtype)
-    total, rest = wide.new_zeros(wide.shape[1], narrow.shape[1]), wide
-    for _ in range(3):
-        part = rest.to(torch.bfloat16)
-        total += torch.mm(part.T, narrow, out_dtype=torch.float32)
-        rest = rest - part
-        if not rest.any():  # tokens of equal weight: the first part is all there is
-            break
-    return total
 
 
 def wide_tokens(values: Tensor) -> Tensor:

@@ -34,7 +34,6 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation import DenseReference, fidelity, perplexity
 from hfprune.layer_scores import layer_cosines, layer_perplexities
 from hfprune.layerwise import LayerwisePass
-from hfprune.moments import Moments
 from hfprune.objectives import OBJECTIVES, OutputHead
 from hfprune.objectives.sampled import draw
 from tests.criteria.toys import calibrate
@@ -264,19 +263,6 @@ def test_scoring_takes_less_than_the_logits_through_autograd():
     ours, theirs = peak(score), peak(whole)
     assert theirs > 2 * logits
     assert ours < logits / 2, f"{ours / 2**20:.0f} MiB; the logits take {logits / 2**20:.0f} MiB"
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_moments_of_bfloat16_inputs_are_those_of_float32_products(weighted):
-    generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(700, 48, generator=generator) * torch.logspace(-3, 2, 48)).to(torch.bfloat16)
-    weights = torch.rand(700, generator=generator) * 1e3 if weighted else None
-    expected, found = Moments(48, device=torch.device("cpu")), Moments(48, device=torch.device(DEVICE))
-    expected.add(x.double(), weights=weights)
-    found.add(x.to(DEVICE), weights=None if weights is None else weights.to(DEVICE))
-    scale = expected.xx.diagonal().sqrt()
-    error = (found.xx.cpu() - expected.xx) / scale[:, None] / scale
-    assert error.abs().max() < 2e-6
 
 
 def test_norms_of_bfloat16_activations_are_summed_in_float32():
