@@ -33,6 +33,7 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
         "tokens": sum(map(len, ids)),
         "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
         "dropped": builder.dropped_counts(role),
+        "bos": builder.bos_lines.get(role),
         "sha256": _digest(ids),
     }
     if builder.sources[role] == SELF:
