@@ -60,7 +60,7 @@ class WholeText:
         return number + (number < len(self.ids) and self._starts[number] < border)
 
     def _shared(self, border: int) -> tuple[int, int]:
-        """Returns how many first tokens the text shares with the text before ``border``, and how many the latter has."""
+        """Returns how many first tokens the text and the text before ``border`` share, and how many the latter has."""
         (before,) = encode([self._text[:border]], self._tokenizer)
         pairs = enumerate(zip(self.ids, before, strict=False))
         return next((i for i, (one, other) in pairs if one != other), min(len(self.ids), len(before))), len(before)
