@@ -292,7 +292,7 @@ class TextDataModule(ResumableDataModule):
                 self._summaries[role] = summarise(role, value, self._build)
         found: dict[str, Any] = {str(role): told for role, told in self._summaries.items()}
         if isinstance(self._loader, StreamLoader):
-            found["recovery"] = summarise_stream(self._loader.stream)
+            found["recovery"] = summarise_stream(self._loader.stream, self._build)
         return found
 
     # ---- building ----------------------------------------------------------------------------------------------------

@@ -326,7 +326,9 @@ def test_streams_begin_with_bos(tmp_path, styled):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"instruction": "the", "output": f"is {n}"}) + "\n" for n in range(9)))
     sizes = {"recovery": str(path), "streaming": True, "seq_len": 600, "recovery_sequences": None}
-    assert (next(iter(module(styled, **sizes).train_dataloader()))["input_ids"][:, 0] == BOS).all()
+    data = module(styled, **sizes)
+    assert (next(iter(data.train_dataloader()))["input_ids"][:, 0] == BOS).all()
+    assert data.summary()["recovery"]["bos"] == "each begins with BOS"
 
 
 def test_tokenizers_without_the_habit_are_left_alone():
