@@ -77,7 +77,7 @@ class Evaluation:
         """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
         module, data = self.module, self.data
         self._check_outputs(dense_cache, output)
-        limits = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+        limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
         data.bind(module.tokenizer, **limits, needs_bos=predicts_badly_without_bos(module.config))
         windows = data.evaluation_windows()
         if zero_shot is not None:

@@ -123,7 +123,7 @@ class Sweep:
     def _bound(self, data: TextDataModule) -> TextDataModule:
         module = self.module
         author = author_of(module, device=self.device)
-        limits = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+        limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
         data.bind(module.tokenizer, **limits, author=author, needs_bos=predicts_badly_without_bos(module.config))
         return data
 
