@@ -19,7 +19,13 @@ from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_file, check_writable, command_line, write_json
-from hfprune.loading import check_model_path, load_causal_lm, load_config, previous_plan
+from hfprune.loading import (
+    check_model_path,
+    load_causal_lm,
+    load_config,
+    predicts_badly_without_bos,
+    previous_plan,
+)
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
 
@@ -71,7 +77,8 @@ class Evaluation:
         """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
         module, data = self.module, self.data
         self._check_outputs(dense_cache, output)
-        data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=module.max_positions)
+        limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+        data.bind(module.tokenizer, **limits, needs_bos=predicts_badly_without_bos(module.config))
         windows = data.evaluation_windows()
         if zero_shot is not None:
             zero_shot.load()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hfprune.arch import ARCHITECTURES
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
 from hfprune.errors import ConfigError
 from hfprune.layouts import cut_of, is_per_layer
@@ -195,6 +196,15 @@ def max_positions(config: Any) -> int | None:
     """Returns how many positions the model allows, None when its config does not say."""
     value = getattr(config, "max_position_embeddings", None)
     return None if value is None else int(value)
+
+
+def predicts_badly_without_bos(config: Any) -> bool:
+    """Returns whether the table of the model's class says that a text has to begin with BOS (Gemma)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = config.get_text_config()
+    names = {*(text.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)}
+    return any(ARCHITECTURES.get(name).needs_bos for name in ARCHITECTURES if name in names)
 
 
 def _first_line(error: Exception) -> str:

@@ -78,10 +78,12 @@ NAMES = sorted(configs())
 MIXTURES = sorted(mixtures())
 
 
-def tiny(name="llama", *, seed=0, dtype=torch.float64):
+def tiny(name="llama", *, seed=0, dtype=torch.float64, vocab=61):
     """Returns the tiny model ``name`` in eval mode; all weights random, norms and biases included."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config((configs() | mixtures())[name]).to(dtype).eval()
+    config = (configs() | mixtures())[name]
+    config.vocab_size = vocab
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     if name in MIXTURES:
         model.set_experts_implementation("eager")  # the default has no float64
     with torch.no_grad():
@@ -120,9 +122,87 @@ def tiny_tokenizer(vocab_size=61):
     )
 
 
-def save_tiny(folder, name="llama", *, dtype=torch.float32, **kwargs):
+def save_tiny(folder, name="llama", *, dtype=torch.float32, tokenizer=None, **kwargs):
     """Saves the tiny model ``name`` with a tokenizer, as a user would have it on disk; returns the folder as a string."""
-    model = tiny(name, dtype=dtype, **kwargs)
+    tokenizer = tokenizer or tiny_tokenizer()
+    model = tiny(name, dtype=dtype, vocab=max(61, len(tokenizer)), **kwargs)
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+STYLES = ("llama2", "metaspace_first", "metaspace_always", "gemma", "llama3")
+"""Tokenizers with BOS: dummy prefix (as normalizer, before the first word, before every piece), none, byte level."""
+
+_TURN = (
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+)
+GEMMA_CHAT = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}" + _TURN + "{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA2_CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA3_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+CHATS = {"gemma": GEMMA_CHAT, "llama3": LLAMA3_CHAT}
+
+
+def styled_tokenizer(style):
+    """Returns a small tokenizer that puts BOS before a text and knows every byte, built as the ``style``'s are.
+
+    All but ``llama3`` fall back to bytes for characters that they do not know.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", "<unk>"]
+    if style == "llama3":
+        vocab, merges = _trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
+        tokens = [*names, *sorted(pre_tokenizers.ByteLevel.alphabet()), *vocab]
+    else:
+        vocab, merges = _trained(pre_tokenizers.Metaspace())
+        tokens = [*names, *(f"<0x{byte:02X}>" for byte in range(256)), *vocab]
+    ids = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=style != "llama3"))
+    bos = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = bos
+    spaces = [normalizers.Replace(" ", "▁")]
+    if style == "llama2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaces])
+    elif style == "gemma":
+        tokenizer.normalizer = normalizers.Sequence(spaces)
+    elif style == "llama3":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+    else:
+        scheme = style.removeprefix("metaspace_")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    plain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.ByteLevel() if style == "llama3" else decoders.Sequence(plain)
+    turns = {"gemma": ["<start_of_turn>", "<end_of_turn>"], "llama3": ["<|start|>", "<|end|>"]}.get(style, [])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in [*names, *turns]])
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    found.chat_template = CHATS.get(style, LLAMA2_CHAT)
+    return found
+
+
+def _trained(pre_tokenizer):
+    """Returns the tokens and merges of a small BPE of Python's documentation, cut as ``pre_tokenizer`` cuts."""
+    import json
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator([topics["assert"]], trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    found = json.loads(tokenizer.to_str())["model"]
+    return sorted(found["vocab"], key=found["vocab"].get), [tuple(merge) for merge in found["merges"]]

@@ -22,6 +22,7 @@ GEMMA2 = register(
             norm_offset=1.0,
             scales_embedding=True,
         ),
+        needs_bos=True,
     )
 )
 GEMMA3 = register(replace(GEMMA2, model_class="Gemma3ForCausalLM"))

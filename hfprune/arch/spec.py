@@ -155,6 +155,7 @@ class ArchSpec:
             class makes its attention mask from position ids that start again; ``mask``, where it has to be given one.
         stream: The residual stream; None where hidden channels cannot be removed.
         no_stream: Why they cannot.
+        needs_bos: Whether models of the class predict badly without BOS before a text.
     """
 
     model_class: str
@@ -174,6 +175,7 @@ class ArchSpec:
     packing: Literal["positions", "mask"] = "positions"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not say what carries the residual stream: give ArchSpec(stream=StreamSpec(...))"
+    needs_bos: bool = False
 
 
 _HINT = (

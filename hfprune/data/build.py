@@ -2,14 +2,24 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from hfprune.data.bos import CROPPED_BOS, EACH_BOS, NO_BOS, TEMPLATE_BOS, BosSetting, bos_id
 from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, tokenizer_key
-from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, encode_all, warn_of_losses
+from hfprune.data.examples import (
+    FORMAT,
+    Encoder,
+    Example,
+    ExampleOptions,
+    check_template,
+    encode_all,
+    no_example,
+    warn_of_losses,
+)
 from hfprune.data.roles import Role, Roles, plain
 from hfprune.data.sources import SELF
 from hfprune.data.store import ExampleStore, digest
@@ -32,7 +42,9 @@ class Builder:
         options: How documents become examples; its ``seq_len`` holds for every sequence.
         token_cache: Folder that keeps tokenised examples; None: they are made each time.
         writer: Writes the roles whose source is ``self``; None where the model is not known.
+        needs_bos: Whether the model's class predicts badly without BOS: sequences that lack it are warned of.
         dropped: Role -> reason -> examples left out or changed, filled while building.
+        bos_lines: Role -> where its sequences have BOS, in words, filled while building.
     """
 
     roles: Roles
@@ -44,12 +56,19 @@ class Builder:
     options: ExampleOptions
     token_cache: str | None = None
     writer: Writer | None = None
+    needs_bos: bool = False
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+    bos_lines: dict[str, str] = field(default_factory=dict)
 
     @property
     def seq_len(self) -> int:
         """Tokens per sequence."""
         return self.options.seq_len
+
+    @property
+    def bos(self) -> int | None:
+        """The BOS id that sequences begin with, None where none is added."""
+        return bos_id(self.tokenizer, self.options.bos)
 
     def kind(self, role: Role) -> str:
         """Returns what the role's source holds: text, instruction, chat or tokens."""
@@ -64,10 +83,13 @@ class Builder:
             return self._token_sequences(role, count)
         self.check_length(self.seq_len, "--data.seq_len")
         texts = [plain(d) for d in self.roles.documents(role)]
+        bos, each = self.bos, self.options.bos == "always"
+        self.bos_lines[role] = NO_BOS if bos is None else CROPPED_BOS if crop and not each else EACH_BOS
+        how: dict[str, Any] = {"seq_len": self.seq_len, "bos": bos}
         try:
             if crop:
-                return crop_documents(texts, self.tokenizer, seq_len=self.seq_len, max_sequences=count, seed=self.seed)
-            return concat_blocks(texts, self.tokenizer, seq_len=self.seq_len, max_blocks=count)
+                return crop_documents(texts, self.tokenizer, max_sequences=count, seed=self.seed, each=each, **how)
+            return concat_blocks(texts, self.tokenizer, max_blocks=count, **how)
         except ConfigError as error:
             raise ConfigError(
                 f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
@@ -79,7 +101,29 @@ class Builder:
         if len(ids) < count:
             source = self.sources["calibration"]
             warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {count}.", stacklevel=2)
+        self.warn_of_bos("calibration", ids.tolist())
         return ids
+
+    def warn_of_bos(self, role: Role, rows: Sequence[Sequence[int]]) -> None:
+        """Says how many sequences lack the BOS without which the model's class predicts badly, if any do."""
+        bos = self.tokenizer.bos_token_id
+        lacking = sum(row[0] != bos for row in rows) if self.needs_bos else 0
+        if lacking:
+            give = "Tokenise it with BOS" if self.kind(role) == "tokens" else "Give --data.bos always"
+            self._warn_of_bos(role, f"{lacking:,} of {len(rows):,} sequences do", give)
+
+    def warn_of_bos_setting(self, role: Role) -> None:
+        """Says that no BOS is added to text that is streamed, where the model's class needs it."""
+        if self.needs_bos and self.bos is None:
+            self._warn_of_bos(role, "sequences do", "Give --data.bos always")
+
+    def _warn_of_bos(self, role: Role, which: str, give: str) -> None:
+        flag = "text" if role == "evaluation" else role
+        warnings.warn(
+            f"--data.{flag} '{self.sources[role]}': {which} not begin with BOS, and models of this class predict badly "
+            f"without it. {give}.",
+            stacklevel=3,
+        )
 
     def check_count(self, role: Role, count: int | None) -> None:
         """Raises ``ConfigError`` where nobody said how many sequences the model is to write for a role."""
@@ -117,19 +161,28 @@ class Builder:
             raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
         kind = self.kind(role)
         if kind == "tokens" or (kind == "text" and not self.options.packing):
-            return [(row, row) for row in self.sequences(role, count).tolist()]
+            examples = [(row, row) for row in self.sequences(role, count).tolist()]
+        else:
+            examples = self._encoded_or_error(role, kind, count)
+        self.warn_of_bos(role, [ids for ids, _ in examples])
+        return examples
+
+    def _encoded_or_error(self, role: Role, kind: str, count: int | None) -> list[Example]:
         self.check_length(self.seq_len, "--data.seq_len")
         check_template(self.tokenizer, self.options, kind, self.sources[role])
         examples, counts = self._encoded(role, count)
         found = dict(self.roles.rows(role).dropped) | counts
         if not examples:
-            raise ConfigError(
-                f"--data.{role}: no example of '{self.sources[role]}' fits into {self.seq_len} tokens "
-                f"({', '.join(f'{number} {reason}' for reason, number in found.items())}); see --data.seq_len."
-            )
-        self.dropped[role] = counts
+            raise no_example(role, self.sources[role], found, self.seq_len)
+        self.dropped[role], self.bos_lines[role] = counts, self.bos_line(kind)
         warn_of_losses(role, self.sources[role], found, self.seq_len)
         return examples
+
+    def bos_line(self, kind: str) -> str:
+        """Returns where examples of a kind have BOS, in words."""
+        if self.options.bos != "always" and self.options.uses_template(kind):
+            return TEMPLATE_BOS
+        return NO_BOS if self.bos is None else EACH_BOS
 
     def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
         """Returns examples, from the cache when they are there, and what was left out."""
@@ -137,8 +190,8 @@ class Builder:
         store = None
         if self.token_cache is not None:
             made_of = digest([[type(d).__name__, repr(d)] for d in documents])
-            settings = self.options.describe() | {"packing": None}
-            key = digest(tokenizer_key(self.tokenizer), settings, made_of, count)
+            settings = self.options.describe() | {"packing": None, "bos id": self.bos}
+            key = digest(FORMAT, tokenizer_key(self.tokenizer), settings, made_of, count)
             store = ExampleStore(self.token_cache, key)
             if (found := store.load()) is not None:
                 return found
@@ -150,7 +203,7 @@ class Builder:
         return examples, told
 
     def windows(
-        self, *, window: int, stride: int | None, count: int | None, bos: bool, explicit: bool
+        self, *, window: int, stride: int | None, count: int | None, bos: BosSetting, explicit: bool
     ) -> Windows | None:
         """Returns the evaluation windows, None when the text is too short for one and nobody asked for it.
 
@@ -158,8 +211,11 @@ class Builder:
             window: Tokens per window.
             stride: From one to the next.
             count: The first so many.
-            bos: Begin each with BOS.
+            bos: Whether each begins with BOS.
             explicit: Whether the user named the text: it must do then.
+
+        Raises:
+            ConfigError: The text is too short and ``explicit``, or the stride is longer than a window's text.
         """
         if "evaluation" not in self.sources:
             return None
@@ -172,9 +228,13 @@ class Builder:
         else:
             text = "\n\n".join(plain(d) for d in self.roles.documents("evaluation"))
         (stream,) = encode([text], self.tokenizer)
-        bos_id = self._bos_id() if bos else None
-        windows = Windows.cut(stream, window=window, stride=stride, count=count, bos_id=bos_id, source=rows.source)
+        first = bos_id(self.tokenizer, bos)
+        if stride is not None and stride > (longest := window - (first is not None)):
+            raise ConfigError(f"--data.eval_stride {stride} is not between 1 and {longest}, a window's text.")
+        windows = Windows.cut(stream, window=window, stride=stride, count=count, bos_id=first, source=rows.source)
         if len(windows.ids):
+            self.warn_of_bos("evaluation", windows.ids.tolist())
+            self.bos_lines["evaluation"] = NO_BOS if first is None else EACH_BOS
             return windows
         short = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({window})"
         if explicit:
@@ -187,12 +247,8 @@ class Builder:
         ids = every[:count]
         self.check_length(ids.shape[1], f"--data.text '{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
+        self.warn_of_bos("evaluation", ids.tolist())
         return Windows(ids=ids, source=source, stride=ids.shape[1], available=len(every))
-
-    def _bos_id(self) -> int:
-        if self.tokenizer.bos_token_id is None:
-            raise ConfigError("--data.eval_bos: the tokenizer has no BOS token.")
-        return int(self.tokenizer.bos_token_id)
 
     def check_length(self, tokens: int, what: str) -> None:
         """Raises ``ConfigError`` where the model has fewer positions than ``tokens``."""

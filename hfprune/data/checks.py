@@ -32,7 +32,7 @@ def check_values(data: Any) -> None:
             raise ConfigError(f"--data.{name} {getattr(data, name)} is less than 2 tokens.")
     if data.eval_windows is not None and data.eval_windows < 0:
         raise ConfigError(f"--data.eval_windows {data.eval_windows} is negative.")
-    longest = data.eval_window - data.eval_bos
+    longest = data.eval_window  # less BOS, which the tokenizer decides
     if data.eval_stride is not None and not 1 <= data.eval_stride <= longest:
         raise ConfigError(f"--data.eval_stride {data.eval_stride} is not between 1 and {longest}, a window's text.")
     if data.num_workers < 0:

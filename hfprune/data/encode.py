@@ -1,4 +1,4 @@
-"""From text to token ids. No special tokens are added inside sequences; documents end with EOS where it exists."""
+"""From text to token ids. Documents end with EOS where it exists; BOS is added where it is asked for."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfprune.data.bos import with_bos
 from hfprune.data.layouts import InstructionRow
 from hfprune.errors import ConfigError
 
@@ -33,32 +34,69 @@ def encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
         yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def concat_blocks(texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_blocks: int | None) -> Tensor:
-    """Returns the documents, joined with EOS, cut into full blocks: [N, seq_len] int64; stops once N is reached."""
+def concat_blocks(
+    texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_blocks: int | None, bos: int | None = None
+) -> Tensor:
+    """Returns the documents, joined with EOS, cut into full blocks: [N, seq_len] int64; stops once N is reached.
+
+    With ``bos``, every document begins with it, and so does every block: one that begins within a document holds
+    ``seq_len - 1`` tokens of text. Where BOS and EOS are one token, one of them stands between documents.
+    """
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    stream: list[int] = []
+    rows: list[list[int]] = []
+    waiting: list[int] = []
+    total = 0
     for ids in encode(texts, tokenizer):
-        stream += ids + end
-        if max_blocks is not None and len(stream) >= max_blocks * seq_len:
+        begun = with_bos(ids, None if bos is not None and waiting[-1:] == [bos] else bos)
+        waiting += begun + end
+        total += len(begun) + len(end)
+        used = 0
+        while (max_blocks is None or len(rows) < max_blocks) and len(waiting) - used >= seq_len:
+            row = with_bos(waiting[used : used + seq_len], bos)[:seq_len]
+            rows.append(row)
+            used += seq_len - (waiting[used] != row[0])
+        del waiting[:used]
+        if max_blocks is not None and len(rows) >= max_blocks:
             break
-    blocks = len(stream) // seq_len if max_blocks is None else min(len(stream) // seq_len, max_blocks)
-    if not blocks:
-        raise ConfigError(f"the text gives {len(stream)} tokens, fewer than one sequence of {seq_len}")
-    return torch.tensor(stream[: blocks * seq_len]).view(blocks, seq_len)
+    if not rows:
+        raise ConfigError(f"the text gives {total} tokens, fewer than one sequence of {seq_len}")
+    return torch.tensor(rows)
 
 
 def crop_documents(
-    texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_sequences: int | None, seed: int
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_sequences: int | None,
+    seed: int,
+    bos: int | None = None,
+    each: bool = False,
 ) -> Tensor:
-    """Returns a seeded random crop of each document that is long enough: [N, seq_len] int64 (HFPrune's calibration)."""
+    """Returns a seeded random crop of each document that is long enough: [N, seq_len] int64 (HFPrune's calibration).
+
+    Args:
+        texts: The documents.
+        tokenizer: The model's.
+        seq_len: Tokens of a crop.
+        max_sequences: Stop once there are so many.
+        seed: Seed of the places.
+        bos: Put before each document. As published, a crop holds it only where it begins at the document's beginning.
+        each: Put ``bos`` before each crop instead, as one of its tokens.
+
+    Raises:
+        ConfigError: No document is long enough.
+    """
     generator = random.Random(seed)
     crops: list[list[int]] = []
     seen = longest = 0
-    for ids in encode(texts, tokenizer):
-        seen, longest = seen + 1, max(longest, len(ids))
-        if len(ids) >= seq_len:
-            start = generator.randrange(len(ids) - seq_len + 1)
-            crops.append(ids[start : start + seq_len])
+    head = [bos] if each and bos is not None else []
+    for plain in encode(texts, tokenizer):
+        ids = plain if each else with_bos(plain, bos)
+        seen, longest, size = seen + 1, max(longest, len(ids) + len(head)), seq_len - len(head)
+        if len(ids) >= size:
+            start = generator.randrange(len(ids) - size + 1)
+            crops.append(head + ids[start : start + size])
         if max_sequences is not None and len(crops) >= max_sequences:
             break
     if not crops:

@@ -2,24 +2,31 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from hfprune.data.borders import WholeText
+from hfprune.data.bos import BosSetting, bos_id, check_bos, with_bos
+from hfprune.data.chats import ChatEncoder, ChatError, as_chat
 from hfprune.data.encode import encode, prompt_of
-from hfprune.data.layouts import ChatRow, Document, InstructionRow, Turn
+from hfprune.data.layouts import Document, InstructionRow
 from hfprune.errors import ConfigError
 from hfprune.objectives.base import IGNORE_INDEX
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""
 
-REWRITTEN = "rewritten by the chat template"
-REFUSED = "refused by the chat template"
+FORMAT = 2
+"""Of how documents become examples; tokens that were kept under another one are not used."""
 UNSUPERVISED = "no supervised token"
 DROPPED = "longer than seq_len"
 CUT, SPLIT = f"{DROPPED}: cut, EOS kept", f"{DROPPED}: split"
 """What was done to long examples; they are not lost."""
+BY_TURNS = "earlier turns rewritten by the chat template: trained turn by turn"
+_OTHERS = "not usable with the chat template, for other reasons"
+_MOST_REASONS = 8
+"""Distinct reasons that are counted; a template may put a row's own words into its message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +40,26 @@ class ExampleOptions:
             the last token of the one before, so that every token is predicted once; ``cut``: its end goes and EOS takes
             the last place; ``drop``. Plain text is always split.
         packing: Whether several examples share a row.
+        bos: Whether examples begin with BOS: as the tokenizer does by itself (``auto``), ``always`` or ``never``.
+            Conversations have the BOS that their template writes; ``always`` adds one where it writes none.
     """
 
     seq_len: int
     template: Literal["alpaca", "chat"] = "alpaca"
     overlong: Literal["split", "cut", "drop"] = "split"
     packing: bool = False
+    bos: BosSetting = "auto"
 
     def __post_init__(self) -> None:
         for name, known in (("template", ("alpaca", "chat")), ("overlong", ("split", "cut", "drop"))):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"--data.{name} '{value}' is none of {', '.join(known)}.")
+        check_bos(self.bos)
+
+    def uses_template(self, kind: str) -> bool:
+        """Returns whether documents of a kind are written with the chat template."""
+        return kind == "chat" or (kind == "instruction" and self.template == "chat")
 
     def describe(self) -> dict[str, Any]:
         """Returns the options as plain data."""
@@ -63,26 +78,43 @@ class Encoder:
     def __init__(self, tokenizer: Any, options: ExampleOptions, counts: Counter[str]) -> None:
         self._tokenizer, self._options, self._counts = tokenizer, options, counts
         self._end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self._bos = bos_id(tokenizer, options.bos)
+        self._chats = ChatEncoder(tokenizer)
 
     def __call__(self, document: Document) -> list[Example]:
         """Returns the examples of a document: none when it has nothing to learn from."""
-        example = self._encode(document)
-        if isinstance(example, str):
-            self._counts[example] += 1
+        try:
+            examples = self._encode(document)
+        except ChatError as error:
+            reason = str(error)
+            known = reason in self._counts or len(self._counts) < _MOST_REASONS
+            self._counts[reason if known else _OTHERS] += 1
             return []
-        pieces = self._fit(example, split=isinstance(document, str))
+        if len(examples) > 1:
+            self._counts[BY_TURNS] += 1
+        return [piece for example in examples for piece in self._pieces(example, split=isinstance(document, str))]
+
+    def _pieces(self, example: Example, *, split: bool) -> list[Example]:
+        pieces = self._fit(example, split=split)
         kept = [piece for piece in pieces if any(label != IGNORE_INDEX for label in piece[1][1:])]
         if pieces and not kept:
             self._counts[UNSUPERVISED] += 1
         return kept
 
-    def _encode(self, document: Document) -> Example | str:
+    def _encode(self, document: Document) -> list[Example]:
         if isinstance(document, str):
             (ids,) = encode([document], self._tokenizer)
-            return ids + self._end, ids + self._end
+            return [self._begun((ids + self._end, ids + self._end), self._bos)]
         if isinstance(document, InstructionRow) and self._options.template == "alpaca":
-            return encode_instruction(document, self._tokenizer)
-        return encode_chat(as_chat(document), self._tokenizer)
+            return [self._begun(encode_instruction(document, self._tokenizer), self._bos)]
+        bos = self._bos if self._options.bos == "always" else None
+        return [self._begun(example, bos) for example in self._chats(as_chat(document))]
+
+    @staticmethod
+    def _begun(example: Example, bos: int | None) -> Example:
+        ids, labels = example
+        begun = with_bos(ids, bos)
+        return begun, [IGNORE_INDEX] * (len(begun) - len(ids)) + labels
 
     def _fit(self, example: Example, *, split: bool) -> list[Example]:
         (ids, labels), size, overlong = example, self._options.seq_len, self._options.overlong
@@ -90,7 +122,7 @@ class Encoder:
             return [example]
         if split or overlong == "split":
             self._counts[SPLIT] += not split
-            return [_piece(ids, labels, start, size) for start in range(0, len(ids) - 1, size - 1)]
+            return _split(ids, labels, size, ids[:1] if ids[0] == self._bos and size > 2 else [])
         if overlong == "drop":
             self._counts[DROPPED] += 1
             return []
@@ -103,72 +135,35 @@ class Encoder:
         return [(ids, labels)]
 
 
-def _piece(ids: list[int], labels: list[int], start: int, size: int) -> Example:
-    """Returns the tokens from ``start`` on; the first is context only, since the piece before predicts it."""
-    end = start + size
-    return ids[start:end], [IGNORE_INDEX if start else labels[0], *labels[start + 1 : end]]
+def _split(ids: list[int], labels: list[int], size: int, head: list[int]) -> list[Example]:
+    """Returns pieces of at most ``size`` tokens; each but the first begins with ``head`` and the last token before it.
+
+    Both are context only, since the piece before predicts the latter.
+    """
+    pieces = [(ids[:size], labels[:size])]
+    width = size - len(head)
+    for start in range(size - 1, len(ids) - 1, width - 1):
+        masked = [IGNORE_INDEX] * (len(head) + 1)
+        pieces.append((head + ids[start : start + width], masked + labels[start + 1 : start + width]))
+    return pieces
 
 
 def encode_instruction(row: InstructionRow, tokenizer: Any) -> Example:
     """Returns token ids and labels of an example: prompt tokens masked, loss on the response and EOS only.
 
-    Prompt and response are tokenised apart, so that no token spans both.
+    Prompt and response are tokenised as one text; a token that spans both belongs to the response.
     """
-    prompt, response = encode([prompt_of(row), row.output], tokenizer)
+    prompt = prompt_of(row)
+    text = prompt + row.output
+    whole = WholeText(text, tokenizer)
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return prompt + response + end, [IGNORE_INDEX] * len(prompt) + response + end
-
-
-def as_chat(document: InstructionRow | ChatRow) -> ChatRow:
-    """Returns an instruction as a conversation of one exchange."""
-    if isinstance(document, ChatRow):
-        return document
-    asked = f"{document.instruction}\n\n{document.input}" if document.input.strip() else document.instruction
-    return ChatRow((Turn("user", asked), Turn("assistant", document.output)))
-
-
-def encode_chat(row: ChatRow, tokenizer: Any) -> Example | str:
-    """Returns token ids and labels of a conversation: loss on every response up to its EOS; or why there are none.
-
-    A response begins where the chat template's generation prompt ends and is tokenised apart from what is before it.
-    Where the template puts no EOS behind the last response, one is added.
-    """
-    from jinja2 import TemplateError
-
-    ids: list[int] = []
-    labels: list[int] = []
-    eos, done = tokenizer.eos_token_id, ""
-    for index, turn in enumerate(row.turns):
-        if turn.speaker != "assistant":
-            continue
-        try:
-            prompt = _render(row.turns[:index], tokenizer, generation=True)
-            whole = _render(row.turns[: index + 1], tokenizer, generation=False)
-        except (TemplateError, TypeError):
-            return REFUSED
-        if not prompt.startswith(done) or not whole.startswith(prompt):
-            return REWRITTEN
-        before, response = encode([prompt[len(done) :], whole[len(prompt) :]], tokenizer)
-        last, done = index == len(row.turns) - 1, whole
-        if eos is not None and eos not in response and last:
-            response.append(int(eos))
-        supervised = len(response) - response[::-1].index(eos) if eos in response else len(response)
-        ids += before + response
-        labels += [IGNORE_INDEX] * len(before) + response[:supervised]
-        labels += [IGNORE_INDEX] * (len(response) - supervised)
-    return ids, labels
-
-
-def _render(turns: tuple[Turn, ...], tokenizer: Any, *, generation: bool) -> str:
-    messages = [{"role": turn.speaker, "content": turn.text} for turn in turns]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    return text
+    first = whole.span(len(prompt), len(text)).start
+    return whole.ids + end, [IGNORE_INDEX] * first + whole.ids[first:] + end
 
 
 def check_template(tokenizer: Any, options: ExampleOptions, kind: str, source: str) -> None:
     """Raises ``ConfigError`` where a chat template is needed and the tokenizer has none."""
-    chat = kind == "chat" or (kind == "instruction" and options.template == "chat")
-    if chat and not getattr(tokenizer, "chat_template", None):
+    if options.uses_template(kind) and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"'{source}' needs a chat template, and the tokenizer has none. Give --data.chat_template FILE (Jinja), or "
             "data in Alpaca layout."
@@ -191,9 +186,24 @@ def encode_all(
             return
 
 
-def warn_of_losses(role: str, source: str, counts: dict[str, int], seq_len: int, *, where: str = "") -> None:
+def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: int, *, where: str = "") -> None:
     """Says how many rows of a source (of a part of it: ``where``) are left out or changed, and why, if any are."""
     told = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
     if told:
         text = f"--data.{role} '{source}'{where}: examples left out or changed: {', '.join(told)}"
-        warnings.warn(f"{text}; --data.seq_len is {seq_len}.", stacklevel=2)
+        warnings.warn(f"{text}; --data.seq_len is {seq_len}." if of_length(counts) else f"{text}.", stacklevel=2)
+
+
+def of_length(counts: Mapping[str, int]) -> bool:
+    """Returns whether examples were left out or changed because of their length."""
+    return any(number and reason.startswith((DROPPED, UNSUPERVISED)) for reason, number in counts.items())
+
+
+def no_example(role: str, source: str, counts: Mapping[str, int], seq_len: int) -> ConfigError:
+    """Returns the error of a source that gives no example, with the reasons."""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "it has no row left"
+    if of_length(counts):
+        return ConfigError(
+            f"--data.{role}: no example of '{source}' fits into {seq_len} tokens ({reasons}); see --data.seq_len."
+        )
+    return ConfigError(f"--data.{role}: no example of '{source}' can be used ({reasons}).")

@@ -134,6 +134,11 @@ class ExampleStream(IterableDataset[Any]):
     def __post_init__(self) -> None:
         self._layout: Layout | None = None
 
+    @property
+    def kind(self) -> str:
+        """What rows hold; plain text before the first one is read."""
+        return self._layout.kind if self._layout else "text"
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Yields the batches that are left of a pass; at its very end, those of the next one.
 

@@ -33,6 +33,7 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
         "tokens": sum(map(len, ids)),
         "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
         "dropped": builder.dropped_counts(role),
+        "bos": builder.bos_lines.get(role),
         "sha256": _digest(ids),
     }
     if builder.sources[role] == SELF:
@@ -40,7 +41,7 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
     return found | ({"ngrams": Sketch.of(ids).to_text()} if role in SEEN else {})
 
 
-def summarise_stream(stream: ExampleStream) -> dict[str, Any]:
+def summarise_stream(stream: ExampleStream, builder: Builder) -> dict[str, Any]:
     """Returns source, order and what was left out so far; nothing is told of tokens that were not read yet."""
     return {
         "source": stream.source.source,
@@ -48,6 +49,7 @@ def summarise_stream(stream: ExampleStream) -> dict[str, Any]:
         "shuffle_buffer": stream.shuffle_buffer,
         "seed": stream.seed,
         "dropped": dict(stream.counts),
+        "bos": builder.bos_line(stream.kind),
     }
 
 

@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hfprune.data.bos import BosSetting, bos_id, windows_bos
 from hfprune.data.build import Builder
 from hfprune.data.checks import check_sources, check_stream, check_values
 from hfprune.data.encode import read_template
@@ -22,6 +23,7 @@ from hfprune.data.written import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.embedded import cache_dir
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
+from hfprune.loading import predicts_badly_without_bos
 from hfprune.packed import check_packing
 
 
@@ -51,7 +53,11 @@ class TextDataModule(ResumableDataModule):
         eval_window: Tokens per evaluation window.
         eval_stride: Tokens from one evaluation window to the next; windows do not overlap if not given. With a smaller
             stride, each scores its last ``eval_stride`` tokens only, with the rest as context.
-        eval_bos: Begin every evaluation window with the BOS token.
+        eval_bos: The former name of ``bos``, for evaluation windows alone; it will be removed in the next release.
+        bos: Whether text begins with the BOS token in every role: ``auto``, as the tokenizer adds it by itself;
+            ``always``; ``never``. Documents and sequences begin with it, and each evaluation window; of the crops of
+            ``calibration_layout`` ``crop`` only those from a document's beginning, as published, unless ``always``.
+            Conversations have the BOS that the chat template writes; ``always`` adds one where it writes none.
         seed: Seed of document assignment, crops and shuffling; 0 is a seed.
         num_workers: Worker processes of the training loader.
         template: How instructions are written: ``alpaca``, or ``chat``, the tokenizer's chat template, which
@@ -85,7 +91,8 @@ class TextDataModule(ResumableDataModule):
         eval_windows: int | None = 40,
         eval_window: int = 512,
         eval_stride: int | None = None,
-        eval_bos: bool = False,
+        eval_bos: bool | None = None,
+        bos: BosSetting = "auto",
         seed: int = 42,
         num_workers: int = 0,
         template: Literal["alpaca", "chat"] = "alpaca",
@@ -106,11 +113,12 @@ class TextDataModule(ResumableDataModule):
             validation_sequences,
         )
         self.eval_windows, self.eval_window, self.seed, self.num_workers = eval_windows, eval_window, seed, num_workers
-        self.eval_stride, self.eval_bos = eval_stride, eval_bos
+        self.eval_stride, self.bos = eval_stride, bos
+        self._eval_bos = windows_bos(bos, eval_bos)
         self.streaming, self.shuffle_buffer, self.self_text = streaming, shuffle_buffer, self_text
         self.chat_template, self.token_cache = chat_template, token_cache
         check_values(self)
-        self.options = ExampleOptions(seq_len=seq_len, template=template, overlong=overlong, packing=packing)
+        self.options = ExampleOptions(seq_len=seq_len, template=template, overlong=overlong, packing=packing, bos=bos)
         given: dict[Role, str | None] = {
             "calibration": calibration,
             "recovery": recovery,
@@ -131,7 +139,15 @@ class TextDataModule(ResumableDataModule):
         self._cache: dict[Role, Any] = {}
         self._summaries: dict[Role, dict[str, Any]] = {}
 
-    def bind(self, tokenizer: Any, *, vocab_size: int, max_positions: int | None, author: Author | None = None) -> None:
+    def bind(
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        max_positions: int | None,
+        author: Author | None = None,
+        needs_bos: bool = False,
+    ) -> None:
         """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
 
         Args:
@@ -139,9 +155,10 @@ class TextDataModule(ResumableDataModule):
             vocab_size: Number of token ids that the model has an embedding for.
             max_positions: Positions that it allows.
             author: Who writes where a source is ``self``.
+            needs_bos: Whether the model's class predicts badly without BOS; sequences that lack it are warned of.
 
         Raises:
-            ConfigError: The tokenizer has ids that the model does not know.
+            ConfigError: The tokenizer has ids that the model does not know, or no BOS token where there has to be one.
         """
         if len(tokenizer) > vocab_size:
             raise ConfigError(
@@ -150,6 +167,8 @@ class TextDataModule(ResumableDataModule):
             )
         if self.chat_template is not None:
             tokenizer.chat_template = read_template(self.chat_template)
+        for setting in (self.bos, self._eval_bos):
+            bos_id(tokenizer, setting)  # says that there is none before anything is read
         folder = cache_dir() / "written"
         self._builder = Builder(
             roles=self._roles,
@@ -160,6 +179,7 @@ class TextDataModule(ResumableDataModule):
             seed=self.seed,
             options=self.options,
             token_cache=self.token_cache,
+            needs_bos=needs_bos,
             writer=None if author is None else Writer(author, tokenizer, self.self_text, seed=self.seed, folder=folder),
         )
 
@@ -170,7 +190,7 @@ class TextDataModule(ResumableDataModule):
             needed = SELF in self._sources.values()
             author = author_of(module, device=self.trainer.strategy.root_device) if needed else None
             limits = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
-            self.bind(module.tokenizer, **limits, author=author)
+            self.bind(module.tokenizer, **limits, author=author, needs_bos=predicts_badly_without_bos(module.config))
             if self.options.packing:
                 check_packing(module.meta_model())
 
@@ -243,7 +263,8 @@ class TextDataModule(ResumableDataModule):
     def evaluation_windows(self) -> Windows | None:
         """Returns the evaluation windows and their protocol, None when there is no evaluation text.
 
-        The text is tokenised once, as a whole, without special tokens.
+        The text is tokenised once, as a whole, without special tokens; each window then begins with BOS where ``bos``
+        says so.
         """
         windows: Windows | None = self._once(
             "evaluation",
@@ -251,7 +272,7 @@ class TextDataModule(ResumableDataModule):
                 window=self.eval_window,
                 stride=self.eval_stride,
                 count=self.eval_windows,
-                bos=self.eval_bos,
+                bos=self._eval_bos,
                 explicit=self._explicit_text,
             ),
         )
@@ -271,7 +292,7 @@ class TextDataModule(ResumableDataModule):
                 self._summaries[role] = summarise(role, value, self._build)
         found: dict[str, Any] = {str(role): told for role, told in self._summaries.items()}
         if isinstance(self._loader, StreamLoader):
-            found["recovery"] = summarise_stream(self._loader.stream)
+            found["recovery"] = summarise_stream(self._loader.stream, self._build)
         return found
 
     # ---- building ----------------------------------------------------------------------------------------------------

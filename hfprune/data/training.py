@@ -50,6 +50,7 @@ class Loaders:
         """Returns the batches of one rank from a source that is read row by row."""
         build = self.build
         build.check_length(build.seq_len, "--data.seq_len")
+        build.warn_of_bos_setting("recovery")
         stream = ExampleStream(
             source=source,
             tokenizer=build.tokenizer,

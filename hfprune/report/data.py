@@ -247,6 +247,7 @@ def _data(found: Any) -> str:
     counts = ("sequences", "tokens")
     parts += [f"{found[name]:,} {name}" for name in counts if isinstance(found.get(name), int)]
     parts += [f"dropped {count:,} ({reason})" for reason, count in (found.get("dropped") or {}).items()]
+    parts += [str(found["bos"])] if found.get("bos") else []
     return ", ".join(parts) + (f"; SHA-256 {str(found['sha256'])[:12]}" if found.get("sha256") else "")
 
 

@@ -129,6 +129,16 @@ def _csv(rows: Sequence[Row]) -> str:
     return file.getvalue()
 
 
+def _calibration_lines(by_seed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns what calibrated, each way once; the seeds differ in the documents alone."""
+    found = [
+        f"Calibration: {one['source']}: {one['sequences']} sequences, {one['tokens']:,} tokens, {one['bos']}."
+        for one in by_seed.values()
+        if one.get("bos")
+    ]
+    return list(dict.fromkeys(found))
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """Returns the tables of a sweep as Markdown: figures, tasks where they were run, and how alike the methods are."""
     rows = result["rows"]
@@ -148,6 +158,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         tasks["task_average"] = ("average", ".1%")
     parts = [_table(rows, columns)]
     parts += [f"{name}: {protocol}." for name, protocol in result["protocols"].items()]
+    parts += _calibration_lines(result.get("calibration") or {})
     if tasks:
         parts.append(_table([row for row in rows if "task_average" in row], tasks))
     if result["speeds"]:

@@ -25,6 +25,7 @@ from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_dir, command_line, write_json
 from hfprune.fingerprint import prediction_fingerprint
+from hfprune.loading import predicts_badly_without_bos
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.sweep.book import ScoreBook
 from hfprune.sweep.grid import Cell, SweepGrid, digest
@@ -122,8 +123,8 @@ class Sweep:
     def _bound(self, data: TextDataModule) -> TextDataModule:
         module = self.module
         author = author_of(module, device=self.device)
-        positions = module.max_positions
-        data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=positions, author=author)
+        limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+        data.bind(module.tokenizer, **limits, author=author, needs_bos=predicts_badly_without_bos(module.config))
         return data
 
     def _windows(self, name: str) -> Windows:

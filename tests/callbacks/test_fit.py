@@ -215,7 +215,7 @@ def test_adapters_can_be_kept_beside_the_pruned_base(folder, tmp_path):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "gpt_neox", "gemma2", "llama_untied_bias"])
 def test_other_architectures_go_the_same_way(name, tmp_path):
     folder = save_tiny(tmp_path / "dense", name)
-    fit(folder, tmp_path / "out")
+    fit(folder, tmp_path / "out", datamodule=data(bos="always" if name == "gemma2" else "auto"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     budget = PruningPlan.load(tmp_path / "out").provenance["budget"]
     assert parameter_count(model) == budget["params"]

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from hfprune.causal import objective_sum
 from hfprune.data import ChatRow, InstructionRow, Turn, load_rows
+from hfprune.data.chats import ChatEncoder
 from hfprune.data.encode import tokenizer_key
-from hfprune.data.examples import Encoder, ExampleOptions, encode_chat
+from hfprune.data.examples import Encoder, ExampleOptions
 from hfprune.data.packing import pack
 from hfprune.errors import ConfigError
 from hfprune.objectives import OBJECTIVES
@@ -84,7 +85,7 @@ def supervised(tokenizer, labels):
 
 def test_chat_loss_is_on_responses_up_to_eos(tokenizer):
     row = ChatRow((Turn("user", "the while"), Turn("assistant", "is a"), Turn("user", "and"), Turn("assistant", "the")))
-    ids, labels = encode_chat(row, tokenizer)
+    ((ids, labels),) = ChatEncoder(tokenizer)(row)
     ends = [i for i, label in enumerate(labels) if label == tokenizer.eos_token_id]
     assert len(ends) == 2
     assert supervised(tokenizer, labels) == "isa</s>the</s>"
@@ -94,19 +95,19 @@ def test_chat_loss_is_on_responses_up_to_eos(tokenizer):
 
 def test_a_template_without_eos_gets_one(tokenizer):
     tokenizer.chat_template = TEMPLATE.replace("</s>", "")
-    ids, labels = encode_chat(ChatRow((Turn("user", "the"), Turn("assistant", "is"))), tokenizer)
+    ((ids, labels),) = ChatEncoder(tokenizer)(ChatRow((Turn("user", "the"), Turn("assistant", "is"))))
     assert ids[-1] == labels[-1] == tokenizer.eos_token_id
 
 
-def test_templates_that_rewrite_or_refuse_are_counted(tokenizer, tmp_path):
+def test_templates_that_rewrite_are_trained_by_turns_and_refusals_are_said(tokenizer, tmp_path):
     row = {"messages": [{"role": r, "content": "the"} for r in ("user", "assistant", "user", "assistant")]}
     tokenizer.chat_template = "{{ messages|selectattr('role', 'equalto', 'user')|list|length }} " + TEMPLATE
     source = write(tmp_path / "a.json", [row, {"messages": row["messages"][:2]}])
     data = bound(tokenizer, recovery=source, validation="builtin", seq_len=64)
-    with pytest.warns(UserWarning, match="1 .rewritten by the chat template"):
-        assert len(data.train_dataloader().dataset) == 1
+    with pytest.warns(UserWarning, match="1 .earlier turns rewritten by the chat template: trained turn by turn.[.]$"):
+        assert len(data.train_dataloader().dataset) == 3
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ConfigError, match="no example .* fits .*2 refused by the chat template"):
+    with pytest.raises(ConfigError, match=r"no example of .* can be used .2 refused by the chat template: no.[.]$"):
         bound(tokenizer, recovery=write(tmp_path / "a.json", [row, {"messages": row["messages"][:2]}]),
               validation="builtin").train_dataloader()  # fmt: skip
 

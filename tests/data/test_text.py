@@ -207,14 +207,16 @@ def test_evaluation_windows_with_stride_and_bos(tokenizer, tmp_path):
     assert torch.equal(strided.ids[::4], plain.ids)
     assert strided.source == str(tmp_path / "w.txt")
     tokenizer.bos_token = "<s>" if tokenizer.bos_token is None else tokenizer.bos_token
-    with_bos = bound(tokenizer, text=str(tmp_path / "w.txt"), eval_bos=True).evaluation_windows()
+    with_bos = bound(tokenizer, text=str(tmp_path / "w.txt"), bos="always").evaluation_windows()
     assert (with_bos.ids[:, 0] == tokenizer.bos_token_id).all()
     assert with_bos.ids.flatten()[1:16].tolist() == plain.ids.flatten()[:15].tolist()
     with pytest.raises(ConfigError, match="eval_stride 17 is not between 1 and 16"):
         bound(tokenizer, eval_stride=17)
+    with pytest.raises(ConfigError, match="eval_stride 16 is not between 1 and 15"):
+        bound(tokenizer, eval_stride=16, bos="always").evaluation_windows()
     tokenizer.bos_token = None
     with pytest.raises(ConfigError, match="no BOS token"):
-        bound(tokenizer, text=str(tmp_path / "w.txt"), eval_bos=True).evaluation_windows()
+        bound(tokenizer, bos="always")
 
 
 def test_fewer_calibration_sequences_than_asked_is_said_with_both_numbers(tokenizer, tmp_path):
@@ -329,7 +331,7 @@ def test_summary_tells_where_every_token_came_from(tokenizer):
     assert (sketch.share_of(ids), sketch.complete) == (1.0, True)
     assert summary["calibration"] | {"sha256": ""} == {
         "source": "builtin", "kind": "text", "sequences": 4, "tokens": 64, "supervised_tokens": None, "sha256": "",
-        "dropped": {"repeated": repeated} if repeated else {},
+        "dropped": {"repeated": repeated} if repeated else {}, "bos": "no BOS added",
     }  # fmt: skip
     assert summary["recovery"]["supervised_tokens"] == 8 * 16
     assert len(summary["recovery"]["sha256"]) == 64

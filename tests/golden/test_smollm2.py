@@ -118,7 +118,7 @@ def windows(folder, request):
     text = request.config.rootpath.parent / "shared/data/wikitext2_test_raw.txt"
     if not text.is_file():
         pytest.skip("the shared WikiText-2 test split is not beside this checkout")
-    data = TextDataModule(text=str(text), eval_windows=PERPLEXITY_WINDOWS, eval_window=512)
+    data = TextDataModule(text=str(text), eval_windows=PERPLEXITY_WINDOWS, eval_window=512, bos="never")
     data.bind(load_tokenizer(folder), vocab_size=49152, max_positions=8192)
     return data.evaluation_windows()
 

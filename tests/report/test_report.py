@@ -396,7 +396,15 @@ def write_run(folder, **changes):
             "model": {"path": "some/model", "revision": None},
         },
         "recovery": None,
-        "data": {"calibration": {"source": "builtin", "sequences": 4, "tokens": 6400, "sha256": "ab" * 32}},
+        "data": {
+            "calibration": {
+                "source": "builtin",
+                "sequences": 4,
+                "tokens": 6400,
+                "bos": "no BOS added",
+                "sha256": "ab" * 32,
+            }
+        },
         "versions": {"torch": "2"},
         "config": {"seed_everything": 7},
     }
@@ -435,7 +443,7 @@ def test_read_run(tmp_path):
     assert data.facts == {
         "Budget": "pruning_ratio=0.2; parameters 10,000 to 8,000",
         "Model": "path some/model",
-        "Calibration data": "builtin, 4 sequences, 6,400 tokens; SHA-256 abababababab",
+        "Calibration data": "builtin, 4 sequences, 6,400 tokens, no BOS added; SHA-256 abababababab",
         "Seed": "7",
         "Duration": "10 min 5 s",
         "Versions": "torch 2",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_tables_and_page(undisturbed):
     text = (out / "table.md").read_text()
     assert "| dense | - |" in text
     assert "| entropy | 20% |" in text
-    assert "first 3 non-overlapping windows of 16 tokens" in text
+    assert "first 3 non-overlapping windows of 16 tokens, no BOS added" in text
+    assert re.search(r"Calibration: .* sequences, [0-9,]+ tokens, no BOS added[.]", text)
     assert list(result["rank_correlation"]) == [m.name for m in METHODS if m.name != "reconstruction"]
     assert result["rank_correlation"]["norm"]["refit"] == pytest.approx(1)
     for matrix in (result["rank_correlation"], *result["kept_overlap"].values()):
