@@ -6,16 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, tokenizer_key
-from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, encode_all, warn_of_losses
+from hfprune.data.examples import (
+    DROPPED,
+    UNSUPERVISED,
+    Encoder,
+    Example,
+    ExampleOptions,
+    check_template,
+    encode_all,
+    warn_of_losses,
+)
+from hfprune.data.layouts import Rows
+from hfprune.data.places import SELF
 from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.sources import SELF
 from hfprune.data.store import ExampleStore, digest
+from hfprune.data.tokens import TokenRow, blocks, flat, own_labels, pieces
 from hfprune.data.written import Writer
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
+from hfprune.objectives.base import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +119,33 @@ class Builder:
                 f"--data.{role} '{source}' was tokenised with another tokenizer ({rows.tokenizer[:12]}) than the "
                 f"model's ({tokenizer_key(self.tokenizer)[:12]}). Tokenise the text again, or give the text itself."
             )
-        ids = self.roles.tokens(role)[:count]
+        if rows.token_ids is None:
+            ids = blocks(self._token_rows(role), self.seq_len)[:count]
+            if not len(ids):
+                raise ConfigError(f"--data.{role} '{source}' has fewer tokens than one sequence of {self.seq_len}.")
+        else:
+            ids = self.roles.tokens(role)[:count]
         self.check_length(ids.shape[1], f"--data.{role} '{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
         return ids
+
+    def _token_rows(self, role: Role) -> list[TokenRow]:
+        """Returns the role's pre-tokenised rows, whose ids and labels the model knows."""
+        source, rows = self.sources[role], self.roles.token_rows(role)
+        known = [label for _, labels in rows for label in labels if label != IGNORE_INDEX]
+        for ids in (flat(rows), known):
+            check_vocabulary(torch.tensor(ids), vocab_size=self.vocab_size, source=source)
+        return rows
 
     def examples(self, role: Role, count: int | None) -> list[Example]:
         """Returns up to ``count`` training examples of a role."""
         if role not in self.sources:
             raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
         kind = self.kind(role)
+        rows = None if self.sources[role] == SELF else self.roles.rows(role)
+        if rows is not None and not own_labels(rows.token_rows):
+            self.check_length(self.seq_len, "--data.seq_len")
+            return pieces(self._token_rows(role), self.seq_len)[:count]
         if kind == "tokens" or (kind == "text" and not self.options.packing):
             return [(row, row) for row in self.sequences(role, count).tolist()]
         self.check_length(self.seq_len, "--data.seq_len")
@@ -123,13 +153,19 @@ class Builder:
         examples, counts = self._encoded(role, count)
         found = dict(self.roles.rows(role).dropped) | counts
         if not examples:
-            raise ConfigError(
-                f"--data.{role}: no example of '{self.sources[role]}' fits into {self.seq_len} tokens "
-                f"({', '.join(f'{number} {reason}' for reason, number in found.items())}); see --data.seq_len."
-            )
+            raise ConfigError(self._nothing_left(role, found))
         self.dropped[role] = counts
-        warn_of_losses(role, self.sources[role], found, self.seq_len)
+        warn_of_losses(role, self.sources[role], counts, self.seq_len)
         return examples
+
+    def _nothing_left(self, role: Role, found: Mapping[str, int]) -> str:
+        """Returns why a role has no example, with the advice on ``seq_len`` only where length is a reason."""
+        told = (
+            ", ".join(f"{number:,} {reason}" for reason, number in found.items())
+            or "every document serves another role"
+        )
+        short = f" They do not fit into seq_len={self.seq_len} tokens." if {DROPPED, UNSUPERVISED} & set(found) else ""
+        return f"--data.{role} '{self.sources[role]}' gives no example: {told}.{short}"
 
     def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
         """Returns examples, from the cache when they are there, and what was left out."""
@@ -164,14 +200,10 @@ class Builder:
         if "evaluation" not in self.sources:
             return None
         rows = self.roles.rows("evaluation")
-        if rows.kind == "tokens":
+        if rows.token_ids is not None:
             return self._token_windows(count)
         self.check_length(window, "--data.eval_window")
-        if rows.kind == "text" and self.roles.alone("evaluation"):
-            text = rows.running
-        else:
-            text = "\n\n".join(plain(d) for d in self.roles.documents("evaluation"))
-        (stream,) = encode([text], self.tokenizer)
+        stream = self._evaluation_tokens(rows)
         bos_id = self._bos_id() if bos else None
         windows = Windows.cut(stream, window=window, stride=stride, count=count, bos_id=bos_id, source=rows.source)
         if len(windows.ids):
@@ -181,6 +213,17 @@ class Builder:
             raise ConfigError(f"{short}; see --data.eval_window.")
         warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
         return None
+
+    def _evaluation_tokens(self, rows: Rows) -> list[int]:
+        """Returns the tokens of the evaluation text, tokenised as a whole."""
+        if rows.kind == "tokens":
+            return flat(self._token_rows("evaluation"))
+        if rows.kind == "text" and self.roles.alone("evaluation"):
+            text = rows.running
+        else:
+            text = "\n\n".join(plain(d) for d in self.roles.documents("evaluation"))
+        (stream,) = encode([text], self.tokenizer)
+        return stream
 
     def _token_windows(self, count: int | None) -> Windows:
         source, every = self.sources["evaluation"], self.roles.tokens("evaluation")

@@ -12,9 +12,9 @@ from hfprune.data.build import Builder
 from hfprune.data.checks import check_sources, check_stream, check_values
 from hfprune.data.encode import read_template
 from hfprune.data.examples import ExampleOptions
+from hfprune.data.places import BUILTIN, SELF
 from hfprune.data.position import ResumableDataModule
 from hfprune.data.roles import Role, Roles, fill_in
-from hfprune.data.sources import BUILTIN, SELF
 from hfprune.data.stream import StreamLoader, StreamSource
 from hfprune.data.summary import overlap, summarise, summarise_stream, warn_of_overlap
 from hfprune.data.training import Loaders
@@ -163,6 +163,16 @@ class TextDataModule(ResumableDataModule):
             writer=None if author is None else Writer(author, tokenizer, self.self_text, seed=self.seed, folder=folder),
         )
 
+    def serve(self, *, training: bool) -> None:
+        """Says whether recovery and validation will read documents; where not, calibration has theirs, after its own.
+
+        The evaluation documents are the same in both cases.
+        """
+        if self._roles.lend(() if training else ("recovery", "validation")):
+            for role in ("calibration", "recovery", "validation"):
+                self._cache.pop(role, None)
+                self._summaries.pop(role, None)
+
     def _bind_trainer(self) -> None:
         assert self.trainer is not None
         if self._builder is None:
@@ -185,6 +195,7 @@ class TextDataModule(ResumableDataModule):
         assert self.trainer is not None
         self._bind_trainer()
         if stage == "fit":
+            self.serve(training=bool(self.trainer.limit_train_batches or self.trainer.limit_val_batches))
             if self.streaming and self.trainer.limit_train_batches:
                 check_stream(self, self.trainer)
             self._build_for_fit()

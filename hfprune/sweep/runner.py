@@ -124,6 +124,7 @@ class Sweep:
         author = author_of(module, device=self.device)
         positions = module.max_positions
         data.bind(module.tokenizer, vocab_size=module.vocab_size, max_positions=positions, author=author)
+        data.serve(training=False)
         return data
 
     def _windows(self, name: str) -> Windows:

@@ -109,16 +109,16 @@ def test_named_column(tmp_path):
     ("name", "data", "match"),
     [
         ("a.json", "[1, 2", "not valid JSON"),
-        ("a.json", '{"text": "x"}', "holds a JSON dict; a list"),
         ("a.json", "[]", "holds no rows"),
         ("a.json", '[{"q": "x", "a": "y"}]', "has no column 'text'.*It has: a, q"),
         ("a.json", '[{"text": ""}]', "holds no text"),
-        ("a.json", '["x", {"text": "y"}]', "one kind throughout"),
         ("a.json", '[{"instruction": "x", "output": ""}]', "no example with an instruction and an output"),
-        ("a.jsonl", '{"text": "x"}\n{"text"', "line 2, is not valid JSON"),
+        ("a.jsonl", '{"text": 1}\n{"text"', r"holds no text: 1 not text \(row 1\), 1 not JSON \(row 2: Expecting"),
         ("a.txt", " \n\n ", "holds no text"),
         ("a.json", "[" * 100_000, "not valid JSON"),
-        ("a.jsonl", '{"text": "x"}\n[' + "9" * 5000 + "]", "line 2, is not valid JSON"),
+        ("a.jsonl", "[" + "9" * 5000 + "]", "not valid JSON"),
+        ("a.json", '[{"text": "x"},\n{"text": "y"},\n', "not valid JSON"),
+        ("a.csv", 'text\nx\n"y\nz\n', "a quoted field that begins in line 3 never ends"),
     ],
 )
 def test_bad_content(tmp_path, name, data, match):
@@ -130,14 +130,11 @@ def test_bad_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_rows(str(tmp_path / "a.txt"))
-    (tmp_path / "b.txt.gz").write_bytes(b"plain")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_rows(str(tmp_path / "b.txt.gz"))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:20])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_rows(str(tmp_path / "c.txt.gz"))
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match="Cannot load the data set"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_rows(str(tmp_path / "d.parquet"))
 
 
@@ -147,7 +144,7 @@ def test_paths_are_checked_by_name_alone(tmp_path):
         ConfigError, match=r"--data.text '.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"
     ):
         check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
-    with pytest.raises(ConfigError, match="not one that datasets' save_to_disk wrote"):
+    with pytest.raises(ConfigError, match="is a folder without files that are read"):
         check_source(str(tmp_path), "--data.text")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):
