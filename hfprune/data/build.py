@@ -165,7 +165,7 @@ class Builder:
             or "every document serves another role"
         )
         short = f" They do not fit into seq_len={self.seq_len} tokens." if {DROPPED, UNSUPERVISED} & set(found) else ""
-        return f"--data.{role} '{self.sources[role]}' gives no example: {told}.{short}"
+        return f"--data.{role}: no example of '{self.sources[role]}' can be used: {told}.{short}"
 
     def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
         """Returns examples, from the cache when they are there, and what was left out."""

@@ -116,9 +116,8 @@ def open_bytes(path: Path) -> IO[bytes]:
         head = file.read(len(_POINTER))
     if head == _POINTER:
         raise ConfigError(f"'{path}' is a Git LFS pointer, not the data: run 'git lfs pull' in its repository.")
-    opener = next((opener for magic, opener in _OPENERS if magic.match(head)), open)
-    file = opener(path, "rb")
-    return file  # type: ignore[no-any-return, operator]
+    opener: Callable[..., IO[bytes]] = next((opener for magic, opener in _OPENERS if magic.match(head)), open)
+    return opener(path, "rb")
 
 
 @contextmanager

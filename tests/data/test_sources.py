@@ -144,8 +144,9 @@ def test_paths_are_checked_by_name_alone(tmp_path):
         ConfigError, match=r"--data.text '.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"
     ):
         check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is a folder without files that are read"):
-        check_source(str(tmp_path), "--data.text")
+        check_source(str(tmp_path / "empty"), "--data.text")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):
         check_source(str(tmp_path / "x.png"), "--data.text")
