@@ -80,10 +80,10 @@ def file_type(path: Path) -> str | None:
         ConfigError: It cannot be read, or is the pointer that Git LFS leaves in the place of a file.
     """
     named = named_type(path)
-    if named not in (None, "text"):
-        return named
     with reading(path), open_bytes(path) as file:
-        head = file.read(1 << 16)
+        head = file.read(1 << 16) if named in (None, "text") else b""
+    if head == b"":
+        return named
     if named is None and head.startswith(b"PAR1"):
         return "parquet"
     line = next((part for part in head.decode("utf-8-sig", "replace").split("\n") if part.strip()), "")

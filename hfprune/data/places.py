@@ -11,7 +11,7 @@ from typing import Literal
 
 from hfprune.data.files import COMPRESSED, TYPES, file_type, named_type
 from hfprune.errors import ConfigError
-from hfprune.paths import expand_user
+from hfprune.paths import user_path
 
 BUILTIN = "builtin"
 """The topics text of Python's own documentation, which every Python ships: English, about 0.7 million characters."""
@@ -62,9 +62,11 @@ def find_place(source: str, argument: str = "data source", split: str = "train")
     """
     if source in (BUILTIN, SELF):
         return Place(kind="name", name=source)
-    told, source = f"{argument} '{source[:80]}'", expand_user(source)
+    told, source = f"{argument} '{source[:80]}'", user_path(source, argument)
     try:
         return _local(source, told, split) or _remote(source, told)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:  # a name too long, a null byte, a folder that may not be entered
         raise ConfigError(f"{told} cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
 
@@ -73,7 +75,7 @@ def same_source(source: str) -> str:
     """Returns a name that is equal for two spellings of one source."""
     if source in (BUILTIN, SELF):
         return source
-    path = Path(expand_user(source))
+    path = Path(user_path(source, "source"))
     try:
         return str(path.resolve()) if path.exists() else str(path)
     except (OSError, ValueError):

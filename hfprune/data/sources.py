@@ -70,7 +70,7 @@ def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
         yield from read_files(place.files, start)
         return
     try:
-        found = _saved(place.name, place.split or split) if place.kind == "saved" else _streamed(place, split)
+        found = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
         yield from found.skip(start) if start else found
     except ConfigError:
         raise
@@ -85,14 +85,16 @@ def _streamed(place: Place, split: str) -> Any:
     return datasets.load_dataset(place.name, place.config or None, split=place.split or split, streaming=True)
 
 
-def _saved(folder: str, split: str) -> Any:
+def _saved(place: Place, split: str) -> Any:
     import datasets
 
-    found = datasets.load_from_disk(folder)
+    found, split = datasets.load_from_disk(place.name), place.split or split
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise ConfigError(f"'{folder}' has no split '{split}'. It has: {', '.join(found)}.")
-        found = found[split]
+            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(found)}.")
+        return found[split]
+    if place.split and place.split != str(found.split):
+        raise ConfigError(f"'{place.name}' is one data set without splits: leave ':{place.split}' out.")
     return found
 
 

@@ -23,6 +23,7 @@ from hfprune.embedded import cache_dir
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
 from hfprune.packed import check_packing
+from hfprune.paths import user_path
 
 
 class TextDataModule(ResumableDataModule):
@@ -108,7 +109,8 @@ class TextDataModule(ResumableDataModule):
         self.eval_windows, self.eval_window, self.seed, self.num_workers = eval_windows, eval_window, seed, num_workers
         self.eval_stride, self.eval_bos = eval_stride, eval_bos
         self.streaming, self.shuffle_buffer, self.self_text = streaming, shuffle_buffer, self_text
-        self.chat_template, self.token_cache = chat_template, token_cache
+        self.chat_template = None if chat_template is None else user_path(chat_template, "chat_template")
+        self.token_cache = None if token_cache is None else user_path(token_cache, "token_cache")
         check_values(self)
         self.options = ExampleOptions(seq_len=seq_len, template=template, overlong=overlong, packing=packing)
         given: dict[Role, str | None] = {
