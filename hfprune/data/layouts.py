@@ -141,7 +141,7 @@ class Layout:
                 f"'{text_field}'" if text_field else "'text', 'messages', or a pair such as 'instruction' and 'output'"
             )
             raise ConfigError(
-                f"'{source}' has no column {wanted}. It has: {', '.join(sorted(counts)) or 'none'}. "
+                f"'{source}' has no column {wanted}. It has: {_listed(counts)}. "
                 "Name the column of the text with text_field=... (--data.text_field)."
             )
         messages = sum(isinstance(row.get(found.prompt), list) for row in rows) if found.kind == "instruction" else 0
@@ -207,6 +207,13 @@ class Layout:
         turns = row.get(self.column) if self.column else None
         before = row.get(self.prompt) if self.prompt else []
         return [*before, *turns] if isinstance(turns, list) and isinstance(before, list) else turns
+
+
+def _listed(columns: Collection[str], most: int = 20) -> str:
+    """Returns the names of columns for a message, shortened where a file that is no table gave them."""
+    names = [name[:40].encode("utf-8", "backslashreplace").decode() for name in sorted(columns)]
+    more = [f"{len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join(names[:most] + more) or "none"
 
 
 def rows_of_records(source: str, records: Iterable[Any], text_field: str | None) -> Rows:

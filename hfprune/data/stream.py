@@ -126,7 +126,8 @@ class ExampleStream(IterableDataset[Any]):
             if not empty:
                 return
             if whole:
-                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {dict(self.counts)}.")
+                told = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items()) or "it holds no rows"
+                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {told}.")
 
     def _pass(self) -> Iterator[dict[str, Tensor]]:
         place, waiting = self.place, []

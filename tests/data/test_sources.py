@@ -184,3 +184,50 @@ def test_truth_values_are_not_token_ids(tmp_path):
     save_file({"input_ids": torch.ones(2, 3, dtype=torch.bool)}, tmp_path / "t.safetensors")
     with pytest.raises(ConfigError, match=r"must hold an integer tensor.*torch.bool"):
         load_rows(str(tmp_path / "t.safetensors"))
+
+
+class Hub:
+    """Stands for ``datasets.load_dataset``: counts the rows that are asked for."""
+
+    def __init__(self, monkeypatch, rows):
+        self.rows, self.read, self.asked = rows, 0, []
+        monkeypatch.setattr(datasets, "load_dataset", self)
+
+    def __call__(self, name, config, *, split, streaming):
+        self.asked.append((name, config, split, streaming))
+        return datasets.IterableDataset.from_generator(self._rows)
+
+    def _rows(self):
+        for number in range(self.rows):
+            self.read += 1
+            yield {"text": f"row {number}"}
+
+
+def test_a_hub_data_set_is_streamed_and_read_no_further_than_needed(monkeypatch):
+    hub = Hub(monkeypatch, rows=10_000)
+    monkeypatch.setattr("hfprune.data.sources.HUB_ROWS", 50)
+    with pytest.warns(UserWarning, match="'owner/big:en:test' has more than 50 rows; the first 50 are used"):
+        rows = load_rows("owner/big:en:test")
+    assert rows.texts == tuple(f"row {number}" for number in range(50))
+    assert hub.read <= 52
+    assert hub.asked == [("owner/big", "en", "test", True)]
+
+
+def test_a_smaller_hub_data_set_is_read_whole(monkeypatch):
+    hub = Hub(monkeypatch, rows=50)
+    monkeypatch.setattr("hfprune.data.sources.HUB_ROWS", 50)
+    assert len(load_rows("owner/small", split="dev").texts) == 50
+    assert hub.asked == [("owner/small", None, "dev", True)]
+
+
+def test_a_hub_data_set_that_breaks_off_is_one_line(monkeypatch):
+    def broken(*args, **kwargs):
+        def rows():
+            yield {"text": "x"}
+            raise OSError("the line\nis cut")
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(ConfigError, match=r"Cannot load the data set 'owner/x': [^\n]+$"):
+        load_rows("owner/x")
