@@ -160,12 +160,11 @@ class Builder:
 
     def _nothing_left(self, role: Role, found: Mapping[str, int]) -> str:
         """Returns why a role has no example, with the advice on ``seq_len`` only where length is a reason."""
-        told = (
-            ", ".join(f"{number:,} {reason}" for reason, number in found.items())
-            or "every document serves another role"
-        )
-        short = f" They do not fit into seq_len={self.seq_len} tokens." if {DROPPED, UNSUPERVISED} & set(found) else ""
-        return f"--data.{role}: no example of '{self.sources[role]}' can be used: {told}.{short}"
+        told = ", ".join(f"{number:,} {reason}" for reason, number in found.items()) or "it has no row left"
+        start = f"--data.{role}: no example of '{self.sources[role]}'"
+        if {DROPPED, UNSUPERVISED} & set(found):
+            return f"{start} fits into {self.seq_len} tokens ({told}); see --data.seq_len."
+        return f"{start} can be used ({told})."
 
     def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
         """Returns examples, from the cache when they are there, and what was left out."""

@@ -144,7 +144,7 @@ def encode_chat(row: ChatRow, tokenizer: Any) -> Example | str:
         try:
             prompt = _render(row.turns[:index], tokenizer, generation=True)
             whole = _render(row.turns[: index + 1], tokenizer, generation=False)
-        except (TemplateError, TypeError):
+        except (TemplateError, TypeError, ValueError):
             return REFUSED
         if not prompt.startswith(done) or not whole.startswith(prompt):
             return REWRITTEN

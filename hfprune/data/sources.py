@@ -46,7 +46,8 @@ def load_rows(source: str, *, split: str = "train", text_field: str | None = Non
     if place.name == BUILTIN and place.kind == "name":
         from pydoc_data.topics import topics
 
-        return Rows(source=source, kind="text", texts=tuple(topics[name].strip() for name in sorted(topics)))
+        texts = tuple(topics[name].strip() for name in sorted(topics))
+        return Rows(source=source, kind="text", texts=texts, running="\n\n".join(texts))
     if place.type == "tensors":
         return _token_rows(source, place.files[0])
     if place.type == "text":

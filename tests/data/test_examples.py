@@ -106,9 +106,15 @@ def test_templates_that_rewrite_or_refuse_are_counted(tokenizer, tmp_path):
     with pytest.warns(UserWarning, match="1 .rewritten by the chat template"):
         assert len(data.train_dataloader().dataset) == 1
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ConfigError, match="no example .* can be used: 2 refused by the chat template.$"):
+    with pytest.raises(ConfigError, match=r"no example .* can be used .2 refused by the chat template..$"):
         bound(tokenizer, recovery=write(tmp_path / "a.json", [row, {"messages": row["messages"][:2]}]),
               validation="builtin").train_dataloader()  # fmt: skip
+
+
+def test_a_conversation_that_begins_with_a_response_is_counted(tokenizer):
+    counts = Counter()
+    assert Encoder(tokenizer, ExampleOptions(seq_len=64), counts)(ChatRow((Turn("assistant", "the"),))) == []
+    assert counts == {"refused by the chat template": 1}
 
 
 def test_conversations_need_a_template(tokenizer, tmp_path):

@@ -98,6 +98,7 @@ def test_builtin_is_a_lot_of_english():
     rows = load_rows("builtin")
     assert sum(map(len, rows.texts)) > 300_000
     assert len(rows.texts) > 50
+    assert rows.running == "\n\n".join(rows.texts)
 
 
 def test_named_column(tmp_path):
