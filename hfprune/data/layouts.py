@@ -144,7 +144,9 @@ class Layout:
                 f"'{source}' has no column {wanted}. It has: {_listed(counts)}. "
                 "Name the column of the text with text_field=... (--data.text_field)."
             )
-        messages = sum(isinstance(row.get(found.prompt), list) for row in rows) if found.kind == "instruction" else 0
+        messages = (
+            sum(isinstance(row.get(found.prompt or ""), list) for row in rows) if found.kind == "instruction" else 0
+        )
         if 2 * messages > len(rows):
             return cls("chat", found.column, prompt=found.prompt)
         about = next((name for name in _INPUT_COLUMNS if name in counts), None)  # rows may leave it out
@@ -280,8 +282,8 @@ def _words(turn: Mapping[str, Any]) -> Any:
     if not isinstance(value, list) or not value:
         return value
     parts = [part if isinstance(part, Mapping) and part.get("type", "text") == "text" else {} for part in value]
-    texts = [part.get("text") for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else value
+    texts = [text for part in parts if isinstance(text := part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(parts) else value
 
 
 def _turns(turns: Iterable[Mapping[str, Any]]) -> list[Turn]:
