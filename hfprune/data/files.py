@@ -95,7 +95,7 @@ def file_type(path: Path) -> str | None:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns what goes wrong when a file is read into ``ConfigError``."""
-    from pyarrow import ArrowException  # type: ignore[import-untyped]
+    from pyarrow import ArrowException
 
     try:
         yield
@@ -223,7 +223,7 @@ def _csv_rows(path: Path) -> Iterator[Delayed]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Delayed]:
-    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    from pyarrow.parquet import ParquetFile
 
     with reading(path), open(path, "rb") as raw, ParquetFile(raw) as file:
         for batch in file.iter_batches(batch_size=1024):
