@@ -31,8 +31,8 @@ class TextDataModule(ResumableDataModule):
 
     A source is a ``.txt``, JSON, ``.csv``, ``.tsv``, ``.parquet`` or ``.safetensors`` file (``input_ids``), compressed
     or not, a folder or glob of such files, a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English
-    text of Python's documentation, or ``self``: text that the dense model writes. Roles that share a source get disjoint
-    documents; a document that occurs in two sources stays with one role.
+    text of Python's documentation, or ``self``: text that the dense model writes. Roles that share a source get
+    disjoint documents; a document that occurs in two sources stays with one role.
 
     Args:
         calibration: Source of the calibration sequences.
