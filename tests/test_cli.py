@@ -107,6 +107,25 @@ def test_fit_resumes_from_last(dense):
     assert report["recovery"]["rank"] == 2
 
 
+@pytest.mark.parametrize("method", [["--pruning_ratio=0.2"], ["--method=wanda", "--sparsity=0.5"]])
+def test_prune_calibrates_on_every_document(dense, method):
+    texts = [f"the {n} is of the {n} and a {n % 5} " * 4 for n in range(24)]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ["--data.calibration=a.jsonl", "--data.text=builtin", "--data.calibration_layout=crop"]
+    assert prune(dense, *method, *flags, "--data.calibration_sequences=24") == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["data"]["calibration"]["sequences"] == 24
+    assert not [text for text in report.get("warnings", []) if "sequences, not" in text]
+
+
+def test_a_home_folder_in_data_flags(dense, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path("a.jsonl").write_text("".join(json.dumps({"text": f"the {n} is " * 9}) + "\n" for n in range(40)))
+    Path("run.yaml").write_text("data: {calibration: ~/a.jsonl, text: ~/a.jsonl, token_cache: ~/cache}\n")
+    assert prune(dense, "--config=run.yaml", "--pruning_ratio=0.2") == 0
+    assert not Path("~").exists()
+
+
 def test_sparse_prune_round_trip(dense, capsys):
     Path("sparse.yaml").write_text('method: {class_path: Wanda, init_args: {scope: matrix}}\nsparsity: "2:4"\n')
     assert prune(dense, "--config", "sparse.yaml", "--update=sparsegpt", "--sparse.offload=disk") == 0

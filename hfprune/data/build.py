@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfprune.data.bos import CROPPED_BOS, EACH_BOS, NO_BOS, TEMPLATE_BOS, BosSetting, bos_id
@@ -20,12 +21,15 @@ from hfprune.data.examples import (
     no_example,
     warn_of_losses,
 )
+from hfprune.data.layouts import Rows
+from hfprune.data.places import SELF
 from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.sources import SELF
 from hfprune.data.store import ExampleStore, digest
+from hfprune.data.tokens import TokenRow, blocks, flat, own_labels, pieces
 from hfprune.data.written import Writer
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
+from hfprune.objectives.base import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,16 +154,33 @@ class Builder:
                 f"--data.{role} '{source}' was tokenised with another tokenizer ({rows.tokenizer[:12]}) than the "
                 f"model's ({tokenizer_key(self.tokenizer)[:12]}). Tokenise the text again, or give the text itself."
             )
-        ids = self.roles.tokens(role)[:count]
+        if rows.token_ids is None:
+            ids = blocks(self._token_rows(role), self.seq_len)[:count]
+            if not len(ids):
+                raise ConfigError(f"--data.{role} '{source}' has fewer tokens than one sequence of {self.seq_len}.")
+        else:
+            ids = self.roles.tokens(role)[:count]
         self.check_length(ids.shape[1], f"--data.{role} '{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
         return ids
+
+    def _token_rows(self, role: Role) -> list[TokenRow]:
+        """Returns the role's pre-tokenised rows, whose ids and labels the model knows."""
+        source, rows = self.sources[role], self.roles.token_rows(role)
+        known = [label for _, labels in rows for label in labels if label != IGNORE_INDEX]
+        for ids in (flat(rows), known):
+            check_vocabulary(torch.tensor(ids), vocab_size=self.vocab_size, source=source)
+        return rows
 
     def examples(self, role: Role, count: int | None) -> list[Example]:
         """Returns up to ``count`` training examples of a role."""
         if role not in self.sources:
             raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
         kind = self.kind(role)
+        rows = None if self.sources[role] == SELF else self.roles.rows(role)
+        if rows is not None and not own_labels(rows.token_rows):
+            self.check_length(self.seq_len, "--data.seq_len")
+            return pieces(self._token_rows(role), self.seq_len)[:count]
         if kind == "tokens" or (kind == "text" and not self.options.packing):
             examples = [(row, row) for row in self.sequences(role, count).tolist()]
         else:
@@ -175,7 +196,7 @@ class Builder:
         if not examples:
             raise no_example(role, self.sources[role], found, self.seq_len)
         self.dropped[role], self.bos_lines[role] = counts, self.bos_line(kind)
-        warn_of_losses(role, self.sources[role], found, self.seq_len)
+        warn_of_losses(role, self.sources[role], counts, self.seq_len)
         return examples
 
     def bos_line(self, kind: str) -> str:
@@ -220,14 +241,10 @@ class Builder:
         if "evaluation" not in self.sources:
             return None
         rows = self.roles.rows("evaluation")
-        if rows.kind == "tokens":
+        if rows.token_ids is not None:
             return self._token_windows(count)
         self.check_length(window, "--data.eval_window")
-        if rows.kind == "text" and self.roles.alone("evaluation"):
-            text = rows.running
-        else:
-            text = "\n\n".join(plain(d) for d in self.roles.documents("evaluation"))
-        (stream,) = encode([text], self.tokenizer)
+        stream = self._evaluation_tokens(rows)
         first = bos_id(self.tokenizer, bos)
         if stride is not None and stride > (longest := window - (first is not None)):
             raise ConfigError(f"--data.eval_stride {stride} is not between 1 and {longest}, a window's text.")
@@ -241,6 +258,17 @@ class Builder:
             raise ConfigError(f"{short}; see --data.eval_window.")
         warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
         return None
+
+    def _evaluation_tokens(self, rows: Rows) -> list[int]:
+        """Returns the tokens of the evaluation text, tokenised as a whole."""
+        if rows.kind == "tokens":
+            return flat(self._token_rows("evaluation"))
+        if rows.kind == "text" and self.roles.alone("evaluation"):
+            text = rows.running
+        else:
+            text = "\n\n".join(plain(d) for d in self.roles.documents("evaluation"))
+        (stream,) = encode([text], self.tokenizer)
+        return stream
 
     def _token_windows(self, count: int | None) -> Windows:
         source, every = self.sources["evaluation"], self.roles.tokens("evaluation")

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hfprune.data.places import SELF
 from hfprune.data.roles import Role
-from hfprune.data.sources import SELF, check_source
+from hfprune.data.sources import check_source
 from hfprune.errors import ConfigError
 
 _POSITIVE = (

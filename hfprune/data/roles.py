@@ -1,15 +1,18 @@
 """Which documents serve which purpose; no document serves two."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor
 
 from hfprune.data.encode import prompt_of
 from hfprune.data.layouts import ChatRow, Document, InstructionRow, Rows
-from hfprune.data.sources import SELF, load_rows
+from hfprune.data.places import SELF, same_source
+from hfprune.data.sources import load_rows
 from hfprune.data.splits import assign_documents, unique_documents
+from hfprune.data.tokens import TokenRow
 from hfprune.errors import ConfigError
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
@@ -30,15 +33,36 @@ class Roles:
     def __init__(self, sources: Mapping[Role, str], *, split: str, text_field: str | None, seed: int) -> None:
         self._sources, self._split, self._text_field, self._seed = _one_spelling(sources), split, text_field, seed
         self._rows: dict[str, Rows] = {}
+        self._idle: frozenset[Role] = frozenset()
+        self._forget()
+
+    def _forget(self) -> None:
         self._documents: dict[Role, list[Any]] = {}
         self._seen: set[bytes] = set()
         self.duplicates: dict[Role, int] = {}
+
+    def lend(self, idle: Iterable[Role]) -> bool:
+        """Gives calibration, after its own documents, those of roles that a run does not use.
+
+        Args:
+            idle: Roles that will not be asked for; evaluation keeps its documents in every run.
+
+        Returns:
+            Whether the documents of any role changed.
+        """
+        changed = self._idle != frozenset(idle)
+        if changed:
+            self._idle = frozenset(idle)
+            self._forget()
+        return changed
 
     def rows(self, role: Role) -> Rows:
         """Returns everything that the role's source holds."""
         source = self._sources[role]
         if source not in self._rows:
             self._rows[source] = load_rows(source, split=self._split, text_field=self._text_field)
+            if lost := self._rows[source].losses.sentence(source):
+                warnings.warn(lost, stacklevel=2)
         return self._rows[source]
 
     def alone(self, role: Role) -> bool:
@@ -55,13 +79,25 @@ class Roles:
         assert ids is not None
         if self.alone(role):
             return ids
-        own = self._own(role, [str(row) for row in ids.tolist()])
+        return ids[self._own_rows(role, ids.tolist())]
+
+    def token_rows(self, role: Role) -> list[TokenRow]:
+        """Returns the role's share of pre-tokenised rows of several lengths or with labels.
+
+        Raises:
+            ConfigError: The source has too few rows for the roles that share it.
+        """
+        rows = self.rows(role).token_rows
+        return list(rows) if self.alone(role) else [rows[number] for number in self._own_rows(role, rows)]
+
+    def _own_rows(self, role: Role, rows: Sequence[Any]) -> list[int]:
+        own = self._own(role, [str(row) for row in rows])
         if not own:
             raise ConfigError(
-                f"'{self._sources[role]}' holds {len(ids)} sequences, too few for the roles that share it: none is "
+                f"'{self._sources[role]}' holds {len(rows)} sequences, too few for the roles that share it: none is "
                 f"left for {role}; give --data.{'text' if role == 'evaluation' else role}."
             )
-        return ids[own]
+        return own
 
     def documents(self, role: Role) -> list[Any]:
         """Returns the role's documents, none of which an earlier role of ``SHARES`` holds too."""
@@ -99,20 +135,17 @@ class Roles:
         shares: dict[str, float] = {
             r: SHARES[r] for r, source in self._sources.items() if source == self._sources[role]
         }
-        return assign_documents(total, shares, seed=self._seed)[role]
+        parts = assign_documents(total, shares, seed=self._seed)
+        lent = [parts[r] for r in SHARES if r in parts and r in self._idle] if role == "calibration" else []
+        return [*parts[role], *chain.from_iterable(lent)]
 
 
 def _one_spelling(sources: Mapping[Role, str]) -> dict[Role, str]:
     """Returns role -> source, where one file named in two ways (``a.txt``, ``./a.txt``) is one source."""
     first: dict[str, str] = {}
     for source in sources.values():
-        first.setdefault(_identity(source), source)
-    return {role: first[_identity(source)] for role, source in sources.items()}
-
-
-def _identity(source: str) -> str:
-    path = Path(source)
-    return str(path.resolve()) if path.exists() else source
+        first.setdefault(same_source(source), source)
+    return {role: first[same_source(source)] for role, source in sources.items()}
 
 
 def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, str]:
@@ -129,7 +162,7 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
     lender = None if calibration.endswith(".safetensors") else calibration
     recovery = given["recovery"] or lender
     others = (calibration, given["validation"], text)
-    if streaming and (recovery is None or _identity(recovery) in [_identity(other) for other in others if other]):
+    if streaming and (recovery is None or same_source(recovery) in [same_source(other) for other in others if other]):
         raise ConfigError("--data.streaming: give a --data.recovery that no other role uses; it is never in memory.")
     found: dict[Role, str | None] = {
         "calibration": calibration,

@@ -1,174 +1,146 @@
 """Reading text, instructions or token ids from wherever users keep them."""
 
-import difflib
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hfprune.data.layouts import Rows, rows_of_records
+from hfprune.data.files import NOT_UTF8, broken, read_files, read_text
+from hfprune.data.layouts import Layout, Rows, rows_of_records
+from hfprune.data.losses import Losses
+from hfprune.data.places import BUILTIN, SELF, Place, find_place
 from hfprune.errors import ConfigError
 
-BUILTIN = "builtin"
-"""The topics text of Python's own documentation, which every Python ships: English, about 0.7 million characters."""
+__all__ = ["BUILTIN", "SELF", "check_source", "load_rows", "open_rows"]
 
-SELF = "self"
-"""Text that the model itself writes, see :mod:`hfprune.data.written`."""
-
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".safetensors")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+HUB_ROWS = 100_000
+"""Rows that are read of a hub data set, unless it is streamed as recovery data."""
 
 
 def check_source(source: str, flag: str) -> None:
-    """Raises ``ConfigError`` when ``source`` can be seen to be unusable; reads nothing but the file system's names."""
-    if source in (BUILTIN, SELF):
-        return
-    path = Path(source)
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise ConfigError(f"{flag} '{source[:80]}' cannot be looked up: {error.strerror}.") from error
-    if is_folder:
-        if not ((path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()):
-            raise ConfigError(f"{flag} '{source}' is a folder, but not one that datasets' save_to_disk wrote.")
-        return
-    if is_file:
-        if _suffix(path) not in SUFFIXES:
-            raise ConfigError(
-                f"{flag} '{source}': files of type '{path.suffix}' are not read. Known: {', '.join(SUFFIXES)}; .gz of "
-                "the first three."
-            )
-        return
-    looks_local = _suffix(path) in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local or not _HUB_ID.fullmatch(source):
-        raise ConfigError(f"{flag} '{source}' does not exist.{_near(path)}")
+    """Raises ``ConfigError`` when ``source`` can be seen to be unusable; reads no rows."""
+    find_place(source, flag)
 
 
 def load_rows(source: str, *, split: str = "train", text_field: str | None = None) -> Rows:
     """Returns what ``source`` holds.
 
     Args:
-        source: ``builtin``; a ``.txt``, ``.json``, ``.jsonl`` (or ``.gz`` of those), ``.parquet`` or ``.safetensors``
-            file (tensor ``input_ids`` [N, T]); a folder that ``datasets.save_to_disk`` wrote; else a hub data set id,
-            with ``:config`` behind it if it has several, and ``:split`` behind that (``owner/name:config:test``).
-        split: Split of a saved ``DatasetDict``, or of a hub data set that names none itself.
+        source: ``builtin``; a ``.txt``, JSON (an array or one value a line), ``.csv``, ``.tsv``, ``.parquet`` or
+            ``.safetensors`` file (tensor ``input_ids`` [N, T]), compressed or not; a folder or glob of such files; a
+            folder that ``datasets.save_to_disk`` wrote; else a hub data set id, with ``:config`` behind it if it has
+            several, and ``:split`` behind that (``owner/name:config:test``). Folders may have ``:split`` behind them.
+        split: Split of a folder or a hub data set that names none itself.
         text_field: Column that holds the text; by default ``text`` or ``content``.
 
     Raises:
         ConfigError: The source is missing, unreadable, empty, or has no column that is understood.
     """
-    check_source(source, "data source")
-    if source == BUILTIN:
+    place = find_place(source, split=split)
+    if place.name == SELF and place.kind == "name":
+        raise ConfigError("'self' is text that a model writes: no rows to read.")
+    if place.name == BUILTIN and place.kind == "name":
         from pydoc_data.topics import topics
 
-        return Rows(source=source, kind="text", texts=tuple(topics[name].strip() for name in sorted(topics)))
-    path = Path(source)
-    suffix = source_suffix(source)
-    if suffix == ".safetensors":
-        return _token_rows(source)
-    if suffix == ".txt":
-        text = _read_text(path)
-        if not text.strip():
-            raise ConfigError(f"'{source}' holds no text.")
-        return Rows(source=source, kind="text", texts=_paragraphs(text), running=text)
-    records = _json_records(path, suffix) if suffix in (".json", ".jsonl") else open_dataset(source, suffix, split)
-    return rows_of_records(source, records, text_field)
+        texts = tuple(topics[name].strip() for name in sorted(topics))
+        return Rows(source=source, kind="text", texts=texts, running="\n\n".join(texts))
+    if place.type == "tensors":
+        return _token_rows(source, place.files[0])
+    if place.type == "text":
+        return _running_text(source, place)
+    rows = _hub_rows(place, source, split) if place.kind == "hub" else list(open_rows(place, split))
+    return rows_of_records(source, _unwrapped(rows, text_field), text_field)
 
 
-def source_suffix(source: str) -> str:
-    """Returns the type of a file without ``.gz``, nothing for what is no file."""
-    path = Path(source)
-    return _suffix(path) if path.is_file() else ""
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _near(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean '{folder / close[0]}'?" if close else ""
-
-
-def _read_text(path: Path) -> str:
-    """Returns a file's text with line ends turned into LF and no byte order mark, also from gzip."""
-    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        text: str = file.read()
-        return text
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong when a text file is read into ``ConfigError``."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{path}' is not UTF-8 text: {error}.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"'{path}' cannot be read: {error}.") from error
-
-
-def _json_records(path: Path, suffix: str) -> list[Any]:
-    text = _read_text(path)
-    if suffix == ".json":
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"'{path}' is not valid JSON: {error}.") from error
-        if not isinstance(data, list):
-            raise ConfigError(f"'{path}' holds a JSON {type(data).__name__}; a list of objects or strings is expected.")
-        return data
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"'{path}', line {number}, is not valid JSON: {error}.") from error
-    return records
-
-
-def open_dataset(source: str, suffix: str, split: str, *, streaming: bool = False) -> Any:
-    """Opens a parquet file, a saved folder or a hub data set through ``datasets``.
+def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
+    """Yields the rows of a place from number ``start`` on, as they are asked for; none is kept.
 
     Args:
-        source: Its name.
-        suffix: ``.parquet`` for such a file.
-        split: Split of a saved or hub data set.
-        streaming: Read rows as they are asked for; none is kept in memory or in a cache.
+        place: Files of rows, a saved data set or the hub.
+        split: Split where ``place`` names none.
+        start: Rows to skip.
 
     Raises:
-        ConfigError: It cannot be opened.
+        ConfigError: It cannot be opened or read.
     """
-    import datasets
-
+    if place.kind == "files":
+        yield from read_files(place.files, start)
+        return
     try:
-        if suffix == ".parquet" and streaming:
-            return datasets.load_dataset("parquet", data_files=source, split="train", streaming=True)
-        if suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source, keep_in_memory=True)
-        if Path(source).is_dir():
-            found = datasets.load_from_disk(source)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise ConfigError(f"'{source}' has no split '{split}'. It has: {', '.join(found)}.")
-                found = found[split]
-            return found
-        name, config, own_split = (*source.split(":"), "", "")[:3]
-        return datasets.load_dataset(name, config or None, split=own_split or split, streaming=streaming)
+        found = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
+        yield from found.skip(start) if start else found
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
         line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise ConfigError(f"Cannot load the data set '{source}': {line}") from error
+        raise ConfigError(f"Cannot load the data set '{place.name}': {line}") from error
+
+
+def _streamed(place: Place, split: str) -> Any:
+    import datasets
+
+    return datasets.load_dataset(place.name, place.config or None, split=place.split or split, streaming=True)
+
+
+def _saved(place: Place, split: str) -> Any:
+    import datasets
+
+    found, split = datasets.load_from_disk(place.name), place.split or split
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(found)}.")
+        return found[split]
+    if place.split and place.split != str(found.split):
+        raise ConfigError(f"'{place.name}' is one data set without splits: leave ':{place.split}' out.")
+    return found
+
+
+def _hub_rows(place: Place, source: str, split: str) -> list[Any]:
+    """Returns the first rows of a hub data set, which is not downloaded further; says so where there are more."""
+    rows = list(islice(open_rows(place, split), HUB_ROWS + 1))
+    if len(rows) > HUB_ROWS:
+        warnings.warn(
+            f"'{source}' has more than {HUB_ROWS:,} rows; the first {HUB_ROWS:,} are used. As recovery data, "
+            "streaming=True (--data.streaming) reads all.",
+            stacklevel=2,
+        )
+    return rows[:HUB_ROWS]
+
+
+def _unwrapped(rows: list[Any], text_field: str | None) -> list[Any]:
+    """Returns the rows that a single object holds, under one key or as columns; other rows as they are."""
+    if len(rows) != 1 or not isinstance(rows[0], Mapping):
+        return rows
+    found = Layout.known(rows[0], text_field)
+    columns = {name: list(v.values()) if isinstance(v, Mapping) else v for name, v in rows[0].items()}
+    lists = [v for v in columns.values() if isinstance(v, list) and v]
+    if found is None:
+        wrapped = [v for v in lists if all(isinstance(row, Mapping) for row in v)]
+        return wrapped[0] if len(wrapped) == 1 else rows
+    if found.kind in ("text", "instruction") and len(lists) == len(columns) and len({len(v) for v in lists}) == 1:
+        return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+    return rows
+
+
+def _running_text(source: str, place: Place) -> Rows:
+    running = "\n\n".join(read_text(path) for path in place.files)
+    if not running.strip():
+        raise ConfigError(f"'{source}' holds no text.")
+    parts = _paragraphs(running)
+    losses = Losses(rows=len(parts))
+    for number, part in enumerate(parts, start=1):
+        if broken(part):
+            losses.add(NOT_UTF8, number)
+    if losses.counts:
+        parts = tuple(part for part in parts if not broken(part))
+        running = "\n\n".join(parts)
+    if not parts:
+        raise ConfigError(f"'{source}' holds no text that is UTF-8: {losses}.")
+    return Rows(source=source, kind="text", texts=parts, running=running, losses=losses)
 
 
 def _paragraphs(text: str) -> tuple[str, ...]:
@@ -177,11 +149,11 @@ def _paragraphs(text: str) -> tuple[str, ...]:
     return tuple(parts if len(parts) > 1 else [line for line in text.split("\n") if line.strip()])
 
 
-def _token_rows(source: str) -> Rows:
+def _token_rows(source: str, path: Path) -> Rows:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(source, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -5,14 +5,11 @@ so any place of the stream can be reached by skipping rows and encoding one bloc
 where a run was interrupted.
 """
 
-import gzip
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, warn_of_losses
+from hfprune.data.files import is_whole
 from hfprune.data.layouts import Document, Layout
+from hfprune.data.losses import BadRow
 from hfprune.data.packing import Pack, collate, collate_examples, pack
+from hfprune.data.places import find_place
 from hfprune.data.roles import plain
-from hfprune.data.sources import open_dataset, reading, source_suffix
+from hfprune.data.sources import open_rows
 from hfprune.data.splits import text_digest
 from hfprune.errors import ConfigError
 
@@ -36,7 +36,7 @@ class StreamSource:
     """Rows of a source, one after another.
 
     Attributes:
-        source: A ``.jsonl`` (or ``.gz``) or ``.parquet`` file, a ``save_to_disk`` folder, or a hub id.
+        source: JSON lines, ``.csv`` or ``.parquet``: a file, a folder or a glob; a ``save_to_disk`` folder; a hub id.
         split: Split of saved or hub data sets.
         text_field: Column of the text.
     """
@@ -47,39 +47,17 @@ class StreamSource:
 
     def check(self) -> None:
         """Raises ``ConfigError`` for a source that can only be read whole."""
-        if self.source in ("builtin", "self") or source_suffix(self.source) in (".txt", ".json", ".safetensors"):
+        place = find_place(self.source, "recovery", self.split)
+        whole = place.kind == "name" or place.type in ("text", "tensors")
+        if whole or (place.type == "json" and any(is_whole(path) for path in place.files)):
             raise ConfigError(
-                f"--data.streaming: '{self.source}' is read as a whole. Give a .jsonl or .parquet file, a folder of "
-                "save_to_disk or a hub id as --data.recovery."
+                f"streaming=True: '{self.source}' is read as a whole. Give JSON lines, .csv or .parquet files, a "
+                "folder of save_to_disk or a hub id as recovery=... (--data.recovery)."
             )
 
     def rows(self, start: int) -> Iterator[Any]:
         """Yields the rows from number ``start`` on."""
-        if source_suffix(self.source) == ".jsonl":
-            return _json_lines(Path(self.source), start)
-        found = open_dataset(self.source, source_suffix(self.source), self.split, streaming=True)
-        rows: Iterator[Any] = iter(found.skip(start))
-        return rows
-
-
-def _json_lines(path: Path, start: int) -> Iterator[Any]:
-    number = 0
-    for line_number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        number += 1
-        if number <= start:
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"'{path}', line {line_number}, is not valid JSON: {error}.") from error
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-        while line := file.readline():
-            yield line
+        return open_rows(find_place(self.source, "recovery", self.split), self.split, start)
 
 
 @dataclass(slots=True)
@@ -153,7 +131,8 @@ class ExampleStream(IterableDataset[Any]):
             if not empty:
                 return
             if whole:
-                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {dict(self.counts)}.")
+                told = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items()) or "it holds no rows"
+                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {told}.")
 
     def _pass(self) -> Iterator[dict[str, Tensor]]:
         place, waiting = self.place, []
@@ -209,22 +188,24 @@ class ExampleStream(IterableDataset[Any]):
     def _documents(self, rows: list[Any], counts: Counter[str]) -> Iterator[Document]:
         layout = self._layout = self._layout or self._find_layout(rows)
         for row in rows:
-            if layout.column is not None and not isinstance(row, Mapping):
-                counts["not an object"] += 1
+            if layout is None or (fault := layout.fault(row)):
+                counts[row.reason if layout is None else fault] += 1
                 continue
-            document = layout.read(row)
-            if document is None:
-                counts[layout.fault(row)] += 1
-            elif text_digest(plain(document)) in self.seen:
+            document: Any = layout.read(row)
+            if text_digest(plain(document)) in self.seen:
                 counts["repeated"] += 1
             else:
                 yield document
 
-    def _find_layout(self, rows: Iterable[Any]) -> Layout:
-        if all(isinstance(row, str) for row in rows):
-            return Layout("text")
-        columns = {key for row in rows if isinstance(row, Mapping) for key in row}
-        found = Layout.find(columns, self.source.source, self.source.text_field)
+    def _find_layout(self, rows: Iterable[Any]) -> Layout | None:
+        """Returns the layout of a block's rows; None where no row could be decoded."""
+        rows = [row for row in rows if not isinstance(row, BadRow)]
+        objects = [row for row in rows if isinstance(row, Mapping)]
+        if not objects:
+            return Layout("text") if rows else None
+        found = Layout.of(objects, self.source.source, self.source.text_field)
+        if found.kind == "tokens":
+            raise ConfigError(f"streaming=True: '{self.source.source}' holds token ids, which are read as a whole.")
         check_template(self.tokenizer, self.options, found.kind, self.source.source)
         return found
 

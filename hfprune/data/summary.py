@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hfprune.data.build import Builder
 from hfprune.data.examples import Example
+from hfprune.data.places import SELF
 from hfprune.data.roles import Role
-from hfprune.data.sources import SELF
 from hfprune.data.stream import ExampleStream
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.windows import Windows

@@ -13,9 +13,9 @@ from hfprune.data.build import Builder
 from hfprune.data.checks import check_sources, check_stream, check_values
 from hfprune.data.encode import read_template
 from hfprune.data.examples import ExampleOptions
+from hfprune.data.places import BUILTIN, SELF
 from hfprune.data.position import ResumableDataModule
 from hfprune.data.roles import Role, Roles, fill_in
-from hfprune.data.sources import BUILTIN, SELF
 from hfprune.data.stream import StreamLoader, StreamSource
 from hfprune.data.summary import overlap, summarise, summarise_stream, warn_of_overlap
 from hfprune.data.training import Loaders
@@ -25,15 +25,16 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
 from hfprune.loading import predicts_badly_without_bos
 from hfprune.packed import check_packing
+from hfprune.paths import user_path
 
 
 class TextDataModule(ResumableDataModule):
     """Calibration, recovery, validation and evaluation data that never overlap.
 
-    A source is a ``.txt``, ``.json``, ``.jsonl`` (also ``.gz``), ``.parquet`` or ``.safetensors`` file (``input_ids``),
-    a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English text of Python's documentation, or
-    ``self``: text that the dense model writes. Roles that share a source get disjoint documents; a document that occurs
-    in two sources stays with one role.
+    A source is a ``.txt``, JSON, ``.csv``, ``.tsv``, ``.parquet`` or ``.safetensors`` file (``input_ids``), compressed
+    or not, a folder or glob of such files, a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English
+    text of Python's documentation, or ``self``: text that the dense model writes. Roles that share a source get
+    disjoint documents; a document that occurs in two sources stays with one role.
 
     Args:
         calibration: Source of the calibration sequences.
@@ -116,7 +117,8 @@ class TextDataModule(ResumableDataModule):
         self.eval_stride, self.bos = eval_stride, bos
         self._eval_bos = windows_bos(bos, eval_bos)
         self.streaming, self.shuffle_buffer, self.self_text = streaming, shuffle_buffer, self_text
-        self.chat_template, self.token_cache = chat_template, token_cache
+        self.chat_template = None if chat_template is None else user_path(chat_template, "chat_template")
+        self.token_cache = None if token_cache is None else user_path(token_cache, "token_cache")
         check_values(self)
         self.options = ExampleOptions(seq_len=seq_len, template=template, overlong=overlong, packing=packing, bos=bos)
         given: dict[Role, str | None] = {
@@ -183,6 +185,16 @@ class TextDataModule(ResumableDataModule):
             writer=None if author is None else Writer(author, tokenizer, self.self_text, seed=self.seed, folder=folder),
         )
 
+    def serve(self, *, training: bool) -> None:
+        """Says whether recovery and validation will read documents; where not, calibration has theirs, after its own.
+
+        The evaluation documents are the same in both cases.
+        """
+        if self._roles.lend(() if training else ("recovery", "validation")):
+            for role in ("calibration", "recovery", "validation"):
+                self._cache.pop(role, None)
+                self._summaries.pop(role, None)
+
     def _bind_trainer(self) -> None:
         assert self.trainer is not None
         if self._builder is None:
@@ -205,6 +217,7 @@ class TextDataModule(ResumableDataModule):
         assert self.trainer is not None
         self._bind_trainer()
         if stage == "fit":
+            self.serve(training=bool(self.trainer.limit_train_batches or self.trainer.limit_val_batches))
             if self.streaming and self.trainer.limit_train_batches:
                 check_stream(self, self.trainer)
             self._build_for_fit()

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from hfprune.errors import ConfigError
 from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
+from hfprune.paths import user_path
 
 _MAIN = ("acc_norm", "acc", "pct_stereotype")
 """Which figure of a task counts for the average: the first that it has."""
@@ -109,6 +110,8 @@ class ZeroShotTasks:
         share_prefixes: bool | None = None,
     ) -> None:
         _check_installed()
+        data_dir = None if data_dir is None else user_path(data_dir, "data_dir")
+        include_path = None if include_path is None else user_path(include_path, "include_path")
         for flag, folder in (("--task_data", data_dir), ("--include_path", include_path)):
             if folder is not None and not Path(folder).is_dir():
                 raise ConfigError(f"{flag} '{folder}' is not a folder.")

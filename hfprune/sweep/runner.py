@@ -125,6 +125,7 @@ class Sweep:
         author = author_of(module, device=self.device)
         limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
         data.bind(module.tokenizer, **limits, author=author, needs_bos=predicts_badly_without_bos(module.config))
+        data.serve(training=False)
         return data
 
     def _windows(self, name: str) -> Windows:

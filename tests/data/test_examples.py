@@ -112,6 +112,12 @@ def test_templates_that_rewrite_are_trained_by_turns_and_refusals_are_said(token
               validation="builtin").train_dataloader()  # fmt: skip
 
 
+def test_a_conversation_that_begins_with_a_response_is_counted(tokenizer):
+    counts = Counter()
+    assert Encoder(tokenizer, ExampleOptions(seq_len=64), counts)(ChatRow((Turn("assistant", "the"),))) == []
+    assert counts == {"refused by the chat template": 1}
+
+
 def test_conversations_need_a_template(tokenizer, tmp_path):
     source = write(tmp_path / "a.json", [{"conversations": CHAT}])
     tokenizer.chat_template = None
@@ -168,8 +174,9 @@ def test_what_is_left_out_is_said_with_counts(tokenizer, tmp_path):
     rows = [{"instruction": "the", "output": o} for o in ("is", "", "is " * 300, "of")]
     data = bound(tokenizer, recovery=write(tmp_path / "a.json", rows), validation="builtin", seq_len=300)
     data.bind(tokenizer, vocab_size=61, max_positions=400)
-    with pytest.warns(
-        UserWarning, match=r"left out or changed: 1 .no response., 1 .longer than seq_len: split.; --data"
+    with (
+        pytest.warns(UserWarning, match=r"1 of 4 rows cannot be used: 1 no response \(row 2\)"),
+        pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len: split.; --data"),
     ):
         data.train_dataloader()
     assert data.summary()["recovery"]["dropped"] == {"no response": 1, "longer than seq_len: split": 1}
@@ -216,6 +223,7 @@ def test_packed_batches_have_the_loss_of_unpacked_ones(tokenizer, tmp_path, kind
     torch.testing.assert_close(losses[0][0], losses[1][0], rtol=0, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:.*examples left out or changed")
 def test_cache_is_used_for_its_key_alone(tokenizer, tmp_path, monkeypatch):
     rows = [{"instruction": "the", "output": o} for o in ("is", "", "of", "is " * 300)]
     source, folder = write(tmp_path / "a.json", rows), tmp_path / "cache"

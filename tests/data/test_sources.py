@@ -98,6 +98,7 @@ def test_builtin_is_a_lot_of_english():
     rows = load_rows("builtin")
     assert sum(map(len, rows.texts)) > 300_000
     assert len(rows.texts) > 50
+    assert rows.running == "\n\n".join(rows.texts)
 
 
 def test_named_column(tmp_path):
@@ -109,16 +110,16 @@ def test_named_column(tmp_path):
     ("name", "data", "match"),
     [
         ("a.json", "[1, 2", "not valid JSON"),
-        ("a.json", '{"text": "x"}', "holds a JSON dict; a list"),
         ("a.json", "[]", "holds no rows"),
         ("a.json", '[{"q": "x", "a": "y"}]', "has no column 'text'.*It has: a, q"),
         ("a.json", '[{"text": ""}]', "holds no text"),
-        ("a.json", '["x", {"text": "y"}]', "one kind throughout"),
         ("a.json", '[{"instruction": "x", "output": ""}]', "no example with an instruction and an output"),
-        ("a.jsonl", '{"text": "x"}\n{"text"', "line 2, is not valid JSON"),
+        ("a.jsonl", '{"text": 1}\n{"text"', r"holds no text: 1 not text \(row 1\), 1 not JSON \(row 2: Expecting"),
         ("a.txt", " \n\n ", "holds no text"),
         ("a.json", "[" * 100_000, "not valid JSON"),
-        ("a.jsonl", '{"text": "x"}\n[' + "9" * 5000 + "]", "line 2, is not valid JSON"),
+        ("a.jsonl", "[" + "9" * 5000 + "]", "not valid JSON"),
+        ("a.json", '[{"text": "x"},\n{"text": "y"},\n', "not valid JSON"),
+        ("a.csv", 'text\nx\n"y\nz\n', "a quoted field that begins in line 3 never ends"),
     ],
 )
 def test_bad_content(tmp_path, name, data, match):
@@ -130,14 +131,11 @@ def test_bad_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_rows(str(tmp_path / "a.txt"))
-    (tmp_path / "b.txt.gz").write_bytes(b"plain")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_rows(str(tmp_path / "b.txt.gz"))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:20])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_rows(str(tmp_path / "c.txt.gz"))
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match="Cannot load the data set"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_rows(str(tmp_path / "d.parquet"))
 
 
@@ -147,8 +145,9 @@ def test_paths_are_checked_by_name_alone(tmp_path):
         ConfigError, match=r"--data.text '.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"
     ):
         check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
-    with pytest.raises(ConfigError, match="not one that datasets' save_to_disk wrote"):
-        check_source(str(tmp_path), "--data.text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is a folder without files that are read"):
+        check_source(str(tmp_path / "empty"), "--data.text")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):
         check_source(str(tmp_path / "x.png"), "--data.text")
@@ -186,3 +185,50 @@ def test_truth_values_are_not_token_ids(tmp_path):
     save_file({"input_ids": torch.ones(2, 3, dtype=torch.bool)}, tmp_path / "t.safetensors")
     with pytest.raises(ConfigError, match=r"must hold an integer tensor.*torch.bool"):
         load_rows(str(tmp_path / "t.safetensors"))
+
+
+class Hub:
+    """Stands for ``datasets.load_dataset``: counts the rows that are asked for."""
+
+    def __init__(self, monkeypatch, rows):
+        self.rows, self.read, self.asked = rows, 0, []
+        monkeypatch.setattr(datasets, "load_dataset", self)
+
+    def __call__(self, name, config, *, split, streaming):
+        self.asked.append((name, config, split, streaming))
+        return datasets.IterableDataset.from_generator(self._rows)
+
+    def _rows(self):
+        for number in range(self.rows):
+            self.read += 1
+            yield {"text": f"row {number}"}
+
+
+def test_a_hub_data_set_is_streamed_and_read_no_further_than_needed(monkeypatch):
+    hub = Hub(monkeypatch, rows=10_000)
+    monkeypatch.setattr("hfprune.data.sources.HUB_ROWS", 50)
+    with pytest.warns(UserWarning, match="'owner/big:en:test' has more than 50 rows; the first 50 are used"):
+        rows = load_rows("owner/big:en:test")
+    assert rows.texts == tuple(f"row {number}" for number in range(50))
+    assert hub.read <= 52
+    assert hub.asked == [("owner/big", "en", "test", True)]
+
+
+def test_a_smaller_hub_data_set_is_read_whole(monkeypatch):
+    hub = Hub(monkeypatch, rows=50)
+    monkeypatch.setattr("hfprune.data.sources.HUB_ROWS", 50)
+    assert len(load_rows("owner/small", split="dev").texts) == 50
+    assert hub.asked == [("owner/small", None, "dev", True)]
+
+
+def test_a_hub_data_set_that_breaks_off_is_one_line(monkeypatch):
+    def broken(*args, **kwargs):
+        def rows():
+            yield {"text": "x"}
+            raise OSError("the line\nis cut")
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(ConfigError, match=r"Cannot load the data set 'owner/x': [^\n]+$"):
+        load_rows("owner/x")

@@ -171,7 +171,7 @@ def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
 def test_no_example_fits(tokenizer, tmp_path):
     data = bound(tokenizer, recovery=alpaca(tmp_path / "a.json", ["is " * 500]), validation="builtin", seq_len=20,
                  overlong="cut")  # fmt: skip
-    with pytest.raises(ConfigError, match="no example of .* fits into 20 tokens"):
+    with pytest.raises(ConfigError, match=r"no example of .* fits into 20 tokens .1 no supervised token"):
         data.train_dataloader()
 
 
@@ -367,3 +367,48 @@ def test_evaluation_text_that_calibrates_too_is_said(tokenizer, tmp_path):
 def test_data_without_a_tokenizer_is_an_error():
     with pytest.raises(ConfigError, match="bind"):
         TextDataModule().calibration_dataloader()
+
+
+@pytest.mark.parametrize("given", [{}, {"text": "builtin"}])
+def test_without_training_calibration_has_the_documents_of_recovery_and_validation(tokenizer, tmp_path, given):
+    source = lines(tmp_path / "a.jsonl", 60)
+    whole = bound(tokenizer, calibration=source, **given)
+    pruned = bound(tokenizer, calibration=source, **given)
+    pruned.serve(training=False)
+    trained, idle = (data._roles.documents for data in (whole, pruned))
+    assert idle("calibration")[: len(trained("calibration"))] == trained("calibration")  # behind its own
+    lent = set(trained("recovery")) | set(trained("validation"))
+    assert set(idle("calibration")) == set(trained("calibration")) | lent
+    assert idle("evaluation") == trained("evaluation")
+    assert not set(idle("evaluation")) & set(idle("calibration"))
+
+
+def test_calibration_sequences_stay_the_same_where_documents_are_enough(tokenizer, tmp_path):
+    source = lines(tmp_path / "a.jsonl", 60)
+    found = []
+    for layout in ("concat", "crop"):
+        for training in (True, False):
+            data = bound(tokenizer, calibration=source, calibration_layout=layout, calibration_sequences=12)
+            data.serve(training=training)
+            found.append([row["input_ids"].tolist() for row in data.calibration_dataloader().dataset])
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_every_document_of_a_file_calibrates_where_nothing_trains(tokenizer, tmp_path):
+    data = bound(tokenizer, calibration=lines(tmp_path / "a.jsonl", 24), text="builtin", calibration_sequences=24,
+                 calibration_layout="crop")  # fmt: skip
+    data.serve(training=False)
+    assert len(data.calibration_dataloader().dataset) == 24
+
+
+def test_data_that_pruned_may_train_afterwards(tokenizer, tmp_path):
+    data = bound(tokenizer, calibration=lines(tmp_path / "a.jsonl", 60), calibration_sequences=30)
+    data.serve(training=False)
+    assert len(data.calibration_dataloader().dataset) == 30
+    data.serve(training=True)
+    fresh = bound(tokenizer, calibration=lines(tmp_path / "a.jsonl", 60), calibration_sequences=30)
+    assert len(data.calibration_dataloader().dataset) == len(fresh.calibration_dataloader().dataset)
+    assert list(data.train_dataloader().dataset) == list(fresh.train_dataloader().dataset)
+    documents = all_documents(data)
+    assert sum(map(len, documents.values())) == 60 == len(set().union(*documents.values()))
