@@ -46,6 +46,7 @@ class ResolvedBudget:
         kinds: What stays by kind; empty where all groups are MLPs.
         removed_layers: Layers that go as a whole.
         provisional: Whether widths, or which layers go, wait for the scores.
+        note: What limited the choice, in a few words.
     """
 
     asked: str
@@ -58,6 +59,7 @@ class ResolvedBudget:
     kinds: tuple[KindWidths, ...] = ()
     removed_layers: tuple[int, ...] = ()
     provisional: bool = False
+    note: str = ""
 
     @property
     def by_kind(self) -> tuple[KindWidths, ...]:
@@ -116,7 +118,7 @@ class ResolvedBudget:
             parts[number] += f" ({exact}{self.removed_width_share:.2%} removed)"
         return (
             f"{self.asked}: parameters {self.dense_params:,} -> {self.params:,} (target {self.target_params:,}; "
-            f"{self.removed_share:.2%} removed), {', '.join(parts)}"
+            f"{self.removed_share:.2%} removed), {', '.join(parts)}{self.note and f'; {self.note}'}"
         )
 
 

@@ -35,11 +35,13 @@ class Target(ABC):
         module: The LightningModule.
         objective: What calibration differentiates; None: the loss of the module's own ``training_step``.
         units: Unit kinds of a Hugging Face model.
+        stock: Whether a stock config has to describe what is left, so that allocations choose what it can state.
     """
 
     module: Any
     objective: Objective | None
     units: Sequence[str] = ("mlp",)
+    stock: bool = False
 
     @property
     @abstractmethod
@@ -173,7 +175,7 @@ class Target(ABC):
     def inventory(self) -> Inventory:
         """Returns the groups of a Hugging Face model and what their units cost."""
         model = self.shapes()
-        return Inventory.of(model, self.groups(model))
+        return Inventory.of(model, self.groups(model), stock=self.stock)
 
     def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Returns the config keys that change when ``keep`` stays."""
