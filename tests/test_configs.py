@@ -1,7 +1,9 @@
 """Every shipped file on the published shapes, budgets of several sources, and broken files: one line, exit code 2."""
 
 import copy
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,8 @@ def test_every_file_is_resolved_on_the_published_shapes(path, parse):
     cli = parse(command, *flags)
     for name in CONFIGS:
         pruning = resolved(cli, name, layout=name == "smollm2-135m")
-        if hasattr(pruning, "check"):
-            found = pruning.check(cli.trainer.lightning_module)
+        found = pruning.check(cli.trainer.lightning_module)
+        if found is not None:  # sparse methods leave every shape
             step = 0.02 if path.stem == "llm_pruner_channel" else 2e-3  # hidden sizes are multiples of the query heads
             assert found.provisional or found.removed_share == pytest.approx(cli.config.pruning_ratio, abs=step)
 
@@ -180,7 +182,10 @@ def sample(number, seed):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
+    folder = save_tiny(tmp_path_factory.mktemp("models") / "dense")
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    return folder
 
 
 class Started(Exception):
@@ -194,8 +199,6 @@ def run_broken(case, dense, tmp_path, monkeypatch, capsys):
     if config is None:
         return None
     out = tmp_path / "out"
-    out.mkdir(exist_ok=True)
-    (out / "mine.txt").write_text("mine")
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(config))
     command, *_ = command_of(path)
     flags = [f"--config={tmp_path / 'broken.yaml'}"]
@@ -215,7 +218,10 @@ def start(*args, **kwargs):
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """Commands end where models would be loaded: with ``Started``."""
+    """Commands end where models would be loaded: with ``Started``. No text is read."""
+    monkeypatch.setattr("hfprune.data.text.TextDataModule._build_for_fit", lambda self: None)
+    monkeypatch.setattr("hfprune.data.text.TextDataModule.overlap", lambda self: None)
+    monkeypatch.setattr("hfprune.data.text.warn_of_overlap", lambda found: None)
     monkeypatch.setattr("hfprune.modules.causal_lm.load_causal_lm", start)
     monkeypatch.setattr("hfprune.sweep.runner.Sweep.run", start)
     monkeypatch.setattr("hfprune.trainer.PruneTrainer.evaluate", start)
@@ -224,19 +230,23 @@ def stopped(monkeypatch):
 def check(cases, dense, tmp_path, monkeypatch, capsys):
     refused = 0
     for case in cases:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/mine.txt").write_text("mine")
         try:
             refused += run_broken(case, dense, tmp_path, monkeypatch, capsys) is not None
         except Started:
             assert case[2] in MAY_PASS, case
             capsys.readouterr()
-            assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["mine.txt"], case
+        finally:
+            assert (tmp_path / "out/mine.txt").read_text() == "mine"
+            shutil.rmtree(tmp_path / "out")
     return refused
 
 
 def test_broken_files_are_one_line(dense, tmp_path, monkeypatch, capsys, stopped):
     """A sample of all keys of all files, each broken in one way; nothing of the output folder is touched."""
     monkeypatch.chdir(tmp_path)
-    assert check(sample(120, seed=0), dense, tmp_path, monkeypatch, capsys) > 60
+    assert check(sample(100, seed=0), dense, tmp_path, monkeypatch, capsys) > 60
 
 
 @pytest.mark.slow

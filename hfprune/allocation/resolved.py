@@ -86,6 +86,20 @@ class ResolvedBudget:
         """Share of the MLP neurons, of layers that stay, that goes; None where they are no units."""
         return next((1 - sum(k.kept) / sum(k.dense) for k in self.by_kind if k.kind == "mlp"), None)
 
+    @property
+    def warning(self) -> str:
+        """What has to be said loudly before anything is loaded: more than half of the parameters go. Else empty."""
+        left = self.target_params if self.provisional else self.params
+        if 2 * left >= self.dense_params:
+            return ""
+        widths = "" if self.provisional else "; " + ", ".join(k.describe() for k in self.by_kind)
+        ratio = self.dense_width and self.exact_width is not None and self.asked.startswith("mlp_ratio")
+        hint = " mlp_ratio is kept width / hidden size, not a share: see pruning_ratio." if ratio else ""
+        return (
+            f"{self.asked} removes {1 - left / self.dense_params:.1%} of the parameters, more than half: "
+            f"{self.dense_params:,} -> {left:,}{widths}.{hint}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures, for reports."""
         found: dict[str, Any] = {

@@ -16,7 +16,7 @@ from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.checks import check_fit
 from hfprune.callbacks.events import listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import Planner, PruningOptions, say
+from hfprune.callbacks.planner import Planner, PruningOptions, say, warn
 from hfprune.callbacks.rounds import Rounds, Schedule
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import check_scored
@@ -219,7 +219,9 @@ class TaylorImportanceCallback(Callback):
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
             check_fit(trainer, self._target, self.options, recovery=self.recovery)
-            self.check(pl_module)
+            resolved = self.check(pl_module)
+            if resolved is not None and self._target.plan is None:
+                warn(trainer, resolved.warning)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
         )

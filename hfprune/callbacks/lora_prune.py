@@ -15,7 +15,7 @@ from hfprune.allocation import Allocation, ResolvedBudget, keep_top
 from hfprune.arch import class_name
 from hfprune.callbacks.events import PruningEvents, listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import say, versions
+from hfprune.callbacks.planner import say, versions, warn
 from hfprune.callbacks.target import Target
 from hfprune.errors import ConfigError
 from hfprune.layouts import pruned_shapes
@@ -132,6 +132,7 @@ class LoraPruneCallback(Callback):
         self._resolved = self.check(pl_module)
         self._find(pl_module).check_recovery(self.lora)
         say(trainer, self._resolved.describe())
+        warn(trainer, self._resolved.warning)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -238,6 +239,7 @@ class LoraPruneCallback(Callback):
             "calibration": None,
             "recovery": {"while_training": True, "lora": self.lora.to_dict(), "steps": trainer.global_step},
             "versions": versions(),
+            "warnings": [self._resolved.warning] if self._resolved.warning else [],
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

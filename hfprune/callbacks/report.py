@@ -148,6 +148,7 @@ class ReportCallback(Callback, PruningEvents):
         """Checks the layout against what is there now, writes ``plan.json`` and measures the pruned model."""
         assert isinstance(pl_module, PruningModule)
         self.layout.check(pl_module.causal_lm)
+        self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)

@@ -73,6 +73,15 @@ class Target(ABC):
         """Returns the tokens [B] that count in each sequence of an item without objective, and its padding [B, T]."""
         return token_counts(item)
 
+    def seen_tokens(self, item: Any, counted: int) -> int | None:
+        """Returns how many tokens of a calibration item the model read, None where that is not known.
+
+        Args:
+            item: One item.
+            counted: Tokens that its objective counts.
+        """
+        return counted
+
     @abstractmethod
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""

@@ -5,10 +5,11 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from hfprune.commands.complaints import one_line
+from hfprune.commands.complaints import one_line, refused
+from hfprune.commands.nulls import check_nulls
 from hfprune.commands.precedence import check_files, settled
 from hfprune.data import TextDataModule
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, HFPruneError
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
 
@@ -56,3 +57,19 @@ class BaseCLI(LightningCLI):
             self.config = parser.parse_args(settled(args, {action.dest for action in parser._actions}))
         except ArgumentError as error:
             raise ConfigError(one_line(error, parser)) from error
+        plain = {action.dest: action.default for action in parser._actions if "." not in action.dest}
+        plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
+        check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})
+
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return {"trainer": PruneTrainer, "model": PruningModule, "data": TextDataModule}
+
+    def instantiate_classes(self) -> None:
+        """Makes the objects; raises ``ConfigError`` in one line where one of them refuses its options."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, HFPruneError) or not (reason := refused(str(error))):
+                raise
+            raise ConfigError(reason) from error

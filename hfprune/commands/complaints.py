@@ -35,6 +35,13 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     return _of_class(text) or _of_value(text) or _of_group(text) or text
 
 
+def refused(text: str) -> str | None:
+    """Returns why a nested class refused its options when it was made, None where ``text`` says something else."""
+    text = " ".join(text.split())
+    found = re.search(r"^Does not validate against any of the Union subtypes .*?Errors: - (.*?) - Expected a ", text)
+    return found[1] if found else None
+
+
 def meant(name: str, known: set[str]) -> str | None:
     """Returns the flag that an unknown one stands for, None where it may be any of several.
 

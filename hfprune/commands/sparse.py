@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -24,6 +25,10 @@ def asks_for(args: Sequence[str], flags: Sequence[str]) -> bool:
 
 class SparseCLI(RunCLI):
     """``fit`` and ``prune`` with a sparse method."""
+
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return super().classes() | {"sparse": SparsityCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the method, the output folder and the sparsity callback."""
