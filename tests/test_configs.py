@@ -107,6 +107,14 @@ def test_an_allocation_with_a_budget_of_its_own_replaces_the_file_s(parse, tmp_p
     assert pruning.check(cli.trainer.lightning_module).params == 5_422_977_024  # published for LLaMA-7B
 
 
+def test_a_width_that_was_meant_as_a_share_is_loud(parse):
+    cli = parse("prune", "--mlp_ratio=0.2")
+    text = resolved(cli, "smollm2-135m", layout=False).check(cli.trainer.lightning_module).warning
+    assert text.startswith("mlp_ratio=0.2 removes 54.8% of the parameters, more than half: 134,515,008 -> ")
+    assert "MLP width 1536 -> 115" in text
+    assert "not a share" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
