@@ -40,7 +40,8 @@ class LoraPruneCallback(Callback):
         round_to: Kept MLP widths are multiples of this.
         units: ``mlp``, ``heads`` or both.
         allocation: How the budget is spread; by default every layer loses the same share, with a number of heads that a
-            stock config can state where the layout needs one. Published: ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
+            stock config can state where the layout needs one. Published:
+            ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
         lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
         every: Steps of the optimizer between two looks at what goes.
         warmup: Share of the steps before anything goes.

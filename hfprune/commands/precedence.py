@@ -46,8 +46,8 @@ def check_files(args: Sequence[str]) -> None:
 def settled(args: Sequence[str], flags: Collection[str]) -> list[str]:
     """Returns the arguments in an order in which what is said on the command line counts, with one budget left.
 
-    Values of files come first: of ``--config``, then of a group's own file. A budget on the command line takes the place
-    of a file's, and a later file's that of an earlier one. Two budgets of one source are left for the parser to refuse.
+    Values of files come first: of ``--config``, then of a group's own file. A budget on the command line takes the
+    place of a file's, and a later file's that of an earlier one. Two budgets of one source are left for the parser to refuse.
 
     Args:
         args: The command line.
@@ -94,10 +94,10 @@ def _of_flags(args: Sequence[str]) -> set[str]:
         given = _loaded(value if equals else " ".join(flag[1:]))
         if name in BUDGETS and given is not None:
             found.add(name)
-        elif name.startswith(ALLOCATION) and name.endswith("allocation") and _spends(given):
-            found.add(ALLOCATION)
-        elif name.startswith(ALLOCATION) and ".share" in name and given is not None:
-            found.add(ALLOCATION)
+        elif name.startswith(ALLOCATION):
+            share = ".share" in name and given is not None
+            if share or (name.endswith("allocation") and _spends(given)):
+                found.add(ALLOCATION)
     return found
 
 

@@ -170,7 +170,7 @@ def test_recovery_follows(folder, tmp_path):
 def test_a_fit_on_fewer_tokens_than_columns_is_warned_of(folder, sequences, warned, tmp_path, caplog):
     """16 tokens for 17 kept columns are fewer equations than unknowns; 64 are enough."""
     chosen = importance(criterion=Magnitude(), calibration_batches=sequences, pruning_ratio=None, intermediate_size=17)
-    module, _ = fit(folder, tmp_path / "out", importance=chosen, limit_train_batches=0)
+    fit(folder, tmp_path / "out", importance=chosen, limit_train_batches=0)
     text = "16 calibration tokens for up to 17 columns"
     assert (text in caplog.text) == warned
     report = json.loads((tmp_path / "out/report.json").read_text())
