@@ -20,8 +20,8 @@ class Uniform(Allocation):
     """The same share of every group of a kind: one MLP width, one number of heads for all layers.
 
     With a budget, all kinds lose about the same share: the numbers of layers, heads and hidden channels nearest to it
-    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. Where a stock config
-    has to state the result, the number of heads is one of those that it can state. With ``share``, that share goes,
+    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. Where a stock
+    config has to state the result, the number of heads is one of those that it can state. With ``share``, that share goes,
     whatever it amounts to in parameters.
 
     Args:

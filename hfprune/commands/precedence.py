@@ -47,7 +47,8 @@ def settled(args: Sequence[str], flags: Collection[str]) -> list[str]:
     """Returns the arguments in an order in which what is said on the command line counts, with one budget left.
 
     Values of files come first: of ``--config``, then of a group's own file. A budget on the command line takes the
-    place of a file's, and a later file's that of an earlier one. Two budgets of one source are left for the parser to refuse.
+    place of a file's, and a later file's that of an earlier one. Two budgets of one source are left for the parser to
+    refuse.
 
     Args:
         args: The command line.
