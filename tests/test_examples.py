@@ -69,7 +69,7 @@ def test_scripts_and_flags_in_the_documentation_exist():
         for name, flags in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`\n]*)", path.read_text("utf-8")):
             script = (ROOT / name).read_text(encoding="utf-8")
             found += 1
-            for flag in re.findall(r"--([a-z_]+)", flags):
+            for flag in re.findall(r"--([a-z_0-9]+)", flags):
                 assert f'"--{flag}"' in script or f"{flag}:" in script or f"{flag}=" in script, (path.name, name, flag)
     assert found > 5
 

@@ -21,8 +21,8 @@ class Uniform(Allocation):
 
     With a budget, all kinds lose about the same share: the numbers of layers, heads and hidden channels nearest to it
     are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. Where a stock
-    config has to state the result, the number of heads is one of those that it can state. With ``share``, that share goes,
-    whatever it amounts to in parameters.
+    config has to state the result, the number of heads is one of those that it can state. With ``share``, that share
+    goes, whatever it amounts to in parameters.
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
