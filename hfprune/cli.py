@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from hfprune.errors import HFPruneError
+from hfprune.near import nearest
 from hfprune.version import __version__
 
 COMMANDS = {
@@ -70,10 +71,8 @@ def _run(command: str, args: list[str]) -> None:
 
 
 def _unknown(command: str) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(command, COMMANDS, n=1)
-    guess = f" Did you mean '{near[0]}'?" if near else ""
+    near = nearest(command, COMMANDS)
+    guess = f" Did you mean '{near}'?" if near else ""
     return f"hfprune: error: unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
 
 

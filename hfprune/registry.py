@@ -1,12 +1,12 @@
 """A typed name -> object table whose lookup failures help."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from hfprune.errors import ConfigError, HFPruneError
+from hfprune.near import nearest
 
 T = TypeVar("T")
 
@@ -37,8 +37,8 @@ class Registry(Generic[T]):
         """Returns the object called ``name``; raises when unknown, naming the nearest one."""
         self._import_all()
         if name not in self._items:
-            near = difflib.get_close_matches(name, self._items, n=1)
-            guess = f" Did you mean '{near[0]}'?" if near else ""
+            near = nearest(name, self._items)
+            guess = f" Did you mean '{near}'?" if near else ""
             hint = f" {self._hint}" if self._hint else ""
             raise self._error(f"Unknown {self._what} '{name}'.{guess} Known: {', '.join(sorted(self._items))}.{hint}")
         return self._items[name]

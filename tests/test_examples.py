@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.cli import COMMANDS
 from tests.models import save_tiny
+from tests.published import resolved, unchecked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,16 +50,28 @@ def documented_commands():
 
 
 @pytest.mark.parametrize(("page", "line"), list(documented_commands()))
-def test_documented_commands_parse(page, line, monkeypatch):
+def test_documented_commands_are_resolved(page, line, monkeypatch):
     from hfprune.commands import command_class
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
-    monkeypatch.setattr("hfprune.data.checks.check_source", lambda source, flag: None)
-    monkeypatch.setattr("hfprune.callbacks.report.check_output_dir", lambda *a, **k: None)
+    unchecked(monkeypatch)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
-    command_class(command, flags)(command, flags)
+    cli = command_class(command, flags)(command, flags)
+    if command in ("fit", "prune"):
+        resolved(cli, "smollm2-135m", layout=False)
+
+
+def test_scripts_and_flags_in_the_documentation_exist():
+    """``python benchmarks/NAME.py --flag`` in a page: the script, and every flag of it."""
+    found = 0
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for name, flags in re.findall(r"python ((?:benchmarks|examples)/\w+\.py)([^`\n]*)", path.read_text("utf-8")):
+            script = (ROOT / name).read_text(encoding="utf-8")
+            found += 1
+            for flag in re.findall(r"--([a-z_0-9]+)", flags):
+                assert f'"--{flag}"' in script or f"{flag}:" in script or f"{flag}=" in script, (path.name, name, flag)
+    assert found > 5
 
 
 def python_blocks():

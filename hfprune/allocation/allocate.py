@@ -52,6 +52,7 @@ def allocate(
         kinds=_by_kind(inventory, found),
         removed_layers=found.removed_layers,
         provisional=scores is None and chosen.needs_scores(inventory),
+        note=_limits(inventory, chosen),
     )
 
 
@@ -135,6 +136,18 @@ def _asked(inventory: Inventory, budget: Budget, allocation: Allocation | None) 
         parts.append(f"units={'+'.join(names.get(kind, kind) for kind in inventory.kinds())}")
     parts.append(str(allocation) if allocation is not None else "")
     return ", ".join(part for part in parts if part)
+
+
+def _limits(inventory: Inventory, allocation: Allocation) -> str:
+    """Returns which numbers of heads there were to choose from, where not any number was."""
+    counts = inventory.head_counts
+    heads = inventory.numbers("heads")
+    if counts is None or not isinstance(allocation, Uniform) or allocation.own_budget or "mlp" not in inventory.kinds():
+        return ""
+    if len(counts) == max(inventory.groups[i].num_units for i in heads):
+        return ""
+    numbers = ", ".join(map(str, counts))
+    return f"a stock config states {numbers} key-value heads, another --layout any number"
 
 
 def _by_kind(inventory: Inventory, found: Allotment) -> tuple[KindWidths, ...]:

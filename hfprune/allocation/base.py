@@ -12,6 +12,7 @@ from hfprune.arch import (
     CHANNELS,
     channel_cost,
     find_spec,
+    head_counts,
     hidden_step,
     layer_params,
     parameter_count,
@@ -71,6 +72,8 @@ class Inventory:
         layer_params: Parameters of each layer.
         fixed_layers: Layers that may not be removed.
         channels: What goes with each hidden channel, None where these are no units.
+        head_counts: Key-value heads per layer to choose from, where one number holds for all layers: those that a stock
+            config can state. None: any number.
     """
 
     groups: tuple[Group, ...]
@@ -80,10 +83,20 @@ class Inventory:
     layer_params: tuple[int, ...] = ()
     fixed_layers: frozenset[int] = field(default_factory=frozenset)
     channels: ChannelCosts | None = None
+    head_counts: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, model: Any, groups: tuple[Group, ...]) -> "Inventory":
-        """Returns the inventory of some groups of a supported Hugging Face model; the meta device will do."""
+    def of(cls, model: Any, groups: tuple[Group, ...], *, stock: bool = False) -> "Inventory":
+        """Returns the inventory of some groups of a supported Hugging Face model.
+
+        Args:
+            model: The dense model; the meta device will do.
+            groups: Its groups.
+            stock: A stock config has to state the number of heads. Classes that state the dense number alone are left
+                unrestricted: heads that cannot be pruned are an error, not a choice.
+        """
+        heads = any(group.kind == "heads" for group in groups)
+        counts = head_counts(model) if stock and heads else ()
         return cls(
             groups=groups,
             costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
@@ -91,6 +104,7 @@ class Inventory:
             hidden_size=model.config.hidden_size,
             layer_params=layer_params(model),
             channels=ChannelCosts.of(model, groups),
+            head_counts=counts if len(counts) > 1 else None,
         )
 
     @property
@@ -118,6 +132,7 @@ class Inventory:
             hidden_size=kept,
             layer_params=tuple(n - gone * each for n, each in zip(self.layer_params, costs.per_layer, strict=True)),
             channels=None,
+            head_counts=None,
         )
 
     def kinds(self) -> tuple[str, ...]:

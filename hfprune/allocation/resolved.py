@@ -46,6 +46,7 @@ class ResolvedBudget:
         kinds: What stays by kind; empty where all groups are MLPs.
         removed_layers: Layers that go as a whole.
         provisional: Whether widths, or which layers go, wait for the scores.
+        note: What limited the choice, in a few words.
     """
 
     asked: str
@@ -58,6 +59,7 @@ class ResolvedBudget:
     kinds: tuple[KindWidths, ...] = ()
     removed_layers: tuple[int, ...] = ()
     provisional: bool = False
+    note: str = ""
 
     @property
     def by_kind(self) -> tuple[KindWidths, ...]:
@@ -83,6 +85,20 @@ class ResolvedBudget:
     def removed_width_share(self) -> float | None:
         """Share of the MLP neurons, of layers that stay, that goes; None where they are no units."""
         return next((1 - sum(k.kept) / sum(k.dense) for k in self.by_kind if k.kind == "mlp"), None)
+
+    @property
+    def warning(self) -> str:
+        """What has to be said loudly before anything is loaded: more than half of the parameters go. Else empty."""
+        left = self.target_params if self.provisional else self.params
+        if 2 * left >= self.dense_params:
+            return ""
+        widths = "" if self.provisional else "; " + ", ".join(k.describe() for k in self.by_kind)
+        ratio = self.dense_width and self.exact_width is not None and self.asked.startswith("mlp_ratio")
+        hint = " mlp_ratio is kept width / hidden size, not a share: see pruning_ratio." if ratio else ""
+        return (
+            f"{self.asked} removes {1 - left / self.dense_params:.1%} of the parameters, more than half: "
+            f"{self.dense_params:,} -> {left:,}{widths}.{hint}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures, for reports."""
@@ -116,7 +132,7 @@ class ResolvedBudget:
             parts[number] += f" ({exact}{self.removed_width_share:.2%} removed)"
         return (
             f"{self.asked}: parameters {self.dense_params:,} -> {self.params:,} (target {self.target_params:,}; "
-            f"{self.removed_share:.2%} removed), {', '.join(parts)}"
+            f"{self.removed_share:.2%} removed), {', '.join(parts)}{self.note and f'; {self.note}'}"
         )
 
 

@@ -20,8 +20,9 @@ class Uniform(Allocation):
     """The same share of every group of a kind: one MLP width, one number of heads for all layers.
 
     With a budget, all kinds lose about the same share: the numbers of layers, heads and hidden channels nearest to it
-    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. With ``share``,
-    that share goes, whatever it amounts to in parameters.
+    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. Where a stock
+    config has to state the result, the number of heads is one of those that it can state. With ``share``, that share
+    goes, whatever it amounts to in parameters.
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
@@ -153,7 +154,7 @@ def _at(
     members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != "block"}
     kinds = sorted((k for k in members if members[k]), key=lambda k: -max(inventory.costs[i] for i in members[k]))
     tolerance, found = _half_step(inventory, round_to), []
-    for chosen in product(*(_widths_of(inventory, members[k], round_to) for k in kinds[:-1])):
+    for chosen in product(*(_widths_of(inventory, k, members[k], round_to) for k in kinds[:-1])):
         widths, exact = list(inventory.dense_widths()), None
         for kind, part in zip(kinds, chosen, strict=False):
             for i, width in zip(members[kind], part, strict=True):
@@ -168,8 +169,10 @@ def _at(
     return min(found, key=lambda item: item[0])
 
 
-def _widths_of(inventory: Inventory, members: Sequence[int], round_to: int) -> list[list[int]]:
+def _widths_of(inventory: Inventory, kind: str, members: Sequence[int], round_to: int) -> list[list[int]]:
     """Returns every set of widths that one share can give to the groups of a kind."""
+    if kind == "heads" and inventory.head_counts is not None:
+        return [[number] * len(members) for number in inventory.head_counts]
     slots = [_slot(inventory, i, round_to) for i in members]
     shares = {1 - kept / s.units for s in slots for kept in range(s.low, s.units + 1, s.step)}
     found = ([_nearest(s, s.units * (1 - share)) for s in slots] for share in sorted(shares | {0.0}))

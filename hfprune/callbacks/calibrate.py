@@ -90,6 +90,7 @@ class Calibration:
         """Share of the kept units that did not change between the last two looks."""
         self.stopped = False
         """Whether the calibration ended early."""
+        self.seen = SeenTokens()
         self._calm = 0  # looks in a row that found the units settled
         self._done = 0  # items, over all ranks
 
@@ -104,7 +105,7 @@ class Calibration:
         """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
         looks = {"history": self.history.state(), "calm": self._calm}
         found = {"position": self._done, "sums": self._summed(), "settings": self._settings, **looks}
-        return found | {"first_stage": self._first_stage}
+        return found | {"first_stage": self._first_stage, "tokens": self._all_seen()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes up a pass that was left.
@@ -124,11 +125,19 @@ class Calibration:
         if self._trainer.is_global_zero:  # the sums of all ranks so far, counted once
             device = self._trainer.strategy.root_device
             self.accumulator.load([tensor.to(device) for tensor in state["sums"]])
+            self.seen = SeenTokens(state["tokens"])
 
     def _summed(self) -> list[torch.Tensor]:
         """Returns the sums over all ranks; exact sums do not depend on which rank added what."""
         strategy = self._trainer.strategy
         return [strategy.reduce(t.clone(), reduce_op="sum").cpu() for t in self.accumulator.tensors()]
+
+    def _all_seen(self) -> int | None:
+        """Returns the tokens that all ranks have read so far, None where items do not say; every rank must ask."""
+        strategy = self._trainer.strategy
+        mine = torch.tensor([self.seen.number, int(self.seen.unknown)], dtype=torch.int64, device=strategy.root_device)
+        number, unknown = strategy.reduce(mine, reduce_op="sum").tolist()
+        return None if unknown else int(number)
 
     # ---- the pass ----------------------------------------------------------------------------------------------------
 
@@ -171,6 +180,7 @@ class Calibration:
                     self._step(index, item, advance=advance, count=False)
                 self._done = index + 1
         self.accumulator.load([t.to(trainer.strategy.root_device) for t in self._summed()])
+        self.seen = SeenTokens(self._all_seen())
         return self.accumulator
 
     def _look(self, before: int) -> bool:
@@ -180,7 +190,9 @@ class Calibration:
             return False
         mine = [tensor.clone() for tensor in self.accumulator.tensors()]
         self.accumulator.load([t.to(self._trainer.strategy.root_device) for t in self._summed()])
-        self.stability = self.history.add(self.accumulator.totals().num_tokens, self.accumulator.scores())
+        seen = self._all_seen()
+        total = self.accumulator.totals().num_tokens if seen is None else seen
+        self.stability = self.history.add(total, self.accumulator.scores())
         self.accumulator.load(mine)
         settled = self._stop_at is not None and self.stability is not None and self.stability >= self._stop_at
         self._calm = self._calm + 1 if settled else 0
@@ -213,7 +225,31 @@ class Calibration:
         except CalibrationError as error:
             kind = "sequence" if self._exact and self._target.objective else "batch"
             raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
-        advance(tokens, self.accumulator.mean_objective(), self.stability)
+        seen = self._target.seen_tokens(item, tokens)
+        if count:
+            self.seen.add(seen)
+        advance(seen or 0, self.accumulator.mean_objective(), self.stability)
+
+
+class SeenTokens:
+    """Tokens that the model has read in calibration, unlike those that its objective counts.
+
+    Args:
+        number: Those before; None where items did not say.
+    """
+
+    def __init__(self, number: int | None = 0) -> None:
+        self.number, self.unknown = number or 0, number is None
+
+    @property
+    def total(self) -> int | None:
+        """All of them, None where items do not say."""
+        return None if self.unknown else self.number
+
+    def add(self, tokens: int | None) -> None:
+        """Adds those of an item, None where it does not say."""
+        self.number += tokens or 0
+        self.unknown |= tokens is None
 
 
 def check_source(trainer: Trainer, *, limit: int | None) -> None:

@@ -11,6 +11,11 @@ class PruningEvents:
     Both run inside ``on_fit_start``, on every rank, in the order of ``trainer.callbacks``.
     """
 
+    @property
+    def needs_stock(self) -> bool:
+        """Whether what the callback writes is described by a stock config of the model's class."""
+        return False
+
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called with the dense model in place, before calibration."""
 
@@ -21,3 +26,8 @@ class PruningEvents:
 def listeners(trainer: Trainer) -> list[PruningEvents]:
     """Returns the trainer's callbacks that listen."""
     return [callback for callback in trainer.callbacks if isinstance(callback, PruningEvents)]  # type: ignore[attr-defined]
+
+
+def needs_stock(trainer: Trainer) -> bool:
+    """Returns whether a stock config has to describe what pruning leaves, because a callback writes it so."""
+    return any(listener.needs_stock for listener in listeners(trainer))

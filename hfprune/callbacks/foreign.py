@@ -1,6 +1,6 @@
 """Targets in LightningModules of somebody else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,6 +169,15 @@ class ForeignTarget(Target):
         if self.objective is not None:
             return super().token_counts(item)
         return torch.ones(1, dtype=torch.int64, device=self.module.device), None
+
+    def seen_tokens(self, item: Any, counted: int) -> int | None:
+        """Returns the real tokens of a batch of token ids; None for other batches of a ``training_step``."""
+        if self.objective is not None:
+            return counted
+        if not isinstance(item, Mapping) or not isinstance(item.get("input_ids"), Tensor):
+            return None
+        mask = item.get("attention_mask")
+        return int(mask.sum()) if isinstance(mask, Tensor) else item["input_ids"].numel()
 
     @property
     def lora(self) -> LoraRecovery | None:

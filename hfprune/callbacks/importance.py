@@ -14,9 +14,9 @@ from hfprune.arch import Neurons, check_units, parameter_count
 from hfprune.callbacks.carry_over import average_anew, cut_restored_optimizers
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.checks import check_fit
-from hfprune.callbacks.events import listeners
+from hfprune.callbacks.events import listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import Planner, PruningOptions, say
+from hfprune.callbacks.planner import Planner, PruningOptions, say, warn
 from hfprune.callbacks.rounds import Rounds, Schedule
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import check_scored
@@ -154,6 +154,8 @@ class TaylorImportanceCallback(Callback):
         self.resolved: ResolvedBudget | None = None
         self.resume_from: str | Path | None = None
         """Checkpoint that ``fit`` will restore, where that is known beforehand (``PruneTrainer`` sets it)."""
+        self.stock = False
+        """Whether a stock config has to describe what is left: a callback of the trainer writes it so."""
         self._target: Target | None = None
         self._tap: CheckpointTap | None = None
         self._phase: Phase = "training"
@@ -207,16 +209,19 @@ class TaylorImportanceCallback(Callback):
         options = self.options
         objective = options.target_objective(described=bool(self.neurons))
         target = find_target(module, objective=objective, model=self.model, neurons=self.neurons)
-        target.units = options.units
+        target.units, target.stock = options.units, self.stock
         return target
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the budget and what is around the callback, before any weight is loaded."""
+        self.stock = needs_stock(trainer)
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
             check_fit(trainer, self._target, self.options, recovery=self.recovery)
-            self.check(pl_module)
+            resolved = self.check(pl_module)
+            if resolved is not None and self._target.plan is None:
+                warn(trainer, resolved.warning)
         self._tap = CheckpointTap(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
         )

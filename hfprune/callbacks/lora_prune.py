@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
 from hfprune.arch import class_name
-from hfprune.callbacks.events import PruningEvents, listeners
+from hfprune.callbacks.events import PruningEvents, listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import say, versions
+from hfprune.callbacks.planner import say, versions, warn
 from hfprune.callbacks.target import Target
 from hfprune.errors import ConfigError
 from hfprune.layouts import pruned_shapes
@@ -39,8 +39,9 @@ class LoraPruneCallback(Callback):
         target_params: Number of parameters to keep.
         round_to: Kept MLP widths are multiples of this.
         units: ``mlp``, ``heads`` or both.
-        allocation: How the budget is spread; by default every layer loses the same share, which a stock config can
-            state. Published: ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
+        allocation: How the budget is spread; by default every layer loses the same share, with a number of heads that a
+            stock config can state where the layout needs one. Published:
+            ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
         lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
         every: Steps of the optimizer between two looks at what goes.
         warmup: Share of the steps before anything goes.
@@ -78,6 +79,8 @@ class LoraPruneCallback(Callback):
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
         self.units, self.allocation = tuple(units), allocation
         self.every, self.warmup, self.cooldown = every, warmup, cooldown
+        self.stock = False
+        """Whether a stock config has to describe what is left: a callback of the trainer writes it so."""
         self.importance: dict[str, Tensor] = {}
         self._kept: dict[str, tuple[int, ...]] | None = None
         self._groups: tuple[Group, ...] = ()
@@ -114,7 +117,7 @@ class LoraPruneCallback(Callback):
 
     def _find(self, module: LightningModule) -> Target:
         found = find_target(module, objective=None, model=None, neurons=())
-        found.units = self.units
+        found.units, found.stock = self.units, self.stock
         return found
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -126,9 +129,11 @@ class LoraPruneCallback(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, PruningEvents) for callback in callbacks[: callbacks.index(self)]):
             raise ConfigError("ReportCallback exports what LoraPruneCallback has cut: give it after this one.")
+        self.stock = needs_stock(trainer)
         self._resolved = self.check(pl_module)
         self._find(pl_module).check_recovery(self.lora)
         say(trainer, self._resolved.describe())
+        warn(trainer, self._resolved.warning)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -235,6 +240,7 @@ class LoraPruneCallback(Callback):
             "calibration": None,
             "recovery": {"while_training": True, "lora": self.lora.to_dict(), "steps": trainer.global_step},
             "versions": versions(),
+            "warnings": [self._resolved.warning] if self._resolved.warning else [],
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

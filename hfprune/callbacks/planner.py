@@ -122,6 +122,7 @@ class Planner:
         self.convergence: list[tuple[int, float]] = []
         self.calibration: Calibration | None = None
         self.allocation = options.allocation
+        self._warnings: list[str] = []
 
     def plan(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[PruningPlan, ResolvedBudget]:
         """Returns what stays, the same on every rank, and the budget as the scores decide it.
@@ -165,6 +166,7 @@ class Planner:
             "compensation": options.compensation.describe() if options.compensation else None,
             "recovery": {"data": data_summary(self._trainer, "recovery")},
             "versions": versions(),
+            "warnings": [text for text in (resolved.warning, *self._warnings) if text],
         }
 
     def _measured(self, groups: tuple[Group, ...]) -> Allocation | None:
@@ -194,10 +196,12 @@ class Planner:
         totals = accumulator.totals()
         seconds = time.perf_counter() - start
         early = "; the kept units had settled" if calibration.stopped else ""
-        say(self._trainer, f"Calibrated on {totals.num_tokens:,} tokens in {seconds:.1f} s{early}.")
+        tokens = calibration.seen.total
+        size = f"{totals.num_sequences:,} batches" if tokens is None else f"{tokens:,} tokens"
+        say(self._trainer, f"Calibrated on {size} in {seconds:.1f} s{early}.")
         return {
             "sequences": totals.num_sequences,
-            "tokens": totals.num_tokens,
+            "tokens": tokens,
             "mean_objective_nats": accumulator.mean_objective(),
             "exact": self._options.exact,
             "settled": calibration.stopped,
@@ -272,6 +276,8 @@ class Planner:
         lost = sum(found.errors.values()) / len(found.errors)
         seconds = time.perf_counter() - start
         say(self._trainer, f"Went through the layers in {seconds:.1f} s; mean output error {lost:.1%}.")
+        self._warnings.append(found.warning)
+        warn(self._trainer, found.warning)
         return found
 
 
@@ -279,6 +285,12 @@ def say(trainer: Trainer, text: str) -> None:
     """Logs ``text`` once, whatever the number of processes."""
     if trainer.is_global_zero:
         _log.info(text)
+
+
+def warn(trainer: Trainer, text: str) -> None:
+    """Logs a warning once, whatever the number of processes; nothing where there is none."""
+    if text and trainer.is_global_zero:
+        _log.warning("WARNING: %s", text)
 
 
 def versions() -> dict[str, str]:

@@ -91,6 +91,11 @@ class ReportCallback(Callback, PruningEvents):
         self._report: dict[str, Any] = {}
 
     @property
+    def needs_stock(self) -> bool:
+        """Whether the layout is described by a stock config."""
+        return self.layout.stock
+
+    @property
     def stages(self) -> dict[str, dict[str, Any]]:
         """Figures of the dense, the pruned and the recovered model, as ``report.json`` holds them."""
         return self.measured.stages
@@ -117,6 +122,7 @@ class ReportCallback(Callback, PruningEvents):
     ) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
+        pruning.stock = self.layout.stock  # the order of ``setup`` calls is the user's
         if self.layout.stock:
             pruning.check_stock(module)
         planned = pruning.planned(module)
@@ -142,6 +148,7 @@ class ReportCallback(Callback, PruningEvents):
         """Checks the layout against what is there now, writes ``plan.json`` and measures the pruned model."""
         assert isinstance(pl_module, PruningModule)
         self.layout.check(pl_module.causal_lm)
+        self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)

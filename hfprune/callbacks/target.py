@@ -35,11 +35,13 @@ class Target(ABC):
         module: The LightningModule.
         objective: What calibration differentiates; None: the loss of the module's own ``training_step``.
         units: Unit kinds of a Hugging Face model.
+        stock: Whether a stock config has to describe what is left, so that allocations choose what it can state.
     """
 
     module: Any
     objective: Objective | None
     units: Sequence[str] = ("mlp",)
+    stock: bool = False
 
     @property
     @abstractmethod
@@ -70,6 +72,15 @@ class Target(ABC):
     def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
         """Returns the tokens [B] that count in each sequence of an item without objective, and its padding [B, T]."""
         return token_counts(item)
+
+    def seen_tokens(self, item: Any, counted: int) -> int | None:
+        """Returns how many tokens of a calibration item the model read, None where that is not known.
+
+        Args:
+            item: One item.
+            counted: Tokens that its objective counts.
+        """
+        return counted
 
     @abstractmethod
     def apply_plan(self, plan: PruningPlan) -> None:
@@ -173,7 +184,7 @@ class Target(ABC):
     def inventory(self) -> Inventory:
         """Returns the groups of a Hugging Face model and what their units cost."""
         model = self.shapes()
-        return Inventory.of(model, self.groups(model))
+        return Inventory.of(model, self.groups(model), stock=self.stock)
 
     def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Returns the config keys that change when ``keep`` stays."""

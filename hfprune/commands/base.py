@@ -1,16 +1,15 @@
 """What every command's parser has, and errors in one line."""
 
-import difflib
-import inspect
-import re
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from hfprune.criteria import Criterion
+from hfprune.commands.complaints import one_line, refused
+from hfprune.commands.nulls import check_nulls
+from hfprune.commands.precedence import check_files, settled
 from hfprune.data import TextDataModule
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, HFPruneError
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
 
@@ -53,30 +52,24 @@ class BaseCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
+        check_files(args)
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(settled(args, {action.dest for action in parser._actions}))
         except ArgumentError as error:
-            raise ConfigError(_one_line(error, parser)) from error
+            raise ConfigError(one_line(error, parser)) from error
+        plain = {action.dest: action.default for action in parser._actions if "." not in action.dest}
+        plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
+        check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})
 
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return {"trainer": PruneTrainer, "model": PruningModule, "data": TextDataModule}
 
-def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
-    """Returns the parser's complaint in one line, with the nearest option when one is not known."""
-    text = " ".join(str(error).split())
-    known = [name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)]
-    for pattern in (r"unrecognized arguments: --([\w.]+)", r"[Oo]ption '([\w.]+)' is not accepted"):
-        if (unknown := re.search(pattern, text)) and (near := difflib.get_close_matches(unknown[1], known, n=1)):
-            return f"{text}. Did you mean '{near[0]}'?"
-    value = re.search(r'Parser key "([\w.]+)": .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)$', text)
-    if value is None:
-        return text
-    kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
-    expected = sorted(_concrete(Criterion)) if kinds == ["Criterion"] else kinds
-    return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
-
-
-def _concrete(kind: type[Any]) -> set[str]:
-    """Returns the names of all classes below ``kind`` that objects can be made of."""
-    found: set[str] = set()
-    for c in kind.__subclasses__():
-        found |= _concrete(c)
-    return found if inspect.isabstract(kind) else found | {kind.__name__}
+    def instantiate_classes(self) -> None:
+        """Makes the objects; raises ``ConfigError`` in one line where one of them refuses its options."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, HFPruneError) or not (reason := refused(str(error))):
+                raise
+            raise ConfigError(reason) from error

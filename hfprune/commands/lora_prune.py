@@ -1,5 +1,7 @@
 """``fit`` that prunes while adapters are trained: ``--lora_prune.*``, on the command line or in YAML."""
 
+from typing import Any
+
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.callbacks import LoraPruneCallback
@@ -11,6 +13,10 @@ FLAGS = ("lora_prune",)
 
 class LoraPruneCLI(RunCLI):
     """``fit`` with gradual pruning."""
+
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return super().classes() | {"lora_prune": LoraPruneCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the budget, the output folder and the callback."""

@@ -18,6 +18,7 @@ from hfprune.callbacks.dense_control import ONE_PROCESS, STAGE, DenseControl
 from hfprune.callbacks.saving import StepCheckpoint
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
+from hfprune.commands.traces import without_traces
 from hfprune.errors import ConfigError
 from hfprune.export import CHECKPOINT_FOLDER
 from hfprune.recovery import LoraRecovery
@@ -38,6 +39,10 @@ class RunCLI(BaseCLI):
     def defaults(self) -> dict[str, Any]:
         """Returns defaults of the Trainer's arguments."""
         return super().defaults() | {"logger": None, "max_epochs": 1, "log_every_n_steps": 1}
+
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return super().classes() | {"importance": TaylorImportanceCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the budget, the output folder and the importance callback."""
@@ -118,7 +123,9 @@ class RunCLI(BaseCLI):
             cast(PruneTrainer, self.trainer).prune(self.model, datamodule=self.datamodule, ckpt_path=path)
         else:
             self._check_control()
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
+            out = Path(self.config.output_dir)
+            with without_traces([out / "logs", out]):
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
             if self.config.recover_dense:
                 self._recover_dense()
 

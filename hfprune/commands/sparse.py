@@ -1,13 +1,13 @@
 """``fit`` and ``prune`` with a sparse method: ``--method`` or ``--sparsity``, on the command line or in YAML."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.callbacks import ReportCallback, SparsityCallback
+from hfprune.commands.precedence import config_files, read_config
 from hfprune.commands.run import RunCLI
 from hfprune.errors import ConfigError
 from hfprune.export import CHECKPOINT_FOLDER, STATE_FOLDER
@@ -20,27 +20,15 @@ FLAGS = ("method", "sparsity")
 def asks_for(args: Sequence[str], flags: Sequence[str]) -> bool:
     """Returns whether flags of a kind are among ``args``, or in a YAML file that these name."""
     names = [arg.removeprefix("--").split("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
-    return any(name in flags for name in names) or any(_file_asks(path, flags) for path in _config_files(args))
-
-
-def _config_files(args: Sequence[str]) -> list[str]:
-    given = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    return given + [value for flag, value in pairwise(args) if flag == "--config"]
-
-
-def _file_asks(path: str, flags: Sequence[str]) -> bool:
-    """Returns whether a YAML file has one of the flags; what is wrong with the file, its parser says."""
-    if not Path(path).is_file():
-        return False
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return isinstance(found, dict) and any(name in found for name in flags)
+    return any(name in flags for name in (*names, *(key for path in config_files(args) for key in read_config(path))))
 
 
 class SparseCLI(RunCLI):
     """``fit`` and ``prune`` with a sparse method."""
+
+    def classes(self) -> dict[str, type[Any]]:
+        """Returns the classes that take the groups of options."""
+        return super().classes() | {"sparse": SparsityCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the method, the output folder and the sparsity callback."""

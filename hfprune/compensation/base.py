@@ -49,6 +49,8 @@ class Compensation(ABC):
 
     needs_bias: ClassVar[bool] = False
     """Whether projections without bias are refused."""
+    fits_inputs: ClassVar[bool] = False
+    """Whether each output gets a weight of its own for every kept input, which takes more tokens than inputs."""
 
     def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "normalised") -> None:
         if target not in ("module", "dense"):

@@ -28,6 +28,8 @@ class LeastSquares(Compensation):
         ConfigError: ``damping`` is not positive.
     """
 
+    fits_inputs = True
+
     def __init__(
         self,
         *,

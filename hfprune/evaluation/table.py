@@ -121,12 +121,13 @@ def _caption(stages: Mapping[str, _Figures]) -> str | None:
             parts[_tasks(stage["zero_shot"])] = None
     timed = [stage["latency"] for stage in stages.values() if "latency" in stage]
     if timed:
-        parts[_speed(timed[-1])] = None
+        parts[_speed(timed[-1], several=len(timed) > 1)] = None
     return " ".join(parts) or None
 
 
-def _speed(found: _Figures) -> str:
-    turns = "" if found["prefill_ratio"] is None else ", in alternation with dense"
+def _speed(found: _Figures, *, several: bool) -> str:
+    apart = ", at separate moments (evaluate --dense compares)" if several else ""
+    turns = apart if found["prefill_ratio"] is None else ", in alternation with dense"
     return (
         f"Speed: batch 1, {found['prompt_tokens']} prompt and {found['new_tokens']} new tokens, {found['device']}, "
         f"{found['dtype']}, {found['threads']} threads, median of {found['repeats']}{turns}."

@@ -35,11 +35,26 @@ class LayerwiseResult:
         keep: Group -> kept units, ascending.
         scores: Group -> [U], of groups whose units the pass chose.
         errors: Group -> share of its projection's output energy that the new weights do not give back.
+        tokens: Calibration tokens, of all ranks.
+        columns: Most inputs that one projection was fitted on; 0 where none was fitted input by input.
     """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    columns: int = 0
+
+    @property
+    def warning(self) -> str:
+        """What has to be said where the fit has fewer tokens than unknowns; empty otherwise."""
+        if self.tokens >= self.columns:
+            return ""
+        return (
+            f"The closed-form fit has {self.tokens:,} calibration tokens for up to {self.columns:,} columns of a "
+            "projection: it is underdetermined, and its small output error says nothing of other text. Calibrate on "
+            f"several times {self.columns:,} tokens."
+        )
 
 
 class LayerwisePass:
@@ -96,7 +111,8 @@ class LayerwisePass:
         """
         stream = self._stream(batches)
         dense = stream.copy() if self._paired else None
-        result = LayerwiseResult()
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        result = LayerwiseResult(tokens=int(self._reduce(torch.tensor(tokens, device=stream.device))))
         for index, groups in enumerate(self._by_layer):
             original = copy.deepcopy(stream.layer(index))
             known = None if self._sequential else [self._moments(g, index, stream, None, original) for g in groups]
@@ -151,6 +167,8 @@ class LayerwisePass:
         channels = torch.tensor(group.inputs()[0].channels(result.keep[group.name]), device=weight.device)
         fit = Fit(weight[:, channels].double(), None)
         if self._compensation is not None:
+            if self._compensation.fits_inputs and len(channels) < weight.shape[1]:
+                result.columns = max(result.columns, len(channels))
             given = bias.detach() if isinstance(bias, Tensor) else None
             fit = self._compensation.fit(weight, given, moments, channels)
         about = moments if fit.bias is None else moments.centred()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.causal import labels_of, objective_sum
+from hfprune.causal import labels_of, objective_sum, objective_sums
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import with_config
 from hfprune.loading import load_causal_lm, load_config
@@ -79,16 +79,40 @@ class RecoverySteps(TokenWeighted):
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``."""
-        loss, num_tokens = self._recovery_loss(batch)
+        """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``.
+
+        Logs it as ``train_loss``, and the terms of the mixture as ``train_kl``, ``train_ce`` and ``train_hidden``.
+        """
+        loss, num_tokens, terms = self._recovery_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
+        for name, value in terms.items():
+            self.log(f"train_{name}", value, batch_size=num_tokens)
         self.weigh(num_tokens, seen=int(_mask(batch).sum()))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss``, nats per supervised token."""
-        loss, num_tokens = self._loss(batch, OBJECTIVES.get("cross_entropy"))
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
+        """Logs ``val_loss``: cross-entropy, nats per supervised token, whatever recovery's loss is.
+
+        With ``distillation`` also ``val_ce``, the same figure, and ``val_kl`` where the teacher is in memory: these
+        compare with ``train_ce`` and ``train_kl``.
+        """
+        total, valid, kl = self._validated(batch)
+        num_tokens = int(valid.sum())
+        loss = (total / max(num_tokens, 1)).float()
+        logged = {"val_loss": loss} | ({} if self.distillation is None else {"val_ce": loss})
+        logged |= {} if kl is None else {"val_kl": (kl / max(num_tokens, 1)).float()}
+        for name, value in logged.items():
+            self.log(name, value, prog_bar=name == "val_loss", sync_dist=True, batch_size=num_tokens)
+
+    def _validated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns summed cross-entropy, where tokens count, and the summed KL to a teacher that is in memory."""
+        hard = OBJECTIVES.get("cross_entropy")
+        if self.__dict__["_teacher"] is None:
+            total, valid = self.run(objective_sum, self.causal_lm, hard, batch)
+            return total, valid, None
+        soft = self._recovery_objective()
+        (total, valid), _ = self.run(objective_sums, self.causal_lm, [hard, soft], batch)
+        return total, valid, (soft.parts or {}).get("kl")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs ``test_loss``, nats per supervised token."""
@@ -184,17 +208,19 @@ class RecoverySteps(TokenWeighted):
             return CachedDistillation(alpha=settings.alpha, temperature=settings.temperature, lookup=known)
         return TeacherDistillation(alpha=settings.alpha, temperature=settings.temperature, teacher_model=teacher)
 
-    def _recovery_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Returns recovery's loss per supervised token, and the number of these."""
+    def _recovery_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Returns recovery's loss per supervised token, the number of these, and the terms of a mixture."""
         objective = self._recovery_objective()
         if self.distillation is None or not self.distillation.hidden:
-            return self._loss(batch, objective)
+            loss, num_tokens = self._loss(batch, objective)
+            return loss, num_tokens, _terms(objective, num_tokens)
         with layer_outputs(self.causal_lm) as ours, layer_outputs(self.__dict__["_teacher"]) as theirs:
             loss, num_tokens = self._loss(batch, objective)
         real, pairs = _mask(batch), self.__dict__["_matched"]
         counted = OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], real, labels_of(batch))[1]
         distance = hidden_distance([ours[i] for i, _ in pairs], [theirs[j] for _, j in pairs], counted, real)
-        return loss + self.distillation.hidden * distance / max(num_tokens, 1), num_tokens
+        terms = _terms(objective, num_tokens) | {"hidden": distance.detach() / max(num_tokens, 1)}
+        return loss + self.distillation.hidden * distance / max(num_tokens, 1), num_tokens, terms
 
     def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:
         total, valid = self.run(objective_sum, self.causal_lm, objective, batch)
@@ -253,6 +279,11 @@ class RecoverySteps(TokenWeighted):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _terms(objective: Objective, num_tokens: int) -> dict[str, Tensor]:
+    """Returns the terms of a mixture, per supervised token; none for an objective of one term."""
+    return {name: (total / max(num_tokens, 1)).float() for name, total in (objective.parts or {}).items()}
 
 
 def _mask(batch: dict[str, Tensor]) -> Tensor:

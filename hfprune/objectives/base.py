@@ -41,6 +41,8 @@ class Objective(ABC):
     """Makes the model its own teacher while the context lasts; None for objectives that are not their own teacher."""
     teacher_model: nn.Module | None = None
     """Another model that is the teacher, with the same vocabulary; None for objectives without such a one."""
+    parts: dict[str, Tensor] | None = None
+    """Sums over tokens, so far, of the terms that a mixture is made of, by name; None for objectives of one term."""
     known: Callable[[Mapping[str, Tensor], Tensor], Any] | None = None
     """What is known of a teacher that is not there, for a batch and its tokens that count; None where nothing is."""
 
@@ -54,6 +56,14 @@ class Objective(ABC):
             teacher: The teacher's logits [T, V], for objectives that have one, which may be overwritten; or what is
                 known of them.
         """
+
+    def note(self, **terms: Tensor) -> None:
+        """Adds the values per token [T] of a mixture's terms to ``parts``, in float64."""
+        parts = self.parts or {}
+        for name, value in terms.items():
+            total = value.detach().sum(dtype=torch.float64)
+            parts[name] = parts[name] + total if name in parts else total
+        self.parts = parts
 
     @abstractmethod
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -38,9 +38,11 @@ class TeacherDistillation(Objective):
         p, lse = softmax_statistics(logits / t)
         q, teacher_lse = softmax_statistics(teacher.div_(t))
         ratio = (teacher - teacher_lse) - (logits / t - lse)
-        value = self.alpha * t * t * torch.where(q > 0, q * ratio, 0.0).sum(-1)  # 0 log 0 = 0
+        kl = torch.where(q > 0, q * ratio, 0.0).sum(-1)  # 0 log 0 = 0
+        value = self.alpha * t * t * kl
         grad = p.sub_(q).mul_(self.alpha * t)
         hard = CrossEntropy().value_and_grad(logits, targets)
+        self.note(kl=kl, ce=hard.value)
         return ValueAndGrad(value + (1 - self.alpha) * hard.value, grad.add_(hard.grad, alpha=1 - self.alpha))
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -126,6 +126,7 @@ class CachedDistillation(Objective):
         assert isinstance(teacher, KnownTop)
         value, grad = top_kl(logits / self.temperature, teacher)
         hard = CrossEntropy().value_and_grad(logits, targets)
+        self.note(kl=value, ce=hard.value)
         weight, scale = 1 - self.alpha, self.alpha * self.temperature
         return ValueAndGrad(
             scale * self.temperature * value + weight * hard.value, grad.mul_(scale).add_(hard.grad, alpha=weight)

@@ -186,6 +186,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Criterion": _settings(look_up(report, "plan", "criterion")),
         "Objective": look_up(report, "plan", "objective") or "",
         "Mean objective": "" if objective is None else f"{objective:.4f} nats per token",
+        "Compensation": _settings(look_up(report, "plan", "compensation")),
         "Recovery": _settings(report.get("recovery")),
         "Layout": _layout(report.get("saved") or {}),
     }

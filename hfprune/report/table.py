@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hfprune.report.data import FrontierPoint, ReportData, look_up, number
 from hfprune.report.figures import task_figures
 
+APART = (
+    "Speeds of the models were measured at separate moments and are not compared: hfprune evaluate --dense measures "
+    "them in alternation."
+)
+ALTERNATED = "Speeds were measured in alternation with the dense model."
 Change = Literal["ratio", "points", "none"]
 """How a figure is compared with the dense model's: as a factor, as a difference in per cent points, or not."""
 
@@ -49,6 +54,18 @@ class _Figure:
     change: Change = "ratio"
     stderr: str = ""
     spread: str = ""
+    alternated: Callable[[Mapping[str, Any]], float | None] = lambda measured: None
+    """The ratio to dense of figures that are compared only where both models were timed in alternation."""
+
+
+def _times(path: str, *, inverse: bool = False) -> Callable[[Mapping[str, Any]], float | None]:
+    """Returns what reads a ratio of times, or that of the speeds."""
+
+    def read(measured: Mapping[str, Any]) -> float | None:
+        found = number(look_up(measured, "latency", path))
+        return 1 / found if inverse and found else found
+
+    return read
 
 
 def count(value: float) -> str:
@@ -125,8 +142,21 @@ _QUALITY = (
     _known("Jaccard index of the top 15", "jaccard_15", decimals(3)),
 )
 _SPEED = (
-    _Figure(label="Prefill (ms)", paths=("latency.prefill_ms",), text=decimals(1), spread="latency.prefill_spread_ms"),
-    _Figure(label="Decoding (tokens/s)", paths=("latency.decode_tokens_per_s",), text=decimals(1)),
+    _Figure(
+        label="Prefill (ms)",
+        paths=("latency.prefill_ms",),
+        text=decimals(1),
+        change="none",
+        spread="latency.prefill_spread_ms",
+        alternated=_times("prefill_ratio"),
+    ),
+    _Figure(
+        label="Decoding (tokens/s)",
+        paths=("latency.decode_tokens_per_s",),
+        text=decimals(1),
+        change="none",
+        alternated=_times("decode_ratio", inverse=True),
+    ),
     _Figure(label="Peak memory", paths=("latency.peak_bytes",), text=mebibytes),
 )
 
@@ -148,7 +178,9 @@ def _rows(data: ReportData, figures: tuple[_Figure, ...]) -> tuple[tuple[str, tu
             cells = []
             for stage, value in values.items():
                 base = None if stage == "dense" else values.get("dense")
-                cells.append(_cell(value, base, figure.text, figure.change, _spread(data.stages[stage], figure)))
+                cell = _cell(value, base, figure.text, figure.change, _spread(data.stages[stage], figure))
+                ratio = figure.alternated(data.stages[stage])
+                cells.append(cell if ratio is None else replace(cell, change=_change(ratio, 1.0, "ratio")))
             found.append((figure.label, tuple(cells)))
     return tuple(found)
 
@@ -237,6 +269,12 @@ def notes(data: ReportData) -> list[str]:
                 f"{latency['device']}, {latency['threads']} threads, median of {latency['repeats']}."
             )
             found[text] = None
+    if timed := [look_up(stage, "latency") for stage in data.stages.values() if look_up(stage, "latency")]:
+        alternated = any(number(latency.get("prefill_ratio")) is not None for latency in timed)
+        if alternated or len(timed) > 1:
+            found[ALTERNATED if alternated else APART] = None
+    if data.facts.get("Compensation"):
+        found[f"Pruned: the weights that stay were fitted anew ({data.facts['Compensation']})."] = None
     if any(stage.get("zero_shot") or look_up(stage, "fidelity", "kl_stderr") for stage in data.stages.values()):
         found["± is one standard error."] = None
     return list(found)

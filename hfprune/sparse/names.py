@@ -1,9 +1,9 @@
 """Names of the methods on the command line, with their settings as published."""
 
-import difflib
 from collections.abc import Callable, Mapping
 
 from hfprune.errors import ConfigError
+from hfprune.near import nearest
 from hfprune.sparse.base import SparseMethod
 from hfprune.sparse.magnitude import MagnitudeSparsity, RelativeImportance
 from hfprune.sparse.ria import RIA
@@ -35,7 +35,7 @@ def sparse_method(name: str) -> SparseMethod:
         ConfigError: There is none; the message names the nearest one.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        guess = f" Did you mean '{near[0]}'?" if near else ""
+        near = nearest(name, METHODS)
+        guess = f" Did you mean '{near}'?" if near else ""
         raise ConfigError(f"Unknown method '{name}'.{guess} Known: {', '.join(METHODS)}.")
     return METHODS[name]()

@@ -1,5 +1,6 @@
 """The pruned models of a sweep: budgets, kept units, surgery and fitted weights."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
 from hfprune.sweep.grid import Cell, Method, SweepGrid
 from hfprune.types import Budget
+
+_log = logging.getLogger(__name__)
 
 ByGroup = Mapping[str, Tensor]
 """Group -> scores [U]."""
@@ -111,9 +114,12 @@ class Pruner:
         groups = find_groups(model, method.units)
         widths = self.budget(method, cell.pruning_ratio).widths
         with torch.no_grad():
-            return LayerwisePass(model, groups, compensation=method.compensation).run(
+            found = LayerwisePass(model, groups, compensation=method.compensation).run(
                 [sequence for batch in batches for sequence in sequences(as_batch(batch))],
                 dict(zip((group.name for group in groups), widths, strict=True)),
                 keep=keep,
                 criterion=method.scorer if isinstance(method.scorer, LayerwiseCriterion) else None,
             )
+        if found.warning:
+            _log.warning("WARNING: %s: %s", cell.name, found.warning)
+        return found

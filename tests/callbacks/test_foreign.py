@@ -153,6 +153,23 @@ def test_loss_of_training_step_is_the_cross_entropy_criterion():
         torch.testing.assert_close(importance.importance[name], score, atol=1e-9, rtol=1e-5)
 
 
+def test_tokens_are_counted_whatever_the_objective_counts(caplog):
+    """The loss of a ``training_step`` is one number per batch; batches without token ids are counted as batches."""
+    module = FineTuner()
+    module.train_dataloader = lambda: DataLoader(TokenData(size=6), batch_size=2)
+    with caplog.at_level("INFO", logger="hfprune"):
+        importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=3, look_every=1)
+        trainer(importance, limit_val_batches=0, max_epochs=1).fit(module)
+        assert "Calibrated on 72 tokens" in caplog.text
+        assert [tokens for tokens, _ in importance.convergence] == [24, 48, 72]
+        kind, neurons, loader = FOREIGN["classifier"]
+        module = kind()
+        module.train_dataloader = loader
+        chosen = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2, neurons=neurons)
+        trainer(chosen, limit_val_batches=0, max_epochs=1).fit(module)
+    assert "Calibrated on 2 batches" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [FineTuner, ManualFineTuner])
 def test_entropy_needs_no_training_step(kind):
     """`objective="entropy"` reads the logits: the same kept units for automatic and manual optimization."""

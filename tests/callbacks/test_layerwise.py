@@ -164,3 +164,32 @@ def test_recovery_follows(folder, tmp_path):
     assert runner.global_step == 3
     again = PruningModule.load_from_checkpoint(tmp_path / "checkpoints/last.ckpt")
     assert equal(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize(("sequences", "warned"), [(1, True), (4, False)])
+def test_a_fit_on_fewer_tokens_than_columns_is_warned_of(folder, sequences, warned, tmp_path, caplog):
+    """16 tokens for 17 kept columns are fewer equations than unknowns; 64 are enough."""
+    chosen = importance(criterion=Magnitude(), calibration_batches=sequences, pruning_ratio=None, intermediate_size=17)
+    fit(folder, tmp_path / "out", importance=chosen, limit_train_batches=0)
+    text = "16 calibration tokens for up to 17 columns"
+    assert (text in caplog.text) == warned
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert any(text in warning for warning in report["warnings"]) == warned
+
+
+@pytest.mark.parametrize(
+    ("budget", "loud"),
+    [({"pruning_ratio": 0.55, "units": ("mlp", "heads")}, True), ({"pruning_ratio": 0.2}, False)],
+)
+def test_a_budget_that_removes_more_than_half_is_said_before_loading(folder, budget, loud, caplog, monkeypatch):
+    class Loaded(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.setattr("hfprune.modules.causal_lm.load_causal_lm", load)
+    chosen = importance(**({"pruning_ratio": None, "compensation": None} | budget))
+    with pytest.raises(Loaded):
+        fit(folder, importance=chosen, limit_train_batches=0)
+    assert ("of the parameters, more than half: 6,848 -> " in caplog.text) == loud

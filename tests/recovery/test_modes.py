@@ -362,3 +362,25 @@ def test_moments_of_8_bits(tmp_path):
     resumed = fit(str(tmp_path / "m"), ModelCheckpoint(**saving), ckpt_path=last, optimizer="adamw_8bit")
     theirs = dict(straight.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in resumed.named_parameters())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_terms_of_a_mixture_are_logged_under_their_own_names(folder, tmp_path, cached):
+    """``train_loss`` is the mixture, ``val_loss`` cross-entropy: what compares is called alike."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    cache = {"cache": str(tmp_path / "cache"), "top_k": 61} if cached else {}
+    settings = DistillationRecovery(alpha=0.25, temperature=2.0, **cache)
+    module = fit(folder, Look(), lora=LoraRecovery(rank=2), distillation=settings)
+    for found in seen:
+        mixture = 0.75 * found["train_ce"] + 0.25 * 4 * found["train_kl"]
+        assert found["train_loss"] == pytest.approx(mixture, rel=1e-4)
+    metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    assert metrics["val_loss"] == metrics["val_ce"] > 1
+    assert ("val_kl" in metrics) != cached
+    plain = fit(folder, lora=LoraRecovery(rank=2)).trainer.callback_metrics
+    assert not {"train_kl", "train_ce", "val_kl", "val_ce"} & set(plain)

@@ -1,5 +1,6 @@
 """The page and its figures: what is shown, what is left out, and that nothing is loaded from elsewhere."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -31,7 +32,7 @@ from hfprune.report import (
 )
 from hfprune.report.data import number
 from hfprune.report.figures import binned, chance_overlap, kl_curves, smoothed, to_bytes
-from hfprune.report.table import models, summary
+from hfprune.report.table import models, notes, summary
 from hfprune.types import Group, Slice
 
 LAYERS, UNITS = 30, 48
@@ -199,6 +200,29 @@ def test_summary_numbers_and_changes():
     assert rows["harder (acc_norm)"][1].change == "\u22125.0 points"
     assert rows["Prefill (ms)"][0].spread == "122.3 to 149.5"
     assert rows["Size of the weights"][0].text == "256.6 MiB"
+
+
+def test_speeds_are_compared_only_where_they_were_measured_in_alternation():
+    """Two moments of a busy machine say nothing of two models."""
+    data = full()
+    rows = {label: cells for section in summary(data) for label, cells in section.rows}
+    assert {cell.change for name in ("Prefill (ms)", "Decoding (tokens/s)") for cell in rows[name]} == {""}
+    assert any("separate moments and are not compared" in note for note in notes(data))
+    latency = data.stages["pruned"]["latency"] | {"prefill_ratio": 0.8, "decode_ratio": 0.5}
+    stages = dict(data.stages) | {"pruned": dict(data.stages["pruned"]) | {"latency": latency}}
+    turned = dataclasses.replace(data, stages=stages)
+    rows = {label: cells for section in summary(turned) for label, cells in section.rows}
+    assert rows["Prefill (ms)"][1].change == "\u00d70.80"
+    assert rows["Decoding (tokens/s)"][1].change == "\u00d72.00"
+    assert any("in alternation with the dense model" in note for note in notes(turned))
+
+
+def test_compensation_is_a_fact_and_a_note(tmp_path):
+    report = {"plan": {"compensation": {"name": "LeastSquares", "damping": 0.1}}, "stages": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    data = read_run(tmp_path)
+    assert data.facts["Compensation"] == "name LeastSquares, damping 0.1"
+    assert any("LeastSquares" in note for note in notes(data))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,148 @@
+"""What the argument parser complains of, in one line that names the flag, the reason and the nearest name."""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+
+from hfprune.criteria import Criterion
+from hfprune.near import nearest
+
+_MEANT = {
+    "pruning_ratio": ("ratio", "prune_ratio", "pruning", "prune", "amount", "compression_ratio", "removal_ratio"),
+    "sparsity": ("sparsity_ratio", "sparsity_level"),
+    "intermediate_size": ("width", "mlp_width", "intermediate_dim", "ffn_size"),
+    "model.path": ("model_path", "model_name", "model_name_or_path", "model_id", "pretrained", "base_model", "path"),
+    "output_dir": ("output", "out", "out_dir", "save_dir", "save_path", "output_path"),
+    "output": ("output_dir", "out", "output_path", "output_file"),
+    "data.calibration": ("calibration_data", "calibration_dataset", "calib_data", "dataset"),
+}
+"""Flag -> names that other tools give it. What a name means counts here, not how it is spelled."""
+
+
+def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
+    """Returns the parser's complaint in one line, with the nearest option when one is not known."""
+    text = " ".join(str(error).split())
+    known = {name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)}
+    for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
+        if (unknown := re.search(pattern, text)) and "class_path" not in text:
+            return text + _guess(meant(unknown[1], known))
+    return _of_class(text) or _of_value(text) or _of_group(text) or text
+
+
+def refused(text: str) -> str | None:
+    """Returns why a nested class refused its options when it was made, None where ``text`` says something else."""
+    text = " ".join(text.split())
+    found = re.search(r"^Does not validate against any of the Union subtypes .*?Errors: - (.*?) - Expected a ", text)
+    return found[1] if found else None
+
+
+def meant(name: str, known: set[str]) -> str | None:
+    """Returns the flag that an unknown one stands for, None where it may be any of several.
+
+    A misspelling, another tool's name, or the last part of one dotted flag.
+
+    >>> meant("ratio", {"pruning_ratio", "mlp_ratio"}), meant("units", {"importance.units", "seed"})
+    ('pruning_ratio', 'importance.units')
+    """
+    plain = name.replace("-", "_")
+    for flag, others in _MEANT.items():
+        if plain in others and flag in known:
+            return flag
+    tails = sorted(flag for flag in known if flag.endswith(f".{plain}"))
+    if tails:
+        short = [flag for flag in tails if flag.count(".") == tails[0].count(".")]
+        return tails[0] if len(tails) == 1 or (len(short) == 1 and tails[0] in short) else None
+    return nearest(plain, known)
+
+
+def _guess(near: str | None) -> str:
+    return f". Did you mean '{near}'?" if near else ""
+
+
+def _of_class(text: str) -> str | None:
+    """Returns what is wrong with the options of a class, of the innermost one that is at fault."""
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    found = re.findall(r"Problem with given class_path '([\w.]+)': (.*?)(?= - Expected a | - Problem with |$)", text)
+    if key is None or not found:
+        return None
+    path, reason = found[-1]
+    name = path.rpartition(".")[2]
+    if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted", reason):
+        return f"--{key[1]}: {name} has no option '{option[1]}'" + _guess(nearest(option[1], _options(path)))
+    if re.search(r"has no attribute '\w+'$", reason) and reason.startswith("module "):
+        return f"--{key[1]} {path}: there is no such class" + _guess(nearest(name, _concrete(Criterion)))
+    if re.fullmatch(r"'\w+' object has no attribute '\w+'", reason):
+        reason = "init_args is not a mapping of options"
+    if wrong := re.match(r'Parser key "([\w.]+)": (.*)', reason):
+        reason = f"{wrong[1]}: {_short(wrong[2])}"
+    return f"--{key[1]}: {name}: {reason}"
+
+
+def _of_value(text: str) -> str | None:
+    """Returns what kinds of values a flag takes."""
+    value = re.search(r'Parser key "([\w.]+)": .*?Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$', text)
+    if value is None:
+        plain = re.fullmatch(r'Parser key "([\w.]+)": (Expected a .*)', text)
+        return f"--{plain[1]} {_short(plain[2])}" if plain else None
+    extra = _beside_class_path(value[3])
+    if extra:
+        return f"--{value[1]}: '{extra}' is not accepted beside class_path: options of the class stand in init_args."
+    return f"--{value[1]} {value[3]}: expected {_kinds(value[2])}."
+
+
+def _of_group(text: str) -> str | None:
+    """Returns which flag was meant where a model is given in the place of a file of options."""
+    found = re.match(r"""Parser key "model": Unable to load config ['"]([^'"]*)['"]""", text)
+    return f"--model takes a YAML file of options: give --model.path {found[1]}." if found else None
+
+
+def _short(text: str) -> str:
+    """Returns ``Expected a <class 'int'>. Got value: abc`` as ``abc: expected int``."""
+    union = re.search(r"Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$", text)
+    if union:
+        return f"{union[2]}: expected {_kinds(union[1])}."
+    found = re.fullmatch(r"Expected an? (.*?)\.? Got value: (.*)", text)
+    if found is None:
+        return text
+    return f"{found[2]}: expected {_kinds(found[1])}."
+
+
+def _kinds(listed: str) -> str:
+    """Returns the types that the parser lists, without their modules; concrete classes for a criterion."""
+    kinds = [kind.rpartition(".")[2] for kind in re.findall(r"<class '([\w.]+)'>", listed)]
+    kinds = [kind for kind in kinds if kind != "NoneType"]
+    if kinds == ["Criterion"]:
+        kinds = sorted(_concrete(Criterion))
+    return " or ".join({"Sequence": "a list"}.get(kind, kind) for kind in kinds) or listed.removeprefix("typing.")
+
+
+def _beside_class_path(value: str) -> str | None:
+    """Returns a key that stands beside ``class_path`` and has no place there."""
+    try:
+        given = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return None
+    if not isinstance(given, Mapping) or "class_path" not in given:
+        return None
+    return next((str(key) for key in given if key not in ("class_path", "init_args", "dict_kwargs")), None)
+
+
+def _options(path: str) -> list[str]:
+    """Returns the names of the arguments of a class; none where it cannot be found."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)  # the parser has imported it
+    return list(inspect.signature(found).parameters) if inspect.isclass(found) else []
+
+
+def _concrete(kind: type[Any]) -> set[str]:
+    """Returns the names of all classes below ``kind`` that objects can be made of."""
+    found: set[str] = set()
+    for c in kind.__subclasses__():
+        found |= _concrete(c)
+    return found if inspect.isabstract(kind) else found | {kind.__name__}
