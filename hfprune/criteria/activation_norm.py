@@ -42,6 +42,7 @@ def squares(signal: Tensor, batch: BatchInfo) -> Tensor:
         found = batch.by_sequence(signal)
         if batch.padding is not None:
             found = found.masked_fill(batch.padding.unsqueeze(-1), 0.0)
-        return torch.linalg.vector_norm(found, dim=1, dtype=torch.float32).double().square_()
+        norms: Tensor = torch.linalg.vector_norm(found, dim=1, dtype=torch.float32)
+        return norms.double().square_()
     value = batch.wide(signal, zero_padding=True)
     return value.square().sum(dim=1).double()
