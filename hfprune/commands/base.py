@@ -12,7 +12,12 @@ from hfprune.criteria import Criterion
 from hfprune.data import TextDataModule
 from hfprune.errors import ConfigError
 from hfprune.modules import PruningModule
+from hfprune.paths import user_path
 from hfprune.trainer import PruneTrainer
+
+_PATHS = ("model.path", "model.distillation.cache", "output_dir", "ckpt_path", "dense", "dense_cache", "output")
+_PATHS += ("trainer.default_root_dir",)
+"""Flags that name files or folders outside ``--data``: a leading ``~`` is the home folder, in YAML, too."""
 
 
 class BaseCLI(LightningCLI):
@@ -57,6 +62,9 @@ class BaseCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise ConfigError(_one_line(error, parser)) from error
+        for name in _PATHS:
+            if isinstance(value := self.config.get(name), str):
+                self.config[name] = user_path(value, f"--{name}")
 
 
 def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:

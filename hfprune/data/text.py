@@ -22,6 +22,7 @@ from hfprune.data.written import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.embedded import cache_dir
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
+from hfprune.loading import check_tokenizer
 from hfprune.packed import check_packing
 
 
@@ -143,11 +144,7 @@ class TextDataModule(ResumableDataModule):
         Raises:
             ConfigError: The tokenizer has ids that the model does not know.
         """
-        if len(tokenizer) > vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
-                "belong together."
-            )
+        check_tokenizer(tokenizer, vocab_size)
         if self.chat_template is not None:
             tokenizer.chat_template = read_template(self.chat_template)
         folder = cache_dir() / "written"
