@@ -18,7 +18,7 @@ from hfprune.layouts.bitmask_auto import bitmask_stock
 from hfprune.model_files import check_files, check_vocabulary, first_line, has_weights, weight_shapes
 from hfprune.paths import user_path
 from hfprune.plan import PLAN_FILE
-from hfprune.quiet import no_progress_bars, quiet_transformers
+from hfprune.quiet import quiet_transformers
 from hfprune.weights import check_info, check_shapes
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -252,7 +252,7 @@ def load_causal_lm(
     kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
     if not is_per_layer(config):
         kwargs["ignore_mismatched_sizes"] = True  # reported below, in one line
-    with _reading(f"Cannot load the weights of {where}"), no_progress_bars(), quiet_transformers():
+    with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
     check_info(model, info, where)
     vars(model.config).pop("auto_map", None)

@@ -93,7 +93,7 @@ def check_vocabulary(folder: Path, where: str) -> None:
     """Raises ``ConfigError`` when a folder has no file that a tokenizer could be read from."""
     if not any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         raise ConfigError(
-            f"{where} has no tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the folder "
+            f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the folder "
             "(tokenizer.save_pretrained)."
         )
 

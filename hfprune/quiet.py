@@ -20,12 +20,13 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides warnings that transformers logs inside the block, tables of loaded weights among them: errors say them."""
+    """Hides bars and logged warnings of transformers inside the block, tables of loaded weights among them."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with no_progress_bars():
+            yield
     finally:
         logging.set_verbosity(level)
