@@ -28,8 +28,9 @@ _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_sta
 """Entries of config.json that change only what a forward pass returns."""
 
 _TEXT_MODEL = (
-    "m = AutoModelForCausalLM.from_pretrained({path}); t = AutoModelForCausalLM.from_config(m.config.get_text_config(), "
-    "dtype=m.dtype); t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained('TEXT'). Then save the "
+    "m = AutoModelForCausalLM.from_pretrained({path}); "
+    "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained('TEXT'). Then save the "
     "tokenizer there, and give TEXT."
 )
 
@@ -92,7 +93,7 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
     """Checks all that can be known of a model before its weights are read: files, config, class, names and shapes.
 
     The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
-    enough for a budget; :func:`check_weight_files` refuses it. Of a hub id only the form is checked: no hub is asked.
+    enough for a budget; :func:`check_weight_files` refuses it. Of a hub id nothing is checked here: no hub is asked.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
@@ -103,7 +104,6 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
         ConfigError: The model cannot be used; the message says what to do.
         PlanError: Its layers differ in width, and a plan is missing or damaged.
     """
-    check_model_path(path, argument=argument)
     folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
     if path == EMBEDDED_NAME or not folder.is_dir():
         return
@@ -159,14 +159,15 @@ def _check_config(config: Any, where: str) -> None:
         raise ConfigError(f"{where} is quantised; prune the full-precision model, then quantise.")
     text = config.get_text_config()
     if text is not config:
+        recipe = _TEXT_MODEL.format(path=where.partition("=")[2])
         raise ConfigError(
-            f"{where} is a multimodal model ({type(config).__name__}), of which hfprune takes the text model "
-            f"({type(text).__name__}) alone. Save it as a model of its own: {_TEXT_MODEL.format(path=where.partition('=')[2])}"
+            f"{where} is a multimodal model ({type(config).__name__}); hfprune takes its text model "
+            f"({type(text).__name__}) alone. Save it as a model of its own: {recipe}"
         )
     if config.dtype not in _DTYPES:
         raise ConfigError(
-            f"{where}: config.json says dtype {str(config.dtype).removeprefix('torch.')}, in which no model is run. Set "
-            "it to float32, bfloat16 or float16, the type of the weights."
+            f"{where}: config.json says dtype {str(config.dtype).removeprefix('torch.')}, in which no model is run. "
+            "Set it to float32, bfloat16 or float16, the type of the weights."
         )
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
@@ -233,9 +234,7 @@ def load(
     return model if device is None else model.to(device)
 
 
-def load_causal_lm(
-    path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path"
-) -> Any:
+def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
     """Returns the model with its weights, on the CPU.
 
     Raises:

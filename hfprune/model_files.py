@@ -52,15 +52,12 @@ def check_files(folder: Path, where: str) -> None:
             _check_content(file, where)
 
 
-def weight_shapes(folder: Path, where: str) -> Shapes | None:
+def weight_shapes(folder: Path, where: str) -> Shapes:
     """Returns the shape of every tensor in the weight files, read from their headers.
 
     Args:
         folder: A folder on this machine.
         where: How messages name it.
-
-    Returns:
-        None when the files have no headers: pickles older than PyTorch 1.6.
 
     Raises:
         ConfigError: There are no weight files, or one is missing or damaged.
@@ -77,10 +74,7 @@ def weight_shapes(folder: Path, where: str) -> Shapes | None:
     shapes: Shapes = {}
     for file in files:
         _check_content(file, where)
-        part = _pickled_shapes(file, where) if file.suffix == ".bin" else _header(file, where)
-        if part is None:
-            return None
-        shapes |= part
+        shapes |= _pickled_shapes(file, where) if file.suffix == ".bin" else _header(file, where)
     return shapes
 
 
@@ -93,8 +87,8 @@ def check_vocabulary(folder: Path, where: str) -> None:
     """Raises ``ConfigError`` when a folder has no file that a tokenizer could be read from."""
     if not any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         raise ConfigError(
-            f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the folder "
-            "(tokenizer.save_pretrained)."
+            f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the "
+            "folder (tokenizer.save_pretrained)."
         )
 
 
@@ -137,15 +131,13 @@ def _header(file: Path, where: str) -> Shapes:
         raise ConfigError(f"{where}: {file.name} is damaged or cut off ({first_line(error)}). {_AGAIN}") from error
 
 
-def _pickled_shapes(file: Path, where: str) -> Shapes | None:
+def _pickled_shapes(file: Path, where: str) -> Shapes:
     with file.open("rb") as opened:
         zipped = opened.read(2) == b"PK"
     try:
         found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError, KeyError) as error:
-        if not zipped and "mmap" in str(error):
-            return None
-        raise ConfigError(f"{where}: {file.name} is damaged or cut off ({first_line(error)}). {_AGAIN}") from error
+        raise ConfigError(f"{where}: {file.name} is damaged or cut off: not a file of torch.save. {_AGAIN}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ConfigError(
             f"{where}: {file.name} is not a state dict of tensors by name, but for example a training checkpoint. Save "

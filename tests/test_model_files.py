@@ -8,7 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GenerationConfig,
+)
 
 import hfprune
 from hfprune.cli import main
@@ -83,7 +89,10 @@ def shards(folder):
 
 def adapter(folder):
     LoraConfig(r=2, target_modules=["up_proj"], base_model_name_or_path="base").save_pretrained(folder)
-    save_file({"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 16)}, folder / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 16)},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def adapter_alone(folder):
@@ -104,7 +113,10 @@ KINDS = {
     "missing_everything": (without(""), "lack"),
     "unexpected": (lambda f: set_config(f, mlp_bias=False), "hold 9 tensors that LlamaForCausalLM does not have"),
     "fewer_layers": (lambda f: set_config(f, num_hidden_layers=2), "hold 16 tensors"),
-    "other_shape": (lambda f: set_config(f, intermediate_size=20), "is [16, 24] in the weight files and [16, 20] by config"),
+    "other_shape": (
+        lambda f: set_config(f, intermediate_size=20),
+        "is [16, 24] in the weight files and [16, 20] by config",
+    ),
     "other_vocabulary": (lambda f: set_config(f, vocab_size=64), "is [61, 16] in the weight files and [64, 16]"),
     "wrapped_ddp": (renamed(lambda k: f"module.{k}"), "'module.' in them"),
     "wrapped_compile": (renamed(lambda k: f"_orig_mod.{k}"), "torch.compile"),
@@ -229,7 +241,9 @@ def test_pickled_weights_work(folder):
 def test_no_code_is_asked_for(folder):
     set_config(folder, auto_map={"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"})
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization.T", None]}}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization.T", None]}})
+    )
     assert main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *SMALL]) == 0
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in json.loads(Path("out/model", name).read_text())
@@ -269,8 +283,19 @@ def test_home_folder(folder, monkeypatch):
     Path("run.yaml").write_text("model: {path: ~/m}\noutput_dir: ~/out\npruning_ratio: 0.2\n")
     assert main(["prune", "--config=run.yaml", *SMALL]) == 0
     assert not Path("~").exists()
-    assert main(["evaluate", "--model.path=~/out/model", "--dense=~/m", "--output=~/e.json", "--data.text=builtin",
-                 *[flag for flag in SMALL if "seq" not in flag]]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--model.path=~/out/model",
+                "--dense=~/m",
+                "--output=~/e.json",
+                "--data.text=builtin",
+                *[flag for flag in SMALL if "seq" not in flag],
+            ]
+        )
+        == 0
+    )
     assert Path("e.json").exists()
     assert hfprune.load("~/out/model") is not None
     assert main(["prune", "--model.path=~nobody-here/m", "--output_dir=out2", "--pruning_ratio=0.2"]) == 2
