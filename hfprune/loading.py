@@ -182,7 +182,8 @@ def _check_config(config: Any, where: str) -> None:
 def meta_model(path: str, *, revision: str | None = None, argument: str = "path") -> nn.Module:
     """Returns the model on the meta device: every shape, no weight read. For budgets and checks."""
     config = load_config(path, revision=revision, argument=argument)
-    return _empty_model(config, f"{argument}='{path}'")
+    model: nn.Module = _empty_model(config, f"{argument}='{path}'")
+    return model
 
 
 def _empty_model(config: Any, where: str) -> Any:
@@ -252,7 +253,8 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     if not is_per_layer(config):
         kwargs["ignore_mismatched_sizes"] = True  # reported below, in one line
     with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
+    model, info = loaded
     check_info(model, info, where)
     vars(model.config).pop("auto_map", None)
     for name, parameter in model.named_parameters():
@@ -269,7 +271,8 @@ def read_generation_config(model: Any, path: str, *, revision: str | None = None
     resolved, file = resolve_model_path(path), "generation_config.json"
     if cached_file(resolved, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
         with _reading(f"Cannot read the generation config of path='{path}'"):
-            model.generation_config = GenerationConfig.from_pretrained(resolved, revision=revision)
+            hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+            model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
 
 
 def weight_files(path: str, *, revision: str | None = None) -> list[Path]:

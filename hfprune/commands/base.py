@@ -15,7 +15,15 @@ from hfprune.modules import PruningModule
 from hfprune.paths import user_path
 from hfprune.trainer import PruneTrainer
 
-_PATHS = ("model.path", "model.distillation.cache", "output_dir", "ckpt_path", "dense", "dense_cache", "output")
+_PATHS: tuple[str, ...] = (
+    "model.path",
+    "model.distillation.cache",
+    "output_dir",
+    "ckpt_path",
+    "dense",
+    "dense_cache",
+    "output",
+)
 _PATHS += ("trainer.default_root_dir",)
 """Flags that name files or folders outside ``--data``: a leading ``~`` is the home folder, in YAML, too."""
 
