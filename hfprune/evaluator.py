@@ -20,13 +20,15 @@ from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.export import check_output_file, check_writable, command_line, write_json
 from hfprune.loading import (
-    check_model_path,
+    check_model,
+    check_weight_files,
     load_causal_lm,
     load_config,
     predicts_badly_without_bos,
     previous_plan,
 )
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.paths import user_path
 from hfprune.plan import PruningPlan
 
 
@@ -53,18 +55,22 @@ class Evaluation:
         dense: str | None = None,
         ckpt_path: str | Path | None = None,
     ) -> None:
-        self.module, self.data, self.device, self.dense, self.ckpt_path = module, data, device, dense, ckpt_path
+        self.module, self.data, self.device = module, data, device
+        self.dense = None if dense is None else user_path(dense, "dense")
+        self.ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
         self.warnings: list[str] = []
-        if dense is not None:
-            check_model_path(dense, flag="--dense")
-            other_vocab = load_config(dense).vocab_size
+        module.check_loadable()
+        if self.dense is not None:
+            check_model(self.dense, argument="dense")
+            check_weight_files(self.dense, argument="dense")
+            other_vocab = load_config(self.dense, argument="dense").vocab_size
             if other_vocab != module.vocab_size:
                 raise ConfigError(
                     f"--dense '{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
                     "cannot be compared."
                 )
-        if ckpt_path is not None:
-            _check_checkpoint(Path(ckpt_path))
+        if self.ckpt_path is not None:
+            _check_checkpoint(Path(self.ckpt_path))
 
     def run(
         self,
@@ -76,6 +82,8 @@ class Evaluation:
     ) -> dict[str, dict[str, Any]]:
         """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
         module, data = self.module, self.data
+        dense_cache = None if dense_cache is None else user_path(dense_cache, "dense_cache")
+        output = None if output is None else user_path(output, "output")
         self._check_outputs(dense_cache, output)
         limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
         data.bind(module.tokenizer, **limits, needs_bos=predicts_badly_without_bos(module.config))
@@ -121,7 +129,7 @@ class Evaluation:
         models: dict[str, Any] = {}
         reference: Reference | None = None
         if self.dense is not None:
-            dense = load_causal_lm(self.dense, dtype=self.module.dtype_name).to(self.device)
+            dense = load_causal_lm(self.dense, dtype=self.module.dtype_name, argument="dense").to(self.device)
             models["dense"] = dense
             if windows is not None and dense_cache is not None:
                 reference = cached_reference(dense_cache, dense, windows)

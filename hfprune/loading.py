@@ -1,41 +1,75 @@
 """Reading models from a folder or the hub, checked before anything expensive happens."""
 
-import json
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from hfprune.arch import ARCHITECTURES
+from hfprune.arch import ARCHITECTURES, is_supported
 from hfprune.embedded import EMBEDDED_NAME, embedded_model
-from hfprune.errors import ConfigError
-from hfprune.layouts import cut_of, is_per_layer
+from hfprune.errors import ConfigError, HFPruneError
+from hfprune.layouts import cut_of, is_per_layer, run_empty
+from hfprune.layouts.bitmask import is_bitmask
 from hfprune.layouts.bitmask_auto import bitmask_stock
+from hfprune.model_files import check_files, check_vocabulary, first_line, has_weights, weight_shapes
+from hfprune.paths import user_path
 from hfprune.plan import PLAN_FILE
-from hfprune.quiet import no_progress_bars
+from hfprune.quiet import quiet_transformers
+from hfprune.weights import check_info, check_shapes
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
+_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Entries of config.json that change only what a forward pass returns."""
 
-def check_model_path(path: str, *, flag: str = "--model.path") -> None:
-    """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights.
+_TEXT_MODEL = (
+    "m = AutoModelForCausalLM.from_pretrained({path}); "
+    "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained('TEXT'). Then save the "
+    "tokenizer there, and give TEXT."
+)
+
+
+def check_model_path(path: str, *, argument: str = "path") -> None:
+    """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights, asks no hub.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        flag: What gave it, for the message.
+        argument: The argument that gave it, for the message.
     """
     if path == EMBEDDED_NAME:
         return
-    folder = Path(path)
+    folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{flag} '{path}' has no config.json: it is not a saved Hugging Face model.")
-        return
-    if folder.exists():
-        raise ConfigError(f"{flag} '{path}' is a file; give the folder of a saved model, or a hub id.")
-    if not _is_hub_id(path):
-        raise ConfigError(f"{flag} '{path}' does not exist, and it is not of the form of a hub id (owner/name).")
+        check_files(folder, where)
+    elif folder.exists():
+        raise ConfigError(f"{where} is a file; give the folder of a saved model, or a hub id.")
+    elif not _is_hub_id(path):
+        raise ConfigError(f"{where} does not exist, and it is not of the form of a hub id (owner/name).{_near(folder)}")
+    elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path):
+        raise ConfigError(
+            f"{where} does not exist: there is a folder '{folder.parent}' here, without '{folder.name}' in it."
+            f"{_near(folder)} For a model of the hub with this name, run in another folder."
+        )
+
+
+def _near(folder: Path) -> str:
+    """Returns a question that names the folder which may have been meant; empty where there is none."""
+    if not folder.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()], n=1)
+    return f" Did you mean '{folder.parent / near[0]}'?" if near else ""
+
+
+def _is_cached(path: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, "config.json"), str)
 
 
 def _is_hub_id(path: str) -> bool:
@@ -49,10 +83,45 @@ def _is_hub_id(path: str) -> bool:
     return not path.startswith((".", "/", "~"))
 
 
-def resolve_model_path(path: str) -> str:
+def resolve_model_path(path: str, *, argument: str = "path") -> str:
     """Returns what transformers can load: the folder of the embedded model for its name, else ``path``."""
-    check_model_path(path)
-    return str(embedded_model()) if path == EMBEDDED_NAME else path
+    check_model_path(path, argument=argument)
+    return str(embedded_model()) if path == EMBEDDED_NAME else user_path(path, argument)
+
+
+def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
+    """Checks all that can be known of a model before its weights are read: files, config, class, names and shapes.
+
+    The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
+    enough for a budget; :func:`check_weight_files` refuses it. Of a hub id nothing is checked here: no hub is asked.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
+        revision: Branch, tag or commit of a hub id.
+        argument: The argument that gave ``path``, for the message.
+
+    Raises:
+        ConfigError: The model cannot be used; the message says what to do.
+        PlanError: Its layers differ in width, and a plan is missing or damaged.
+    """
+    folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
+    if path == EMBEDDED_NAME or not folder.is_dir():
+        return
+    config = load_config(path, revision=revision, argument=argument)
+    model = _empty_model(config, where)
+    if is_supported(model):
+        with _reading(f"{where}: the model that config.json describes cannot be run"):
+            run_empty(model)
+    if not is_bitmask(folder) and not is_per_layer(config) and has_weights(folder):
+        with quiet_transformers():
+            check_shapes(model, weight_shapes(folder, where), where)
+
+
+def check_weight_files(path: str, *, argument: str = "path") -> None:
+    """Raises ``ConfigError`` when a folder on this machine has no weight files, or damaged ones."""
+    folder = Path(user_path(path, argument))
+    if path != EMBEDDED_NAME and folder.is_dir() and not is_bitmask(folder):
+        weight_shapes(folder, f"{argument}='{path}'")
 
 
 def previous_plan(path: str) -> Path | None:
@@ -61,38 +130,85 @@ def previous_plan(path: str) -> Path | None:
     return plan if plan.is_file() else None
 
 
-def load_config(path: str, *, revision: str | None = None) -> Any:
+def load_config(path: str, *, revision: str | None = None, argument: str = "path") -> Any:
     """Returns the model's config, with its plans where the layers differ in width.
 
+    Switches that only change what a forward pass returns have their usual values, and references to code outside
+    transformers (``auto_map``), which hfprune does not run, are left out.
+
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: It cannot be read, or describes a model that hfprune cannot use.
         PlanError: Its plans cannot.
     """
     from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(resolve_model_path(path), revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Cannot read the config of --model.path '{path}': {_first_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"--model.path '{path}' is quantised; prune the full-precision model, then quantise.")
+    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
+    with _reading(f"Cannot read the config of {where}"), quiet_transformers():
+        config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=False, **_SWITCHES)
+    _check_config(config, where)
     config = bitmask_stock(config)
+    vars(config).pop("auto_map", None)
     if is_per_layer(config):
-        cut_of(config, path=resolve_model_path(path), revision=revision)
+        cut_of(config, path=resolved, revision=revision)
     return config
 
 
-def meta_model(path: str, *, revision: str | None = None) -> nn.Module:
+def _check_config(config: Any, where: str) -> None:
+    """Raises ``ConfigError`` for configs that can be read and that hfprune cannot use."""
+    if any(getattr(config, key, None) for key in ("quantization_config", "compression_config")):
+        raise ConfigError(f"{where} is quantised; prune the full-precision model, then quantise.")
+    text = config.get_text_config()
+    if text is not config:
+        recipe = _TEXT_MODEL.format(path=where.partition("=")[2])
+        raise ConfigError(
+            f"{where} is a multimodal model ({type(config).__name__}); hfprune takes its text model "
+            f"({type(text).__name__}) alone. Save it as a model of its own: {recipe}"
+        )
+    if config.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{where}: config.json says dtype {str(config.dtype).removeprefix('torch.')}, in which no model is run. "
+            "Set it to float32, bfloat16 or float16, the type of the weights."
+        )
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is no number of tokens.")
+    if isinstance(pad, int) and pad >= vocabulary:
+        raise ConfigError(
+            f"{where}: pad_token_id {pad} in config.json is outside the vocabulary of {vocabulary} tokens. Set it to "
+            "null, or to the id of a token that the model has."
+        )
+
+
+def meta_model(path: str, *, revision: str | None = None, argument: str = "path") -> nn.Module:
     """Returns the model on the meta device: every shape, no weight read. For budgets and checks."""
+    config = load_config(path, revision=revision, argument=argument)
+    model: nn.Module = _empty_model(config, f"{argument}='{path}'")
+    return model
+
+
+def _empty_model(config: Any, where: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = load_config(path, revision=revision)
+    with _reading(f"{where}: the model that config.json describes cannot be built"), quiet_transformers():
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config)
+        except ImportError as error:  # an attention implementation, for example
+            raise ConfigError(
+                f"{where}: config.json asks for a package that is not installed: {first_line(error)} Install it, or "
+                "remove the entry (attn_implementation) from config.json."
+            ) from error
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns whatever transformers raises over a user's files into a ``ConfigError`` of one line."""
     try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ConfigError(f"--model.path '{path}' is not a causal language model: {_first_line(error)}") from error
-    return model
+        yield
+    except HFPruneError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {first_line(error)}") from error
 
 
 def load(
@@ -115,32 +231,48 @@ def load(
         PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
     """
     name: Any = str(dtype).removeprefix("torch.")
-    model = load_causal_lm(str(folder), dtype=name, revision=revision)
+    model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
     return model if device is None else model.to(device)
 
 
-def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None) -> Any:
+def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
     """Returns the model with its weights, on the CPU.
 
     Raises:
-        ConfigError: The weights cannot be read, or hold a NaN or infinity (the message names the first parameter).
+        ConfigError: The weights cannot be read, are not those that config.json describes, or hold a NaN or infinity
+            (the message names the first parameter).
         PlanError: The layers differ in width, and the plan that tells is missing or does not fit.
     """
     from transformers import AutoModelForCausalLM
 
-    load_config(path, revision=revision)
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(resolve_model_path(path), dtype=torch_dtype, revision=revision)
-    except ConfigError:  # says more than its first line
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"Cannot load the weights of --model.path '{path}': {_first_line(error)}") from error
+    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
+    config = load_config(path, revision=revision, argument=argument)
+    check_weight_files(path, argument=argument)
+    kwargs: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "revision": revision}
+    kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
+    if not is_per_layer(config):
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one line
+    with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
+    model, info = loaded
+    check_info(model, info, where)
+    vars(model.config).pop("auto_map", None)
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise ConfigError(f"--model.path '{path}': parameter {name} holds NaN or infinity.")
+            raise ConfigError(f"{where}: parameter {name} holds NaN or infinity.")
     return model
+
+
+def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
+    """Gives a model that was not made by ``from_pretrained`` the generation config that is saved with it, if any."""
+    from transformers import GenerationConfig
+    from transformers.utils.hub import cached_file
+
+    resolved, file = resolve_model_path(path), "generation_config.json"
+    if cached_file(resolved, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+        with _reading(f"Cannot read the generation config of path='{path}'"):
+            hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+            model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
 
 
 def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
@@ -157,7 +289,7 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigError(f"Cannot fetch the weights of --model.path '{path}': {_first_line(error)}") from error
+            raise ConfigError(f"Cannot fetch the weights of --model.path '{path}': {first_line(error)}") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -183,13 +315,33 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
     """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
     from transformers import AutoTokenizer
 
+    resolved, where = resolve_model_path(path), f"path='{path}'"
+    if Path(resolved).is_dir():
+        check_vocabulary(Path(resolved), where)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(path), revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(
-            f"--model.path '{path}' has no usable tokenizer ({_first_line(error)}). Save the model's tokenizer into "
-            "the folder (tokenizer.save_pretrained)."
+            f"{where} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer into the folder "
+            "(tokenizer.save_pretrained)."
         ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that hfprune does not run, and that an export would not hold
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises ``ConfigError`` when a tokenizer has ids that a model of ``vocab_size`` embeddings does not know."""
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    tokens = ", ".join(repr(token) for token in sorted(beyond, key=lambda token: beyond[token])[:3])
+    raise ConfigError(
+        f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: there is none for {tokens}"
+        f"{', ...' if len(beyond) > 3 else ''}. If the tokens were added, give the model a row for each "
+        "(model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or take the tokenizer without them; "
+        "otherwise the two do not belong together."
+    )
 
 
 def max_positions(config: Any) -> int | None:
@@ -205,8 +357,3 @@ def predicts_badly_without_bos(config: Any) -> bool:
     text = config.get_text_config()
     names = {*(text.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)}
     return any(ARCHITECTURES.get(name).needs_bos for name in ARCHITECTURES if name in names)
-
-
-def _first_line(error: Exception) -> str:
-    """Returns the first non-empty line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

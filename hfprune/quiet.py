@@ -1,4 +1,4 @@
-"""Silence for the progress bars of transformers, which would interleave with ours."""
+"""Silence for progress bars and tables of transformers, which would interleave with ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +16,17 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides bars and logged warnings of transformers inside the block, tables of loaded weights among them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -22,7 +22,7 @@ from hfprune.errors import ConfigError
 from hfprune.fingerprint import combine, tensor_digest
 from hfprune.layouts import pruned_shapes
 from hfprune.layouts.bitmask import is_bitmask
-from hfprune.loading import DTypeName, load_config, weight_files
+from hfprune.loading import DTypeName, load_config, read_generation_config, weight_files
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
 from hfprune.surgery import Cuts, cut, new_names, plan_cuts
@@ -66,6 +66,7 @@ def load_sharded(
     """
     config = load_config(path, revision=revision)
     model = _empty(config, getattr(torch, dtype) if dtype != "auto" else config.dtype)
+    read_generation_config(model, path, revision=revision)
     digests: dict[str, str] = {}
     with _open_weights(path, revision, model) as read:
 

@@ -14,6 +14,7 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.evaluator import Evaluation
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.paths import user_path
 
 
 class PruneTrainer(Trainer):
@@ -21,6 +22,10 @@ class PruneTrainer(Trainer):
 
     def fit(self, model: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Calibrates, prunes and recovers; arguments as in Lightning."""
+        if isinstance(model, PruningModule):
+            model.check_loadable()
+        if kwargs.get("ckpt_path") is not None:
+            kwargs["ckpt_path"] = user_path(kwargs["ckpt_path"], "ckpt_path")
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaylorImportanceCallback):
                 callback.check(model)

@@ -233,7 +233,7 @@ def test_bad_models(what, tmp_path, capsys):
         expected = "the model 61 embeddings"
     elif what == "not_a_model":
         (tmp_path / "m/config.json").write_text("{")
-        expected = "Cannot read the config"
+        expected = "config.json is not valid JSON"
     else:
         config = json.loads((tmp_path / "m/config.json").read_text()) | {"model_type": "bloom"}
         (tmp_path / "m/config.json").write_text(json.dumps(config))

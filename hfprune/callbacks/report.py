@@ -39,6 +39,7 @@ from hfprune.export import (
 from hfprune.layerwise.saved import count_saved, load_orders, save_orders
 from hfprune.layouts import LAYOUTS
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.paths import user_path
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.report import read_run, save_figures, write_report
 from hfprune.saved import saved_line
@@ -82,7 +83,7 @@ class ReportCallback(Callback, PruningEvents):
                 f"--layout {layout} is written from a saved model: leave it out here, and then run hfprune export "
                 f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
             )
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(user_path(output_dir, "output_dir"))
         if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
             check_output_dir(self.output_dir, overwrite=overwrite)
         self.merge_adapters, self.config = merge_adapters, config

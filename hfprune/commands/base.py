@@ -11,7 +11,20 @@ from hfprune.commands.precedence import check_files, settled
 from hfprune.data import TextDataModule
 from hfprune.errors import ConfigError, HFPruneError
 from hfprune.modules import PruningModule
+from hfprune.paths import user_path
 from hfprune.trainer import PruneTrainer
+
+_PATHS: tuple[str, ...] = (
+    "model.path",
+    "model.distillation.cache",
+    "output_dir",
+    "ckpt_path",
+    "dense",
+    "dense_cache",
+    "output",
+)
+_PATHS += ("trainer.default_root_dir",)
+"""Flags that name files or folders outside ``--data``: a leading ``~`` is the home folder, in YAML, too."""
 
 
 class BaseCLI(LightningCLI):
@@ -57,6 +70,9 @@ class BaseCLI(LightningCLI):
             self.config = parser.parse_args(settled(args, {action.dest for action in parser._actions}))
         except ArgumentError as error:
             raise ConfigError(one_line(error, parser)) from error
+        for name in _PATHS:
+            if isinstance(value := self.config.get(name), str):
+                self.config[name] = user_path(value, f"--{name}")
         plain = {action.dest: action.default for action in parser._actions if "." not in action.dest}
         plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
         check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})

@@ -42,6 +42,7 @@ class ExportCLI(BaseCLI):
         plan = previous_plan(module.path)
         if plan is None:
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: it is no model that hfprune wrote.")
+        module.check_loadable()
         LAYOUTS.get(layout).check(module.meta_model())
         check_output_dir(target, overwrite=self.config.overwrite)
         module.configure_model()

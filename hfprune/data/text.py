@@ -23,7 +23,7 @@ from hfprune.data.written import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.embedded import cache_dir
 from hfprune.errors import ConfigError
 from hfprune.evaluation.windows import Windows
-from hfprune.loading import predicts_badly_without_bos
+from hfprune.loading import check_tokenizer, predicts_badly_without_bos
 from hfprune.packed import check_packing
 from hfprune.paths import user_path
 
@@ -162,11 +162,7 @@ class TextDataModule(ResumableDataModule):
         Raises:
             ConfigError: The tokenizer has ids that the model does not know, or no BOS token where there has to be one.
         """
-        if len(tokenizer) > vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: they do not "
-                "belong together."
-            )
+        check_tokenizer(tokenizer, vocab_size)
         if self.chat_template is not None:
             tokenizer.chat_template = read_template(self.chat_template)
         for setting in (self.bos, self._eval_bos):

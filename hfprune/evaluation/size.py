@@ -4,11 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfprune.arch import find_spec, parameter_count
-from hfprune.layouts import empty_copy
+from hfprune.arch import parameter_count
+from hfprune.layouts import empty_copy, run_empty
 from hfprune.loading import max_positions
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -48,12 +47,9 @@ def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 
     """
     tokens = min(tokens, max_positions(model.config) or tokens)
     shell = empty_copy(model).to(next(model.parameters()).dtype).eval()
-    if find_spec(model).experts is not None:
-        shell.set_experts_implementation("batched_mm")  # the one that has no shapes which depend on values
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        out = shell(input_ids=ids, use_cache=True)
+    with counter:
+        out = run_empty(shell, tokens=tokens)
     return Size(
         weight_bytes=parameter_count(model) * int(next(model.parameters()).element_size()),
         disk_bytes=disk_bytes(folder),

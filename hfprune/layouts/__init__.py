@@ -1,6 +1,6 @@
 """How a pruned model is written, and which layouts can express which plans; models whose layers differ in width."""
 
-from hfprune.layouts.apply import apply_plan, empty_copy, not_expressed, pruned_shapes, shapes
+from hfprune.layouts.apply import apply_plan, empty_copy, not_expressed, pruned_shapes, run_empty, shapes
 from hfprune.layouts.base import LAYOUTS, Layout
 from hfprune.layouts.per_layer import cut_of, is_per_layer
 
@@ -13,5 +13,6 @@ __all__ = [
     "is_per_layer",
     "not_expressed",
     "pruned_shapes",
+    "run_empty",
     "shapes",
 ]

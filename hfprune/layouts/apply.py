@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hfprune import surgery
+from hfprune.arch import find_spec
 from hfprune.layouts.cut import Cut
 from hfprune.layouts.per_layer import cut_of, dense_config, finish, is_per_layer, stock_config, to_stock
 from hfprune.plan import PruningPlan
@@ -84,3 +85,25 @@ def pruned_shapes(model: Any, plan: PruningPlan) -> Any:
     empty = empty_copy(model)
     apply_plan(empty, plan)
     return empty
+
+
+def run_empty(model: Any, *, tokens: int = 2) -> Any:
+    """Runs a model on the meta device and returns its outputs: shapes and a cache, no values.
+
+    Rotary embeddings that choose their frequencies by the length of the text (``dynamic``, ``longrope``) keep the first
+    ones meanwhile, and experts run in the way that has no shapes which depend on values: the shapes are the same.
+
+    Args:
+        model: A Hugging Face causal LM of a supported class, on the meta device; the two settings above stay changed.
+        tokens: Length of the one sequence.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = dict.fromkeys(kind, "default")
+    if find_spec(model).experts is not None:
+        model.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        return model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)

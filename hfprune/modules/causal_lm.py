@@ -15,7 +15,9 @@ from hfprune.fingerprint import fingerprint
 from hfprune.layouts import apply_plan
 from hfprune.loading import (
     DTypeName,
+    check_model,
     check_model_path,
+    check_weight_files,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -26,6 +28,7 @@ from hfprune.loading import (
 )
 from hfprune.modules.steps import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
+from hfprune.paths import user_path
 from hfprune.plan import PruningPlan
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
@@ -74,6 +77,7 @@ class PruningModule(RecoverySteps):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        path = user_path(path, "path")
         check_model_path(path)
         self.objective: Objective = OBJECTIVES.get(objective)
         if learning_rate <= 0 or weight_decay < 0 or not 0 <= warmup_ratio < 1:
@@ -90,6 +94,7 @@ class PruningModule(RecoverySteps):
         if trainable not in ("all", "mlp"):
             raise ConfigError(f"--model.trainable '{trainable}' is not one of all, mlp.")
         check_optimizer(optimizer)
+        check_model(path, revision=revision)
         self.save_hyperparameters(ignore=["distillation"])
         self.path, self.dtype_name, self.revision = path, dtype, revision
         self.learning_rate, self.weight_decay, self.warmup_ratio = learning_rate, weight_decay, warmup_ratio
@@ -121,6 +126,12 @@ class PruningModule(RecoverySteps):
         else:
             self.model = load_causal_lm(self.path, dtype=self.dtype_name, revision=self.revision)
             self.fingerprint = fingerprint(self.model)
+
+    def check_loadable(self) -> None:
+        """Raises ``ConfigError`` when a model that is not loaded yet has no weights or no tokenizer to load."""
+        if self.model is None:
+            check_weight_files(self.path)
+            self.tokenizer  # noqa: B018
 
     @property
     def _mesh(self) -> Any:

@@ -27,6 +27,7 @@ from hfprune.export import check_output_dir, command_line, write_json
 from hfprune.fingerprint import prediction_fingerprint
 from hfprune.loading import predicts_badly_without_bos
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.paths import user_path
 from hfprune.sweep.book import ScoreBook
 from hfprune.sweep.grid import Cell, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
@@ -66,7 +67,8 @@ class Sweep:
         device: torch.device | None = None,
     ) -> None:
         self.module, self.grid, self.make_data = module, grid, make_data
-        self.out = check_output_dir(output_dir, overwrite=True)
+        module.check_loadable()
+        self.out = check_output_dir(user_path(output_dir, "output_dir"), overwrite=True)
         self.zero_shot, self.latency = zero_shot, latency
         self.device = device or torch.device("cpu")
         self.pruner = Pruner(module, grid, self.device)

@@ -1,0 +1,181 @@
+"""Whether the files of a model folder are what their names say: read in part, before any weight is loaded."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hfprune.errors import ConfigError
+
+_LFS = b"version https://git-lfs"
+_AGAIN = "Download the file again, or save the model again with save_pretrained."
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
+"""The order in which transformers looks for weights."""
+
+_JSON = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "adapter_config.json",
+    *_INDEXES,
+)
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
+_OTHER_FORMATS = ("*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.bin", "*.safetensors")
+
+Shapes = dict[str, torch.Size]
+"""Name of a stored tensor -> its shape."""
+
+
+def check_files(folder: Path, where: str) -> None:
+    """Raises ``ConfigError`` for a file that is a Git LFS pointer, empty or damaged, and for adapters.
+
+    Args:
+        folder: A folder on this machine.
+        where: How the message names it, for example ``path='DIR'``.
+    """
+    for name in _JSON:
+        if (folder / name).is_file():
+            _read_object(folder / name, where)
+    _check_adapter(folder, where)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{where} has no config.json: it is not a saved Hugging Face model.")
+    for pattern in _VOCABULARIES:
+        for file in folder.glob(pattern):
+            _check_content(file, where)
+
+
+def weight_shapes(folder: Path, where: str) -> Shapes:
+    """Returns the shape of every tensor in the weight files, read from their headers.
+
+    Args:
+        folder: A folder on this machine.
+        where: How messages name it.
+
+    Raises:
+        ConfigError: There are no weight files, or one is missing or damaged.
+    """
+    found = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        others = sorted({file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern)})
+        there = f" (it has {', '.join(others[:3])}, which is not the name or format that transformers reads)"
+        raise ConfigError(
+            f"{where} has no weights: neither model.safetensors nor pytorch_model.bin{there if others else ''}. "
+            "Download the weight files too, or save the model again with save_pretrained."
+        )
+    files = _shards(folder / found, where) if found in _INDEXES else [folder / found]
+    shapes: Shapes = {}
+    for file in files:
+        _check_content(file, where)
+        shapes |= _pickled_shapes(file, where) if file.suffix == ".bin" else _header(file, where)
+    return shapes
+
+
+def has_weights(folder: Path) -> bool:
+    """Returns whether there is any file that transformers would read weights from."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def check_vocabulary(folder: Path, where: str) -> None:
+    """Raises ``ConfigError`` when a folder has no file that a tokenizer could be read from."""
+    if not any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        raise ConfigError(
+            f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the "
+            "folder (tokenizer.save_pretrained)."
+        )
+
+
+def _check_adapter(folder: Path, where: str) -> None:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    base = _read_object(file, where).get("base_model_name_or_path") or "BASE"
+    merge = (
+        f"Merge it first: AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload().save_pretrained("
+        f"'MERGED') (its base is '{base}'), then save the tokenizer there and give MERGED."
+    )
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{where} holds a model and an adapter (adapter_config.json), which transformers would load together. "
+            f"{merge} To take the model without the adapter, move the adapter files elsewhere."
+        )
+    raise ConfigError(f"{where} holds an adapter, not a model. {merge}")
+
+
+def _shards(index: Path, where: str) -> list[Path]:
+    weight_map = _read_object(index, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConfigError(f"{where}: {index.name} has no 'weight_map' from tensors to files. {_AGAIN}")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{where} lacks {len(missing)} of the {len(names)} weight files that {index.name} lists: "
+            f"{', '.join(missing[:3])}. Download them into the folder."
+        )
+    return [index.parent / name for name in names]
+
+
+def _header(file: Path, where: str) -> Shapes:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: {file.name} is damaged or cut off ({first_line(error)}). {_AGAIN}") from error
+
+
+def _pickled_shapes(file: Path, where: str) -> Shapes:
+    with file.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"
+    try:
+        found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{where}: {file.name} is damaged or cut off: not a file of torch.save. {_AGAIN}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ConfigError(
+            f"{where}: {file.name} is not a state dict of tensors by name, but for example a training checkpoint. Save "
+            "the model itself with save_pretrained."
+        )
+    return {name: value.shape for name, value in found.items()}
+
+
+def _read_object(file: Path, where: str) -> dict[str, Any]:
+    """Returns the object in a JSON file."""
+    _check_content(file, where)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: {file.name} is not valid JSON ({first_line(error)}): damaged or cut off. {_AGAIN}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: {file.name} holds a {type(found).__name__} where an object is expected. {_AGAIN}")
+    return found
+
+
+def _check_content(file: Path, where: str) -> None:
+    """Raises ``ConfigError`` for a Git LFS pointer and for an empty file."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS))
+    except OSError as error:
+        raise ConfigError(f"{where}: {file.name} cannot be read: {error.strerror or error}.") from error
+    if start == _LFS:
+        raise ConfigError(
+            f"{where}: {file.name} is a Git LFS pointer, not the file itself. Run 'git lfs pull' in the folder, or "
+            "download the model again (hf download)."
+        )
+    if not start.strip(b"\0 \n"):
+        raise ConfigError(f"{where}: {file.name} is empty or holds nothing but zeros. {_AGAIN}")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first non-empty line of an error's message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
