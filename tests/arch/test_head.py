@@ -175,7 +175,7 @@ def test_commands_refuse_a_wrong_head(table, command, tmp_path, capsys):
     arguments += ["--data.eval_window", "16", "--data.eval_windows", "2"]
     if command == "prune":
         arguments += ["--output_dir", str(out), "--pruning_ratio", "0.1", "--data.calibration", str(text)]
-        arguments += ["--data.seq_len", "16", "--data.calibration_samples", "4"]
+        arguments += ["--data.seq_len", "16", "--data.calibration_sequences", "4"]
     assert main([command, *arguments]) == 2
     assert "scale_key='logit_scale'" in " ".join(capsys.readouterr().err.split())
     assert not (out / "model").exists()
