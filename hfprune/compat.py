@@ -89,7 +89,7 @@ def _rotary(config: Mapping[str, Any]) -> Config:
 
 
 def _scaling(rope: Mapping[str, Any], family: str | None) -> Config:
-    """Returns ``rope_scaling``: old releases refuse keys that they do not know; nested settings are younger than that."""
+    """Returns ``rope_scaling``: old releases refuse keys that they do not know, unlike those of nested settings."""
     kind = rope["rope_type"]
     values = {key: value for key, value in rope.items() if key not in ("rope_type", "type", *_PLAIN)}
     if family == "phi3" and kind == "longrope":

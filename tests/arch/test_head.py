@@ -170,11 +170,11 @@ def test_commands_refuse_a_wrong_head(table, command, tmp_path, capsys):
     folder, text, out = tmp_path / "granite", tmp_path / "text.txt", tmp_path / "out"
     scaled("GraniteForCausalLM", torch.float32).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    text.write_text("the assert statement and the while statement " * 200)
+    text.write_text("The assert statement and the while statement.\n\n" * 200)
     arguments = ["--model.path", str(folder), "--data.text", str(text), "--latency", "false"]
     arguments += ["--data.eval_window", "16", "--data.eval_windows", "2"]
     if command == "prune":
-        arguments += ["--output_dir", str(out), "--pruning_ratio", "0.1", "--data.calibration", str(text)]
+        arguments += ["--output_dir", str(out), "--pruning_ratio", "0.1"]
         arguments += ["--data.seq_len", "16", "--data.calibration_sequences", "4"]
     assert main([command, *arguments]) == 2
     assert "scale_key='logit_scale'" in " ".join(capsys.readouterr().err.split())
