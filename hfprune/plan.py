@@ -47,8 +47,8 @@ class PruningPlan:
             keep = self.keep[group.name]
             if not keep or len(set(keep)) < len(keep) or keep[0] < 0 or keep[-1] >= group.num_units:
                 raise PlanError(
-                    f"The kept units of {group.name} must be unique, at least one, and from 0 to {group.num_units - 1}; "
-                    f"got {_shown(keep)}."
+                    f"The kept units of {group.name} must be unique, at least one, and from 0 to "
+                    f"{group.num_units - 1}; got {_shown(keep)}."
                 )
             if len(keep) < group.least:
                 raise PlanError(
