@@ -305,8 +305,8 @@ def checked_scores(criterion: Criterion, group: Group, scores: Tensor, *, why_ze
     """
     name = type(criterion).__name__
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.num_units,):
-        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise CalibrationError(f"{name} must give a tensor [{group.num_units}] for {group.name}, and gave {found}.")
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise CalibrationError(f"{name} must give a tensor [{group.num_units}] for {group.name}, and gave {got}.")
     found = scores.detach().to("cpu", torch.float64)
     bad = int((~found.isfinite()).sum())
     if bad:
