@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-gpu test-all check format bench clean
+.PHONY: help demo test test-slow test-transformers4 test-gpu test-all check format bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 # torch comes first and pinned, so that nothing installed later replaces it. PyPI's Linux wheel brings gigabytes of CUDA
 # packages; for a CPU-only one: make demo TORCH_FLAGS="--index-url URL_OF_AN_INDEX_WITH_CPU_WHEELS"
@@ -30,6 +30,15 @@ test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
 
 test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+OLD := .transformers4
+OLD_RELEASES := 4.38.2:0.15.2 4.42.4:0.19.1 4.46.3:0.20.3 4.51.3:0.21.4 4.57.6:0.22.2
+test-transformers4: $(STAMP)  ## exports as releases of transformers 4 read them; installs these into .transformers4
+	for pair in $(OLD_RELEASES); do v=$${pair%%:*}; test -d $(OLD)/$$v || $(BIN)/python -m pip install --quiet \
+	  --no-deps --target $(OLD)/$$v transformers==$$v tokenizers==$${pair##*:} huggingface_hub==0.36.0 \
+	  numpy==1.26.4 || exit 1; done
+	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* | paste -sd:) \
+	  $(BIN)/python -m pytest -m slow tests/test_compat.py --timeout 1800
 
 test-gpu: $(STAMP)  ## the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu
@@ -55,4 +64,4 @@ bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passe
 	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

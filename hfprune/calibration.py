@@ -25,6 +25,7 @@ from hfprune.criteria.base import (
     Signal,
     Totals,
     WeightCriterion,
+    checked_scores,
 )
 from hfprune.criteria.blocks import scored_groups
 from hfprune.errors import CalibrationError, ConfigError
@@ -58,13 +59,17 @@ class ObjectiveSum:
 
 
 def weight_scores(model: nn.Module, groups: Sequence[Group], criterion: WeightCriterion) -> dict[str, Tensor]:
-    """Returns group name -> importance [U], float64, on the CPU; every rank of a sharded model must ask for it."""
-    modules = group_modules(model, groups)
+    """Returns group name -> importance [U], float64, on the CPU; every rank of a sharded model must ask for it.
+
+    Raises:
+        CalibrationError: A group's scores do not rank its units.
+    """
+    modules, found = group_modules(model, groups), dict[str, Tensor]()
     with torch.no_grad():
-        return {
-            g.name: criterion.score(g, [whole_weight(modules[s.module], s.parameter) for s in g.slices]).cpu()
-            for g in groups
-        }
+        for g in groups:
+            weights = [whole_weight(modules[s.module], s.parameter) for s in g.slices]
+            found[g.name] = checked_scores(criterion, g, criterion.score(g, weights))
+    return found
 
 
 class NotFiniteError(CalibrationError):

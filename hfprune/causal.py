@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch.groups import backbone, output_head
+from hfprune.arch.groups import backbone
+from hfprune.arch.head import output_head
 from hfprune.errors import ConfigError
 from hfprune.objectives import Objective, OutputHead, Term, chunked_objective, chunked_objectives
 from hfprune.objectives.base import IGNORE_INDEX

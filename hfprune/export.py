@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfprune.arch.groups import class_name, parameter_count
+from hfprune.compat import write_both_forms
 from hfprune.errors import ConfigError, OutputError
 from hfprune.layouts import LAYOUTS
 from hfprune.plan import PLAN_FILE, PruningPlan
@@ -214,6 +215,7 @@ def export_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
+        write_both_forms(stage)
         _make_readable(stage)
         saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
         if chosen.compress(stage):
@@ -268,12 +270,14 @@ def export_sharded(
         with staged(target) as stage:
             _write_weights(parameters, stage, file_bytes=file_bytes)
             model.config.architectures = [class_name(model)]
+            model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
             model.config.save_pretrained(stage)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(stage)
             if tokenizer is not None:
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
+            write_both_forms(stage)
             _make_readable(stage)
             return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
     finally:

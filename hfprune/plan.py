@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ class PruningPlan:
     Attributes:
         model_class: Exact class name of the model that the plan was made for.
         groups: The groups of the dense model.
-        keep: Group name -> kept units, sorted, unique, in the dense model's numbering.
-        config: Config keys to rewrite, with their new values.
+        keep: Group name -> kept units in the dense model's numbering, each once. Any integers are taken (a list, a
+            range, a NumPy array, a tensor), in any order; they become a sorted tuple of ``int``.
+        config: Config keys to rewrite, with their new values. Applying a plan adds those that follow from the units.
         provenance: How the plan was made (budget, criterion, seed, data hash, token count, versions, ...), JSON-able.
     """
 
@@ -33,15 +36,19 @@ class PruningPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ``PlanError`` unless every group has sorted, unique kept units within its range, enough of them."""
+        """Sorts the kept units; raises ``PlanError`` unless each group has enough, each once and within its range."""
+        object.__setattr__(self, "groups", tuple(self.groups))
         names = [g.name for g in self.groups]
         if sorted(names) != sorted(self.keep) or len(set(names)) != len(names):
             raise PlanError("A plan must list the kept units of each of its groups exactly once.")
+        object.__setattr__(self, "keep", {name: _units(name, units) for name, units in self.keep.items()})
+        object.__setattr__(self, "config", {key: _plain(value) for key, value in self.config.items()})
         for group in self.groups:
             keep = self.keep[group.name]
-            if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= group.num_units:
+            if not keep or len(set(keep)) < len(keep) or keep[0] < 0 or keep[-1] >= group.num_units:
                 raise PlanError(
-                    f"The kept units of {group.name} must be sorted, unique, at least one and below {group.num_units}."
+                    f"The kept units of {group.name} must be unique, at least one, and from 0 to "
+                    f"{group.num_units - 1}; got {_shown(keep)}."
                 )
             if len(keep) < group.least:
                 raise PlanError(
@@ -114,3 +121,30 @@ class PruningPlan:
             raise PlanError(f"Cannot read a plan from '{path}': {error}.") from error
         except PlanError as error:
             raise PlanError(f"'{path}': {error}") from error
+
+
+def _units(name: str, units: Any) -> tuple[int, ...]:
+    """Returns kept units as a sorted tuple of ``int``."""
+    try:
+        listed = [_plain(unit) for unit in _plain(units)]
+        if any(isinstance(unit, bool) for unit in listed):
+            raise PlanError(
+                f"The kept units of {name} are a mask of booleans: give the indices of what stays, for a mask "
+                "mask.nonzero()."
+            )
+        return tuple(sorted(index(unit) for unit in listed))
+    except TypeError as error:
+        raise PlanError(f"The kept units of {name} must be a one-dimensional list of integers: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """Returns a number of NumPy or a tensor as one of Python, which JSON can hold."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _shown(units: tuple[int, ...]) -> str:
+    """Returns what is wrong with kept units, shortly: the repeated ones, else the first and the last."""
+    if not units:
+        return "none"
+    repeated = sorted({unit for unit, following in pairwise(units) if unit == following})
+    return f"{repeated[0]} twice" if repeated else f"{units[0]} to {units[-1]}"

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hfprune.arch.groups import class_name, find_layers, find_spec
+from hfprune.arch.head import check_head
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import combine, tensor_digest
 from hfprune.layouts import pruned_shapes
@@ -63,6 +64,7 @@ def load_sharded(
 
     Raises:
         ConfigError: The weight files are not safetensors with stock names, or hold a NaN or infinity.
+        UnsupportedArchitectureError: The table's output head does not give the model's logits.
     """
     config = load_config(path, revision=revision)
     model = _empty(config, getattr(torch, dtype) if dtype != "auto" else config.dtype)
@@ -79,6 +81,7 @@ def load_sharded(
 
         name = class_name(model)
         root = _fill_and_shard(model, model, mesh, checked)
+    root(check_head, model)
     return model, root, combine(name, digests)
 
 

@@ -9,6 +9,7 @@ the layers behind them are called then.
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hfprune.arch.groups import (
     is_supported,
 )
 from hfprune.arch.projection import bias_of, num_channels, weight_axis, write_channels
+from hfprune.arch.stock import config_values
 from hfprune.arch.stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.errors import PlanError, UnsupportedArchitectureError
 from hfprune.plan import PruningPlan
@@ -116,11 +118,14 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the plan's kept units and rewrites its config.
 
     Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
-    Layers that go are taken out of the model, those behind them move up.
+    Layers that go are taken out of the model, those behind them move up. Config keys that follow from the kept units
+    are rewritten whether the plan lists them or not.
 
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
     """
+    check_fits(model, plan)
+    plan = _with_config(model, plan)
     cuts, changes = plan_cuts(model, plan), plan_folds(model, plan)
     places = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -134,6 +139,14 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
             setattr(model.get_submodule(owner), attribute, new)
     rewrite_sizes(model, plan)
     _remove_layers(model, plan.removed_layers())
+
+
+def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Returns ``plan`` with the config keys that follow from its units, where it leaves them out."""
+    if not is_supported(model):
+        return plan
+    implied = config_values(model, plan.groups, plan.keep)
+    return plan if implied.keys() <= plan.config.keys() else replace(plan, config={**implied, **plan.config})
 
 
 def _remove_layers(model: nn.Module, removed: Collection[int]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -37,10 +38,56 @@ def test_json_round_trip(keep, offset, width, note):
     assert PruningPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("keep", [(), (3, 1), (1, 1), (-1, 2), (0, 24)])
-def test_kept_units_are_checked(keep):
-    with pytest.raises(PlanError, match="sorted, unique, at least one and below 24"):
+@pytest.mark.parametrize(
+    ("keep", "found"), [((), "none"), ((1, 5, 1), "1 twice"), ((-1, 2), "-1 to 2"), ((0, 24), "0 to 24")]
+)
+def test_kept_units_are_checked(keep, found):
+    with pytest.raises(PlanError, match=f"unique, at least one, and from 0 to 23; got {found}"):
         plan_of(tiny(), keep)
+
+
+KINDS = {
+    "list": list,
+    "range": lambda units: range(min(units), max(units) + 1),
+    "set": set,
+    "unsorted": lambda units: list(reversed(units)),
+    "numpy": np.array,
+    "int32": lambda units: np.array(units, dtype=np.int32),
+    "numpy_scalars": lambda units: [np.int64(unit) for unit in units],
+    "tensor": torch.tensor,
+    "tensors": lambda units: [torch.tensor(unit) for unit in units],
+    "iterator": iter,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_units_of_any_integers_become_a_sorted_tuple(kind):
+    """The plan can be saved, and is equal to the one from a tuple."""
+    group = Group(name="g", kind="mlp", num_units=24, slices=())
+    made = PruningPlan(model_class="X", groups=[group], keep={"g": KINDS[kind]([2, 3, 4])}, config={"n": np.int64(3)})
+    assert made == PruningPlan(model_class="X", groups=(group,), keep={"g": (2, 3, 4)}, config={"n": 3})
+    assert {type(unit) for unit in made.keep["g"]} == {int}
+    assert PruningPlan.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("keep", "match"),
+    [
+        (np.ones(24, dtype=bool), "mask of booleans"),
+        (torch.ones(24, dtype=torch.bool), "mask of booleans"),
+        ([True, False], "mask of booleans"),
+        ([np.True_], "mask of booleans"),
+        (np.array([0.0, 1.0]), "one-dimensional list of integers"),
+        (torch.zeros(2, 2, dtype=torch.int64), "one-dimensional list of integers"),
+        (torch.tensor(3), "one-dimensional list of integers"),
+        ("012", "one-dimensional list of integers"),
+        (None, "one-dimensional list of integers"),
+    ],
+)
+def test_kept_units_that_are_none(keep, match):
+    group = Group(name="g", kind="mlp", num_units=24, slices=())
+    with pytest.raises(PlanError, match=match):
+        PruningPlan(model_class="X", groups=(group,), keep={"g": keep}, config={})
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from hfprune.arch.groups import (
     is_supported,
     layer_params,
     mlp_widths,
-    output_head,
     parameter_count,
     unit_cost,
 )
+from hfprune.arch.head import check_head, output_head
 from hfprune.arch.spec import (
     ARCHITECTURES,
     ArchSpec,
@@ -41,6 +41,7 @@ __all__ = [
     "StreamSpec",
     "backbone",
     "channel_cost",
+    "check_head",
     "check_stock",
     "check_units",
     "class_name",

@@ -10,7 +10,6 @@ from hfprune.arch.projection import bias_of, num_channels
 from hfprune.arch.spec import ARCHITECTURES, ArchSpec, AttentionSpec
 from hfprune.arch.stream import CHANNELS, channel_cost, channel_group
 from hfprune.errors import ConfigError, UnsupportedArchitectureError
-from hfprune.objectives.chunked import OutputHead
 from hfprune.types import Group, Slice
 
 
@@ -212,18 +211,6 @@ def parameter_count(model: nn.Module) -> int:
 def backbone(model: nn.Module) -> nn.Module:
     """Returns the module that maps token ids to the final hidden states."""
     return _module(model, find_spec(model).backbone)
-
-
-def output_head(model: nn.Module) -> OutputHead:
-    """Returns the output head of ``model`` with its soft cap, sharing the model's weights."""
-    spec = find_spec(model)
-    softcap = getattr(model.config, spec.softcap_key) if spec.softcap_key else None
-    lm_head = _module(model, spec.lm_head)
-    if not isinstance(lm_head, nn.Linear):
-        raise UnsupportedArchitectureError(
-            f"The output head of this {spec.model_class} is a {type(lm_head).__name__}, not an nn.Linear."
-        )
-    return OutputHead.of(lm_head, softcap=softcap)
 
 
 def group_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:

@@ -144,6 +144,9 @@ class ArchSpec:
         width_key: Config key of the MLP width; one value for all layers.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, if the class has one.
+        scale_key: Config key of a number that scales the logits, if the class has one (Cohere's ``logit_scale``,
+            Granite's ``logits_scaling``).
+        scale_divides: Whether logits are divided by that number (Granite), not multiplied (Cohere).
         width_attributes: Attributes of a layer's modules that repeat the width, as ``module.attribute``.
         lora_targets: Names of the projections that LoRA adapts (all linear ones of a layer, as in HFPrune).
         attention: The attention; None where heads cannot be removed.
@@ -166,6 +169,8 @@ class ArchSpec:
     lora_targets: tuple[str, ...]
     lm_head: str = "lm_head"
     softcap_key: str | None = None
+    scale_key: str | None = None
+    scale_divides: bool = False
     width_attributes: tuple[str, ...] = ()
     attention: AttentionSpec | None = None
     experts: ExpertsSpec | None = None

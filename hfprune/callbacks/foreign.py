@@ -1,5 +1,6 @@
 """Targets in LightningModules of somebody else."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hfprune.arch import ARCHITECTURES, Neurons, class_name, custom_groups, find_groups, is_supported
 from hfprune.calibration import ObjectiveSum
@@ -18,6 +20,7 @@ from hfprune.checkpoints import Phase, Record
 from hfprune.errors import CalibrationError, ConfigError, HFPruneError
 from hfprune.fingerprint import structure_fingerprint
 from hfprune.layouts import apply_plan
+from hfprune.layouts.apply import restate_width
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
@@ -190,6 +193,8 @@ class ForeignTarget(Target):
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""
         apply_plan(self.model, plan)
+        if self._neurons:
+            _restate(self.module, plan)
         self._state["plan"] = plan
 
     def add_lora(self, lora: LoraRecovery) -> None:
@@ -206,7 +211,9 @@ class ForeignTarget(Target):
             )
         owner, _, attribute = name.rpartition(".")
         self.module.requires_grad_(False)
-        setattr(self.module.get_submodule(owner), attribute, add_lora(model, lora, seed=self._state.get("seed", 0)))
+        wrapped = add_lora(model, lora, seed=self._state.get("seed", 0))
+        wrapped.plan = self.plan
+        setattr(self.module.get_submodule(owner), attribute, wrapped)
         self._state["lora"] = lora.to_dict()
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
@@ -268,3 +275,22 @@ def find_target(
             raise ConfigError("model=... and neurons=... describe modules of your own; a PruningModule needs neither.")
         return ModuleTarget(module, chosen)
     return ForeignTarget(module, chosen, model=model, neurons=neurons)
+
+
+def _restate(module: nn.Module, plan: PruningPlan) -> None:
+    """Makes configs of Hugging Face models in ``module`` state described widths; warns where none can."""
+    models = {name: m for name, m in module.named_modules() if isinstance(m, PreTrainedModel)}
+    for name, model in models.items():
+        prefix = f"{name}." if name else ""
+        inside = [group for group in plan.groups if all(s.module.startswith(prefix) for s in group.slices)]
+        if not inside or any(name.startswith(f"{other}.") for other in models):  # parts of a model share its config
+            continue
+        widths = {(group.num_units, len(plan.keep[group.name])) for group in inside}
+        reason = "layers differ" if len(widths) > 1 else restate_width(model, *next(iter(widths)))
+        if reason is not None:
+            warnings.warn(
+                f"No config of {type(model).__name__} states what is left of '{name}' ({reason}): from_pretrained will "
+                "not load what its save_pretrained writes. Save its state_dict, or give neurons of one width in every "
+                "layer.",
+                stacklevel=2,
+            )

@@ -200,6 +200,7 @@ class ReportCallback(Callback, PruningEvents):
         state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}
         if trainer.is_global_zero:
             with staged(self.output_dir / ADAPTER_FOLDER) as stage:
+                module.model.plan, module.model.base_folder = module.plan, self.output_dir / MODEL_FOLDER
                 module.model.save_pretrained(stage, state_dict=state)
 
     def _write_report(

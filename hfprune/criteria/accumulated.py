@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import CalibratedCriterion, GradientCriterion, Shape, Sums, Totals
+from hfprune.criteria.base import CalibratedCriterion, GradientCriterion, Shape, Sums, Totals, checked_scores
 from hfprune.errors import CalibrationError
 from hfprune.sums import LIMIT, ExactSum
 from hfprune.types import Group
@@ -130,7 +130,7 @@ class AccumulatedSums:
             weights: Returns the weight [out, in] of each of a group's slices.
 
         Raises:
-            CalibrationError: No token was seen, a moment is not finite, or all scores of a group are zero.
+            CalibrationError: No token was seen, a moment is not finite, or a group's scores do not rank its units.
         """
         totals = self.totals()
         if not totals.num_tokens:
@@ -147,9 +147,8 @@ class AccumulatedSums:
             if not all(bool(moment.isfinite().all()) for moment in moments.values()):
                 raise CalibrationError(f"The sums of {group.name} are not finite. Calibrate in float32 or bfloat16.")
             sums = Sums(rows=rows, moments=moments, totals=totals, weights=partial(weights, group))
-            scores[group.name] = self._criterion.score(group, sums).to("cpu", torch.float64)
-            if not scores[group.name].any():
-                raise CalibrationError(f"All scores of {group.name} are zero: {self._why_zero()}")
+            found_scores = self._criterion.score(group, sums)
+            scores[group.name] = checked_scores(self._criterion, group, found_scores, why_zero=self._why_zero())
         return scores
 
     def _why_zero(self) -> str:

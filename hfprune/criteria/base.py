@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
+from hfprune.errors import CalibrationError, ConfigError
 from hfprune.moments import Moments
 from hfprune.sums import ExactSum, UnitSum
 from hfprune.types import Group, Slice
@@ -289,3 +289,35 @@ def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:
         return None
     why = "reads weights alone" if isinstance(criterion, WeightCriterion) else "reads activations of a forward pass"
     raise ConfigError(f"{name} {why}: it takes no objective, but '{asked}' was given.")
+
+
+def checked_scores(criterion: Criterion, group: Group, scores: Tensor, *, why_zero: str = "") -> Tensor:
+    """Returns the scores [U] of a group in float64 on the CPU, after checking that they rank its units.
+
+    Args:
+        criterion: What made them.
+        group: The group.
+        scores: What it made.
+        why_zero: What explains scores that are all zero; by default that the weights are.
+
+    Raises:
+        CalibrationError: They are not [U] numbers, or one is NaN or infinite, or all of several units' are equal.
+    """
+    name = type(criterion).__name__
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.num_units,):
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise CalibrationError(f"{name} must give a tensor [{group.num_units}] for {group.name}, and gave {got}.")
+    found = scores.detach().to("cpu", torch.float64)
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise CalibrationError(
+            f"The scores of {group.name} by {name} are not finite: {bad} of {group.num_units} are NaN or infinite."
+        )
+    if not bool(found.any()):
+        raise CalibrationError(f"All scores of {group.name} are zero ({name}): {why_zero or 'its weights are zero.'}")
+    if group.num_units > 1 and bool((found == found[0]).all()):
+        raise CalibrationError(
+            f"All scores of {group.name} are equal ({name}, {float(found[0]):.4g}): they rank nothing. Give another "
+            "criterion, or Random() if that is meant."
+        )
+    return found

@@ -87,8 +87,11 @@ class ImportanceSource:
         layers = find_layers(self._model)
         for matrix in matrices:
             weight = weight_of(layers[matrix.layer].get_submodule(matrix.name)).detach()
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            yield matrix.path, self._method.score(wide, InputSums(importance=self.of(matrix.layer, matrix.name)))
+            sums = InputSums(importance=self.of(matrix.layer, matrix.name))
+            try:
+                yield matrix.path, self._method.ranked(weight, sums)
+            except CalibrationError as error:
+                raise CalibrationError(f"{matrix.path}: {error}.") from error
 
 
 def weight_taylor(

@@ -17,6 +17,7 @@ from hfprune.arch.projection import num_channels, weight_of
 from hfprune.causal import run_together
 from hfprune.compensation import Compensation, Fit
 from hfprune.criteria import LayerwiseCriterion
+from hfprune.criteria.base import checked_scores
 from hfprune.errors import ConfigError
 from hfprune.layerwise.stream import LayerStream
 from hfprune.moments import Moments
@@ -160,7 +161,8 @@ class LayerwisePass:
         weight, bias = weight_of(module).detach(), module.bias
         if keep is None:
             assert criterion is not None
-            kept, result.scores[group.name] = criterion.select(group, weight, moments, width)
+            kept, scores = criterion.select(group, weight, moments, width)
+            result.scores[group.name] = checked_scores(criterion, group, scores, why_zero="its inputs are zero.")
         else:
             kept = torch.tensor(keep[group.name], device=weight.device)
         result.keep[group.name] = tuple(kept.tolist())

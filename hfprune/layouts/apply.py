@@ -107,3 +107,30 @@ def run_empty(model: Any, *, tokens: int = 2) -> Any:
         model.set_experts_implementation("batched_mm")
     with torch.no_grad():
         return model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)
+
+
+def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None:
+    """Makes the config of ``model`` state a width that described neurons have now.
+
+    The key is found by trying: it had the old width, or none, and with the new one the class builds these shapes.
+
+    Args:
+        model: A Hugging Face model of any class, after its projections were cut.
+        before: Neurons per group of the dense model.
+        after: Neurons per group that stay.
+
+    Returns:
+        Why no key does; None where the config describes the model. It then is as it was.
+    """
+    reason, config = not_expressed(model), model.config
+    if reason is None:
+        return None
+    values = config.to_dict().items()
+    keys = [key for key, value in values if value is None or (type(value) is int and value == before)]
+    for key in sorted(keys, key=lambda key: getattr(config, key, None) is None):
+        old = getattr(config, key, None)
+        setattr(config, key, after)
+        if not_expressed(model) is None:
+            return None
+        setattr(config, key, old)
+    return reason

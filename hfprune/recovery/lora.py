@@ -64,6 +64,8 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    from hfprune.recovery.adapters import PrunedPeftModel
+
     if (lora.dora or lora.init == "pissa") and any(p.is_meta for p in model.parameters()):
         raise ConfigError(
             "DoRA and PiSSA start from whole weights, which FSDP2 does not hold: leave out dora and init."
@@ -87,6 +89,7 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         # peft 0.21 asks for an attribute that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         wrapped = get_peft_model(model, config)
+    wrapped.__class__ = PrunedPeftModel  # type: ignore[assignment]  # saves adapters together with their base
     if lora.init == "default":
         _initialise(wrapped, seed)
     else:  # PEFT would take directions out of the saved base again when it loads the adapters

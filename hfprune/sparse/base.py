@@ -117,9 +117,28 @@ class ScoreMethod(SparseMethod):
         """Returns the order of inputs [C] in which n:m groups are made; None: as they are stored."""
         return None
 
+    def ranked(self, weight: Tensor, sums: InputSums) -> Tensor:
+        """Returns the scores [O, C] of ``weight`` after checking that they rank its entries.
+
+        Raises:
+            CalibrationError: A score is NaN or infinite, or all are equal though the weights are not all zero.
+        """
+        scores, name = (
+            self.score(weight.to(torch.promote_types(weight.dtype, torch.float32)), sums),
+            type(self).__name__,
+        )
+        if scores.shape != weight.shape or not bool(scores.isfinite().all()):
+            what = "not finite" if scores.shape == weight.shape else f"{list(scores.shape)}, not {list(weight.shape)}"
+            raise CalibrationError(f"the scores by {name} are {what}")
+        if self.across:  # a matrix may be ranked below all others
+            return scores
+        if scores.numel() > 1 and bool((scores == scores.flatten()[0]).all()) and bool(weight.any()):
+            raise CalibrationError(f"the scores by {name} are all equal ({float(scores.flatten()[0]):.4g})")
+        return scores
+
     def apply(self, weight: Tensor, sums: InputSums, sparsity: Sparsity) -> Pruned:
         """Returns the weights with those of the lowest scores zero."""
-        scores = self.score(weight.to(torch.promote_types(weight.dtype, torch.float32)), sums)
+        scores = self.ranked(weight, sums)
         order = None if sparsity.of is None else self.order(scores, sparsity)
         if order is None:
             gone = self.mask(scores, sparsity)

@@ -193,7 +193,7 @@ def test_without_lora_every_weight_trains(folder):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_adapters_can_be_kept_beside_the_pruned_base(folder, tmp_path):
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
     out = tmp_path / "out"
     report = ReportCallback(str(out), latency=False, merge_adapters=False)
@@ -209,6 +209,11 @@ def test_adapters_can_be_kept_beside_the_pruned_base(folder, tmp_path):
         torch.testing.assert_close(plain, dense.eval()(ids).logits, atol=1e-6, rtol=0)
         adapted = PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits
     assert (adapted - plain).abs().max() > 1e-4
+    with torch.no_grad():
+        assert torch.equal(AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()(ids).logits, adapted)
+    card = (out / "adapter/README.md").read_text()
+    assert "`../model`" in card
+    assert "- budget: " in card
     assert report.stages["recovered"]["perplexity"]["value"] != report.stages["pruned"]["perplexity"]["value"]
 
 

@@ -217,6 +217,57 @@ def test_lora_in_a_module_of_ones_own():
     assert any(p.any() for name, p in module.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_adapters_of_ones_own_module_are_saved_with_their_base(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    module = FineTuner()
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2, recovery=LoraRecovery(rank=2))
+    trainer(importance).fit(module)
+    model = module.net["lm"].eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = model(input_ids=token_ids()).logits
+        torch.testing.assert_close(again(input_ids=token_ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "adapter/base/plan.json").is_file()
+
+
+def described(model, producers, consumer, **kwargs):
+    """Prunes a Hugging Face model in a module of one's own by neurons that are described."""
+
+    class Own(FineTuner):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.ModuleDict({"lm": model.train()})
+
+    module = Own()
+    neurons = [Neurons([f"net.lm.{name}" for name in producers], f"net.lm.{consumer}")]
+    trainer(TaylorImportanceCallback(neurons=neurons, calibration_batches=2, **kwargs), max_epochs=1).fit(module)
+    return model.eval()
+
+
+LLAMA = (["model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"], "model.layers.*.mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("llama", LLAMA), ("gpt2", (["transformer.h.*.mlp.c_fc"], "transformer.h.*.mlp.c_proj"))],
+)
+def test_described_neurons_of_a_hugging_face_model_change_its_config(name, names, tmp_path):
+    model = described(tiny(name, dtype=torch.float32), *names, pruning_ratio=0.1)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+
+
+def test_described_neurons_that_no_config_states_are_warned_of():
+    only = [name.replace("*", "1") for name in LLAMA[0]]
+    with pytest.warns(UserWarning, match=r"No config of LlamaForCausalLM states .* from_pretrained will not load"):
+        described(tiny(dtype=torch.float32), only, LLAMA[1].replace("*", "1"), pruning_ratio=0.05)
+
+
 def test_optimizer_state_of_survivors_is_kept(tmp_path):
     """A run trained dense, then resumed with the callback: moments of kept neurons go on, cut like their weights."""
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)

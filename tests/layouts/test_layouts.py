@@ -279,3 +279,23 @@ def test_pruned_again_recovered_evaluated_and_written_in_another_layout(folder, 
     assert main(["export", "--model.path=out/model", "--output_dir=no"]) == 2
     assert "--layout uniform has one value" in capsys.readouterr().err
     assert not Path("no").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [("llama", ("mlp",)), ("llama", ("mlp", "heads")), ("gpt2", ("mlp",)), ("gemma3", ("mlp", "blocks"))],
+)
+def test_a_plan_by_hand_of_equal_widths_gives_a_stock_folder(name, units, tmp_path):
+    """``config={}``: what follows from the kept units is found, in memory and by ``save_pretrained``."""
+    model = tiny(name, dtype=torch.float32)
+    groups = find_groups(model, units)
+    keep = {group.name: torch.arange(group.num_units // 2 + 1).flip(0) for group in groups}
+    if "heads" in units:
+        keep |= {group.name: [0] for group in groups if group.kind == "heads"}
+    plan = PruningPlan(model_class=type(model).__name__, groups=groups, keep=keep, config={})
+    hfprune.apply_plan(model, plan)
+    assert not is_per_layer(model.config)
+    model.save_pretrained(tmp_path / "saved")
+    export_model(model, None, plan, tmp_path / "uniform")
+    for folder in ("saved", "uniform"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / folder)), logits(model))

@@ -1,0 +1,117 @@
+"""Adapters of a pruned model on disk: never without the model that they belong to.
+
+PEFT's ``save_pretrained`` writes adapters and the name that their base was loaded from: the dense model's, whose shapes
+do not fit. Here the pruned base is named, and written where nothing else writes it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModelForCausalLM
+
+from hfprune.compat import write_both_forms
+from hfprune.plan import PLAN_FILE, PruningPlan
+
+BASE_FOLDER = "base"
+"""Where ``save_pretrained`` writes the pruned base, within the folder of the adapters."""
+
+_EMBEDDINGS = 3  # place of save_embedding_layers among PEFT's positional arguments after the folder
+
+_CARD = """---
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- hfprune
+- lora
+---
+
+# LoRA adapters of a pruned {model_class}
+
+These adapters belong to the pruned model in `{relative}`. They do not fit the dense model{dense}.
+
+{facts}
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
+```
+
+`adapter_config.json` holds the absolute path of the pruned model. After the folders were moved, or on another machine:
+
+```python
+import hfprune
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(hfprune.load("PATH_OF_THE_PRUNED_MODEL"), "{folder}")
+```
+"""
+
+
+class PrunedPeftModel(PeftModelForCausalLM):
+    """A PEFT model around a pruned one, whose adapters are saved with it.
+
+    Attributes:
+        plan: What was pruned; None where it is not known.
+        base_folder: Where somebody else writes the pruned base; None: ``save_pretrained`` does, below the adapters.
+    """
+
+    plan: PruningPlan | None = None
+    base_folder: Path | None = None
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Writes the adapters, a card, and the pruned base with its plan; arguments as PEFT takes them.
+
+        Args:
+            save_directory: Receives the adapters; the base goes to its sub-folder ``base``.
+            args: Other arguments of PEFT.
+            kwargs: Other arguments of PEFT.
+        """
+        folder = Path(save_directory)
+        base = self.base_folder or folder / BASE_FOLDER
+        main = kwargs.get("is_main_process", True)
+        if self.base_folder is None and main:
+            self._save_base(base)
+        if len(args) < _EMBEDDINGS:
+            kwargs.setdefault("save_embedding_layers", False)  # the base holds them; PEFT would look for it now
+        config, name = self.peft_config[self.active_adapter], self.base_name
+        config.base_model_name_or_path = str(base.absolute())
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            config.base_model_name_or_path = name
+        if main:
+            (folder / "README.md").write_text(self._card(folder, base), encoding="utf-8")
+
+    @property
+    def base_name(self) -> str | None:
+        """The name that the dense model was loaded from."""
+        name: str | None = getattr(self.get_base_model().config, "_name_or_path", None)
+        return name or None
+
+    def _save_base(self, folder: Path) -> None:
+        """Writes the model below the adapters as a model without any."""
+        base: Any = self.get_base_model()
+        state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if "lora_" not in k}
+        base.save_pretrained(folder, state_dict=state)
+        if self.plan is not None:
+            self.plan.save(folder / PLAN_FILE)
+        write_both_forms(folder)
+
+    def _card(self, folder: Path, base: Path) -> str:
+        base_model: Any = self.get_base_model()
+        relative = BASE_FOLDER if self.base_folder is None else f"../{base.name}"
+        parameters = sum(p.numel() for name, p in base_model.named_parameters() if "lora_" not in name)
+        config: Any = self.peft_config[self.active_adapter]
+        facts = [f"- parameters of the pruned model: {parameters:,}", f"- rank {config.r}, alpha {config.lora_alpha}"]
+        provenance = self.plan.provenance if self.plan is not None else {}
+        if budget := provenance.get("budget"):
+            facts.append(f"- budget: {budget['asked']}")
+        if criterion := provenance.get("criterion"):
+            facts.append(f"- criterion: {criterion['name']}")
+        return _CARD.format(
+            model_class=type(base_model).__name__,
+            relative=relative,
+            dense=f" `{self.base_name}`" if self.base_name else "",
+            facts="\n".join(facts) + "\n",
+            folder=folder.name if self.base_folder is None else f"{base.parent.name}/adapter",
+        )
