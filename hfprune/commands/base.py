@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from hfprune.criteria import Criterion
 from hfprune.data import TextDataModule
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, HFPruneError
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
 
@@ -40,6 +40,22 @@ class BaseCLI(LightningCLI):
     def run(self) -> None:
         """Runs the command."""
         raise NotImplementedError
+
+    def advice(self) -> str | None:
+        """Returns what to do after an interruption, None where there is nothing to say."""
+        return None
+
+    def instantiate_classes(self) -> None:
+        """Builds the classes; raises ``ConfigError`` in one line where one cannot be built as given."""
+        try:
+            super().instantiate_classes()
+        except HFPruneError:
+            raise
+        except Exception as error:  # classes of the command line may be anybody's
+            cause = _first_cause(error)
+            if isinstance(cause, HFPruneError):
+                raise cause from error
+            raise ConfigError(_not_built(error, cause)) from error
 
     def check_trainer(self) -> None:
         """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""
@@ -72,6 +88,22 @@ def _one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     kinds = [kind.rpartition(".")[2] for kind in re.findall(r"'([\w.]+)'", value[2]) if kind != "NoneType"]
     expected = sorted(_concrete(Criterion)) if kinds == ["Criterion"] else kinds
     return f"--{value[1]} {value[3]}: expected {' or '.join(expected) or value[2]}."
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Returns the error that others were raised from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _not_built(error: Exception, cause: BaseException) -> str:
+    """Returns which class cannot be built, and why, in one line."""
+    known = re.findall(r"class_path='([\w.]+)'", str(error)) or re.findall(r"class_path '([\w.]+)'", str(error))
+    name = known[0].rpartition(".")[2] if known else "A class"
+    lines = str(cause).split("HINT:")
+    hint = lines[1].strip() if len(lines) > 1 else ""
+    return f"{name} cannot be built: {' '.join(lines[0].split())}{' ' + hint if hint else ''}"
 
 
 def _concrete(kind: type[Any]) -> set[str]:
