@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -40,8 +41,11 @@ def _empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def logged(caplog):
+    logger = logging.getLogger("hfprune")  # whether it propagates depends on who imported hfprune first
     caplog.set_level("INFO", logger="hfprune")
-    return caplog
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture
