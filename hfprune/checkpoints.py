@@ -16,7 +16,8 @@ from hfprune.errors import ConfigError
 from hfprune.plan import PruningPlan
 
 KEY = "hfprune"
-_VERSION = 2
+_VERSION = 3
+_READ = (2, 3)  # 2 has no settings
 _SHARDED_METADATA = "meta.pt"  # Lightning's name for what is not weights in a sharded checkpoint
 
 Phase = Literal["calibrating", "pruned", "training"]
@@ -35,6 +36,7 @@ class Record:
         plan: What was pruned; None before.
         lora: Settings of the adapters; None without.
         calibration: Sums and position within the calibration data, while calibrating.
+        settings: What decided which units are kept; empty where the checkpoint does not say.
     """
 
     phase: Phase
@@ -44,6 +46,7 @@ class Record:
     plan: PruningPlan | None = None
     lora: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = field(default=None, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record as plain data."""
@@ -56,6 +59,7 @@ class Record:
             "plan": self.plan.to_json() if self.plan else None,
             "lora": self.lora,
             "calibration": self.calibration,
+            "settings": self.settings,
         }
 
     @classmethod
@@ -68,7 +72,7 @@ class Record:
         data = checkpoint.get(KEY)
         if data is None:
             return None
-        if data.get("version") != _VERSION:
+        if data.get("version") not in _READ:
             raise ConfigError(
                 f"The checkpoint's pruning state has version {data.get('version', 1)}; this hfprune reads {_VERSION}. "
                 "Resume with the version that wrote it."

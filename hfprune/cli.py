@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hfprune {args[0]}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"hfprune {args[0]}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(" ".join(f"hfprune {args[0]}: interrupted. {interruption}".split()), file=sys.stderr)
         return 130
     return 0
 

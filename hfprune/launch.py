@@ -1,13 +1,18 @@
 """Runs a command: Lightning's own complaints become one line, and what a user can do nothing about is not shown."""
 
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from hfprune.commands import command_class
+from hfprune.commands import BaseCLI, command_class
 from hfprune.errors import ConfigError
 
 
@@ -22,15 +27,34 @@ def launch(command: str, args: list[str]) -> None:
     try:
         cli = command_class(command, args)(command, args)
         try:
-            cli.run()
-        except SystemExit as error:
-            if cli.trainer.interrupted:  # Lightning turns Ctrl-C into exit status 1
-                raise KeyboardInterrupt from error
+            with _terminable(cli):
+                cli.run()
+        except (SystemExit, KeyboardInterrupt) as error:
+            if cli.trainer.interrupted or isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(cli.advice() or "") from error  # Lightning turns Ctrl-C into exit status 1
             raise
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def _terminable(cli: BaseCLI) -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does; in the training loop Lightning waits for the end of the step."""
+
+    def stop(signum: int, frame: Any) -> None:
+        if not cli.trainer.received_sigterm:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quieten() -> None:

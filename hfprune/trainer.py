@@ -1,6 +1,8 @@
 """``PruneTrainer``: Lightning's Trainer with ``prune`` and ``evaluate`` beside ``fit``."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,15 @@ from hfprune.paths import user_path
 class PruneTrainer(Trainer):
     """A ``Trainer`` that checks budgets before it loads anything, prunes without training, and evaluates."""
 
-    def fit(self, model: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Calibrates, prunes and recovers; arguments as in Lightning."""
         if isinstance(model, PruningModule):
             model.check_loadable()
@@ -28,16 +38,18 @@ class PruneTrainer(Trainer):
             kwargs["ckpt_path"] = user_path(kwargs["ckpt_path"], "ckpt_path")
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaylorImportanceCallback):
-                callback.check(model)
-                callback.resume_from = kwargs.get("ckpt_path")
+                callback.check(_plain(model))
+                callback.resume_from = ckpt_path
             if isinstance(callback, SparsityCallback | LoraPruneCallback):
-                callback.check(model)
-        super().fit(model, *args, **kwargs)
+                callback.check(_plain(model))
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, **kwargs)
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
     ) -> None:
         """Calibrates and prunes, without recovery: the same phase as in ``fit``, and no loop after it.
+
+        Trainer and callbacks have their own settings again afterwards, so that ``fit`` trains.
 
         Args:
             model: The dense model's module.
@@ -53,11 +65,11 @@ class PruneTrainer(Trainer):
             raise ConfigError(
                 "prune needs a TaylorImportanceCallback or a SparsityCallback among the trainer's callbacks."
             )
-        for callback in found:
-            callback.recovery = None
-        self.limit_train_batches = self.limit_val_batches = self.num_sanity_val_steps = 0
-        with warnings.catch_warnings():  # nothing will be validated
-            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")
+        with ExitStack() as restored, warnings.catch_warnings():
+            for callback in found:
+                restored.enter_context(_changed(callback, recovery=None))
+            restored.enter_context(_changed(self, limit_train_batches=0, limit_val_batches=0, num_sanity_val_steps=0))
+            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
 
     def evaluate(
@@ -94,3 +106,21 @@ class PruneTrainer(Trainer):
         return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
             latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
         )
+
+
+@contextmanager
+def _changed(owner: Any, **values: Any) -> Iterator[None]:
+    """Gives attributes of ``owner`` other values within the context."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def _plain(module: Any) -> LightningModule:
+    """Returns the LightningModule itself, also when ``torch.compile`` was given it."""
+    return getattr(module, "_orig_mod", module)

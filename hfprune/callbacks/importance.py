@@ -1,6 +1,7 @@
 """``TaylorImportanceCallback``: calibrates and prunes inside ``fit``, before the first training step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hfprune.callbacks.events import listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.planner import Planner, PruningOptions, say, warn
 from hfprune.callbacks.rounds import Rounds, Schedule
+from hfprune.callbacks.settings import check_settings, pruning_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.units import check_scored
 from hfprune.checkpoints import KEY, Phase, Record, read_metadata
@@ -25,6 +27,7 @@ from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.errors import ConfigError
 from hfprune.layouts import pruned_shapes
+from hfprune.modules.resuming import keep_cut_epoch
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.types import Budget, UnitKind
 
@@ -162,6 +165,7 @@ class TaylorImportanceCallback(Callback):
         self._planner: Planner | None = None
         self._record: Record | None = None
         self._loaded: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -266,12 +270,15 @@ class TaylorImportanceCallback(Callback):
             self._set_up_again(trainer)
         resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
         self.resolved = resolved
+        self._settings = pruning_settings(trainer, target, self.options, resolved.asked)
+        if self._record is not None:
+            check_settings(self._record, self._settings)
         target.check_training(adapters=self.recovery is not None)
         if target.plan is not None:
             made = target.plan.provenance["budget"]["asked"]
             if made != resolved.asked:
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
-            say(trainer, f"Resumed a pruned model ({resolved.asked}): no calibration.")
+            say(trainer, f"Resumed a pruned model ({resolved.asked}){whence(trainer)}: no calibration.")
             if target.lacks_adapters(self.recovery, self._record) and self.recovery is not None:
                 target.add_lora(self.recovery)
                 self._set_up_again(trainer)
@@ -299,7 +306,8 @@ class TaylorImportanceCallback(Callback):
             save_every=self.checkpoint_every,
         )
         try:
-            plan, resolved = planner.plan(groups, resolved)
+            with torch.compiler.set_stance("force_eager"):  # hooks see nothing of compiled modules
+                plan, resolved = planner.plan(groups, resolved)
         finally:
             self._planner = None
         self.importance, self.convergence, self.resolved = planner.importance, planner.convergence, resolved
@@ -337,7 +345,8 @@ class TaylorImportanceCallback(Callback):
         calibration = self._planner.calibration if self._planner is not None else None
         phase: Phase = "calibrating" if calibration is not None else self._phase
         state = calibration.state() if calibration is not None else None
-        checkpoint[KEY] = self._target.record(phase, state).to_dict()
+        checkpoint[KEY] = replace(self._target.record(phase, state), settings=self._settings).to_dict()
+        keep_cut_epoch(trainer, checkpoint)
         if phase == "training":
             return
         # training has not begun: what a dense checkpoint brought along waits to be restored, else there is nothing yet

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
 from hfprune.arch import class_name
+from hfprune.callbacks.checks import check_trainer
 from hfprune.callbacks.events import PruningEvents, listeners, needs_stock
 from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.planner import say, versions, warn
@@ -124,6 +125,7 @@ class LoraPruneCallback(Callback):
         """Checks settings and strategy before any weight is loaded."""
         if stage != "fit":
             return
+        check_trainer(trainer, pl_module)
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(f"LoRAPrune runs on a single device or under DDP, not {type(trainer.strategy).__name__}.")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -218,6 +218,7 @@ class ReportCallback(Callback, PruningEvents):
             "warnings": self.measured.warnings,
             "plan": dict(module.plan.provenance),
             "recovery": recovery,
+            "resumed": module.resumed,
             "distillation": module.distillation.to_dict() if module.distillation else None,
             "data": _used(summary(), module.plan) if callable(summary) else None,
             "versions": versions(),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from hfprune.arch.groups import find_layers
 from hfprune.callbacks.calibrate import check_source, data_summary, seed_data
 from hfprune.callbacks.carry_over import average_anew
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.checks import check_trainer
 from hfprune.callbacks.events import listeners
 from hfprune.callbacks.foreign import find_target
 from hfprune.callbacks.layerwise import summed
 from hfprune.callbacks.planner import say, versions
 from hfprune.callbacks.progress import sparse_progress
+from hfprune.callbacks.settings import check_settings, whence
 from hfprune.callbacks.sparse_run import at_home, check_sparse_strategy, share, sparsity_summary
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import KEY, Record
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import fingerprint
 from hfprune.layerwise import LayerState, Offload, SparseLayer, check_sparse, prune_sparse
+from hfprune.modules.resuming import data_fingerprint, keep_cut_epoch
 from hfprune.plan import PruningPlan
 from hfprune.recording import evaluating
 from hfprune.recovery.lora import LoraRecovery
@@ -134,11 +138,12 @@ class SparsityCallback(Callback):
         """Checks the settings and what is around the callback, before any weight is loaded."""
         self._target, self._failed, self._record = self._find(pl_module), False, None
         if stage == "fit":
+            check_trainer(trainer, pl_module, pruned=self._target.plan is not None)
             check_sparse_strategy(trainer, type(self.method).__name__)
             check_source(trainer, limit=self.calibration_batches)
             self.check(pl_module)
             self._target.check_recovery(self.recovery)
-        self._tap = CheckpointTap(trainer, saving=self._save, loaded=self._load)
+        self._tap = CheckpointTap(trainer, saving=lambda c: self._save(trainer, c), loaded=self._load)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps count of epochs across resumes."""
@@ -166,9 +171,11 @@ class SparsityCallback(Callback):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save(self, checkpoint: dict[str, Any]) -> None:
+    def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         assert self._target is not None
-        checkpoint[KEY] = self._target.record("training", None).to_dict()
+        settings = {"calibration data": data_fingerprint(trainer, "calibration")}
+        checkpoint[KEY] = replace(self._target.record("training", None), settings=settings).to_dict()
+        keep_cut_epoch(trainer, checkpoint)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         assert self._target is not None
@@ -189,7 +196,9 @@ class SparsityCallback(Callback):
             made = target.plan.provenance.get("sparse")
             if made != _plain(self.settings()):
                 raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {self.settings()}.")
-            say(trainer, "Resumed a sparse model: no calibration.")
+            if self._record is not None:
+                check_settings(self._record, {"calibration data": data_fingerprint(trainer, "calibration")})
+            say(trainer, f"Resumed a sparse model{whence(trainer)}: no calibration.")
             anew = target.lacks_adapters(self.recovery, self._record)
             if anew:
                 self._adapt(target)
@@ -207,7 +216,8 @@ class SparsityCallback(Callback):
         for listener in listeners(trainer):
             listener.on_pruning_start(trainer, module)
         start = time.perf_counter()
-        plan = self._plan(trainer, target, self._layers(trainer, target))
+        with torch.compiler.set_stance("force_eager"):  # hooks see nothing of compiled modules
+            plan = self._plan(trainer, target, self._layers(trainer, target))
         weights, zeros = plan.provenance["sparsity"]["weights"], plan.provenance["sparsity"]["zeros"]
         seconds = time.perf_counter() - start
         say(trainer, f"Made {zeros:,} of {weights:,} weights zero ({zeros / weights:.2%}) in {seconds:.1f} s.")

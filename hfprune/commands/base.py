@@ -5,7 +5,7 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from hfprune.commands.complaints import one_line, refused
+from hfprune.commands.complaints import first_cause, not_built, one_line, refused
 from hfprune.commands.nulls import check_nulls
 from hfprune.commands.precedence import check_files, settled
 from hfprune.data import TextDataModule
@@ -53,6 +53,22 @@ class BaseCLI(LightningCLI):
         """Runs the command."""
         raise NotImplementedError
 
+    def advice(self) -> str | None:
+        """Returns what to do after an interruption, None where there is nothing to say."""
+        return None
+
+    def instantiate_classes(self) -> None:
+        """Builds the classes; raises ``ConfigError`` in one line where one cannot be built as given."""
+        try:
+            super().instantiate_classes()
+        except HFPruneError:
+            raise
+        except Exception as error:  # classes of the command line may be anybody's
+            cause = first_cause(error)
+            if isinstance(cause, HFPruneError):
+                raise cause from error
+            raise ConfigError(refused(str(error)) or not_built(error, cause)) from error
+
     def check_trainer(self) -> None:
         """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""
         if self.trainer.world_size > 1:
@@ -80,12 +96,3 @@ class BaseCLI(LightningCLI):
     def classes(self) -> dict[str, type[Any]]:
         """Returns the classes that take the groups of options."""
         return {"trainer": PruneTrainer, "model": PruningModule, "data": TextDataModule}
-
-    def instantiate_classes(self) -> None:
-        """Makes the objects; raises ``ConfigError`` in one line where one of them refuses its options."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            if isinstance(error, HFPruneError) or not (reason := refused(str(error))):
-                raise
-            raise ConfigError(reason) from error

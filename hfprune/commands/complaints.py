@@ -42,6 +42,22 @@ def refused(text: str) -> str | None:
     return found[1] if found else None
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """Returns the error that others were raised from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def not_built(error: Exception, cause: BaseException) -> str:
+    """Returns which class cannot be built, and why, in one line."""
+    known = re.findall(r"class_path='([\w.]+)'", str(error)) or re.findall(r"class_path '([\w.]+)'", str(error))
+    name = known[0].rpartition(".")[2] if known else "A class"
+    lines = str(cause).split("HINT:")
+    hint = lines[1].strip() if len(lines) > 1 else ""
+    return f"{name} cannot be built: {' '.join(lines[0].split())}{' ' + hint if hint else ''}"
+
+
 def meant(name: str, known: set[str]) -> str | None:
     """Returns the flag that an unknown one stands for, None where it may be any of several.
 

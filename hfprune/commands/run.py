@@ -11,13 +11,15 @@ from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
 from hfprune.callbacks.dense_control import ONE_PROCESS, STAGE, DenseControl
-from hfprune.callbacks.saving import StepCheckpoint
+from hfprune.callbacks.saving import OneRun, StepCheckpoint
+from hfprune.checkpoints import read_metadata
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
+from hfprune.commands.logs import KeptCSVLogger
+from hfprune.commands.resume import check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.commands.traces import without_traces
 from hfprune.errors import ConfigError
 from hfprune.export import CHECKPOINT_FOLDER
@@ -32,9 +34,13 @@ BUDGET: dict[str, tuple[type, str]] = {
     "round_to": (int, "kept widths are multiples of this; 64 or 128 for fast kernels"),
 }
 
+_log = logging.getLogger("hfprune")
+
 
 class RunCLI(BaseCLI):
     """``fit`` and ``prune``."""
+
+    resumed_from: str | None = None
 
     def defaults(self) -> dict[str, Any]:
         """Returns defaults of the Trainer's arguments."""
@@ -79,27 +85,43 @@ class RunCLI(BaseCLI):
         """Builds the trainer with the report and, for ``fit``, checkpoints in the output folder."""
         config: Namespace = self.config
         out = Path(config.output_dir)
-        callbacks: list[Any] = [self.report(out)]
+        if config.trainer.barebones:
+            raise ConfigError(
+                "--trainer.barebones true measures the training loop alone: callbacks that prune, save and report do "
+                "not run in it. Leave it out."
+            )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
-        callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
-        if self.command == "fit":
-            within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
-            callbacks.append(StepCheckpoint(dirpath=folder, auto_insert_metric_name=False, **within))
+        callbacks: list[Any] = [self.report(out)]
+        self.resumed_from = resume_from(config.ckpt_path, folder)
+        if config.trainer.enable_checkpointing is not False:
+            callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
+            if self.command == "fit":
+                callbacks.append(step_checkpoint(folder, config.checkpoint_steps))
         self.trainer_defaults["callbacks"] = callbacks
         if config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(out)
         if self.command == "prune":
             kwargs |= {"logger": False}
         elif config.trainer.logger is None:
-            kwargs["logger"] = CSVLogger(out, name="", version="logs")
+            step = None if self.resumed_from is None else read_metadata(self.resumed_from).get("global_step", 0)
+            kwargs["logger"] = KeptCSVLogger(out, from_step=step)
         try:
-            return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
+            trainer = cast(PruneTrainer, super().instantiate_trainer(**kwargs))
         except (ValueError, TypeError, MisconfigurationException) as error:  # Lightning refuses a flag's value
             raise ConfigError(f"The trainer cannot be built: {error}") from error
+        if trainer.checkpoint_callbacks:
+            trainer.callbacks.insert(0, OneRun(folder))  # type: ignore[attr-defined]  # before the first is written
+        return trainer
 
     def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
-        """Returns the callback that measures, exports and reports into ``out``."""
+        """Returns the callback that measures, exports and reports into ``out``.
+
+        Raises:
+            ConfigError: The folder holds results, or checkpoints of a run that could go on.
+        """
         config: Namespace = self.config
+        if not overwrite and not config.overwrite and config.ckpt_path is None:
+            check_unfinished(out)
         return ReportCallback(
             str(out),
             overwrite=overwrite or config.overwrite or config.ckpt_path is not None,
@@ -118,16 +140,34 @@ class RunCLI(BaseCLI):
 
     def run(self) -> None:
         """Runs the command."""
-        path = self._resume_from()
         if self.command == "prune":
-            cast(PruneTrainer, self.trainer).prune(self.model, datamodule=self.datamodule, ckpt_path=path)
+            trainer = cast(PruneTrainer, self.trainer)
+            trainer.prune(self.model, datamodule=self.datamodule, ckpt_path=self.resumed_from)
         else:
             self._check_control()
             out = Path(self.config.output_dir)
             with without_traces([out / "logs", out]):
-                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path)
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resumed_from)
             if self.config.recover_dense:
                 self._recover_dense()
+            self._tell_next()
+
+    def advice(self) -> str | None:
+        """Returns which command goes on with a run that was interrupted; None where there is nothing to go on from."""
+        return how_to_resume(Path(self.config.output_dir) / CHECKPOINT_FOLDER)
+
+    def _tell_next(self) -> None:
+        """Says how to train on: a run that ended within its schedule has more to do."""
+        schedule = getattr(self.model, "schedule", None)
+        advice = self.advice()
+        trainer = self.trainer
+        if advice is None or schedule is None or not trainer.global_step or not trainer.is_global_zero:
+            return
+        done, total = trainer.global_step + schedule.offset, planned_steps(trainer)
+        if total is not None and done < total:
+            _log.info("Recovery ended at step %d, of %d in max_epochs. %s", done, total, advice)
+        else:
+            _log.info("To train on, give more --trainer.max_epochs. %s", advice)
 
     def _check_control(self) -> None:
         """Raises ``ConfigError`` where the dense model cannot be tuned beside, before anything is run."""
@@ -162,32 +202,20 @@ class RunCLI(BaseCLI):
         self.config_init = again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
-        within = {"every_n_train_steps": config.checkpoint_steps, "filename": "step-{step}"}
-        saving = StepCheckpoint(dirpath=folder, save_last="link", auto_insert_metric_name=False, **within)
+        saving = step_checkpoint(folder, config.checkpoint_steps, save_last="link")
         self.trainer_defaults["callbacks"] = [control, saving]
         settings = dict(again.trainer) | {"logger": False}
         self.trainer = self._instantiate_trainer(settings, [])
         gc.collect()  # the pruned model and its optimizer go before the dense model comes
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=_newest(folder))
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=newest(folder))
         _warn_if_unequal(report, control.figures)
         report.add_stage(STAGE, control.measured)
 
-    def _resume_from(self) -> str | None:
-        """Returns the checkpoint to resume from; for ``last`` the newest of the output folder, if there is any yet.
 
-        Raises:
-            ConfigError: It does not exist.
-        """
-        asked: str | None = self.config.ckpt_path
-        if asked is None or Path(asked).exists():
-            return asked
-        if asked != "last":
-            raise ConfigError(f"--ckpt_path '{asked}' does not exist.")
-        folder = Path(self.config.output_dir) / CHECKPOINT_FOLDER
-        found = _newest(folder)
-        if found is None:
-            logging.getLogger("hfprune").info("There is no checkpoint in %s yet: starting anew.", folder)
-        return found
+def step_checkpoint(folder: Path, steps: int, **kwargs: Any) -> StepCheckpoint:
+    """Returns the callback that saves every so many steps of recovery."""
+    within: dict[str, Any] = {"every_n_train_steps": steps, "filename": "step-{step}"}
+    return StepCheckpoint(dirpath=folder, auto_insert_metric_name=False, **within, **kwargs)
 
 
 def _warn_if_unequal(report: ReportCallback, control: dict[str, Any]) -> None:
@@ -203,9 +231,3 @@ def _warn_if_unequal(report: ReportCallback, control: dict[str, Any]) -> None:
             report.measured.warnings.append(text)
             logging.getLogger("hfprune").warning(text)
             return
-
-
-def _newest(folder: Path) -> str | None:
-    """Returns the newest checkpoint in ``folder``, None where there is none yet."""
-    found = [path for path in folder.glob("[!.]*.ckpt") if path.exists() and not path.is_symlink()]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else None

@@ -42,15 +42,15 @@ class SparseCLI(RunCLI):
         parser.add_argument(
             "--update", type=SparseGPT | str | None, default=None, help="sparsegpt: what stays makes up for what goes"
         )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
+        )
         parser.add_lightning_class_args(SparsityCallback, "sparse")
         for name in ("method", "sparsity", "update"):
             parser.link_arguments(name, f"sparse.{name}")
         parser.link_arguments("output_dir", "sparse.state_dir", compute_fn=_state_dir)
-        parser.link_arguments("overwrite", "sparse.fresh")
+        parser.link_arguments(("overwrite", "ckpt_path"), "sparse.fresh", compute_fn=_fresh)
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
-        )
         if self.command == "fit":
             parser.set_defaults({"sparse.recovery": LoraRecovery()})
             self.add_fit_arguments(parser)
@@ -69,3 +69,8 @@ class SparseCLI(RunCLI):
 
 def _state_dir(output_dir: str) -> str:
     return str(Path(output_dir) / STATE_FOLDER)
+
+
+def _fresh(overwrite: bool, ckpt_path: str | None) -> bool:
+    """Returns whether finished layers are dropped: a run that is resumed goes on behind them."""
+    return overwrite and ckpt_path is None

@@ -1,6 +1,7 @@
 """Shuffled batches that a resumed run continues, on one process or several."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -53,24 +54,28 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         """Iterates over the batches that are left of the epoch."""
-        sampler = self.sampler
-        assert isinstance(sampler, EpochShuffle)
-        skip = self._skip if self._epoch in (None, sampler.epoch) else 0  # Lightning may end an epoch early
-        self._skip, self._epoch = 0, None
-        self._batches, sampler.start = skip, skip * (self.batch_size or 1)
-        for batch in super().__iter__():
+        sampler: Any = self.sampler
+        again = self._epoch in (None, self._sampler_epoch)  # Lightning may end an epoch early
+        skip, self._skip, self._epoch = self._skip if again else 0, 0, None
+        self._batches = skip
+        if isinstance(sampler, EpochShuffle):
+            sampler.start, skip = skip * (self.batch_size or 1), 0
+        for batch in islice(super().__iter__(), skip, None):
             self._batches += 1
             yield batch
 
+    @property
+    def _sampler_epoch(self) -> int:
+        """The epoch whose order is read; 0 with a sampler that has one order, as ``overfit_batches`` puts in."""
+        return int(getattr(self.sampler, "epoch", 0))
+
     def _per_step(self) -> int:
-        assert isinstance(self.sampler, EpochShuffle)
-        return (self.batch_size or 1) * self.sampler.num_replicas
+        return (self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
 
     def state_dict(self) -> dict[str, int]:
         """Returns the position: samples taken in this epoch, over all ranks, 0 at its end; and the epoch."""
-        assert isinstance(self.sampler, EpochShuffle)
         taken = 0 if self._batches >= len(self) else self._batches * self._per_step()
-        return {"samples": taken, "epoch": self.sampler.epoch}
+        return {"samples": taken, "epoch": self._sampler_epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continues after ``state_dict``'s position, at the next whole batch; another epoch begins at its start."""

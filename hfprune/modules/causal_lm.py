@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from hfprune.arch import find_groups, find_spec
@@ -26,6 +27,7 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
+from hfprune.modules.resuming import keep_cut_epoch
 from hfprune.modules.steps import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.paths import user_path
@@ -282,12 +284,16 @@ class PruningModule(RecoverySteps):
         checkpoint[KEY] = self.record("training").to_dict()
         checkpoint["trained_tokens"], checkpoint["seen_tokens"] = self.trained_tokens, self.seen_tokens
         checkpoint["training_seconds"], checkpoint["training_flops"] = self.training_seconds, self.operations()
+        checkpoint["recovery"] = self.recovery_state()
+        keep_cut_epoch(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored, so that every shape fits."""
         record = Record.of(checkpoint)
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_resumed(checkpoint, begun=record.phase == "training")
         self.replay(record)
         self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)
         self._seconds = checkpoint.get("training_seconds", 0.0)

@@ -4,8 +4,9 @@ import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from hfprune.causal import labels_of, objective_sum, objective_sums
 from hfprune.errors import ConfigError
 from hfprune.fingerprint import with_config
 from hfprune.loading import load_causal_lm, load_config
+from hfprune.modules.resuming import (
+    FIXED,
+    Schedule,
+    differences,
+    moved_offset,
+    recovery_settings,
+    refuse,
+    steps_per_epoch,
+)
 from hfprune.modules.weighting import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.teacher import TeacherDistillation
@@ -69,6 +79,10 @@ class RecoverySteps(TokenWeighted):
         self.__dict__["_matched"] = None
         self._seconds = 0.0
         self._since: float | None = None
+        self._saved: dict[str, Any] | None = None
+        self.schedule: Schedule | None = None
+        self.resumed: list[dict[str, Any]] = []
+        """Every time the run was resumed: checkpoint, step, epoch, and setting -> [old, new] for what it changed."""
         self.training_flops = 0
         """Floating-point operations of recovery, see :mod:`hfprune.recovery.cost`; known when it has ended."""
 
@@ -154,7 +168,68 @@ class RecoverySteps(TokenWeighted):
         if self.gradient_checkpointing:
             with _old_name():
                 self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._take_up()
         self._since = time.perf_counter()
+
+    # ---- resuming ----------------------------------------------------------------------------------------------------
+
+    def recovery_state(self) -> dict[str, Any]:
+        """Returns what a checkpoint says about recovery: settings, steps of an epoch, and earlier resumes."""
+        return {
+            "settings": recovery_settings(self),
+            "steps_per_epoch": steps_per_epoch(self.trainer),
+            "offset": self.schedule.offset if self.schedule else 0,
+            "total": self.schedule.total if self.schedule else None,
+            "resumed": self.resumed,
+        }
+
+    def check_resumed(self, checkpoint: Mapping[str, Any], *, begun: bool) -> None:
+        """Compares a checkpoint that ``fit`` goes on from with this run's settings.
+
+        Args:
+            checkpoint: The checkpoint.
+            begun: Whether recovery had begun.
+
+        Raises:
+            ConfigError: A setting was changed that recovery cannot change once it has begun.
+        """
+        saved = checkpoint.get("recovery")
+        path = None if self.trainer.ckpt_path is None else Path(self.trainer.ckpt_path).name
+        where = {"checkpoint": path, "step": checkpoint.get("global_step", 0), "epoch": checkpoint.get("epoch", 0)}
+        self.resumed = [*(saved["resumed"] if saved else []), where | {"changes": {}}]
+        if saved is None or not begun:
+            return
+        changes = differences(saved["settings"], recovery_settings(self))
+        refuse({name: changes[name] for name in FIXED if name in changes}, "recovered")
+        self._saved = saved
+
+    def _take_up(self) -> None:
+        """Applies what a resumed run has changed to the restored optimizer, and says so.
+
+        Raises:
+            ConfigError: Steps are left, and the learning rate has decayed to zero already.
+        """
+        saved, self._saved = self._saved, None
+        step = self.trainer.global_step
+        if self.schedule is None:
+            return
+        if saved is not None:
+            offset = moved_offset(saved, step=step, per_epoch=steps_per_epoch(self.trainer))
+            self.schedule = Schedule.of(self.trainer, self.warmup_ratio, offset)
+            changes = differences(saved["settings"], recovery_settings(self))
+            changes |= differences({"schedule_steps": saved["total"]}, {"schedule_steps": self.schedule.total})
+            if changes:
+                rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+                self.schedule.apply(self.trainer, **rates)
+                told = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+                rate = self.learning_rate * self.schedule.factor(step)
+                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", told, rate)
+            self.resumed[-1]["changes"] = changes
+        if step and not self.schedule.factor(step) and not self.trainer.fit_loop.done:
+            raise ConfigError(
+                f"Recovery is at step {step}, and the learning rate decays to zero over {self.schedule.total} steps: "
+                "the steps that are left would change nothing. Give more max_epochs or max_steps, or start a new run."
+            )
 
     def operations(self) -> int:
         """Returns the floating-point operations of recovery so far, with adapters and teacher in place."""
@@ -268,17 +343,19 @@ class RecoverySteps(TokenWeighted):
         optimizer = make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
             return {"optimizer": optimizer}
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        warmup = int(self.warmup_ratio * total)
+        self.schedule = Schedule.of(self.trainer, self.warmup_ratio)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _factor(self) -> Callable[[int], float]:
+        """The schedule of this moment, as a plain function: a scheduler's checkpoint keeps the state of others."""
 
         def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
+            assert self.schedule is not None
+            return self.schedule.factor(step)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return factor
 
 
 def _terms(objective: Objective, num_tokens: int) -> dict[str, Tensor]:

@@ -133,11 +133,11 @@ def test_calibration_of_other_settings_is_refused(folder, tmp_path, monkeypatch)
     assert saved["state_dict"] == {}  # the dense weights are where they were
     assert saved["hfprune"]["calibration"]["position"] == 3
     for kwargs, what in (
-        ({"objective": "cross_entropy"}, "objective entropy; this run has cross_entropy"),
-        ({"exact": False}, "exact True; this run has False"),
-        ({"calibration_sequences": 5}, "data [0-9a-f]{64}; this run has"),
+        ({"objective": "cross_entropy"}, "objective entropy -> cross_entropy"),
+        ({"exact": False}, "exact True -> False"),
+        ({"calibration_sequences": 5}, "calibration data [0-9a-f]{64} -> "),
     ):
-        with pytest.raises(ConfigError, match=f"was written while calibrating with {what}"):
+        with pytest.raises(ConfigError, match=f"calibrated with other settings: {what}"):
             fit(path, **kwargs)
     assert read_metadata(path)["hfprune"]["phase"] == "calibrating"
     fit(path)

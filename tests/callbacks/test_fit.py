@@ -325,7 +325,7 @@ def test_resuming_with_another_budget_is_refused(folder, tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     fit(folder, callbacks=[checkpoint])
     other = TaylorImportanceCallback(pruning_ratio=0.3, recovery=LoraRecovery(rank=2))
-    with pytest.raises(ConfigError, match="pruned with pruning_ratio=0.2; this run asks for pruning_ratio=0.3"):
+    with pytest.raises(ConfigError, match="budget pruning_ratio=0.2 -> pruning_ratio=0.3"):
         fit(folder, importance=other, callbacks=[checkpoint], ckpt_path=str(tmp_path / "ckpt/last.ckpt"), max_epochs=2)
 
 

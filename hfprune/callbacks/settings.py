@@ -1,0 +1,54 @@
+"""The settings of a pruning run that its checkpoints carry, and that a resumed run must share."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lightning import Trainer
+
+from hfprune.callbacks.planner import PruningOptions
+from hfprune.callbacks.target import Target
+from hfprune.checkpoints import Record
+from hfprune.criteria import GradientCriterion
+from hfprune.modules.resuming import data_fingerprint, differences, given_seed, refuse
+
+
+def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
+    """Returns what decides which units are kept, and with which weights, as plain data.
+
+    Args:
+        trainer: The trainer, its data set up.
+        target: What is pruned.
+        options: How.
+        asked: The budget.
+    """
+    found = {
+        "budget": asked,
+        "round_to": options.budget.round_to,
+        "units": list(options.units),
+        "allocation": options.allocation.describe() if options.allocation else None,
+        "criterion": options.criterion.describe(),
+        "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
+        "distillation": asdict(options.distillation) if options.distillation else None,
+        "rounds": asdict(options.rounds),
+        "compensation": options.compensation.describe() if options.compensation else None,
+        "calibration_batches": options.calibration_batches,
+        "exact": options.exact,
+        "stop_when_settled": options.stop_when_settled,
+        "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
+        "precision": str(trainer.precision),
+        "seed": given_seed(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def check_settings(record: Record, now: dict[str, Any]) -> None:
+    """Raises ``ConfigError`` where a run goes on from a checkpoint with settings that its pruning did not have."""
+    if record.plan is not None or record.phase == "calibrating":
+        refuse(differences(record.settings, now), "calibrated" if record.phase == "calibrating" else "pruned")
+
+
+def whence(trainer: Trainer) -> str:
+    """Returns which checkpoint a trainer has resumed from, for a log line; an empty text without one."""
+    return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""
