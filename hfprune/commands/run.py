@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,8 @@ from hfprune.callbacks.saving import StepCheckpoint
 from hfprune.commands.base import BaseCLI
 from hfprune.commands.export import add_layout_argument
 from hfprune.errors import ConfigError
-from hfprune.export import CHECKPOINT_FOLDER
+from hfprune.files import tidy
+from hfprune.outputs import CHECKPOINT_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.trainer import PruneTrainer
 
@@ -150,7 +150,8 @@ class RunCLI(BaseCLI):
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
         if config.ckpt_path is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.glob("*.ckpt"):
+                path.unlink()
         # settings, data and seed are read anew
         self.config_init = again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data
@@ -177,6 +178,7 @@ class RunCLI(BaseCLI):
         if asked != "last":
             raise ConfigError(f"--ckpt_path '{asked}' does not exist.")
         folder = Path(self.config.output_dir) / CHECKPOINT_FOLDER
+        tidy(folder)
         found = _newest(folder)
         if found is None:
             logging.getLogger("hfprune").info("There is no checkpoint in %s yet: starting anew.", folder)

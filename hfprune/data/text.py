@@ -1,6 +1,8 @@
 """``TextDataModule``: every token that a run sees, with its provenance."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -130,6 +132,11 @@ class TextDataModule(ResumableDataModule):
         self._builder: Builder | None = None
         self._cache: dict[Role, Any] = {}
         self._summaries: dict[Role, dict[str, Any]] = {}
+
+    def local_sources(self) -> dict[str, Path]:
+        """Returns the files and folders that the data come from, by argument."""
+        given = {"text" if role == "evaluation" else role: source for role, source in self._sources.items()}
+        return {f"data.{name}": Path(source) for name, source in given.items() if os.path.exists(source)}
 
     def bind(self, tokenizer: Any, *, vocab_size: int, max_positions: int | None, author: Author | None = None) -> None:
         """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
