@@ -149,8 +149,8 @@ def export_model(
 
     Raises:
         ConfigError: The layout cannot express the model, or ``target`` may not be replaced; nothing was written.
-        OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In the second
-            case what was written is kept as ``TARGET.failed-check``.
+        OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In
+            the second case what was written is kept as ``TARGET.failed-check``.
     """
     target = Path(target)
     _check_target(target, model, overwrite=overwrite)

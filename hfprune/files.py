@@ -212,8 +212,8 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
         first_wins: Leave a target that another process has made in the meantime.
 
     Raises:
-        OutputError: Writing failed; ``target`` is as it was. After a ``FailedCheckError`` of the block, what was made is
-            kept as ``TARGET.failed-check``.
+        OutputError: Writing failed; ``target`` is as it was. After a ``FailedCheckError`` of the block, what was made
+            is kept as ``TARGET.failed-check``.
     """
     with writing(target), Stage(Path(os.path.realpath(target))) as stage:
         stage.new.mkdir()
@@ -288,8 +288,8 @@ class OwnFolder:
         if not os.path.lexists(self.path) or self._is_own() or self._is_empty():
             return
         raise ConfigError(
-            f"{argument}='{self.path}' holds files that hfprune did not write: give a folder that does not exist yet, or "
-            "an empty one."
+            f"{argument}='{self.path}' holds files that hfprune did not write: give a folder that does not exist "
+            "yet, or an empty one."
         )
 
     def _is_own(self) -> bool:

@@ -82,8 +82,8 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
     """Loads ``folder`` and returns the largest difference of its logits to those of the model in memory.
 
     Weights must be equal. Logits are compared on the CPU, where equal weights give equal bits: which kernel an
-    accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the tolerance,
-    they are compared again in float64.
+    accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the
+    tolerance, they are compared again in float64.
 
     What has a stock config is loaded by stock transformers; what differs per layer as :func:`hfprune.load` does.
 

@@ -48,7 +48,6 @@ class ExportCLI(BaseCLI):
         check_replaceable(target, overwrite=self.config.overwrite, argument="output_dir")
         check_writable(target.absolute().parent, "--output_dir", name=target)
         module.configure_model()
-        saved = export_model(
-            module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, layout=layout, overwrite=True
-        )
+        settings = {"layout": layout, "overwrite": self.config.overwrite}
+        saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, **settings)
         Console().print(saved_line(target, saved), soft_wrap=True)
