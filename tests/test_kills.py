@@ -7,7 +7,9 @@ import pytest
 from tests import warm
 from tests.models import save_tiny
 
-WORDS = "the assert statement is a part of the language and so is while, for and in: it of a " * 30
+WORDS = "\n\n".join(
+    f"the assert statement {n} is a part of the language and so is while, for and in: it" for n in range(40)
+)
 
 
 def outcome(tmp_path, kills, timeout):
