@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,8 @@ from torch import Tensor
 
 from hfprune.errors import ConfigError, OutputError
 
-try:
+if sys.platform != "win32":  # where stages of killed processes stay
     import fcntl
-except ImportError:  # no POSIX: stages of killed processes stay
-    fcntl = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Stage:
         self.new = self.folder / _NEW
         try:
             self._handle = os.open(self.folder / _MAKING, os.O_CREAT | os.O_RDWR, 0o666)
-            if fcntl is not None:
+            if sys.platform != "win32":
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.rename(self.folder / _MAKING, self.folder / _LOCK)  # a lock is held from when it can be seen
@@ -132,7 +131,7 @@ def tidy(folder: Path) -> None:
 
 def _is_abandoned(stage: Path) -> bool:
     """Returns whether no process holds a stage; one that was killed before it had a lock is removed here."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return False
     try:
         handle = os.open(stage / _LOCK, os.O_RDWR)

@@ -32,5 +32,6 @@ def test_killed_commands_go_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_commands_killed_a_hundred_times_go_on(tmp_path):
     outcome(tmp_path, kills=100, timeout=1700)

@@ -94,7 +94,8 @@ class CheckpointTap:
         strategy = self._strategy
         with writing(target), ExitStack() as held:
             stage = held.enter_context(Stage(target)) if strategy.is_global_zero else None
-            self._save(checkpoint, strategy.broadcast(stage and stage.new), storage_options)
+            new: Path = strategy.broadcast(Path() if stage is None else stage.new)
+            self._save(checkpoint, new, storage_options)
             strategy.barrier()
             if stage is not None:
                 stage.publish(swap=True)

@@ -113,8 +113,7 @@ class ReportCallback(Callback, PruningEvents):
                 f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
-        sources = {"model.path": pl_module.path, **_sources(trainer)}
-        check_apart(self.output_dir, sources, names=RESULTS)
+        check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
         if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
             self._check_folder()
         if stage == "fit" and isinstance(found[0], TaylorImportanceCallback | LoraPruneCallback):
