@@ -23,7 +23,7 @@ from hfprune.data import TextDataModule
 from hfprune.data.written import SelfText, author_of
 from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.stage import measure
-from hfprune.export import write_json
+from hfprune.files import write_json
 from hfprune.loading import load_causal_lm
 from hfprune.modules import PruningModule
 from hfprune.plan import PruningPlan

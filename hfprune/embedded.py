@@ -8,12 +8,11 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, HFPruneError
+from hfprune.files import replaced_folder, write_json
 from hfprune.quiet import no_progress_bars
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -51,19 +50,10 @@ def _build(target: Path) -> None:
     gguf = _find_gguf()
     if _sha256(gguf) != _GGUF_SHA256:
         raise ConfigError(f"'{gguf}' is not the file it should be (SHA-256 differs). Install it again: {_INSTALL}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replaced_folder(target, first_wins=True) as stage:
         _convert(gguf, stage)
         sums = {file.name: _sha256(file) for file in sorted(stage.iterdir())}
-        (stage / _CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-        try:
-            os.rename(stage, target)
-        except OSError:
-            if not target.is_dir():  # unless another process has just finished the same work
-                raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        write_json(stage / _CHECKSUMS, sums)
 
 
 def _find_gguf() -> Path:
@@ -116,7 +106,7 @@ def main() -> int:
     """Builds the embedded model if need be and prints its folder; returns the exit status."""
     try:
         print(embedded_model())
-    except ConfigError as error:
+    except HFPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

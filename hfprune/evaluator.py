@@ -18,7 +18,8 @@ from hfprune.evaluation.stage import add_speeds, measure
 from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import check_output_file, check_writable, command_line, write_json
+from hfprune.export import check_output_file, check_writable, command_line
+from hfprune.files import write_json
 from hfprune.loading import (
     check_model,
     check_weight_files,
@@ -28,6 +29,7 @@ from hfprune.loading import (
     previous_plan,
 )
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.outputs import check_apart
 from hfprune.paths import user_path
 from hfprune.plan import PruningPlan
 
@@ -116,6 +118,7 @@ class Evaluation:
         """Raises ``ConfigError`` where results could not be written: before anything is read."""
         if output is not None:
             check_output_file(output, "--output")
+            check_apart(Path(output), self._sources(), argument="output", names=None)
         if dense_cache is None:
             return
         if self.dense is None:
@@ -123,6 +126,11 @@ class Evaluation:
         if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
             raise ConfigError(f"--dense_cache '{dense_cache}' is a file, not a folder.")
         check_writable(Path(dense_cache), "--dense_cache")
+        check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
+
+    def _sources(self) -> dict[str, str | Path | None]:
+        """Returns the model and data folders that nothing is written into, by argument."""
+        return {"model.path": self.module.path, "dense": self.dense, **self.data.local_sources()}
 
     def _load(self, windows: Windows | None, dense_cache: str | None) -> tuple[dict[str, Any], Reference | None]:
         """Returns the models by stage, the dense one first, and the dense one's predictions."""

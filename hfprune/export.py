@@ -5,15 +5,12 @@
 """
 
 import json
-import math
-import os
 import shlex
 import shutil
 import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +20,14 @@ from torch import Tensor
 
 from hfprune.arch.groups import class_name, parameter_count
 from hfprune.compat import write_both_forms
-from hfprune.errors import ConfigError, OutputError
+from hfprune.errors import ConfigError
+from hfprune.files import replaced_folder, tidy, write_tensors
 from hfprune.layouts import LAYOUTS
+from hfprune.outputs import IMPORTANCE_FILE, check_apart, check_replaceable, check_results, is_evaluation
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.quiet import no_progress_bars
-from hfprune.saved import check_reload, measure_saved, weight_bytes
+from hfprune.saved import check_reload, checking, measure_saved, weight_bytes
 from hfprune.sharding import whole_parameters
-
-MODEL_FOLDER = "model"
-ADAPTER_FOLDER = "adapter"
-REPORT_FILE = "report.json"
-REPORT_PAGE = "report.html"
-FIGURES_FOLDER = "figures"
-IMPORTANCE_FILE = "importance.safetensors"
-CHECKPOINT_FOLDER = "checkpoints"
-
-
-STATE_FOLDER = "layers"
-"""Finished layers of a sparse run that has not ended."""
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
@@ -48,20 +35,24 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
 
     Args:
         output_dir: Where results will be written.
-        overwrite: Accept a folder that is not empty; what it holds stays until the new results replace it.
+        overwrite: Accept a folder that is not empty: results that hfprune wrote stay until new ones replace them, other
+            files stay.
         need_bytes: Expected size of the results.
 
     Raises:
-        ConfigError: The folder is not empty, not a folder, not writable, or its disk too full.
+        ConfigError: The folder is not empty, not a folder, not writable, or its disk too full; or something in it that
+            hfprune did not write has the name of a result.
     """
     out = Path(output_dir)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--output_dir '{out}' is a file, not a folder.")
+    tidy(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ConfigError(
             f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace "
             "its results."
         )
+    check_results(out)
     existing = check_writable(out, "--output_dir")
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
@@ -93,38 +84,16 @@ def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -
 
 
 def check_output_file(path: str | Path, flag: str) -> None:
-    """Raises ``ConfigError`` when a file cannot be written at ``path``; creates nothing that stays."""
+    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; creates nothing that stays.
+
+    A file there is replaced only when it holds such figures.
+    """
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{flag} '{path}' is a folder; give the name of a file.")
+    if path.exists() and not is_evaluation(path):
+        raise ConfigError(f"{flag} '{path}' exists, and is no result of an evaluation: give another name.")
     check_writable(path.absolute().parent, flag, name=path)
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``target`` that takes its place when the block ends well, else disappears.
-
-    What ``target`` held before stays until the new content is complete.
-
-    Raises:
-        OutputError: Writing failed (a full disk, for example); ``target`` is as it was.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    stage.chmod(target.parent.stat().st_mode)  # mkdtemp's folders are private; whoever serves the model must read it
-    try:
-        yield stage
-        old = stage.with_name(stage.name + ".old")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(stage, target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OutputError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"Writing '{target}' failed, nothing was left there: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def command_line() -> str:
@@ -132,33 +101,9 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes ``data`` to ``path`` in one step: the file is the old one or the new one, never half of it."""
-    write_text(path, json.dumps(_strict(data), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"Writing '{path}' failed: {error}") from error
-
-
 def save_importance(importance: Mapping[str, Tensor], folder: Path) -> None:
     """Writes the scores of every group, [U] float64, in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{IMPORTANCE_FILE}.tmp"
-    try:
-        save_file({name: scores.contiguous() for name, scores in importance.items()}, temporary)
-        os.replace(temporary, folder / IMPORTANCE_FILE)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"Writing '{folder / IMPORTANCE_FILE}' failed: {error}") from error
+    write_tensors(folder / IMPORTANCE_FILE, importance)
 
 
 def load_importance(folder: str | Path) -> dict[str, Tensor]:
@@ -177,17 +122,14 @@ def load_importance(folder: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def _strict(value: Any) -> Any:
-    """Returns ``value`` with NaN and infinities as text, which strict JSON has no numbers for."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def export_model(
-    model: Any, tokenizer: Any, plan: PruningPlan, target: Path, *, layout: str = "uniform"
+    model: Any,
+    tokenizer: Any,
+    plan: PruningPlan,
+    target: str | Path,
+    *,
+    layout: str = "uniform",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a pruned model as a folder, in one of the :data:`hfprune.layouts.LAYOUTS`, and measures what was written.
 
@@ -195,50 +137,56 @@ def export_model(
         model: The pruned Hugging Face model, without adapters.
         tokenizer: Its tokenizer, or None.
         plan: What was pruned; saved as ``plan.json``.
-        target: The model folder.
+        target: The model folder. Nothing may be there, or an empty folder, or, with ``overwrite``, a model that hfprune
+            wrote.
         layout: ``uniform`` (plain ``from_pretrained`` loads it), ``per_layer`` (:func:`hfprune.load` does),
             ``padded`` (plain ``from_pretrained``; layers of fewer units are filled up with zeros), or ``bitmask``
             (:func:`hfprune.load`; zeros of sparse models take no space).
+        overwrite: Replace a model that hfprune wrote.
 
     Returns:
         ``layout``; ``parameters``, ``width`` (None where layers differ), ``widths``, ``bytes`` as measured on the saved
         files; ``parameters_needed``, those of ``model``; and ``max_logit_difference_after_reload``.
 
     Raises:
-        ConfigError: The layout cannot express the model; nothing was written.
-        OutputError: Writing failed, or the files do not hold the model in memory; nothing is left at ``target``.
+        ConfigError: The layout cannot express the model, or ``target`` may not be replaced; nothing was written.
+        OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In
+            the second case what was written is kept as ``TARGET.failed-check``.
     """
+    target = Path(target)
+    _check_target(target, model, overwrite=overwrite)
     chosen = LAYOUTS.get(layout)
     written = chosen.written(model)
-    with staged(target) as stage, no_progress_bars():
+    with replaced_folder(target) as stage, no_progress_bars():
         written.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
         write_both_forms(stage)
-        _make_readable(stage)
-        saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
+        with checking():
+            saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
         if chosen.compress(stage):
             saved["bytes"] = weight_bytes(stage)
-        tolerance = chosen.tolerance(model.dtype)
-        difference = check_reload(stage, model, parameters=saved["parameters"], tolerance=tolerance)
+        with checking():
+            difference = check_reload(stage, model, written=written, tolerance=chosen.tolerance(model.dtype))
         return saved | {"max_logit_difference_after_reload": difference}
 
 
-def _make_readable(folder: Path) -> None:
-    """Gives every file the plan's mode: safetensors writes private files, which those who serve could not read."""
-    for file in folder.iterdir():
-        file.chmod((folder / PLAN_FILE).stat().st_mode)
+def _check_target(target: Path, model: Any, *, overwrite: bool) -> None:
+    """Raises ``ConfigError`` where a model folder may not be replaced, or is what ``model`` was read from."""
+    check_apart(target, {"the model's folder": getattr(model, "name_or_path", None)}, argument="target", names=None)
+    check_replaceable(target, overwrite=overwrite, argument="target")
 
 
 def export_sharded(
     model: Any,
     tokenizer: Any,
     plan: PruningPlan,
-    target: Path,
+    target: str | Path,
     *,
     writer: bool,
     layout: str = "uniform",
+    overwrite: bool = False,
     file_bytes: int = 2**30,
 ) -> dict[str, Any]:
     """Writes a pruned model whose weights are spread over ranks: gathered one parameter at a time, in several files.
@@ -249,16 +197,18 @@ def export_sharded(
         model: The sharded model, without adapters.
         tokenizer: Its tokenizer, or None.
         plan: What was pruned.
-        target: The model folder.
+        target: The model folder, as in ``export_model``.
         writer: Whether this rank writes; exactly one does.
         layout: ``uniform`` or ``per_layer``.
+        overwrite: Replace a model that hfprune wrote.
         file_bytes: Start a new file when the present one holds so much.
 
     Returns:
         As ``export_model``, but no check of the logits; nothing on the ranks that do not write.
 
     Raises:
-        ConfigError: The layout cannot express the model, or is not one that is written parameter by parameter.
+        ConfigError: The layout cannot express the model, or is not one that is written parameter by parameter, or
+            ``target`` may not be replaced.
         OutputError: As in ``export_model``.
     """
     check_shards(layout)
@@ -267,7 +217,8 @@ def export_sharded(
     try:
         if not writer:
             return {}
-        with staged(target) as stage:
+        _check_target(Path(target), model, overwrite=overwrite)
+        with replaced_folder(Path(target)) as stage:
             _write_weights(parameters, stage, file_bytes=file_bytes)
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
@@ -278,8 +229,8 @@ def export_sharded(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
-            _make_readable(stage)
-            return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
+            with checking():
+                return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
     finally:
         deque(parameters, maxlen=0)  # also after an error: the other ranks go on gathering
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import PlanError
+from hfprune.files import write_text
 from hfprune.types import Group, Slice
 
 PLAN_FILE = "plan.json"
@@ -107,8 +108,8 @@ class PruningPlan:
             raise PlanError(f"Not a pruning plan: {type(error).__name__}: {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan to ``path``."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Writes the plan to ``path`` in one step; raises ``OutputError``."""
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":

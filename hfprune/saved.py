@@ -1,6 +1,7 @@
 """What a model folder holds, measured on its files; and whether it is the model that was to be saved."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from torch import nn
 
 from hfprune.arch.groups import mlp_widths, parameter_count
-from hfprune.errors import OutputError
+from hfprune.errors import HFPruneError, OutputError
+from hfprune.files import FailedCheckError
 from hfprune.layouts import shapes
 from hfprune.loading import load_causal_lm, meta_model
 
@@ -67,38 +69,77 @@ def _sparse_line(found: Mapping[str, Any]) -> str:
     return f"In the saved projections {zeros}{groups}.\n"
 
 
-def check_reload(folder: Path, model: Any, *, parameters: int | None = None, tolerance: float = 1e-5) -> float:
+@contextmanager
+def checking() -> Iterator[None]:
+    """Raises ``FailedCheckError`` where a check of complete files fails: they are kept then."""
+    try:
+        yield
+    except HFPruneError as error:
+        raise FailedCheckError(str(error)) from error
+
+
+def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: float = 1e-5) -> float:
     """Loads ``folder`` and returns the largest difference of its logits to those of the model in memory.
 
-    Both run on the CPU, where equal weights give equal bits: which kernel an accelerator takes depends on where in its
-    memory a weight lies.
+    Weights must be equal. Logits are compared on the CPU, where equal weights give equal bits: which kernel an
+    accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the
+    tolerance, they are compared again in float64.
 
     What has a stock config is loaded by stock transformers; what differs per layer as :func:`hfprune.load` does.
 
     Args:
         folder: The saved model.
         model: The model in memory.
-        parameters: Parameters that the reloaded model must have; by default those of ``model``.
+        written: The model whose weights ``folder`` holds; ``model`` if not given.
         tolerance: Accepted difference, relative to the largest logit.
 
     Raises:
-        OutputError: The difference is larger, or weights that were tied came apart.
+        OutputError: Weights or logits differ, or weights that were tied came apart.
     """
+    written = model if written is None else written
     reloaded = load_causal_lm(str(folder), dtype=str(model.dtype).removeprefix("torch.")).eval()  # type: ignore[arg-type]
-    expected_count = parameter_count(model) if parameters is None else parameters
-    if parameter_count(reloaded) != expected_count:
+    if parameter_count(reloaded) != parameter_count(written):
         raise OutputError(
-            f"The reloaded model has {parameter_count(reloaded):,} parameters, the saved one {expected_count:,}: tied "
-            "weights came apart."
+            f"The reloaded model has {parameter_count(reloaded):,} parameters, the saved one "
+            f"{parameter_count(written):,}: tied weights came apart."
         )
-    expected, found = _first_logits(model), _first_logits(reloaded)
-    difference = float((expected - found).abs().max())
-    limit = tolerance * max(1.0, float(expected.abs().max()))
+    _check_weights(reloaded, written)
+    difference, limit = _difference(model, reloaded, tolerance)
     if not difference <= limit:
-        raise OutputError(
-            f"The reloaded model's logits differ from the one in memory by {difference:.2g} (> {limit:.2g})."
-        )
+        with _in_float64(model), _in_float64(reloaded):
+            wide, limit = _difference(model, reloaded, tolerance)
+        if not wide <= limit:
+            raise OutputError(
+                f"The reloaded model's logits differ from the one in memory by {wide:.2g} (> {limit:.2g})."
+            )
     return difference
+
+
+def _check_weights(reloaded: nn.Module, written: nn.Module) -> None:
+    found = reloaded.state_dict()
+    for name, tensor in written.state_dict().items():
+        other = found.get(name)
+        if other is None or not torch.equal(other, tensor.detach().to("cpu", other.dtype)):
+            raise OutputError(f"The reloaded {name} is not the one in memory.")
+
+
+def _difference(model: Any, reloaded: Any, tolerance: float) -> tuple[float, float]:
+    """Returns the largest difference of the logits, and the largest that is accepted."""
+    expected, found = _first_logits(model), _first_logits(reloaded)
+    return float((expected - found).abs().max()), tolerance * max(1.0, float(expected.abs().max()))
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Holds a model's numbers in float64; afterwards they are what they were."""
+    held = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    try:
+        for tensor, data in held:
+            tensor.data = data.double()
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
 
 
 def _first_logits(model: Any) -> torch.Tensor:

@@ -1,19 +1,16 @@
 """Files of tensors that can be made again, each written in one step and used only for the key it was made for."""
 
-import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hfprune.errors import OutputError
+from hfprune.files import write_tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts: str) -> None:
-    """Writes tensors beside ``path`` and moves them into place.
+    """Writes tensors in one step.
 
     Args:
         path: The file; its folder is made where it is not there.
@@ -24,17 +21,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts
     Raises:
         OutputError: The file cannot be written; one that was there before stays as it is.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        try:
-            plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, temporary, metadata={"key": key, **facts})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"'{path}' cannot be written: {error}.") from error
+    write_tensors(path, tensors, {"key": key, **facts})
 
 
 def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:

@@ -29,20 +29,19 @@ class PruneTrainer(Trainer):
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
-        **kwargs: Any,
+        weights_only: bool | None = None,
     ) -> None:
         """Calibrates, prunes and recovers; arguments as in Lightning."""
         if isinstance(model, PruningModule):
             model.check_loadable()
-        if kwargs.get("ckpt_path") is not None:
-            kwargs["ckpt_path"] = user_path(kwargs["ckpt_path"], "ckpt_path")
+        ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TaylorImportanceCallback):
                 callback.check(_plain(model))
                 callback.resume_from = ckpt_path
             if isinstance(callback, SparsityCallback | LoraPruneCallback):
                 callback.check(_plain(model))
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, **kwargs)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
@@ -123,4 +122,5 @@ def _changed(owner: Any, **values: Any) -> Iterator[None]:
 
 def _plain(module: Any) -> LightningModule:
     """Returns the LightningModule itself, also when ``torch.compile`` was given it."""
-    return getattr(module, "_orig_mod", module)
+    plain: LightningModule = getattr(module, "_orig_mod", module)
+    return plain

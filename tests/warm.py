@@ -29,6 +29,8 @@ IMPORTS = (
     "tests.distributed.chaos_script",
     "tests.distributed.recovery_script",
     "tests.distributed.sparse_script",
+    "tests.writers",
+    "tests.kills",
 )
 _server = None
 

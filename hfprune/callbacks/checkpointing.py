@@ -1,8 +1,7 @@
 """Checkpoints: written in one step, carrying the pruning state, and read before Lightning restores anything."""
 
-import os
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from hfprune.checkpoints import KEY, read_metadata
-from hfprune.errors import ConfigError
+from hfprune.errors import ConfigError, OutputError
+from hfprune.files import Stage, writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,18 +27,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.is_dir():  # a sharded strategy's
-                shutil.rmtree(target)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(target), Stage(target) as stage:
+            try:
+                with stage.new.open("wb") as file:
+                    torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own writer, on a full disk
+                raise OutputError(f"Writing '{target}' failed: {error}") from error
+            stage.publish(swap=True)  # a sharded strategy's is a folder
 
 
 class CheckpointTap:
@@ -97,21 +92,14 @@ class CheckpointTap:
     def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
         """Saves a folder of shards beside its target and moves it into place."""
         strategy = self._strategy
-        temporary, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
-        if strategy.is_global_zero:
-            for folder in (temporary, old):
-                shutil.rmtree(folder, ignore_errors=True)
-        strategy.barrier()
-        self._save(checkpoint, temporary, storage_options)
-        strategy.barrier()
-        if strategy.is_global_zero:
-            if target.is_dir():
-                os.replace(target, old)
-            elif target.exists():
-                target.unlink()
-            os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        strategy.barrier()
+        with writing(target), ExitStack() as held:
+            stage = held.enter_context(Stage(target)) if strategy.is_global_zero else None
+            new: Path = strategy.broadcast(Path() if stage is None else stage.new)
+            self._save(checkpoint, new, storage_options)
+            strategy.barrier()
+            if stage is not None:
+                stage.publish(swap=True)
+            strategy.barrier()
 
 
 def count_epoch(trainer: Trainer) -> None:

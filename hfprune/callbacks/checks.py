@@ -3,7 +3,7 @@
 import os
 
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from hfprune.callbacks.calibrate import check_source

@@ -22,23 +22,26 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation.stage import flat
 from hfprune.evaluation.table import stage_table
 from hfprune.export import (
-    ADAPTER_FOLDER,
-    FIGURES_FOLDER,
-    MODEL_FOLDER,
-    REPORT_FILE,
-    REPORT_PAGE,
     check_output_dir,
     check_shards,
     command_line,
     export_model,
     export_sharded,
     save_importance,
-    staged,
-    write_json,
 )
+from hfprune.files import replaced_folder, write_json
 from hfprune.layerwise.saved import count_saved, load_orders, save_orders
 from hfprune.layouts import LAYOUTS
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.outputs import (
+    ADAPTER_FOLDER,
+    FIGURES_FOLDER,
+    MODEL_FOLDER,
+    REPORT_FILE,
+    REPORT_PAGE,
+    RESULTS,
+    check_apart,
+)
 from hfprune.paths import user_path
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.report import read_run, save_figures, write_report
@@ -84,8 +87,9 @@ class ReportCallback(Callback, PruningEvents):
                 f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
             )
         self.output_dir = Path(user_path(output_dir, "output_dir"))
+        self._unchecked: bool | None = overwrite
         if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
-            check_output_dir(self.output_dir, overwrite=overwrite)
+            self._check_folder()
         self.merge_adapters, self.config = merge_adapters, config
         self.measured = Stages(latency=latency, samples=samples)
         self._start = time.time()
@@ -115,8 +119,17 @@ class ReportCallback(Callback, PruningEvents):
                 f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
                 "own: leave it out, and save the pruned model with save_pretrained."
             )
+        check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
+        if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
+            self._check_folder()
         if stage == "fit" and isinstance(found[0], TaylorImportanceCallback | LoraPruneCallback):
             self._check_layout(trainer, pl_module, found[0])
+
+    def _check_folder(self) -> None:
+        """Checks the output folder, once, on the process that writes; raises ``ConfigError``."""
+        if self._unchecked is not None:
+            check_output_dir(self.output_dir, overwrite=self._unchecked)
+            self._unchecked = None
 
     def _check_layout(
         self, trainer: Trainer, module: PruningModule, pruning: TaylorImportanceCallback | LoraPruneCallback
@@ -151,7 +164,6 @@ class ReportCallback(Callback, PruningEvents):
         self.layout.check(pl_module.causal_lm)
         self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             plan.save(self.output_dir / PLAN_FILE)
             if importance := _importance(trainer):
                 save_importance(importance, self.output_dir)
@@ -189,8 +201,10 @@ class ReportCallback(Callback, PruningEvents):
         model, folder = module.unwrap(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER
         if module.sharded:
             writer, layout = trainer.is_global_zero, self.layout.name
-            return export_sharded(model, module.tokenizer, module.plan, folder, writer=writer, layout=layout)
-        saved = export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name)
+            return export_sharded(
+                model, module.tokenizer, module.plan, folder, writer=writer, layout=layout, overwrite=True
+            )
+        saved = export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name, overwrite=True)
         kept = module.plan.provenance.get("keep_zeros")
         if kept or (kept is not None and not trainer.global_step):
             saved["sparsity"] = count_saved(folder, model, module.plan, load_orders(self.output_dir))
@@ -199,7 +213,7 @@ class ReportCallback(Callback, PruningEvents):
     def _save_adapter(self, trainer: Trainer, module: PruningModule) -> None:
         state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}
         if trainer.is_global_zero:
-            with staged(self.output_dir / ADAPTER_FOLDER) as stage:
+            with replaced_folder(self.output_dir / ADAPTER_FOLDER) as stage:
                 module.model.plan, module.model.base_folder = module.plan, self.output_dir / MODEL_FOLDER
                 module.model.save_pretrained(stage, state_dict=state)
 
@@ -258,6 +272,12 @@ class ReportCallback(Callback, PruningEvents):
 def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """Returns what is told about the data that were used: criteria of weights do not calibrate."""
     return {role: found for role, found in summary.items() if role != "calibration" or plan.provenance["calibration"]}
+
+
+def _sources(trainer: Trainer) -> dict[str, Path]:
+    """Returns the files and folders that the data come from, by argument."""
+    found = getattr(trainer.datamodule, "local_sources", None)  # type: ignore[attr-defined]
+    return found() if callable(found) else {}
 
 
 def _importance(trainer: Trainer) -> dict[str, Tensor]:

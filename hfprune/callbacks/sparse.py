@@ -1,7 +1,6 @@
 """``SparsityCallback``: makes weights zero inside ``fit``, layer by layer, before the first training step."""
 
 import json
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from hfprune.callbacks.sparse_run import at_home, check_sparse_strategy, share, 
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import KEY, Record
 from hfprune.errors import ConfigError
+from hfprune.files import OwnFolder
 from hfprune.fingerprint import fingerprint
 from hfprune.layerwise import LayerState, Offload, SparseLayer, check_sparse, prune_sparse
 from hfprune.modules.resuming import data_fingerprint, keep_cut_epoch
@@ -58,8 +58,9 @@ class SparsityCallback(Callback):
             data.
         offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
             layer of the model at a time is on the accelerator; None keeps everything on the device.
-        state_dir: Finished layers wait here, so that the same run goes on behind the last of them; None keeps none.
-        fresh: Drop what ``state_dir`` holds.
+        state_dir: Finished layers wait here, so that the same run goes on behind the last of them; None keeps none. A
+            folder that is new, empty or of an earlier run: files of others in it are refused, and never removed.
+        fresh: Drop what an earlier run left in ``state_dir``.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
     """
 
@@ -143,6 +144,8 @@ class SparsityCallback(Callback):
             check_source(trainer, limit=self.calibration_batches)
             self.check(pl_module)
             self._target.check_recovery(self.recovery)
+            if self.state_dir is not None:
+                OwnFolder(self.state_dir).check("state_dir")
         self._tap = CheckpointTap(trainer, saving=lambda c: self._save(trainer, c), loaded=self._load)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -154,7 +157,7 @@ class SparsityCallback(Callback):
         self._detach()
         done = stage == "fit" and not self._failed
         if done and self.state_dir is not None and trainer.is_global_zero:
-            shutil.rmtree(self.state_dir, ignore_errors=True)
+            OwnFolder(self.state_dir).clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from hfprune.commands.base import BaseCLI
 from hfprune.errors import ConfigError
-from hfprune.export import check_output_dir, export_model
+from hfprune.export import check_writable, export_model
 from hfprune.layouts import LAYOUTS
 from hfprune.loading import previous_plan
+from hfprune.outputs import check_apart, check_replaceable
 from hfprune.plan import PruningPlan
 from hfprune.saved import saved_line
 
@@ -44,7 +45,10 @@ class ExportCLI(BaseCLI):
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: it is no model that hfprune wrote.")
         module.check_loadable()
         LAYOUTS.get(layout).check(module.meta_model())
-        check_output_dir(target, overwrite=self.config.overwrite)
+        check_apart(target, {"model.path": module.path}, names=None)
+        check_replaceable(target, overwrite=self.config.overwrite, argument="output_dir")
+        check_writable(target.absolute().parent, "--output_dir", name=target)
         module.configure_model()
-        saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, layout=layout)
+        settings = {"layout": layout, "overwrite": self.config.overwrite}
+        saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, **settings)
         Console().print(saved_line(target, saved), soft_wrap=True)

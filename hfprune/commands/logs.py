@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
 
-from hfprune.export import write_text
+from hfprune.files import write_text
 
 STAGES = ("dense/", "pruned/", "recovered/")
 """Columns of figures that are logged again when a run has ended."""
@@ -37,14 +37,14 @@ class KeptCSVLogger(CSVLogger):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
             writer = super().experiment
-        if rows and self._experiment is not None:
+        if rows:
             keys = list(rows[0])
             text = io.StringIO(newline="")
             table = csv.DictWriter(text, fieldnames=keys)
             table.writeheader()
             table.writerows(rows)
             write_text(path, text.getvalue())
-            self._experiment.metrics_keys = keys
+            writer.metrics_keys = keys
         return writer
 
 

@@ -10,8 +10,9 @@ from lightning import Trainer
 from hfprune.callbacks.saving import checkpoints_in
 from hfprune.checkpoints import KEY, read_metadata
 from hfprune.errors import ConfigError
-from hfprune.export import CHECKPOINT_FOLDER, REPORT_FILE
+from hfprune.files import tidy
 from hfprune.modules.resuming import steps_per_epoch
+from hfprune.outputs import CHECKPOINT_FOLDER, REPORT_FILE
 
 ENDS = ("--trainer.max_steps", "--trainer.max_time")
 """Flags that ended a run, which the command that goes on with it should not have."""
@@ -32,6 +33,7 @@ def resume_from(asked: str | None, folder: Path) -> str | None:
             raise ConfigError(f"--ckpt_path '{asked}' does not exist.")
         found: str | None = asked
     else:
+        tidy(folder)
         found = newest(folder)
     if found is None:
         _log.info("There is no checkpoint in %s yet: this is the start of the run.", folder)

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from hfprune.commands.logs import KeptCSVLogger
 from hfprune.commands.resume import check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.commands.traces import without_traces
 from hfprune.errors import ConfigError
-from hfprune.export import CHECKPOINT_FOLDER
+from hfprune.outputs import CHECKPOINT_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.trainer import PruneTrainer
 
@@ -197,7 +196,8 @@ class RunCLI(BaseCLI):
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
         if config.ckpt_path is None:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.glob("*.ckpt"):
+                path.unlink()
         # settings, data and seed are read anew
         self.config_init = again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data

@@ -10,7 +10,8 @@ from hfprune.callbacks import ReportCallback, SparsityCallback
 from hfprune.commands.precedence import config_files, read_config
 from hfprune.commands.run import RunCLI
 from hfprune.errors import ConfigError
-from hfprune.export import CHECKPOINT_FOLDER, STATE_FOLDER
+from hfprune.files import tidy
+from hfprune.outputs import CHECKPOINT_FOLDER, STATE_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.sparse import METHODS, SparseGPT, SparseMethod
 
@@ -63,6 +64,7 @@ class SparseCLI(RunCLI):
                 "--merge_adapters false keeps adapters that would fill the zeros: give --sparse.keep_zeros false, or "
                 "merge them."
             )
+        tidy(out)
         going_on = out.is_dir() and {path.name for path in out.iterdir()} <= {STATE_FOLDER, CHECKPOINT_FOLDER}
         return super().report(out, overwrite=overwrite or going_on)
 

@@ -1,6 +1,8 @@
 """``TextDataModule``: every token that a run sees, with its provenance."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -140,6 +142,11 @@ class TextDataModule(ResumableDataModule):
         self._builder: Builder | None = None
         self._cache: dict[Role, Any] = {}
         self._summaries: dict[Role, dict[str, Any]] = {}
+
+    def local_sources(self) -> dict[str, Path]:
+        """Returns the files and folders that the data come from, by argument."""
+        given = {"text" if role == "evaluation" else role: source for role, source in self._sources.items()}
+        return {f"data.{name}": Path(source) for name, source in given.items() if os.path.exists(source)}
 
     def bind(
         self,

@@ -4,7 +4,6 @@ A comparison with the same dense model on the same windows then needs no pass of
 at K = 256, where the logits would take 4 GB (V = 49,152).
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.arch import output_head
-from hfprune.errors import ConfigError, OutputError
+from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import TopK
 from hfprune.evaluation.fidelity import TopKReference
 from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.perplexity import ScoredLogits
 from hfprune.evaluation.windows import Windows
+from hfprune.files import write_tensors
 from hfprune.fingerprint import prediction_fingerprint
 from hfprune.objectives.chunked import chunk_tokens
 
@@ -76,26 +76,15 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
 
 
 def _save(path: Path, reference: TopKReference) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {
         "windows": reference.windows.ids.to(torch.int32),
-        "logits": reference.top.logits.contiguous(),
+        "logits": reference.top.logits,
         "indices": reference.top.indices.to(torch.int32),
         "lse": reference.top.lse,
         "nll": reference.nll,
         "vocab_size": torch.tensor(reference.vocab_size),
     }
-    stage = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, stage)
-        os.replace(stage, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"Writing '{path}' failed: {error}") from error
-    finally:
-        stage.unlink(missing_ok=True)
+    write_tensors(path, tensors)
 
 
 def _load(path: Path, windows: Windows) -> TopKReference:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hfprune.arch.groups import find_layers, find_spec
 from hfprune.arch.projection import is_transposed
 from hfprune.errors import OutputError
+from hfprune.files import write_tensors
 from hfprune.plan import PruningPlan
 from hfprune.sparse import Sparsity
 
@@ -20,9 +21,10 @@ ORDERS_FILE = "permutations.safetensors"
 
 def save_orders(orders: Mapping[str, Tensor], folder: Path) -> None:
     """Writes the orders of inputs of projections whose groups are not made as they are stored; nothing without any."""
-    (folder / ORDERS_FILE).unlink(missing_ok=True)
     if orders:
-        save_file({name: order.cpu().contiguous() for name, order in orders.items()}, folder / ORDERS_FILE)
+        write_tensors(folder / ORDERS_FILE, orders)
+    else:
+        (folder / ORDERS_FILE).unlink(missing_ok=True)
 
 
 def load_orders(folder: Path) -> dict[str, Tensor]:

@@ -1,17 +1,15 @@
 """Finished layers on disk, so that an interrupted pass goes on behind the last of them."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hfprune.errors import ConfigError, OutputError
+from hfprune.errors import ConfigError
+from hfprune.files import OwnFolder, write_json, write_tensors
 
 _SETTINGS = "settings.json"
 
@@ -20,14 +18,14 @@ class LayerState:
     """A folder with one file for each finished piece of work, written in one step, and the settings that made them.
 
     Args:
-        folder: Made where it is not there.
+        folder: Made where it is not there; what holds files of others is refused.
         settings: What results depend on, as plain data: method, model, data.
-        fresh: Drop what the folder holds.
+        fresh: Drop what an earlier run saved in the folder.
         writer: Whether this process reads and writes; exactly one of a run does.
         broadcast: Gives what the writer read to the other processes.
 
     Raises:
-        ConfigError: The folder holds work that other settings made.
+        ConfigError: The folder holds work that other settings made, or files of others.
     """
 
     def __init__(
@@ -40,6 +38,7 @@ class LayerState:
         broadcast: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         self.folder, self._writer, self._broadcast = folder, writer, broadcast
+        self._own = OwnFolder(folder)
         trouble = self._open(json.loads(json.dumps(settings)), fresh=fresh) if writer else None
         if (message := broadcast(trouble)) is not None:  # every process stops
             raise ConfigError(message)
@@ -47,8 +46,12 @@ class LayerState:
     def _open(self, settings: dict[str, Any], *, fresh: bool) -> str | None:
         """Makes the folder; returns what is wrong with the one that is there."""
         path = self.folder / _SETTINGS
+        try:
+            self._own.check("state_dir")
+        except ConfigError as error:
+            return str(error)
         if fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._own.clear()
         if path.is_file():
             made = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in settings if made.get(name) != settings[name]]
@@ -59,11 +62,13 @@ class LayerState:
                 f"'{self.folder}' holds layers that were pruned with {name} {made.get(name)}; this run has "
                 f"{settings[name]}. Go on with the same, or give --overwrite true to start anew."
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self._own.file(_SETTINGS), settings)
         return None
+
+    def drop(self) -> None:
+        """Removes what was saved; files that others put into the folder stay."""
+        if self._writer:
+            self._own.clear()
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """Returns the tensors and the data that were saved as ``name``, on the CPU; None where there are none."""
@@ -85,15 +90,7 @@ class LayerState:
         """Saves tensors and plain data as ``name``, in one step."""
         if not self._writer:
             return
-        path = self._path(name)
-        temporary = path.with_name(f".{path.name}.tmp")
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            save_file(plain, temporary, metadata={"data": json.dumps(data)})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(f"Writing '{path}' failed: {error}") from error
+        write_tensors(self._own.file(self._path(name).name), tensors, {"data": json.dumps(data)})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -1,6 +1,5 @@
 """Where the hidden states of the calibration set wait between layers: on a device, or in files."""
 
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hfprune.files import Stage
 
 
 class HiddenStates:
@@ -66,10 +67,9 @@ class HiddenFiles(HiddenStates):
     def __init__(self, *, device: torch.device, folder: Path | None = None) -> None:
         super().__init__(device=device)
         self._parent = folder
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=".hidden-states.", dir=folder))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        stage = Stage(Path(folder or tempfile.gettempdir()) / "hidden-states")
+        self._folder = stage.folder
+        weakref.finalize(self, stage.close)
         self._count = 0
 
     def new(self) -> "HiddenFiles":

@@ -153,7 +153,7 @@ def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) 
     before, offset = saved["steps_per_epoch"], int(saved["offset"])
     if not before or not per_epoch or before == per_epoch:
         return offset
-    return round((step + offset) / before * per_epoch) - step
+    return int(round((step + offset) / before * per_epoch)) - step
 
 
 def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ Shape legend: N supervised tokens, K the most likely tokens that are kept.
 
 import hashlib
 import json
-import os
 import tempfile
 import uuid
 import zlib
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hfprune.arch import output_head
 from hfprune.causal import Batch, final_hidden, labels_of
-from hfprune.errors import ConfigError, OutputError
+from hfprune.errors import ConfigError
+from hfprune.files import write_tensors
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.objectives.teacher_top import KnownTop, rounded_top
@@ -156,15 +155,7 @@ class TeacherCache:
         tensors = {f"{name}.{part}": t for name, row in rows.items() for part, t in zip(_PARTS, row, strict=True)}
         sums = {name: _checksum(*row) for name, row in rows.items()}
         path = self.folder / f"rows-{uuid.uuid4().hex}.safetensors"
-        stage = path.with_name(f".{path.name}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, stage, metadata={"crc": json.dumps(sums)})
-            os.replace(stage, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"Writing the dense model's predictions to '{path}' failed: {error}") from error
-        finally:
-            stage.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"crc": json.dumps(sums)})
         self._where |= {name: (path, value) for name, value in sums.items()}
         self._read.add(path)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.errors import ConfigError
-from hfprune.export import REPORT_FILE, load_importance
+from hfprune.export import load_importance
+from hfprune.outputs import REPORT_FILE
 from hfprune.plan import PLAN_FILE, PruningPlan
 
 QUANTITIES = ("perplexity", "kl", "accuracy")

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from hfprune.files import write_bytes
 from hfprune.report.data import QUANTITIES, ReportData, look_up, number
 from hfprune.report.frontier import X_LABELS, drawn, frontier
 from hfprune.report.style import (
@@ -272,11 +273,10 @@ def to_bytes(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
 def save_figures(data: ReportData, folder: str | Path) -> list[Path]:
     """Writes every figure that there is data for as ``NAME.png`` and ``NAME.svg``; returns the paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures(data).items():
         for kind in ("png", "svg"):
             path = folder / f"{name}.{kind}"
-            path.write_bytes(to_bytes(figure, kind))
+            write_bytes(path, to_bytes(figure, kind))
             paths.append(path)
     return paths

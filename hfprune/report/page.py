@@ -3,7 +3,6 @@
 import base64
 import functools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from hfprune.errors import OutputError
+from hfprune.files import write_text
 from hfprune.report import table
 from hfprune.report.data import QUANTITIES, ReportData, look_up, number
 from hfprune.report.figures import chance_overlap, figures, kl_curves, smoothing_window, task_figures, to_bytes
@@ -28,15 +27,7 @@ def write_report(data: ReportData, path: str | Path) -> Path:
         OutputError: It could not be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = render(data)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"Writing '{path}' failed: {error}") from error
+    write_text(path, render(data))
     return path
 
 

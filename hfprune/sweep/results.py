@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune.export import REPORT_PAGE, write_json, write_text
+from hfprune.files import write_json, write_text
+from hfprune.outputs import REPORT_PAGE
 from hfprune.report import FrontierPoint, ReportData, save_figures, write_report
 from hfprune.report.data import number
 from hfprune.sweep.compare import matrix, overlap, rank_correlation

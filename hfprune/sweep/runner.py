@@ -23,10 +23,12 @@ from hfprune.evaluation.size import measure_size
 from hfprune.evaluation.stage import Measurement, measure
 from hfprune.evaluation.windows import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import check_output_dir, command_line, write_json
+from hfprune.export import check_output_dir, command_line
+from hfprune.files import write_json
 from hfprune.fingerprint import prediction_fingerprint
 from hfprune.loading import predicts_badly_without_bos
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.outputs import RESULTS, check_apart, is_sweep
 from hfprune.paths import user_path
 from hfprune.sweep.book import ScoreBook
 from hfprune.sweep.grid import Cell, SweepGrid, digest
@@ -68,7 +70,11 @@ class Sweep:
     ) -> None:
         self.module, self.grid, self.make_data = module, grid, make_data
         module.check_loadable()
-        self.out = check_output_dir(user_path(output_dir, "output_dir"), overwrite=True)
+        folder = Path(user_path(output_dir, "output_dir"))
+        self.out = check_output_dir(folder, overwrite=is_sweep(folder))
+        check_apart(
+            self.out, {"model.path": module.path, **{f"texts.{n}": t for n, t in grid.texts.items()}}, names=RESULTS
+        )
         self.zero_shot, self.latency = zero_shot, latency
         self.device = device or torch.device("cpu")
         self.pruner = Pruner(module, grid, self.device)
@@ -81,6 +87,7 @@ class Sweep:
         windows = {name: self._windows(name) for name in self.grid.texts}
         by_seed = {seed: self._bound(self.make_data(seed, None)) for seed in self.grid.seeds}
         for data in by_seed.values():
+            check_apart(self.out, data.local_sources(), names=RESULTS)
             data.calibration_dataloader()
         for name, cut in windows.items():
             self._warn_of_overlap(name, cut, by_seed)
