@@ -150,10 +150,11 @@ def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) 
         step: The checkpoint's step of the optimizer.
         per_epoch: Steps in an epoch of this run.
     """
-    before, offset = saved["steps_per_epoch"], int(saved["offset"])
+    before: int | None = saved["steps_per_epoch"]
+    offset = int(saved["offset"])
     if not before or not per_epoch or before == per_epoch:
         return offset
-    return int(round((step + offset) / before * per_epoch)) - step
+    return round((step + offset) / before * per_epoch) - step
 
 
 def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
