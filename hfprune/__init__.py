@@ -1,4 +1,4 @@
-"""hfprune: prune a Hugging Face causal LM in the Lightning Trainer that also heals it.
+"""hfprune: prune Hugging Face causal language models and recover their quality, in one PyTorch Lightning fit.
 
 Public names are loaded at first use, so that importing the package (and ``hfprune --help``) stays fast.
 """
