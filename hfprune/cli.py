@@ -1,4 +1,4 @@
-"""The command line ``hfprune fit|prune|evaluate|sweep|export``. Each command is a LightningCLI without pruning logic."""
+"""The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ COMMANDS = {
     "export": "write a pruned model in another layout",
 }
 
-HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality, in one Lightning fit.
+HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
+in one PyTorch Lightning fit.
 
 usage: hfprune COMMAND [--config FILE.yaml] [--help] [--debug] [flags]
 
