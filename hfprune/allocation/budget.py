@@ -1,4 +1,4 @@
-"""From what the user asked for to a kept width, exactly (methods section 8)."""
+"""Budget resolution: converts a pruning ratio, a parameter count or a width to the exact number of kept units."""
 
 from collections.abc import Callable, Sequence
 

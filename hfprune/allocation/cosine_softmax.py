@@ -14,7 +14,7 @@ class CosineSoftmax(Allocation):
     """Layer l of the ``num_layers`` ones with the largest cosines c loses the share r_l = r n softmax(alpha c)_l.
 
     n is ``num_layers``, r the mean share; the other layers stay as they are. All kinds of a layer lose the same share.
-    SlimLLM (methods section 5): on LLaMA-7B ``share=0.25, num_layers=26, alpha=10``.
+    SlimLLM (Guo et al., 2025, arXiv:2505.22689): on LLaMA-7B ``share=0.25, num_layers=26, alpha=10``.
 
     Args:
         cosines: Layer -> mean over tokens of the cosine between the layer's input and output on the dense model.

@@ -29,7 +29,7 @@ from hfprune.types import Budget, Group, UnitKind
 
 
 class LoraPruneCallback(Callback):
-    """Prunes a ``PruningModule`` while its adapters are trained (LoRAPrune, Zhang et al., 2024; methods section 6).
+    """Prunes a ``PruningModule`` while its adapters are trained (LoRAPrune, Zhang et al., 2023, arXiv:2305.18403).
 
     Every optimizer step adds to a running mean of importance, S <- 0.9 S + 0.1 s, from the gradients of the adapters
     alone. Between a warm-up and a cool-down the units with the lowest S are held at zero, more of them every ``every``

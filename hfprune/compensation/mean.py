@@ -10,7 +10,9 @@ from hfprune.moments import Moments
 
 
 class MeanCompensation(Compensation):
-    """Leaves the kept weights and adds W_R E[x_R] to the bias (methods section 9, identity 3).
+    """Leaves the kept weights and adds W_R E[x_R] to the bias, with R the removed inputs.
+
+    FLAP compensates in this way (An et al., 2023, arXiv:2312.11983).
 
     Only for projections that have a bias (OPT, GPT-2, GPT-NeoX); others would need a parameter that their config cannot
     say, and are refused.

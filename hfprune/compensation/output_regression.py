@@ -9,7 +9,7 @@ from hfprune.moments import Moments
 
 
 class OutputRegression(Compensation):
-    """Scales each output so that it fits the unpruned one best: SlimLLM (methods section 5), from second moments.
+    """Scales each output so that it fits the unpruned one best (SlimLLM, Guo et al., 2025, arXiv:2505.22689).
 
     With o = W_K x_K the output of the kept inputs and t the target, per output d: A_d = cov(o_d, t_d) / var(o_d), and
     the new weights are diag(A) W_K. Where the projection has a bias it takes up mean(t) - A mean(o), as in the

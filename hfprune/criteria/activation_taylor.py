@@ -1,4 +1,4 @@
-"""First-order Taylor scores from activations: no weight gradient is needed (methods section 9, identity 2)."""
+"""First-order Taylor scores of activations, without weight gradients (HFPrune, Zhu et al., 2026, arXiv:2603.08083)."""
 
 from collections.abc import Mapping
 from typing import Literal

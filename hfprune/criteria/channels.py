@@ -68,7 +68,9 @@ def check_matrix_reduction(how: str) -> None:
 
 
 def reduce_matrices(group: Group, by_channel: Sequence[Tensor], how: MatrixReduction) -> Tensor:
-    """Returns one score per unit [U] from the channel scores [C] of each of its slices (LLM-Pruner, section 3.2).
+    """Returns one score per unit [U] from the channel scores [C] of each of its slices.
+
+    The order of the reductions is that of LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
 
     Matrices are reduced channel by channel, then a unit's channels are added. Where a unit owns more channels of one
     matrix than of another (the query heads of one KV group), these are first folded onto the fewest: channel c of every

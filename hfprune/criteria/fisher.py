@@ -20,7 +20,7 @@ class Fisher(GradientCriterion):
     the mean of e e^T over labels drawn from the prediction, e = p - e_y, and g = J^T e is what the backward pass brings
     to the activation. Labels are drawn independently at every position, so the cross terms of a squared gradient that
     collects from all later positions vanish in the mean. The first-order effect on KL is zero; the entropy score
-    sees -z^T F dz, one projection of the same change (methods section 9, identity 1).
+    sees -z^T F dz, one projection of the same change (derivation: docs/theory.md).
 
     - ``per_token``: sum_n sum_t (a g)^2, the unit set to zero at one token at a time;
     - ``per_sequence``: sum_n (sum_t a g)^2, set to zero in the whole sequence; a noisier estimate.

@@ -14,15 +14,15 @@ _OUTER = "input products"
 
 
 class SlimLLMHeads(ActivationCriterion):
-    """How much the attention output decorrelates from itself without a unit (SlimLLM), for heads and for KV groups.
+    """How much the attention output decorrelates from itself without a unit: SlimLLM, for heads and KV groups.
 
     With o_u the contribution of unit u (a head, or all query heads of one KV head) to the output of ``o_proj``, O their
     sum and rho_d the Pearson correlation over tokens in output dimension d: R(S) = sum_d abs(rho_d(sum of S, O)). A
     unit scores H - R(all without it), H the number of dimensions. Dimensions that do not vary count as 0.
 
     Correlations follow from the second moments of ``o_proj``'s input, an [in, in] float64 matrix per layer, so no
-    contribution is stored per token (methods section 5). The published method scores a layer on inputs that the already
-    pruned layers before it produce; here all layers are scored on the dense model, in one pass.
+    contribution is stored per token. The published method (Guo et al., 2025, arXiv:2505.22689) scores a layer on the
+    outputs of the pruned layers before it; here all layers are scored on the dense model, in one pass.
 
     Args:
         dropped: Share of the units that will be dropped: refines the choice of ``round(dropped * units)`` as the

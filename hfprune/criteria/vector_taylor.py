@@ -33,10 +33,11 @@ from hfprune.types import Group, Slice
 class VectorTaylor(GradientCriterion):
     """abs(sum of w dw) over each row or column that a unit owns, dw the gradient on the whole calibration set.
 
-    The sum over a weight vector follows from activations (methods section 9, identities 2 and 3): for a column of the
+    The sum over a weight vector follows from activations (docs/methods.md, VectorTaylor): for a column of the
     consumer, sum_i w dw = sum_t a g, with a the channel's activation and g its gradient; for a row of a producer with
     bias b, sum_k w dw = sum_t (y - b) g at its output y. So the down column and the up row of a bias-free MLP score
-    the same, and only the gate row differs. Biases are not scored, as in the published code.
+    the same, and only the gate row differs. Biases are not scored, as in the published code (LLM-Pruner, Ma et al.,
+    2023, arXiv:2305.11627).
 
     Args:
         matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,

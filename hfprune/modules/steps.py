@@ -305,7 +305,7 @@ class RecoverySteps(TokenWeighted):
     def check_training(self, *, adapters: bool = False) -> None:
         """Raises ``ConfigError`` where weights of half precision would be trained, or adapters and MLPs are asked for.
 
-        A second moment with beta2 = 0.999 cannot decay there, nor a small step change a weight (methods section 11).
+        In bfloat16 a second moment with beta2 = 0.999 rounds back to itself and cannot decay, and a small step is lost.
 
         Args:
             adapters: Adapters are trained, or will be, in place of the weights.

@@ -2,7 +2,7 @@
 
 The [T, V] logits of a batch are the largest tensor of a calibration step (525 MB in fp32 for T = 1024, V = 128256).
 Here they exist for one chunk only: each chunk's gradient is pushed through the output head at once, so that the
-ordinary backward pass starts at the hidden states (methods section 9, identity 1).
+ordinary backward pass starts at the hidden states.
 
 Shape legend: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """

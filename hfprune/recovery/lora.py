@@ -1,4 +1,4 @@
-"""LoRA recovery through PEFT, with HFPrune's settings as defaults (methods section 11)."""
+"""LoRA recovery through PEFT (Hu et al., 2021, arXiv:2106.09685), with the settings of HFPrune as defaults."""
 
 import hashlib
 import warnings

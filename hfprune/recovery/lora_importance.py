@@ -16,7 +16,7 @@ DECAY = 0.9
 
 
 def weight_importance(weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float) -> Tensor:
-    """Returns |(dB A + B dA - dB dA) * (W + scaling B A)|, [O, C], float32 or wider (LoRAPrune, methods section 6).
+    """Returns |(dB A + B dA - dB dA) * (W + scaling B A)|, [O, C], float32 or wider (LoRAPrune, arXiv:2305.18403).
 
     The first factor stands for the gradient of the frozen weight: it is what B A changes by when A and B step along
     their gradients. As in the published code it leaves out the adapters' scaling.

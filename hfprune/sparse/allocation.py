@@ -76,7 +76,7 @@ class UniformSparsity(SparseAllocation):
 
 
 class OutlierWeighed(SparseAllocation):
-    """OWL: layers with more outliers lose less (Yin et al., "Outlier Weighed Layerwise Sparsity", section 3).
+    """OWL: layers with more outliers get a lower sparsity (Yin et al., 2023, arXiv:2310.05175).
 
     Layer l's share of zeros is s - 2 spread (D_l - mean D) / (max D - min D), D_l the share of its weights whose
     |w| * ||x|| exceeds ``threshold`` times the layer's mean, on the dense model. The mean over layers, by their numbers

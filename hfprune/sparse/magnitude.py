@@ -33,7 +33,7 @@ class MagnitudeSparsity(ScoreMethod):
 
 
 class RelativeImportance(ScoreMethod):
-    """|w| relative to its row and to its column: RIA without data (methods section 7, ``a = 0``).
+    """|w| relative to its row and to its column: RIA (Zhang et al., ICLR 2024) without data, ``a = 0``.
 
     Args:
         scope: Which weights compete.

@@ -1,4 +1,4 @@
-"""Which inputs share an n:m group: RIA's channel permutation (Zhang et al.; methods section 7).
+"""Channel permutation: assigns inputs to n:m groups (RIA, Zhang et al., ICLR 2024).
 
 Shape legend: O outputs, C inputs, G = C / m groups, K = m - n weights that stay in a group.
 """

@@ -1,4 +1,4 @@
-"""RIA: relative importance times a power of the input's norm (methods section 7)."""
+"""RIA: relative importance times a power of the input norm (Zhang et al., ICLR 2024)."""
 
 from typing import ClassVar
 

@@ -1,4 +1,4 @@
-"""SparseGPT: weights are dropped by what their loss costs, and the later ones make up for it (methods section 7)."""
+"""SparseGPT: second-order pruning with a weight update (Frantar and Alistarh, 2023, arXiv:2301.00774)."""
 
 from typing import ClassVar
 

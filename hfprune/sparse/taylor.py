@@ -12,8 +12,8 @@ from hfprune.sparse.pattern import Sparsity, WideScope, check_scope, drop
 class TaylorSparsity(ScoreMethod):
     """Sum over sequences of |w_ij * d objective / d w_ij|, taken on the dense model.
 
-    Elementwise what LLM-Pruner calls ``param_first`` at batch size 1 (methods section 4), of any objective: the
-    gradient of a sequence is summed over its tokens, then the absolute value is taken.
+    The elementwise form of LLM-Pruner's ``param_first`` at batch size 1 (Ma et al., 2023, arXiv:2305.11627), for any
+    objective: the gradient of a sequence is summed over its tokens, then the absolute value is taken.
 
     Args:
         objective: What is differentiated: ``entropy`` or ``cross_entropy``.

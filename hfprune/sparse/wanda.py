@@ -1,4 +1,4 @@
-"""Wanda: a weight's size times the norm of its input (Sun et al.; methods section 7)."""
+"""Wanda: weight magnitude times the norm of the input (Sun et al., 2023, arXiv:2306.11695)."""
 
 from typing import ClassVar
 

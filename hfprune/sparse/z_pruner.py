@@ -1,4 +1,4 @@
-"""Z-Pruner: z-scores of row- and column-normalised weights (methods section 7)."""
+"""Z-Pruner: z-scores of row- and column-normalised weights (Bhuiyan et al., 2025, arXiv:2508.15828)."""
 
 from typing import ClassVar
 

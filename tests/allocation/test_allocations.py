@@ -180,7 +180,7 @@ def test_layers_of_different_widths_lose_the_same_share():
     assert abs(found.params - found.target_params) <= 4 * 30
 
 
-# ---- published accounting (methods section 8) ------------------------------------------------------------------------
+# ---- published parameter counts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

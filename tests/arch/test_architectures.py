@@ -82,7 +82,7 @@ def test_pruned_equals_masked(name, units):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_zeroing_the_consumer_alone_is_pruning(name):
-    """Acceptance test 8: pruned == dense with the removed units' columns of what reads them zeroed."""
+    """The pruned model equals the dense one whose consumers have zero columns for the removed units."""
     pruned, zeroed = dense(name), dense(name)
     plan = random_plan(pruned, ("mlp", "heads"), differ=True)
     apply_plan(pruned, plan)

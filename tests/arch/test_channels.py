@@ -55,7 +55,7 @@ def test_pruned_equals_masked(name, units):
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_silencing_what_writes_the_channels_is_pruning(name, monkeypatch):
-    """Acceptance test 8; and it fails where the norms keep their weights."""
+    """The pruned model equals the dense one whose writers of the removed channels are zero; not so with unscaled norms."""
     pruned, silent = dense(name), dense(name)
     plan = plan_for(pruned, ("channels",))
     silence(silent, plan.removed(plan.groups[0]))

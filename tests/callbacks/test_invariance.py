@@ -50,7 +50,7 @@ def test_bit_equal_for_any_batch_padding_and_packing(folder, criterion, objectiv
 @pytest.mark.parametrize("criterion", [ActivationTaylor(), ActivationTaylor(reduction="signed"), WeightTaylor()])
 @pytest.mark.parametrize("objective", ["entropy", "cross_entropy"])
 def test_batches_as_they_come_agree_in_float64(folder, criterion, objective):
-    """Acceptance test 3: ragged lengths, padding on either side, batches of 1, 3 and 8, at 1e-10."""
+    """Scores agree within 1e-10 for sequences of different lengths, padding on either side, batches of 1, 3 and 8."""
     settings = {"criterion": criterion, "objective": objective, "dtype": "float64"}
     expected, plan = scores(folder, 1, "right", **settings)
     for batch_size, layout in LAYOUTS[1:]:

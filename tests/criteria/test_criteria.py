@@ -98,7 +98,7 @@ def test_weight_taylor_reads_both_blocks_of_a_fused_projection():
 
 @pytest.mark.parametrize("name", ["llama", "llama_untied_bias", "llama_mha_relu", "gemma2", "opt", "gpt2", "phi3"])
 def test_identity_of_signed_scores(name):
-    """Acceptance test 2: sum_t a g == sum_i D dD (always) and, without the neuron's nonlinearity, == sum_k U dU + c dc."""
+    """sum_t a g == sum_i D dD; without a nonlinearity after the neuron also == sum_k U dU + c dc."""
     ids = token_ids(1, 8)[0]
     model = tiny(name)
     signed = calibrate(tiny(name), [ids[None]], ActivationTaylor(reduction="signed")).scores()
@@ -149,7 +149,7 @@ def test_chain_of_inequalities():
 )
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox"])
 def test_scores_do_not_depend_on_batching_or_padding(name, criterion, objective):
-    """Acceptance test 3 on one rank: B in {1, 4, 5}, ragged lengths, left and right padding."""
+    """Scores are equal for batches of 1 to 5 sequences of different lengths, with left and right padding."""
     sequences = [token_ids(1, n, seed=n)[0] for n in (4, 9, 6, 7, 3)]
     expected = calibrate(tiny(name), [s[None] for s in sequences], criterion, objective).scores()
     for sizes in ((5,), (4, 1), (2, 3)):
@@ -165,7 +165,7 @@ def test_scores_do_not_depend_on_batching_or_padding(name, criterion, objective)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_weights_give_the_same_score_and_no_weight_gradient(name):
-    """Acceptance test 4."""
+    """Calibration leaves weights and ``requires_grad`` as they were and makes no weight gradient."""
     ids = token_ids(2, 8)
     model = tiny(name)
     before = [(p.requires_grad, p.clone()) for p in model.parameters()]
@@ -202,7 +202,7 @@ def constant_updates(criterion, steps, value=1.0):
 
 
 def test_official_bfloat16_sum_stalls_and_ours_does_not():
-    """Acceptance test 5."""
+    """A bfloat16 sum of ones stops growing at 256; the exact sum reaches 1024."""
     assert constant_updates(ActivationTaylor(compat="official"), 1024).tolist() == [256.0, 256.0]
     assert constant_updates(ActivationTaylor(), 1024).tolist() == [1024.0, 1024.0]
 

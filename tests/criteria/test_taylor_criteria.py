@@ -82,7 +82,7 @@ def test_coupled_equals_loops(act, bias):
 
 
 def test_coupled_is_bounded_by_the_identities():
-    """sum_k abs(E) >= abs(2 A + B) for one sequence, methods section 9 (2)."""
+    """sum_k abs(E) >= abs(2 A + B) for one sequence: the triangle inequality over k."""
     groups, batch = find_groups(toy(bias=False)), [{"input_ids": sequences()[0][None]}]
     coupled = calibrate(toy(bias=False), CoupledTaylor(), groups=groups, batches=batch)
     model = toy(bias=False)

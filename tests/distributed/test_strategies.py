@@ -121,7 +121,7 @@ def ragged_alone(folder, tmp_path_factory):
     ],
 )
 def test_ragged_sequences_in_uneven_shards(folder, tmp_path, ragged_alone, strategy, ragged):
-    """Acceptance test 3 on two ranks, one by one and in batches: 11 sequences, so that one rank always has less to do."""
+    """Two ranks give the scores of one, also with 11 sequences, of which one rank gets fewer; singly and in batches."""
     alone = ragged_alone
     for exact in (True, False):
         settings = {"prune_only": True, "report": False, "exact": exact}

@@ -16,7 +16,7 @@ def entropy(z):
 
 
 def entropy_grad(z):
-    """-p (log p + Ent), the form of methods section 9 with a logarithm."""
+    """The gradient of the entropy with respect to the logits: -p (log p + Ent)."""
     p, ent = softmax(z), entropy(z)
     return [-q * (math.log(q) + ent) if q > 0 else 0.0 for q in p]
 
