@@ -76,7 +76,7 @@ def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
     parts = _parts(model)
     outside = [] if wrapper or missing else [key for key in stored if _first_part(key) not in parts]
     unexpected = [key for key in stored if key not in outside]
-    if wrapper and stored and (missing or wrapper[0] in _ADAPTERS):
+    if wrapper and (missing or wrapper[0] in _ADAPTERS):
         part, text = wrapper
         raise ConfigError(
             f"{where}: names in the weight files have '{part}' in them ({_some(unexpected, 1)}), which {name} has not. "
