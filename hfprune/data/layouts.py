@@ -41,6 +41,13 @@ _LACK = {
 }
 
 
+_TEXT_FIELD = "Name the column of the text with text_field=... (--data.text_field)."
+_PREFERENCES = (
+    "These are preference pairs, which recovery does not train on: rename 'chosen' to 'completion' ('messages' where "
+    "it holds a whole conversation) to train on the preferred responses."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionRow:
     """One example in Alpaca layout."""
@@ -142,7 +149,7 @@ class Layout:
             )
             raise ConfigError(
                 f"'{source}' has no column {wanted}. It has: {_listed(counts)}. "
-                "Name the column of the text with text_field=... (--data.text_field)."
+                f"{_PREFERENCES if 'chosen' in counts and not text_field else _TEXT_FIELD}"
             )
         messages = (
             sum(isinstance(row.get(found.prompt or ""), list) for row in rows) if found.kind == "instruction" else 0
