@@ -1,6 +1,7 @@
 """Reading models from a folder or the hub, checked before anything expensive happens."""
 
 import difflib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,28 @@ from hfprune.errors import ConfigError, HFPruneError
 from hfprune.layouts import cut_of, is_per_layer, run_empty
 from hfprune.layouts.bitmask import is_bitmask
 from hfprune.layouts.bitmask_auto import bitmask_stock
-from hfprune.model_files import check_files, check_vocabulary, first_line, has_weights, weight_shapes
+from hfprune.model_files import (
+    adapter_base,
+    check_files,
+    check_vocabulary,
+    first_line,
+    has_weights,
+    is_adapter,
+    weight_shapes,
+)
 from hfprune.paths import user_path
 from hfprune.plan import PLAN_FILE
 from hfprune.quiet import quiet_transformers
-from hfprune.weights import check_info, check_shapes
+from hfprune.weights import check_info, check_shapes, outside_text
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Entries of config.json that change only what a forward pass returns."""
+
+_TELLING = (ValueError, OSError, ImportError, RuntimeError)
+"""Errors whose message says what is wrong; others (a division by zero, a missing key) are named by their type, too."""
 
 _TEXT_MODEL = (
     "m = AutoModelForCausalLM.from_pretrained({path}); "
@@ -208,7 +220,8 @@ def _reading(what: str) -> Iterator[None]:
     except HFPruneError:
         raise
     except Exception as error:
-        raise ConfigError(f"{what}: {first_line(error)}") from error
+        kind = "" if isinstance(error, _TELLING) else f"{type(error).__name__}: "
+        raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
 
 
 def load(
@@ -220,8 +233,11 @@ def load(
 ) -> Any:
     """Returns the model in a folder that hfprune wrote, in any layout, as an instance of its stock class, in eval mode.
 
+    A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
+    or within their folder, also after both were moved.
+
     Args:
-        folder: The folder (``OUT/model``), or a hub id.
+        folder: The folder (``OUT/model``, ``OUT/adapter``), or a hub id.
         dtype: Type of the weights; ``auto`` takes what was saved.
         device: Where to put it; the CPU by default.
         revision: Branch, tag or commit of a hub id.
@@ -231,8 +247,25 @@ def load(
         PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
     """
     name: Any = str(dtype).removeprefix("torch.")
-    model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
+    path = Path(user_path(str(folder), "folder"))
+    if is_adapter(path):
+        model = _load_adapted(path, dtype=name)
+    else:
+        model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
     return model if device is None else model.to(device)
+
+
+def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
+    """Returns the model that adapters belong to, with the adapters; saved again, they name it where it is now."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    where = f"folder='{folder}'"
+    base = adapter_base(folder, where)
+    model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
+    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = base
+        return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
 
 
 def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
@@ -255,7 +288,8 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
     model, info = loaded
-    check_info(model, info, where)
+    if outside := check_info(model, info, where):
+        warnings.warn(outside_text(outside, where), stacklevel=2)
     vars(model.config).pop("auto_map", None)
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

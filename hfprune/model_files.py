@@ -16,6 +16,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
 """The order in which transformers looks for weights."""
 
+_ADAPTER = "adapter_config.json"
 _JSON = (
     "config.json",
     "generation_config.json",
@@ -24,7 +25,7 @@ _JSON = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
-    "adapter_config.json",
+    _ADAPTER,
     *_INDEXES,
 )
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
@@ -92,8 +93,42 @@ def check_vocabulary(folder: Path, where: str) -> None:
         )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder on this machine holds adapters and no model."""
+    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path, where: str) -> str:
+    """Returns the model that adapters belong to: a folder, or a hub id.
+
+    A folder that was recorded by its absolute path is looked for within the adapters' folder and next to it first, so
+    that it is found after both were moved or copied.
+
+    Args:
+        folder: A folder of adapters.
+        where: How messages name it.
+
+    Raises:
+        ConfigError: The adapter config is damaged, or names no model.
+    """
+    base = _read_object(folder / _ADAPTER, where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{where}: adapter_config.json names no base model (base_model_name_or_path).")
+    if not Path(base).is_absolute():
+        return base
+    places = (folder.absolute() / Path(base).name, folder.absolute().parent / Path(base).name)
+    found = next((str(place) for place in places if (place / "config.json").is_file()), base)
+    if not Path(found).is_dir():
+        raise ConfigError(
+            f"{where} holds an adapter of the model in '{base}', which does not exist; neither is there a model in "
+            f"'{places[0]}' or '{places[1]}'. Put it there, or load both with "
+            f"PeftModel.from_pretrained(hfprune.load('MODEL'), '{folder}')."
+        )
+    return found
+
+
 def _check_adapter(folder: Path, where: str) -> None:
-    file = folder / "adapter_config.json"
+    file = folder / _ADAPTER
     if not file.is_file():
         return
     base = _read_object(file, where).get("base_model_name_or_path") or "BASE"

@@ -22,6 +22,7 @@ _WRAPPERS = {
     "model.language_model.": "a multimodal class: save its text model alone",
     "language_model.": "a multimodal class: save its text model alone",
 }
+_ADAPTERS = ("base_layer.", "base_model.model.")
 _LARGE = 2**31
 """Bytes of experts that are not put together only to compare names."""
 
@@ -56,19 +57,26 @@ def check_shapes(model: Any, found: Shapes, where: str) -> None:
     check_info(model, info, where)
 
 
-def check_info(model: Any, info: Mapping[str, Any], where: str) -> None:
-    """Raises ``ConfigError`` when tensors were missing, not expected or of another shape.
+def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
+    """Raises ``ConfigError`` when tensors were missing, of another shape, or not expected in a part of the model.
 
     Args:
         model: The model that was loaded.
         info: What transformers returns for ``output_loading_info``.
         where: How the message names the model.
+
+    Returns:
+        Names of stored tensors that lie outside the model: further heads, such as the value head of TRL (``v_head``),
+        which its predictions do not depend on.
     """
     name = type(model).__name__
     missing = sorted(info["missing_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if not _IGNORED.search(key))
-    wrapper = _wrapper(unexpected)
-    if wrapper and missing:
+    stored = sorted(key for key in info["unexpected_keys"] if not _IGNORED.search(key))
+    wrapper = _wrapper(stored)
+    parts = _parts(model)
+    outside = [] if wrapper or missing else [key for key in stored if _first_part(key) not in parts]
+    unexpected = [key for key in stored if key not in outside]
+    if wrapper and (missing or wrapper[0] in _ADAPTERS):
         part, text = wrapper
         raise ConfigError(
             f"{where}: names in the weight files have '{part}' in them ({_some(unexpected, 1)}), which {name} has not. "
@@ -91,6 +99,25 @@ def check_info(model: Any, info: Mapping[str, Any], where: str) -> None:
             f"{_some(unexpected)}. They would be left out in silence. Take the config.json that belongs to the files, "
             "or save the model again with save_pretrained."
         )
+    return outside
+
+
+def outside_text(outside: list[str], where: str) -> str:
+    """Returns the warning about tensors of other heads, which are not read."""
+    return (
+        f"{where}: {len(outside)} tensors in the weight files are no part of the model ({_some(outside)}): another "
+        "head, which is neither pruned nor exported."
+    )
+
+
+def _parts(model: Any) -> set[str]:
+    """Returns the names that a stored tensor of the model, or of the model within it, begins with."""
+    within = getattr(model, model.base_model_prefix, model)
+    return {name for module in (model, within) for name, _ in module.named_children()}
+
+
+def _first_part(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def _wrapper(keys: Iterable[str]) -> tuple[str, str] | None:

@@ -229,6 +229,47 @@ def test_buffers_of_older_versions_are_no_error(folder):
     load_causal_lm(str(folder))
 
 
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "mtp.0.proj.weight", "score.weight", "visual.patch.weight"])
+def test_heads_beside_the_model_are_left_out_with_one_warning(folder, name):
+    """TRL's value head, for example: predictions do not depend on it."""
+    expected = load_causal_lm(str(folder)).state_dict()
+    change_weights(folder, lambda t: t | {name: torch.ones(1, 16), f"{name}2": torch.ones(1)})
+    check_model(str(folder))
+    with pytest.warns(UserWarning, match=f"2 tensors in the weight files are no part of the model .{name}") as warned:
+        found = load_causal_lm(str(folder)).state_dict()
+    assert len(warned) == 1
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_heads_beside_a_model_saved_without_its_head(tmp_path):
+    folder = Path(save_tiny(tmp_path / "m", "gpt2"))
+    change_weights(
+        folder, lambda t: {k.removeprefix("transformer."): v for k, v in t.items()} | {"v_head.b": torch.ones(1)}
+    )
+    with pytest.warns(UserWarning, match="v_head.b"):
+        load_causal_lm(str(folder))
+    change_weights(folder, lambda t: t | {"h.0.attn.extra": torch.ones(1)})
+    with pytest.raises(ConfigError, match="attn.extra"):
+        load_causal_lm(str(folder))
+
+
+@pytest.mark.parametrize("name", ["lm_head.bias", "model.layers.9.mlp.up_proj.weight", "model.norm.bias"])
+def test_tensors_within_the_model_are_refused(folder, name):
+    change_weights(folder, lambda t: t | {name: torch.ones(1)})
+    with pytest.raises(ConfigError, match="does not have by config.json"):
+        check_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight", "model.layers.0.mlp.up_proj.base_layer.weight"],
+)
+def test_adapters_among_the_weights_are_refused(folder, name):
+    change_weights(folder, lambda t: t | {name: torch.ones(1)})
+    with pytest.raises(ConfigError, match="merge_and_unload"):
+        check_model(str(folder))
+
+
 def test_pickled_weights_work(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -257,6 +298,18 @@ def test_size_with_scaled_rotary_embeddings(rope):
     plain = measure_size(tiny("llama"))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **GATED, rope_parameters=scaling))
     assert measure_size(model).macs == plain.macs
+
+
+def test_dynamic_rotary_embeddings_of_gpt_neox(folder, capsys):
+    """They work; a rotary size of 2, for which transformers divides by zero, is refused by name."""
+    save_tiny(folder, "gpt_neox")
+    for share, out in ((1.0, "whole"), (0.5, "out")):
+        scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": share}
+        set_config(folder, rope_parameters=scaling)
+        capsys.readouterr()
+        code = main(["prune", f"--model.path={folder}", f"--output_dir={out}", "--pruning_ratio=0.1", *SMALL])
+    assert hfprune.load("whole/model").config.rope_parameters["rope_type"] == "dynamic"
+    assert "cannot be built: ZeroDivisionError: division by zero" in one_line(capsys, code)
 
 
 def test_generation_config_is_read_without_from_pretrained(folder):

@@ -97,7 +97,18 @@ class Builder:
         except ConfigError as error:
             raise ConfigError(
                 f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
+                f"{self._shared(role)}"
             ) from error
+
+    def _shared(self, role: Role) -> str:
+        """Returns a sentence about documents that another source holds, too; empty where there are none."""
+        shared = self.roles.shared.get(role, 0)
+        if not shared:
+            return ""
+        return (
+            f" {shared} others are also in the data of another role, and no document serves two: give other documents, "
+            "or the same file for both roles, which then share it."
+        )
 
     def calibration(self, count: int, *, crop: bool) -> Tensor:
         """Returns the calibration sequences, [N, T]; warns when there are fewer than ``count``."""
@@ -193,6 +204,8 @@ class Builder:
         check_template(self.tokenizer, self.options, kind, self.sources[role])
         examples, counts = self._encoded(role, count)
         found = dict(self.roles.rows(role).dropped) | counts
+        if shared := self.roles.shared.get(role, 0):
+            found["also in the data of another role"] = shared
         if not examples:
             raise no_example(role, self.sources[role], found, self.seq_len)
         self.dropped[role], self.bos_lines[role] = counts, self.bos_line(kind)

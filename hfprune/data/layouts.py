@@ -41,6 +41,14 @@ _LACK = {
 }
 
 
+_UNKNOWN_SPEAKER = "unknown speaker"
+_TEXT_FIELD = "Name the column of the text with text_field=... (--data.text_field)."
+_PREFERENCES = (
+    "These are preference pairs, which recovery does not train on: rename 'chosen' to 'completion' ('messages' where "
+    "it holds a whole conversation) to train on the preferred responses."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionRow:
     """One example in Alpaca layout."""
@@ -142,7 +150,7 @@ class Layout:
             )
             raise ConfigError(
                 f"'{source}' has no column {wanted}. It has: {_listed(counts)}. "
-                "Name the column of the text with text_field=... (--data.text_field)."
+                f"{_PREFERENCES if 'chosen' in counts and not text_field else _TEXT_FIELD}"
             )
         messages = (
             sum(isinstance(row.get(found.prompt or ""), list) for row in rows) if found.kind == "instruction" else 0
@@ -184,6 +192,14 @@ class Layout:
             return ChatRow(tuple(_turns(self._messages(row))))
         text: str = row if self.column is None else row[self.column]
         return text
+
+    def detail(self, row: Any, fault: str) -> str:
+        """Returns what a reason of :meth:`fault` does not say by itself: which speaker is unknown."""
+        if fault != _UNKNOWN_SPEAKER:
+            return ""
+        speakers = (turn.get("role", turn.get("from")) for turn in self._messages(row))
+        unknown = next(repr(speaker) for speaker in speakers if not _known(speaker))
+        return f"{unknown[:40]} is none of system, user and assistant"
 
     def fault(self, row: Any) -> str:
         """Returns why a row cannot be used, nothing when it can."""
@@ -233,7 +249,7 @@ def rows_of_records(source: str, records: Iterable[Any], text_field: str | None)
     found: Any = []
     for number, row in enumerate(rows, start=1):
         if fault := layout.fault(row):
-            losses.add(fault, number, row.detail if isinstance(row, BadRow) else "")
+            losses.add(fault, number, row.detail if isinstance(row, BadRow) else layout.detail(row, fault))
         else:
             found.append(layout.read(row))
     if not found:
@@ -262,14 +278,18 @@ def _fault(value: Any, when_empty: str) -> str:
     return "" if value.strip() else when_empty
 
 
+def _known(speaker: Any) -> bool:
+    return isinstance(speaker, str) and speaker in _SPEAKERS
+
+
 def _chat_fault(turns: Any) -> str:
     if not turns:
         return "empty"
     if not isinstance(turns, list | tuple) or not all(isinstance(turn, Mapping) for turn in turns):
         return "not text"
     pairs = [(turn.get("role", turn.get("from")), _words(turn)) for turn in turns]
-    if not all(isinstance(speaker, str) and speaker in _SPEAKERS for speaker, _ in pairs):
-        return "unknown speaker"
+    if not all(_known(speaker) for speaker, _ in pairs):
+        return _UNKNOWN_SPEAKER
     if faults := [fault for _, text in pairs if (fault := _fault(text, "not text" if text is None else ""))]:
         return faults[0]
     replies = [text for speaker, text in pairs if _SPEAKERS[speaker] == "assistant"]

@@ -40,6 +40,8 @@ class Roles:
         self._documents: dict[Role, list[Any]] = {}
         self._seen: set[bytes] = set()
         self.duplicates: dict[Role, int] = {}
+        self.shared: dict[Role, int] = {}
+        """Documents of a role's source that serve an earlier role, which has another source with the same ones."""
 
     def lend(self, idle: Iterable[Role]) -> bool:
         """Gives calibration, after its own documents, those of roles that a run does not use.
@@ -120,7 +122,8 @@ class Roles:
         documents: Any = rows.documents
         documents = [documents[i] for i in self._own(role, [plain(d) for d in documents])]
         kept = unique_documents([plain(d) for d in documents], seen=self._seen)
-        self.duplicates[role] = self.duplicates.get(role, 0) + len(documents) - len(kept)
+        self.shared[role] = len(documents) - len(kept)
+        self.duplicates[role] = self.duplicates.get(role, 0) + self.shared[role]
         return [documents[i] for i in kept]
 
     def _own(self, role: Role, texts: Sequence[str]) -> list[int]:

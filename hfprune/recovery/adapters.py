@@ -36,13 +36,14 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}")
 ```
 
-`adapter_config.json` holds the absolute path of the pruned model. After the folders were moved, or on another machine:
+`adapter_config.json` holds the absolute path of the pruned model, since PEFT looks for a relative one in the working
+directory. After both folders were moved or copied together, also to another machine:
 
 ```python
 import hfprune
-from peft import PeftModel
 
-model = PeftModel.from_pretrained(hfprune.load("PATH_OF_THE_PRUNED_MODEL"), "{folder}")
+model = hfprune.load("{folder}")  # finds the pruned model in `{relative}`
+model.save_pretrained("{folder}")  # writes its new path, so that AutoPeftModelForCausalLM finds it again
 ```
 """
 

@@ -112,10 +112,16 @@ def test_templates_that_rewrite_are_trained_by_turns_and_refusals_are_said(token
               validation="builtin").train_dataloader()  # fmt: skip
 
 
-def test_a_conversation_that_begins_with_a_response_is_counted(tokenizer):
-    counts = Counter()
-    assert Encoder(tokenizer, ExampleOptions(seq_len=64), counts)(ChatRow((Turn("assistant", "the"),))) == []
-    assert counts == {"refused by the chat template": 1}
+def test_a_conversation_may_begin_with_a_response(tokenizer):
+    """It is trained where the chat template writes it, and counted where the template refuses it."""
+    row, counts = ChatRow((Turn("assistant", "the"),)), Counter()
+    ((ids, labels),) = Encoder(tokenizer, ExampleOptions(seq_len=64), counts)(row)
+    assert supervised(tokenizer, labels) == "the</s>"
+    assert labels[0] == -100 != ids[0]
+    assert not counts
+    tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    assert Encoder(tokenizer, ExampleOptions(seq_len=64), counts)(row) == []
+    assert counts == {"refused by the chat template: no": 1}
 
 
 def test_conversations_need_a_template(tokenizer, tmp_path):

@@ -78,7 +78,7 @@ def test_conversations(tmp_path, row):
     ],
 )
 def test_the_reason_and_the_row_are_in_the_message(tmp_path, row, reason):
-    with pytest.raises(ConfigError, match=rf"holds no .*: 3 {reason} \(first: row 1\)\.$"):
+    with pytest.raises(ConfigError, match=rf"holds no .*: 3 {reason} \(first: row 1.*\)\.$"):
         load_rows(lines(tmp_path / "a.jsonl", [row] * 3))
 
 
@@ -87,10 +87,21 @@ def test_an_odd_row_does_not_decide_the_layout(tmp_path):
     assert (rows.texts, rows.dropped) == (("x",) * 4, {"empty": 1})
 
 
+@pytest.mark.parametrize("speaker", ["tool", 3, None])
+def test_a_speaker_that_is_not_known_is_named(tmp_path, speaker):
+    source = lines(tmp_path / "a.jsonl", [{"messages": [say("user", "x"), say(speaker, "1"), say("assistant", "b")]}])
+    with pytest.raises(
+        ConfigError, match=f"1 unknown speaker .row 1: {speaker!r} is none of system, user and assistant"
+    ):
+        load_rows(source)
+
+
 def test_columns_that_are_not_understood_are_listed(tmp_path):
     source = lines(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(ConfigError, match=r"It has: chosen, prompt, rejected\. Name the column .* text_field=\.\.\."):
+    with pytest.raises(ConfigError, match=r"It has: chosen, prompt, rejected\. .*rename 'chosen' to 'completion'"):
         load_rows(source)
+    with pytest.raises(ConfigError, match=r"It has: chosen, prompt, rejected\. Name the column .* text_field=\.\.\."):
+        load_rows(source, text_field="body")
 
 
 @pytest.mark.parametrize(

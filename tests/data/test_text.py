@@ -92,6 +92,18 @@ def test_roles_of_two_sources_share_no_document(tokenizer, tmp_path):
     assert data.summary()["recovery"]["dropped"]["repeated"] > 0
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_copy_of_the_calibration_file_says_that_it_is_one(tokenizer, tmp_path, packing):
+    """Its documents serve calibration; the error names the reason, not a lack of text."""
+    calibration, copy = lines(tmp_path / "a.jsonl", 30), lines(tmp_path / "b.jsonl", 30)
+    data = bound(tokenizer, calibration=calibration, recovery=copy, validation="builtin", packing=packing)
+    with pytest.raises(ConfigError, match="30 .*also in the data of another role"):
+        data.train_dataloader()
+    other = lines(tmp_path / "b.jsonl", 30, prefix="another")
+    data = bound(tokenizer, calibration=calibration, recovery=other, validation="builtin", packing=packing)
+    assert len(data.train_dataloader().dataset)
+
+
 def test_calibration_does_not_depend_on_whether_recovery_is_used(tokenizer):
     alone, after = bound(tokenizer), bound(tokenizer)
     after.train_dataloader()

@@ -9,6 +9,7 @@ from peft import AutoPeftModelForCausalLM, PeftModelForCausalLM
 
 import hfprune
 from hfprune.arch import config_values, find_groups
+from hfprune.errors import ConfigError
 from hfprune.plan import PruningPlan
 from hfprune.recovery.adapters import BASE_FOLDER
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
@@ -67,6 +68,39 @@ def test_saved_adapters_load_from_any_folder(case, tmp_path, monkeypatch):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert (tmp_path / "out" / BASE_FOLDER / "plan.json").is_file()
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("case", ["llama", "per_layer"])
+def test_adapters_load_after_a_move(case, within, tmp_path, monkeypatch):
+    """As a whole, with the base in the folder or next to it; another run's model is at the old place meanwhile."""
+    model = adapted(tmp_path / "dense", **CASES[case])
+    (tmp_path / "run").mkdir()
+    if not within:
+        model.base_folder = tmp_path / "run/model"
+        model._save_base(model.base_folder)
+    model.save_pretrained(tmp_path / "run/adapter")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    save_tiny(tmp_path / "run/model")
+    save_tiny(tmp_path / "run/adapter/base")
+    monkeypatch.chdir(tmp_path / "moved")
+    again = hfprune.load("adapter")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-5)
+    again.save_pretrained("adapter")
+    monkeypatch.chdir(tmp_path)
+    found = AutoPeftModelForCausalLM.from_pretrained("moved/adapter").eval()
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_without_their_base_are_refused_with_the_places(tmp_path):
+    model = adapted(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "run/adapter")
+    (tmp_path / "run/adapter/base").rename(tmp_path / "other")
+    with pytest.raises(ConfigError, match="which does not exist; neither is there a model in"):
+        hfprune.load(tmp_path / "run/adapter")
+    save_tiny(tmp_path / "run/adapter/base", "llama")  # the dense model: its shapes do not fit
+    with pytest.raises(ConfigError, match="Cannot load the adapters of"):
+        hfprune.load(tmp_path / "run/adapter")
 
 
 def test_the_card_says_what_the_base_is(tmp_path):
