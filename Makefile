@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 test-gpu test-all check format bench clean
+.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links wheel format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 # torch comes first and pinned, so that nothing installed later replaces it. PyPI's Linux wheel brings gigabytes of CUDA
 # packages; for a CPU-only one: make demo TORCH_FLAGS="--index-url URL_OF_AN_INDEX_WITH_CPU_WHEELS"
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt $(TORCH_FLAGS)
@@ -40,6 +40,21 @@ test-transformers4: $(STAMP)  ## exports as releases of transformers 4 read them
 	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* | paste -sd:) \
 	  $(BIN)/python -m pytest -m slow tests/test_compat.py --timeout 1800
 
+# The default tests with other versions of the dependencies, each in an environment of its own: the lower bounds of setup.cfg,
+# and the newest that its ranges allow. Old releases warn of what newer ones deprecate, so there deprecations are no errors.
+LOWEST_TESTS ?= tests/allocation tests/criteria tests/layouts tests/test_plan.py tests/test_shipped.py
+test-lowest:  ## tests with the lower bounds of the dependencies, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet torch==2.6.0 $(TORCH_FLAGS)
+	.venv-lowest/bin/python -m pip install --quiet -e . pytest pytest-timeout hypothesis -c constraints-lowest.txt
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::FutureWarning $(LOWEST_TESTS)
+
+test-newest:  ## the default tests with the newest dependencies that setup.cfg allows, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet torch $(TORCH_FLAGS)
+	.venv-newest/bin/python -m pip install --quiet -e ".[dev]"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test-gpu: $(STAMP)  ## the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu
 
@@ -53,6 +68,13 @@ check: $(STAMP)  ## linters, types, import contracts, spelling
 	$(BIN)/lint-imports --config setup.cfg
 	$(BIN)/codespell
 
+links: $(STAMP)  ## relative links and anchors of the Markdown files
+	$(BIN)/python -m pytest tests/test_links.py
+
+wheel: $(STAMP)  ## build the wheel into dist/, and test one outside the repository
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m pytest -m slow tests/test_shipped.py --timeout 600
+
 format: $(STAMP)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -64,4 +86,4 @@ bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passe
 	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLD) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

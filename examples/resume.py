@@ -14,7 +14,7 @@ from hfprune import LoraRecovery, PruningModule, ReportCallback, TaylorImportanc
 from hfprune.calibration import ImportanceAccumulator
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # an event, no error
     """Stands for a crash, a preemption, a reboot."""
 
 

@@ -1,10 +1,12 @@
 """The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from hfprune.errors import HFPruneError
 from hfprune.near import nearest
+from hfprune.shipped import shipped_configs
 from hfprune.version import __version__
 
 COMMANDS = {
@@ -18,18 +20,20 @@ COMMANDS = {
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
 in one PyTorch Lightning fit.
 
-usage: hfprune COMMAND [--config FILE.yaml] [--help] [--debug] [flags]
+usage: hfprune COMMAND [--config NAME_OR_FILE.yaml] [--help] [--debug] [flags]
 
 commands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
 examples:
-  hfprune fit --config configs/quickstart.yaml
+  hfprune fit --config quickstart
   hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
   hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
   hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
 
 Each command lists its flags with: hfprune COMMAND --help
+--config takes a YAML file, or the name of a config of the package:
+{textwrap.indent(textwrap.fill(", ".join(shipped_configs()), width=100), "  ")}
 """
 
 

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from hfprune.commands import BaseCLI, command_class
 from hfprune.errors import ConfigError
+from hfprune.shipped import with_config_paths
 
 
 def launch(command: str, args: list[str]) -> None:
@@ -25,6 +26,7 @@ def launch(command: str, args: list[str]) -> None:
     if not sys.warnoptions:
         _quieten()
     try:
+        args = with_config_paths(args)
         cli = command_class(command, args)(command, args)
         try:
             with _terminable(cli):

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hfprune.cli import COMMANDS
+from hfprune.shipped import with_config_paths
 from tests.models import save_tiny
 from tests.published import resolved, unchecked
 
@@ -57,6 +58,7 @@ def test_documented_commands_are_resolved(page, line, monkeypatch):
     unchecked(monkeypatch)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
+    flags = with_config_paths(flags)
     cli = command_class(command, flags)(command, flags)
     if command in ("fit", "prune"):
         resolved(cli, "smollm2-135m", layout=False)

@@ -22,10 +22,9 @@ from hfprune.errors import ConfigError
 from hfprune.evaluation.size import measure_size
 from hfprune.loading import check_model, load_causal_lm, load_config, meta_model
 from hfprune.modules import PruningModule
+from tests.helpers import TINY_FLAGS
 from tests.models import GATED, OWN_HEAD_DIM, save_tiny, tiny, tiny_tokenizer
 
-SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
-SMALL += ["--latency=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 538090408\n"
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -174,7 +173,7 @@ def test_prune_refuses_in_one_line(folder, capsys, kind):
     change, expected = KINDS[kind]
     change(folder)
     capsys.readouterr()
-    code = main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *SMALL])
+    code = main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *TINY_FLAGS])
     assert expected in one_line(capsys, code)
 
 
@@ -191,7 +190,9 @@ def test_every_command_refuses(dense, folder, capsys, kind, command):
     if command == "fit":
         flags += ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
     Path("text.txt").write_text("The assert statement is a convenient way. " * 30)
-    code = main([command.replace("dense", "evaluate"), f"--model.path={model}", "--data.text=text.txt", *flags, *SMALL])
+    code = main(
+        [command.replace("dense", "evaluate"), f"--model.path={model}", "--data.text=text.txt", *flags, *TINY_FLAGS]
+    )
     line = one_line(capsys, code)
     assert expected in line
     assert name in line
@@ -209,7 +210,7 @@ def test_python_refuses(folder, kind):
 
 
 def test_export_refuses_weights_that_do_not_fit(folder, capsys):
-    assert main(["prune", f"--model.path={folder}", "--output_dir=run", "--pruning_ratio=0.2", *SMALL]) == 0
+    assert main(["prune", f"--model.path={folder}", "--output_dir=run", "--pruning_ratio=0.2", *TINY_FLAGS]) == 0
     without("lm_head")(Path("run/model"))
     capsys.readouterr()
     assert "lm_head.weight" in one_line(capsys, main(["export", "--model.path=run/model", "--output_dir=out"]))
@@ -218,7 +219,7 @@ def test_export_refuses_weights_that_do_not_fit(folder, capsys):
 def test_switches_work(folder):
     set_config(folder, return_dict=False, output_attentions=True, output_hidden_states=True, use_cache=False)
     set_config(folder, pad_token_id=-1, torch_dtype="float32")
-    code = main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *SMALL])
+    code = main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *TINY_FLAGS])
     assert code == 0
     assert hfprune.load("out/model")(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.shape == (1, 3, 61)
 
@@ -285,7 +286,7 @@ def test_no_code_is_asked_for(folder):
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization.T", None]}})
     )
-    assert main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *SMALL]) == 0
+    assert main(["prune", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", *TINY_FLAGS]) == 0
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in json.loads(Path("out/model", name).read_text())
     AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True)
@@ -334,7 +335,7 @@ def test_local_path_that_does_not_exist_asks_no_hub(folder, monkeypatch):
 def test_home_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     Path("run.yaml").write_text("model: {path: ~/m}\noutput_dir: ~/out\npruning_ratio: 0.2\n")
-    assert main(["prune", "--config=run.yaml", *SMALL]) == 0
+    assert main(["prune", "--config=run.yaml", *TINY_FLAGS]) == 0
     assert not Path("~").exists()
     assert (
         main(
@@ -344,7 +345,7 @@ def test_home_folder(folder, monkeypatch):
                 "--dense=~/m",
                 "--output=~/e.json",
                 "--data.text=builtin",
-                *[flag for flag in SMALL if "seq" not in flag],
+                *[flag for flag in TINY_FLAGS if "seq" not in flag],
             ]
         )
         == 0

@@ -48,7 +48,7 @@ class Calibration:
             whose sums are too large to be looked at again and again.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         trainer: Trainer,
         target: Target,

@@ -89,7 +89,7 @@ class TaylorImportanceCallback(Callback):
         neurons: Neurons of a module of your own that holds no Hugging Face model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         pruning_ratio: float | None = None,

@@ -64,7 +64,7 @@ class SparsityCallback(Callback):
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         method: SparseMethod | str,

@@ -75,7 +75,7 @@ class TextDataModule(ResumableDataModule):
         self_text: How the model writes where a source is ``self``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         calibration: str = BUILTIN,
         *,

@@ -21,7 +21,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with beside the hidden states: positional and keyword arguments."""
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818  # control flow, no error
     """The first layer was reached: the rest of the model need not run."""
 
 

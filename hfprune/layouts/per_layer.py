@@ -233,12 +233,12 @@ def _stock_model(config: Any) -> Any:
 def _cutting(stock: Any, cut: Cut) -> Any:
     """Returns a subclass of a model class whose new models are cut at once; it bears the stock class's name."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         _apply(self, cut)
 
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (stock,), names | {"__init__": __init__})
+    return type(stock.__name__, (stock,), names | {"__init__": init})
 
 
 def _apply(model: Any, cut: Cut) -> None:

@@ -62,7 +62,7 @@ class PruningModule(RecoverySteps):
             less memory, more time.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         path: str = "smollm2-135m",
         *,

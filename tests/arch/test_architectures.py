@@ -105,7 +105,7 @@ def test_a_unit_of_heads_is_what_attention_reads_together(name):
     model = dense(name)
     group = find_groups(model, ("heads",))[1]
     if group.num_units == 1:
-        return
+        pytest.skip(f"{name} has one unit of heads, which attention reads whole")
     (reader,) = group.inputs()
     seen = []
     model.get_submodule(reader.module).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))

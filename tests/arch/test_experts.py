@@ -25,6 +25,7 @@ from hfprune.recording import UnitMask
 from hfprune.sparse import Sparsity, sparse_method
 from hfprune.surgery import apply_plan, cut_optimizer_state, mask_plan, plan_cuts
 from hfprune.types import Budget
+from tests.helpers import TINY_FLAGS
 from tests.models import MIXTURES, inventory, mixtures, save_tiny, tiny, token_ids
 from tests.reference.experts import by_hand
 
@@ -232,14 +233,10 @@ def test_figures_need_no_mlp_width():
     assert found["size"]["macs"] > 0
 
 
-SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=2", "--data.eval_window=16"]
-QUIET = ["--latency=false", "--trainer.enable_progress_bar=false"]
-
-
 def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = save_tiny(tmp_path / "dense", "mixtral")
-    common = [f"--model.path={folder}", *SMALL, *QUIET, "--importance.units=[experts]"]
+    common = [f"--model.path={folder}", *TINY_FLAGS, "--importance.units=[experts]"]
     assert main(["prune", *common, "--pruning_ratio=0.2", "--output_dir=out"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     kept = {len(units) for units in PruningPlan.load(tmp_path / "out" / "model" / "plan.json").keep.values()}

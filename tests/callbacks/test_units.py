@@ -29,13 +29,12 @@ from hfprune.criteria import (
 )
 from hfprune.errors import ConfigError, UnsupportedArchitectureError
 from tests.foreign import FineTuner
+from tests.helpers import TINY_FLAGS
 from tests.models import save_tiny, token_ids
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 ALL = ("mlp", "heads", "blocks")
-SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=2", "--data.eval_window=16"]
-QUIET = ["--latency=false", "--trainer.enable_progress_bar=false"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def here(tmp_path, monkeypatch):
 
 
 def prune(folder, *flags):
-    return main(["prune", f"--model.path={folder}", "--output_dir=out", *SMALL, *QUIET, *flags])
+    return main(["prune", f"--model.path={folder}", "--output_dir=out", *TINY_FLAGS, *flags])
 
 
 def fit(folder, importance, *callbacks, **kwargs):

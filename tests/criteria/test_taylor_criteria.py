@@ -133,32 +133,42 @@ def test_half_the_mean_fisher_score_is_the_kl_of_a_small_change():
 
     model, ids = toy("gelu", bias=False), sequences()[1]
     (group, *_) = find_groups(model)
-    found = 0.0
-    draws = 120
+    found = []
+    draws = 400
     original = OBJECTIVES._items["sampled"]
     try:
         for seed in range(draws):
             OBJECTIVES._items["sampled"] = Sampled(seed)
             batch = [{"input_ids": ids[None]}]
-            found += calibrate(model, Fisher(), "sampled", groups=[group], batches=batch)[group.name] * len(ids) / draws
+            found.append(calibrate(model, Fisher(), "sampled", groups=[group], batches=batch)[group.name] * len(ids))
     finally:
         OBJECTIVES._items["sampled"] = original
     with torch.no_grad():
         log_p = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
         for unit in range(3):
-            kl = 0.0
-            for t in range(len(ids)):
+            coarse, fine = (_kl_of_shrinking(model, group, ids, log_p, unit, step) / step**2 for step in (0.02, 0.01))
+            limit = 2 * fine - coarse  # the error of each is proportional to its step
+            values = torch.stack(found)[:, unit].double()
+            error = float(values.std()) / draws**0.5
+            assert error < 0.1 * float(values.mean())
+            assert 0.5 * float(values.mean()) == pytest.approx(limit, abs=0.5 * 3 * error)
 
-                def shrink(module, args, t=t, unit=unit):
-                    x = args[0].clone()
-                    x[0, t, unit] *= 0.99
-                    return (x,)
 
-                handle = model.get_submodule(group.inputs()[0].module).register_forward_pre_hook(shrink)
-                changed = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
-                handle.remove()
-                kl += float((log_p.exp() * (log_p - changed)).sum())
-            assert 0.5 * float(found[unit]) * 0.01**2 == pytest.approx(kl, rel=0.3)
+def _kl_of_shrinking(model, group, ids, log_p, unit, step):
+    """The KL to the model whose unit is smaller by ``step`` at one token, summed over these tokens."""
+    kl = 0.0
+    for t in range(len(ids)):
+
+        def shrink(module, args, t=t):
+            x = args[0].clone()
+            x[0, t, unit] *= 1 - step
+            return (x,)
+
+        handle = model.get_submodule(group.inputs()[0].module).register_forward_pre_hook(shrink)
+        changed = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
+        handle.remove()
+        kl += float((log_p.exp() * (log_p - changed)).sum())
+    return kl
 
 
 def test_units_whose_channels_do_not_fold_are_refused():

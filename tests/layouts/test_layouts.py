@@ -21,12 +21,11 @@ from hfprune.layouts import LAYOUTS, is_per_layer
 from hfprune.layouts.padded import compose, pad
 from hfprune.surgery import mask_plan
 from hfprune.types import Budget, Group, Slice
+from tests.helpers import TINY_FLAGS
 from tests.layouts.plans import WIDTHS, head_plan, mlp_plan
 from tests.models import NAMES, tiny, tiny_tokenizer, token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_window=16", "--data.eval_windows=2"]
-SMALL += ["--latency=false", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 FRESH = ("llama", "qwen2", "gpt2", "opt")
 
 
@@ -237,7 +236,13 @@ def folder(exported, tmp_path, monkeypatch):
 
 def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch):
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("weights were read"))
-    flags = [f"--model.path={folder}", "--model.allow_pruned=true", "--output_dir=out", "--pruning_ratio=0.1", *SMALL]
+    flags = [
+        f"--model.path={folder}",
+        "--model.allow_pruned=true",
+        "--output_dir=out",
+        "--pruning_ratio=0.1",
+        *TINY_FLAGS,
+    ]
     assert main(["prune", *flags]) == 2
     error = capsys.readouterr().err
     assert "a stock config states one for all" in " ".join(error.split())
@@ -248,7 +253,13 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
 
 def test_uniform_is_refused_after_calibration_when_only_then_widths_are_known(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(TaylorImportanceCallback, "planned", lambda self, module: None)
-    flags = [f"--model.path={folder}", "--model.allow_pruned=true", "--output_dir=out", "--pruning_ratio=0.1", *SMALL]
+    flags = [
+        f"--model.path={folder}",
+        "--model.allow_pruned=true",
+        "--output_dir=out",
+        "--pruning_ratio=0.1",
+        *TINY_FLAGS,
+    ]
     assert main(["prune", *flags]) == 2
     assert not (tmp_path / "out/model").exists()
 
@@ -256,7 +267,7 @@ def test_uniform_is_refused_after_calibration_when_only_then_widths_are_known(fo
 def test_pruned_again_recovered_evaluated_and_written_in_another_layout(folder, capsys):
     flags = [f"--model.path={folder}", "--model.allow_pruned=true", "--output_dir=out", "--pruning_ratio=0.1"]
     flags += ["--data.recovery_sequences=4", "--data.validation_sequences=2", "--importance.recovery.rank=2"]
-    assert main(["fit", *flags, "--layout=per_layer", *SMALL]) == 0
+    assert main(["fit", *flags, "--layout=per_layer", *TINY_FLAGS]) == 0
     report = json.loads(Path("out/report.json").read_text())
     widths = report["stages"]["pruned"]["widths"]
     assert all(0 < width < before for width, before in zip(widths, WIDTHS, strict=True))
