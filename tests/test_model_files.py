@@ -308,7 +308,7 @@ def test_dynamic_rotary_embeddings_of_gpt_neox(folder, capsys):
         scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": share}
         set_config(folder, rope_parameters=scaling)
         capsys.readouterr()
-        code = main(["prune", f"--model.path={folder}", f"--output_dir={out}", "--pruning_ratio=0.1", *SMALL])
+        code = main(["prune", f"--model.path={folder}", f"--output_dir={out}", "--pruning_ratio=0.1", *TINY_FLAGS])
     assert hfprune.load("whole/model").config.rope_parameters["rope_type"] == "dynamic"
     assert "cannot be built: ZeroDivisionError: division by zero" in one_line(capsys, code)
 
