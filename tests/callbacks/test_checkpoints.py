@@ -140,6 +140,10 @@ def test_calibration_of_other_settings_is_refused(folder, tmp_path, monkeypatch)
         with pytest.raises(ConfigError, match=f"calibrated with other settings: {what}"):
             fit(path, **kwargs)
     assert read_metadata(path)["hfprune"]["phase"] == "calibrating"
+    del saved["hfprune"]["calibration"]["tokens"]  # as earlier versions wrote it
+    earlier = str(tmp_path / "earlier.ckpt")
+    torch.save(saved, earlier)
+    fit(earlier)
     fit(path)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 
 import pytest
@@ -316,6 +317,24 @@ def test_bad_grids(settings, message):
 def test_bad_methods(settings, message):
     with pytest.raises(ConfigError, match=message):
         grid(methods=[Method(**settings)])
+
+
+def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(tmp_path, monkeypatch, caplog):
+    wide = save_tiny(tmp_path / "wide", intermediate_size=400)
+    logger = logging.getLogger("hfprune")
+    logger.addHandler(caplog.handler)
+    compared = sweep(wide, tmp_path / "out", methods=METHODS[:2], pruning_ratios=[0.2, 0.6])
+
+    def load(*args):
+        raise Stop
+
+    monkeypatch.setattr(PruningModule, "configure_model", load)
+    with pytest.raises(Stop):
+        compared.run()
+    logger.removeHandler(caplog.handler)
+    assert len(compared.warnings) == 1
+    assert "more than half" in compared.warnings[0]
+    assert caplog.text.count("WARNING: pruning_ratio=0.6 removes 60") == 1
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
