@@ -191,6 +191,8 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "S
         (["--trainer.accelerator=tpu"], {}, "The trainer cannot be built: "),
         (["--trainer.devices=2"], SLURM, "The trainer cannot be built: You set `--ntasks=2`"),
         (["--trainer.logger=CometLogger"], {}, "comet"),
+        (["--trainer.callbacks+=Timer"], {}, "give it in Python. For a limit of time there is --trainer.max_time."),
+        (["--trainer.callbacks+=ThroughputMonitor"], {}, "arguments are required: batch_size_fn\n"),
     ],
 )
 def test_what_cannot_be_built_or_used_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, environment, message):
