@@ -89,10 +89,8 @@ def _guess(near: str | None) -> str:
 def _of_class(text: str) -> str | None:
     """Returns what is wrong with the options of a class, of the innermost one that is at fault."""
     key = re.search(r'Parser key "([\w.]+)"', text)
-    found = re.findall(
-        r"Problem with given class_path '([\w.]+)': (.*?)(?= - Expected a | - Problem with | - Not a valid | - Import path |$)",
-        text,
-    )
+    ends = " - Expected a | - Problem with | - Not a valid | - Import path |$"
+    found = re.findall(rf"Problem with given class_path '([\w.]+)': (.*?)(?={ends})", text)
     if key is None or not found:
         return None
     path, reason = found[-1]
