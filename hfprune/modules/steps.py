@@ -120,7 +120,7 @@ class RecoverySteps(TokenWeighted):
 
     def logged_figures(self) -> tuple[str, ...]:
         """Returns the names under which training and validation log."""
-        names = ("train_loss", "val_loss")
+        names: tuple[str, ...] = ("train_loss", "val_loss")
         settings = self.distillation
         if settings is None:
             return names
