@@ -51,7 +51,7 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return {
         "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-        "learning_rate": [float(group.get("initial_lr", group["lr"])) for group in groups],
+        "learning_rate": [float(group.get("initial_lr", group.get("lr", 0))) for group in groups],
         "weight_decay": [group.get("weight_decay") for group in groups],
         "recovery data": data_fingerprint(trainer, "recovery"),
     }
