@@ -347,6 +347,7 @@ class Decayed(FineTuner):
         return found
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
     ("changed", "told"),
     [

@@ -319,11 +319,11 @@ def test_bad_methods(settings, message):
         grid(methods=[Method(**settings)])
 
 
-def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(tmp_path, monkeypatch, caplog):
-    wide = save_tiny(tmp_path / "wide", intermediate_size=400)
+def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(folder, tmp_path, monkeypatch, caplog):
     logger = logging.getLogger("hfprune")
     logger.addHandler(caplog.handler)
-    compared = sweep(wide, tmp_path / "out", methods=METHODS[:2], pruning_ratios=[0.2, 0.6])
+    removing = Method(name="a", criterion=Magnitude(), units=("mlp", "heads"))
+    compared = sweep(folder, tmp_path / "out", methods=[removing], pruning_ratios=[0.2, 0.55])
 
     def load(*args):
         raise Stop
@@ -334,7 +334,7 @@ def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(tmp_path, m
     logger.removeHandler(caplog.handler)
     assert len(compared.warnings) == 1
     assert "more than half" in compared.warnings[0]
-    assert caplog.text.count("WARNING: pruning_ratio=0.6 removes 60") == 1
+    assert caplog.text.count("WARNING: pruning_ratio=0.55 removes 5") == 1
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
