@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,26 @@ def launch(command: str, args: list[str]) -> None:
             torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
+    except (AttributeError, TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        callback = _refusing(error)
+        if callback is None:
+            raise
+        raise ConfigError(f"{callback} cannot be used here: {str(error).partition('HINT:')[0]}") from error
+
+
+def _refusing(error: Exception) -> str | None:
+    """Returns the callback or logger of Lightning's that raised ``error``; None where other code did.
+
+    Many of them find out only when they are called that a module or a run does not have what they need.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(("lightning.pytorch.callbacks.", "lightning.pytorch.loggers.")):
+            found = type(frame.f_locals.get("self")).__name__
+        elif module.startswith("hfprune."):
+            found = None
+    return found
 
 
 @contextmanager

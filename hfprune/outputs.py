@@ -17,6 +17,10 @@ REPORT_PAGE = "report.html"
 FIGURES_FOLDER = "figures"
 IMPORTANCE_FILE = "importance.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
+DENSE_CHECKPOINTS = "dense"
+"""Folder, among a run's checkpoints, with those of the dense control."""
+EARLIER_CHECKPOINTS = "earlier"
+"""Folder, among a run's checkpoints, with those of the run before that it replaces."""
 STATE_FOLDER = "layers"
 """Finished layers of a sparse run that has not ended."""
 
@@ -173,7 +177,7 @@ _OWN: dict[str, Callable[[Path], bool]] = {
     FIGURES_FOLDER: _comes_with_report,
     IMPORTANCE_FILE: _comes_with_plan,
     "permutations.safetensors": _comes_with_plan,
-    CHECKPOINT_FOLDER: _holds(".ckpt", folders=("dense",)),
+    CHECKPOINT_FOLDER: _holds(".ckpt", folders=(DENSE_CHECKPOINTS, EARLIER_CHECKPOINTS)),
     "table.json": _is_table,
     "table.csv": _comes_with_table,
     "table.md": _comes_with_table,

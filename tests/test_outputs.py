@@ -143,6 +143,13 @@ def test_results_never_replace_what_hfprune_did_not_write(name, tmp_path):
         check_output_dir(out, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["dense", "earlier"])
+def test_folders_among_checkpoints_are_hfprunes_own(name, tmp_path):
+    (tmp_path / "out" / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / name / "last.ckpt").write_bytes(b"")
+    assert check_output_dir(tmp_path / "out", overwrite=True) == tmp_path / "out"
+
+
 def test_files_of_the_user_between_results_are_no_trouble(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")

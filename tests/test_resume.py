@@ -221,6 +221,26 @@ def test_overwritten_run_does_not_come_back(fit, monkeypatch):
     assert not Path("out/checkpoints/earlier").exists()
 
 
+def test_control_of_an_overwritten_run_does_not_come_back(fit, monkeypatch):
+    flags = ["--recover_dense=true", "--model.learning_rate=1e-2"]
+    assert fit("--recover_dense=true") == 0
+    killed(monkeypatch, fit, 2, *flags, "--overwrite=true", "--checkpoint_steps=1")
+    assert fit(*flags, "--overwrite=true", "--checkpoint_steps=1", "--ckpt_path=last") == 0
+    again = torch.load(checkpoints_in(Path("out/checkpoints/dense"))[-1], weights_only=True)
+    assert again["recovery"]["resumed"] == []
+    assert again["recovery"]["settings"]["learning_rate"] == 1e-2
+    assert not Path("out/checkpoints/dense/earlier").exists()
+
+
+def test_control_is_resumed_with_the_run(fit):
+    assert fit("--recover_dense=true") == 0
+    assert fit("--recover_dense=true", "--trainer.max_epochs=2", "--model.learning_rate=1e-3", "--ckpt_path=last") == 0
+    stages = report()["stages"]
+    assert stages["dense_tuned"]["optimizer_steps"] == stages["recovered"]["optimizer_steps"] == 8
+    again = torch.load(checkpoints_in(Path("out/checkpoints/dense"))[-1], weights_only=True)
+    assert again["recovery"]["resumed"][0]["changes"]["learning_rate"] == [4e-4, 1e-3]
+
+
 def test_own_files_among_checkpoints_stay(fit):
     Path("out/checkpoints").mkdir(parents=True)
     Path("out/checkpoints/mine.ckpt").write_bytes(b"mine")

@@ -125,7 +125,7 @@ class Calibration:
         if self._trainer.is_global_zero:  # the sums of all ranks so far, counted once
             device = self._trainer.strategy.root_device
             self.accumulator.load([tensor.to(device) for tensor in state["sums"]])
-            self.seen = SeenTokens(state["tokens"])
+            self.seen = SeenTokens(state.get("tokens"))  # checkpoints of earlier versions do not say
 
     def _summed(self) -> list[torch.Tensor]:
         """Returns the sums over all ranks; exact sums do not depend on which rank added what."""

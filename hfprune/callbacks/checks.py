@@ -1,10 +1,17 @@
 """What a run with ``TaylorImportanceCallback`` is checked for before any weight is loaded."""
 
 import os
+from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 
 from hfprune.callbacks.calibrate import check_source
 from hfprune.callbacks.curves import check_curves
@@ -62,9 +69,45 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
         raise ConfigError(
             "The learning rate of recovery decays to zero over a known number of steps: give max_epochs or max_steps."
         )
+    if trainer.limit_train_batches != 0:
+        _check_loggers(trainer)
+        _check_monitors(trainer, module)
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
             f"num_nodes={trainer.num_nodes} waits for processes on other machines, and MASTER_ADDR does not say where: "
             "start every process with torchrun or srun, or give num_nodes=1."
         )
+
+
+def _check_loggers(trainer: Trainer) -> None:
+    """Raises ``ConfigError`` for a callback that finds out after calibration that there is no logger to write to."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not trainer.loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        raise ConfigError("LearningRateMonitor writes to a logger, and logger=False: give a logger, or leave it out.")
+
+
+def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """Raises ``ConfigError`` for a callback that monitors a figure which a ``PruningModule`` will not log.
+
+    A callback of the user's own may log any figure: with one, unknown names are accepted.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not isinstance(module, PruningModule):
+        return
+    logged = module.logged_figures()
+    silent = trainer.limit_val_batches == 0
+    known = [name for name in logged if not (silent and name.startswith("val_"))]
+    own = any(type(c).__module__.partition(".")[0] not in ("lightning", "hfprune") for c in callbacks)
+    rates = any(isinstance(c, LearningRateMonitor) for c in callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
+            continue
+        name = callback.monitor
+        if name is None or name in known or (rates and name.startswith("lr-")):
+            continue
+        who = f"{type(callback).__name__}(monitor='{name}')"
+        if name in logged:
+            raise ConfigError(f"{who} waits for a figure of validation, and limit_val_batches=0 leaves that out.")
+        if not own:
+            raise ConfigError(f"{who} waits for a figure that is not logged. Logged are: {', '.join(known)}.")

@@ -176,7 +176,7 @@ class LoraPruneCallback(Callback):
     ) -> None:
         """Takes more units away, where it is time."""
         assert isinstance(pl_module, PruningModule)
-        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, total = _position(trainer, pl_module)
         if step == self._step:  # batches of one step are still being gathered
             return
         self._step = step
@@ -207,10 +207,10 @@ class LoraPruneCallback(Callback):
         assert self._resolved is not None
         if not self.importance:
             raise ConfigError("LoRAPrune took no step of the optimizer: there is no recovery data to learn from.")
-        total = int(trainer.estimated_stepping_batches)
-        if trainer.global_step < round((1 - self.cooldown) * total):
+        step, total = _position(trainer, pl_module)
+        if step < round((1 - self.cooldown) * total):
             warnings.warn(
-                f"LoRAPrune ended after {trainer.global_step} of {total} steps, before its schedule did: units are cut "
+                f"LoRAPrune ended after {step} of {total} steps, before its schedule did: units are cut "
                 "that the adapters were not trained without.",
                 stacklevel=2,
             )
@@ -275,3 +275,10 @@ class LoraPruneCallback(Callback):
         self.importance = dict(state_dict["importance"])
         kept = state_dict["kept"]
         self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}
+
+
+def _position(trainer: Trainer, module: PruningModule) -> tuple[int, int]:
+    """Returns the step in the schedule and its end; steps of another size, taken before a resume, count by epochs."""
+    schedule = module.schedule
+    assert schedule is not None, "recovery trains"
+    return trainer.global_step + schedule.offset, schedule.total

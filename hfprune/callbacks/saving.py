@@ -8,8 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-EARLIER = "earlier"
-"""Folder, among a run's checkpoints, with those of the run before that it replaces."""
+from hfprune.outputs import EARLIER_CHECKPOINTS
 
 _OURS = re.compile(r"(last(-pruning)?|epoch=\d+-step=\d+|step-\d+)\.ckpt")
 
@@ -48,7 +47,7 @@ class OneRun(Callback):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.aside = self.folder / EARLIER
+        self.aside = self.folder / EARLIER_CHECKPOINTS
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves what is there, where nothing is resumed."""

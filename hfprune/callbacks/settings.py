@@ -10,6 +10,7 @@ from hfprune.callbacks.planner import PruningOptions
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import Record
 from hfprune.criteria import GradientCriterion
+from hfprune.modules import PruningModule
 from hfprune.modules.resuming import data_fingerprint, differences, given_seed, refuse
 
 
@@ -39,14 +40,32 @@ def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, 
         "precision": str(trainer.precision),
         "seed": given_seed(),
     }
+    if not isinstance(target.module, PruningModule):  # which compares its own
+        found["training"] = _training_settings(trainer)
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
 
+def _training_settings(trainer: Trainer) -> dict[str, Any]:
+    """Returns what the training of a module of one's own was given, before a checkpoint is restored into it."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return {
+        "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
+        "learning_rate": [float(group.get("initial_lr", group.get("lr", 0))) for group in groups],
+        "weight_decay": [group.get("weight_decay") for group in groups],
+        "recovery data": data_fingerprint(trainer, "recovery"),
+    }
+
+
 def check_settings(record: Record, now: dict[str, Any]) -> None:
     """Raises ``ConfigError`` where a run goes on from a checkpoint with settings that its pruning did not have."""
-    if record.plan is not None or record.phase == "calibrating":
-        refuse(differences(record.settings, now), "calibrated" if record.phase == "calibrating" else "pruned")
+    if record.plan is None and record.phase != "calibrating":
+        return
+    before, now = dict(record.settings), dict(now)
+    trained, trains = before.pop("training", {}), now.pop("training", {})
+    refuse(differences(before, now), "calibrated" if record.phase == "calibrating" else "pruned")
+    if record.phase == "training":  # the restored optimizer would keep the old values
+        refuse(differences(trained, trains), "trained")
 
 
 def whence(trainer: Trainer) -> str:

@@ -1,6 +1,6 @@
 """What every command's parser has, and errors in one line."""
 
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -68,6 +68,17 @@ class BaseCLI(LightningCLI):
             if isinstance(cause, HFPruneError):
                 raise cause from error
             raise ConfigError(refused(str(error)) or not_built(error, cause)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
+        """Builds the trainer; raises ``ConfigError`` in one line where Lightning refuses a flag or the environment."""
+        try:
+            return cast(PruneTrainer, super().instantiate_trainer(**kwargs))
+        except HFPruneError:
+            raise
+        except Exception as error:
+            missing = "a variable is missing: " if isinstance(error, KeyError) else ""
+            text = " ".join(str(error).replace("HINT:", "").split())
+            raise ConfigError(f"The trainer cannot be built: {missing}{text}") from error
 
     def check_trainer(self) -> None:
         """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""

@@ -28,6 +28,11 @@ _MEANT = {
 def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     """Returns the parser's complaint in one line, with the nearest option when one is not known."""
     text = " ".join(str(error).split())
+    if "cannot represent an object" in text:  # an enumeration among the defaults of a class
+        return (
+            "A class that was given has a default which no file of options can hold, as Timer has: give it in Python. "
+            "For a limit of time there is --trainer.max_time."
+        )
     known = {name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)}
     for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
         if (unknown := re.search(pattern, text)) and "class_path" not in text:
@@ -84,7 +89,8 @@ def _guess(near: str | None) -> str:
 def _of_class(text: str) -> str | None:
     """Returns what is wrong with the options of a class, of the innermost one that is at fault."""
     key = re.search(r'Parser key "([\w.]+)"', text)
-    found = re.findall(r"Problem with given class_path '([\w.]+)': (.*?)(?= - Expected a | - Problem with |$)", text)
+    ends = " - Expected a | - Problem with | - Not a valid | - Import path |$"
+    found = re.findall(rf"Problem with given class_path '([\w.]+)': (.*?)(?={ends})", text)
     if key is None or not found:
         return None
     path, reason = found[-1]

@@ -43,9 +43,9 @@ class ExportCLI(BaseCLI):
         plan = previous_plan(module.path)
         if plan is None:
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: it is no model that hfprune wrote.")
+        check_apart(target, {"model.path": module.path}, names=None)
         module.check_loadable()
         LAYOUTS.get(layout).check(module.meta_model())
-        check_apart(target, {"model.path": module.path}, names=None)
         check_replaceable(target, overwrite=self.config.overwrite, argument="output_dir")
         check_writable(target.absolute().parent, "--output_dir", name=target)
         module.configure_model()

@@ -8,7 +8,6 @@ from typing import Any, cast
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
@@ -21,7 +20,7 @@ from hfprune.commands.logs import KeptCSVLogger
 from hfprune.commands.resume import check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.commands.traces import without_traces
 from hfprune.errors import ConfigError
-from hfprune.outputs import CHECKPOINT_FOLDER
+from hfprune.outputs import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS
 from hfprune.recovery import LoraRecovery
 from hfprune.trainer import PruneTrainer
 
@@ -104,12 +103,10 @@ class RunCLI(BaseCLI):
         elif config.trainer.logger is None:
             step = None if self.resumed_from is None else read_metadata(self.resumed_from).get("global_step", 0)
             kwargs["logger"] = KeptCSVLogger(out, from_step=step)
-        try:
-            trainer = cast(PruneTrainer, super().instantiate_trainer(**kwargs))
-        except (ValueError, TypeError, MisconfigurationException) as error:  # Lightning refuses a flag's value
-            raise ConfigError(f"The trainer cannot be built: {error}") from error
+        trainer = cast(PruneTrainer, super().instantiate_trainer(**kwargs))
         if trainer.checkpoint_callbacks:
-            trainer.callbacks.insert(0, OneRun(folder))  # type: ignore[attr-defined]  # before the first is written
+            of_run = [OneRun(folder), OneRun(folder / DENSE_CHECKPOINTS)]  # before the first is written
+            trainer.callbacks[:0] = of_run  # type: ignore[attr-defined]
         return trainer
 
     def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
@@ -194,7 +191,7 @@ class RunCLI(BaseCLI):
         adapters = pruning.lora if isinstance(pruning, LoraPruneCallback) else pruning.recovery
         del callbacks, pruning  # they hold the pruned model
         seed_everything(self.model.run_seed, workers=True, verbose=False)
-        folder = Path(config.output_dir) / CHECKPOINT_FOLDER / "dense"
+        folder = Path(config.output_dir) / CHECKPOINT_FOLDER / DENSE_CHECKPOINTS
         if config.ckpt_path is None:
             for path in folder.glob("*.ckpt"):
                 path.unlink()

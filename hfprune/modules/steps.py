@@ -118,6 +118,15 @@ class RecoverySteps(TokenWeighted):
         for name, value in logged.items():
             self.log(name, value, prog_bar=name == "val_loss", sync_dist=True, batch_size=num_tokens)
 
+    def logged_figures(self) -> tuple[str, ...]:
+        """Returns the names under which training and validation log."""
+        names: tuple[str, ...] = ("train_loss", "val_loss")
+        settings = self.distillation
+        if settings is None:
+            return names
+        names += ("train_kl", "train_ce", "val_ce")
+        return names + (("train_hidden",) if settings.hidden else ()) + (("val_kl",) if settings.cache is None else ())
+
     def _validated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns summed cross-entropy, where tokens count, and the summed KL to a teacher that is in memory."""
         hard = OBJECTIVES.get("cross_entropy")

@@ -84,6 +84,7 @@ class Sweep:
 
     def run(self) -> dict[str, Any]:
         """Runs what is not there yet; returns the results, which ``table.json`` holds too."""
+        self._warn_of_budgets()
         windows = {name: self._windows(name) for name in self.grid.texts}
         by_seed = {seed: self._bound(self.make_data(seed, None)) for seed in self.grid.seeds}
         for data in by_seed.values():
@@ -119,6 +120,13 @@ class Sweep:
             },
         }
         return write_results(self.out, self.grid, cells, kept, book.first(), facts)
+
+    def _warn_of_budgets(self) -> None:
+        """Says, before anything is loaded, where more than half of the parameters are removed."""
+        every = (self.pruner.budget(m, ratio) for ratio in self.grid.pruning_ratios for m in self.grid.methods)
+        for text in dict.fromkeys(budget.warning for budget in every if budget.warning):
+            self.warnings.append(text)
+            _log.warning("WARNING: %s", text)
 
     def _budgets(self) -> dict[str, dict[str, Any]]:
         """Returns ratio -> method -> budget, before scores."""

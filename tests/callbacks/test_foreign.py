@@ -338,6 +338,37 @@ def test_resume_in_the_middle_of_calibration_and_of_training(name, tmp_path, mon
         assert torch.equal(a, b)
 
 
+class Decayed(FineTuner):
+    """Another weight decay."""
+
+    def configure_optimizers(self):
+        found = super().configure_optimizers()
+        found["optimizer"].param_groups[0]["weight_decay"] = 0.7
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (lambda: FineTuner(lr=2e-2), r"learning_rate \[0.0004\] -> \[0.0008\]"),
+        (Decayed, r"weight_decay \[0.01\] -> \[0.7\]"),
+    ],
+)
+def test_restored_optimizers_do_not_keep_old_settings_in_silence(tmp_path, changed, told):
+    def fit(module, *others, ckpt_path=None):
+        importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2)
+        saving = ModelCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=1)
+        trainer(importance, saving, *others).fit(module, ckpt_path=ckpt_path)
+
+    with pytest.raises(Stop):
+        fit(FineTuner(), StopAt(2))
+    path = str(tmp_path / "last.ckpt")
+    with pytest.raises(ConfigError, match=f"trained with other settings: {told}"):
+        fit(changed(), ckpt_path=path)
+    fit(FineTuner(), ckpt_path=path)
+
+
 def test_validate_from_a_pruned_checkpoint(tmp_path):
     module = FineTuner()
     importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=2)

@@ -246,6 +246,18 @@ def test_it_is_resumed_with_the_settings_that_it_was_begun_with(folder, tmp_path
         fit(folder, ModelCheckpoint(**saving), ckpt_path=str(tmp_path / "last.ckpt"), **changed)
 
 
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_resumed_with_another_batch_size_it_keeps_its_schedule(folder, tmp_path):
+    """Steps of another size count by epochs: it does not end before its schedule, of which a warning would tell."""
+    saving = {"dirpath": tmp_path, "save_last": True, "every_n_train_steps": 1}
+    with pytest.raises(Stop):
+        fit(folder, ModelCheckpoint(**saving), StopAt(4))
+    small = {"batch_size": DATA["batch_size"] // 2}
+    module, _ = fit(folder, ModelCheckpoint(**saving), ckpt_path=str(tmp_path / "last.ckpt"), data=small)
+    assert module.schedule.offset == 4
+    assert module.plan is not None
+
+
 def test_a_run_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dense = save_tiny(tmp_path / "dense")

@@ -3,11 +3,19 @@
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from torch.utils.data import DataLoader
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
 from hfprune.callbacks import LoraPruneCallback, SparsityCallback
+from hfprune.cli import main
 from hfprune.errors import ConfigError
 from tests.models import save_tiny, tiny, token_ids
 
@@ -48,6 +56,52 @@ def test_endless_schedule_is_refused(folder):
     trainer = PruneTrainer(**QUIET, max_epochs=-1, max_time="00:00:00:10", callbacks=[callbacks()[0]])
     with pytest.raises(ConfigError, match="give max_epochs or max_steps"):
         trainer.fit(PruningModule(folder), datamodule=data())
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_rates_need_a_logger(folder, index):
+    module = PruningModule(folder)
+    trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[LearningRateMonitor(), callbacks()[index]])
+    with pytest.raises(ConfigError, match="LearningRateMonitor writes to a logger"):
+        trainer.fit(module, datamodule=data())
+    assert module.model is None
+
+
+def monitored(folder, callback, *others, **kwargs):
+    kwargs = QUIET | {"enable_checkpointing": True, "max_epochs": 1} | kwargs
+    module = PruningModule(folder)
+    PruneTrainer(**kwargs, callbacks=[callback, *others, callbacks()[0]]).fit(module, datamodule=data())
+    return module
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("loss", {}, r"monitor='loss'\) waits for a figure that is not logged. Logged are: train_loss, val_loss"),
+        ("val_kl", {}, "is not logged"),
+        ("val_loss", {"limit_val_batches": 0}, "a figure of validation, and limit_val_batches=0 leaves that out"),
+        ("lr-AdamW", {}, "is not logged"),
+    ],
+)
+def test_figures_that_nothing_logs_are_refused(folder, tmp_path, kind, name, kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        monitored(folder, kind(monitor=name), default_root_dir=tmp_path, **kwargs)
+
+
+class Logs(Callback):
+    """Logs a figure of its own."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("mine", 1.0, batch_size=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(("name", "others"), [("val_loss", []), ("train_loss", []), ("mine", [Logs()])])
+def test_figures_that_are_logged_are_monitored(folder, tmp_path, name, others):
+    saving = ModelCheckpoint(dirpath=tmp_path, monitor=name)
+    assert monitored(folder, saving, *others).plan is not None
+    assert saving.best_model_score is not None
 
 
 def test_other_machines_that_nothing_names_are_refused(folder, monkeypatch):
@@ -91,7 +145,7 @@ class Own(LightningModule):
 
     def __init__(self, how):
         super().__init__()
-        self.net = tiny("llama")
+        self.net = tiny("llama").train()
         if how == "call":
             self.net = torch.compile(self.net, backend="eager")
         elif how == "method":
@@ -110,6 +164,7 @@ class Own(LightningModule):
         return DataLoader([{"input_ids": row} for row in token_ids()], batch_size=2)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo reads it in training
 @pytest.mark.parametrize("objective", [None, "entropy"])
 def test_compiled_models_get_the_same_scores(objective):
     def scores(how):
@@ -122,3 +177,30 @@ def test_compiled_models_get_the_same_scores(objective):
     for how in ("call", "method", "layers"):
         for found, one in zip(scores(how).values(), expected.values(), strict=True):
             assert torch.equal(found, one), how
+
+
+FLAGS = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=0", "--latency=false"]
+FLAGS += ["--trainer.accelerator=cpu", "--pruning_ratio=0.2"]
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--trainer.callbacks+=BackboneFinetuning"], {}, "BackboneFinetuning cannot be used here"),
+        (["--trainer.accelerator=tpu"], {}, "The trainer cannot be built: "),
+        (["--trainer.devices=2"], SLURM, "The trainer cannot be built: You set `--ntasks=2`"),
+        (["--trainer.logger=CometLogger"], {}, "comet"),
+        (["--trainer.callbacks+=Timer"], {}, "give it in Python. For a limit of time there is --trainer.max_time."),
+        (["--trainer.callbacks+=ThroughputMonitor"], {}, "arguments are required: batch_size_fn\n"),
+    ],
+)
+def test_what_cannot_be_built_or_used_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    assert main(["fit", f"--model.path={folder}", f"--output_dir={out}", *FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 
 import pytest
@@ -316,6 +317,24 @@ def test_bad_grids(settings, message):
 def test_bad_methods(settings, message):
     with pytest.raises(ConfigError, match=message):
         grid(methods=[Method(**settings)])
+
+
+def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(folder, tmp_path, monkeypatch, caplog):
+    logger = logging.getLogger("hfprune")
+    logger.addHandler(caplog.handler)
+    removing = Method(name="a", criterion=Magnitude(), units=("mlp", "heads"))
+    compared = sweep(folder, tmp_path / "out", methods=[removing], pruning_ratios=[0.2, 0.55])
+
+    def load(*args):
+        raise Stop
+
+    monkeypatch.setattr(PruningModule, "configure_model", load)
+    with pytest.raises(Stop):
+        compared.run()
+    logger.removeHandler(caplog.handler)
+    assert len(compared.warnings) == 1
+    assert "more than half" in compared.warnings[0]
+    assert "WARNING: pruning_ratio=0.55, units=mlp+heads removes 54.7% of the parameters" in caplog.text
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
