@@ -103,7 +103,7 @@ class RunCLI(BaseCLI):
         elif config.trainer.logger is None:
             step = None if self.resumed_from is None else read_metadata(self.resumed_from).get("global_step", 0)
             kwargs["logger"] = KeptCSVLogger(out, from_step=step)
-        trainer = cast(PruneTrainer, super().instantiate_trainer(**kwargs))
+        trainer: PruneTrainer = super().instantiate_trainer(**kwargs)
         if trainer.checkpoint_callbacks:
             of_run = [OneRun(folder), OneRun(folder / DENSE_CHECKPOINTS)]  # before the first is written
             trainer.callbacks[:0] = of_run  # type: ignore[attr-defined]
