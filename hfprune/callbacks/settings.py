@@ -7,9 +7,10 @@ from typing import Any
 from lightning import Trainer
 
 from hfprune.callbacks.planner import PruningOptions
+from hfprune.callbacks.rounds import Rounds
 from hfprune.callbacks.target import Target
 from hfprune.checkpoints import Record
-from hfprune.criteria import GradientCriterion
+from hfprune.criteria import GradientCriterion, SelfDistillation
 from hfprune.modules import PruningModule
 from hfprune.modules.resuming import data_fingerprint, differences, given_seed, refuse
 
@@ -63,9 +64,19 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
         return
     before, now = dict(record.settings), dict(now)
     trained, trains = before.pop("training", {}), now.pop("training", {})
-    refuse(differences(before, now), "calibrated" if record.phase == "calibrating" else "pruned")
+    changes = {name: [_named(name, value) for value in pair] for name, pair in differences(before, now).items()}
+    refuse(changes, "calibrated" if record.phase == "calibrating" else "pruned")
     if record.phase == "training":  # the restored optimizer would keep the old values
         refuse(differences(trained, trains), "trained")
+
+
+def _named(setting: str, value: Any) -> Any:
+    """Returns a value of a setting for a message: with the name of its class, or as that class says it."""
+    if value is None:
+        return None
+    if setting == "distillation":
+        return {"name": SelfDistillation.__name__, **value}
+    return str(Rounds(**value)) if setting == "rounds" else value
 
 
 def whence(trainer: Trainer) -> str:
