@@ -88,6 +88,11 @@ class RunCLI(BaseCLI):
                 "--trainer.barebones true measures the training loop alone: callbacks that prune, save and report do "
                 "not run in it. Leave it out."
             )
+        if config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+            raise ConfigError(
+                "--trainer.max_epochs null without --trainer.max_steps would train for Lightning's 1000 epochs: give one "
+                "of the two a number."
+            )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         callbacks: list[Any] = [self.report(out)]
         self.resumed_from = resume_from(config.ckpt_path, folder)

@@ -4,12 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hfprune.errors import HFPruneError
-
 
 @contextmanager
 def without_traces(folders: Sequence[Path]) -> Iterator[None]:
-    """Removes folders that were made within and are empty still, where the command is refused.
+    """Removes folders that were made within and are empty still, where the command fails.
 
     Loggers make theirs before anything is checked. Only empty folders go, and none that was there before.
 
@@ -19,7 +17,7 @@ def without_traces(folders: Sequence[Path]) -> Iterator[None]:
     made = [folder for folder in folders if not folder.exists()]
     try:
         yield
-    except HFPruneError:
+    except Exception:  # callbacks of Lightning refuse with errors of their own
         for folder in made:
             with suppress(OSError):  # it is not there, or something is in it
                 folder.rmdir()
