@@ -28,6 +28,9 @@ _ABOUT = (*_SAVED, "dataset_infos.json", "state.json")
 """Files beside shards that hold no rows."""
 
 
+_LONGEST_SHOWN = 1024
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Where the rows of a source are.
@@ -49,6 +52,11 @@ class Place:
     split: str = ""
 
 
+def _shown(source: str) -> str:
+    """Returns a source for messages: a path in full, the beginning of what is too long to be one."""
+    return source if len(source) <= _LONGEST_SHOWN else f"{source[:80]}..."
+
+
 def find_place(source: str, argument: str = "data source", split: str = "train") -> Place:
     """Returns where a source is; reads no rows.
 
@@ -62,7 +70,7 @@ def find_place(source: str, argument: str = "data source", split: str = "train")
     """
     if source in (BUILTIN, SELF):
         return Place(kind="name", name=source)
-    told, source = f"{argument} '{source[:80]}'", user_path(source, argument)
+    told, source = f"{argument} '{_shown(source)}'", user_path(source, argument)
     try:
         return _local(source, told, split) or _remote(source, told)
     except ConfigError:
