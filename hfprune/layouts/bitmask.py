@@ -86,8 +86,8 @@ def is_worth_it(weight: Tensor) -> bool:
 
 
 def is_bitmask(folder: Path) -> bool:
-    """Returns whether a folder holds a model in this layout."""
-    return (folder / INDEX_FILE).is_file()
+    """Returns whether a folder holds a model in this layout, or parts of one."""
+    return any(folder.glob("bitmask*"))
 
 
 class Bitmask(Uniform):
