@@ -19,9 +19,9 @@ import time
 import torch
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.loading import load_causal_lm, load_tokenizer
+from hfprune.io.load import load_causal_lm, load_tokenizer
+from hfprune.models import find_groups
 from hfprune.sweep import Method
 from hfprune.sweep.scoring import SharedPass
 

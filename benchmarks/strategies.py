@@ -28,11 +28,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback
-from hfprune.arch import find_groups
-from hfprune.callbacks import importance as callback_module
-from hfprune.callbacks.calibrate import Calibration
-from hfprune.causal import objective_sum
+from hfprune.callbacks import structured as callback_module
+from hfprune.models import find_groups
+from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
+from hfprune.pruning.calibration import Calibration
 
 
 class Tokens(L.LightningDataModule):

@@ -7,30 +7,33 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from hfprune import _moved
 from hfprune.version import __version__
 
+_moved.install()
+
+
 if TYPE_CHECKING:
-    from hfprune.arch import Neurons
     from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
-    from hfprune.layouts import apply_plan
-    from hfprune.loading import load
+    from hfprune.io.layouts import apply_plan
+    from hfprune.io.load import load
+    from hfprune.models import Neurons
+    from hfprune.models.surgery import mask_plan
     from hfprune.modules import PruningModule
-    from hfprune.plan import PruningPlan
+    from hfprune.plan import Budget, PruningPlan
     from hfprune.recovery import LoraRecovery
-    from hfprune.surgery import mask_plan
     from hfprune.trainer import PruneTrainer
-    from hfprune.types import Budget
 
 _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
-    "Budget": "hfprune.types",
+    "Budget": "hfprune.plan",
     "LeastSquares": "hfprune.compensation",
     "LoraPruneCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
-    "Neurons": "hfprune.arch",
+    "Neurons": "hfprune.models",
     "PruneTrainer": "hfprune.trainer",
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
@@ -39,9 +42,9 @@ _HOMES = {
     "TaylorImportanceCallback": "hfprune.callbacks",
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
-    "apply_plan": "hfprune.layouts",
-    "load": "hfprune.loading",
-    "mask_plan": "hfprune.surgery",
+    "apply_plan": "hfprune.io.layouts",
+    "load": "hfprune.io.load",
+    "mask_plan": "hfprune.models.surgery",
 }
 
 __all__ = [
@@ -78,3 +81,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hfprune' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

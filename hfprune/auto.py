@@ -5,7 +5,7 @@
 ``trust_remote_code``. Everything else of hfprune that reads models imports this.
 """
 
-from hfprune.layouts.bitmask_auto import BitmaskEntry, BitmaskForCausalLM
-from hfprune.layouts.per_layer import HFPruneConfig, HFPruneForCausalLM
+from hfprune.io.layouts.bitmask_auto import BitmaskEntry, BitmaskForCausalLM
+from hfprune.io.layouts.per_layer import HFPruneConfig, HFPruneForCausalLM
 
 __all__ = ["BitmaskEntry", "BitmaskForCausalLM", "HFPruneConfig", "HFPruneForCausalLM"]

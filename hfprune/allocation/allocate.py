@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.budget import resolve
-from hfprune.allocation.keep import keep_top
-from hfprune.allocation.resolved import KindWidths, ResolvedBudget, common
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
+from hfprune.allocation.budget import KindWidths, ResolvedBudget, common, resolve
 from hfprune.allocation.uniform import Uniform
-from hfprune.errors import ConfigError
-from hfprune.types import Budget, Group
+from hfprune.plan import Budget, Group
+from hfprune.utils.errors import ConfigError
 
 
 def allocate(

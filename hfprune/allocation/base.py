@@ -1,14 +1,14 @@
-"""What there is to spend a budget on, and the contract of whoever spends it."""
+"""What an allocation is: an inventory of groups and a budget in, widths out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from hfprune.allocation.keep import keep_top
-from hfprune.arch import (
+from hfprune.models import (
     CHANNELS,
     channel_cost,
     find_spec,
@@ -19,8 +19,27 @@ from hfprune.arch import (
     per_channel,
     unit_cost,
 )
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.errors import ConfigError
+
+
+def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
+    """Returns the ``width`` units with the largest scores, ascending; equal scores: the lower index stays.
+
+    >>> keep_top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
+    (1, 2)
+    """
+    order = torch.sort(scores.cpu(), descending=True, stable=True).indices
+    return tuple(sorted(order[:width].tolist()))
+
+
+def uniform_keep(
+    scores: Mapping[str, Tensor], groups: Sequence[Group], widths: int | Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the kept units of every group, at one width or at a width for each."""
+    listed = [widths] * len(groups) if isinstance(widths, int) else widths
+    return {group.name: keep_top(scores[group.name], width) for group, width in zip(groups, listed, strict=True)}
+
 
 Scores = Mapping[str, Tensor]
 """Group name -> importance [U]."""

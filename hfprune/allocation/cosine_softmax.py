@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
-from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import removed_units, settled
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 
 class CosineSoftmax(Allocation):

@@ -4,7 +4,7 @@ from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 
 class Explicit(Allocation):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.fill import Slot, slot
+from hfprune.allocation.rounding import Slot, slot
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 Comparable = Literal["none", "per_parameter", "mean", "standard"]
 

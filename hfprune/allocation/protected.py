@@ -6,7 +6,7 @@ from typing import Any
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.sensitivity import Sensitivity
 from hfprune.allocation.uniform import Uniform
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 
 class Protected(Allocation):

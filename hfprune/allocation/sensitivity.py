@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
-from hfprune.plan import PLAN_FORMAT
-from hfprune.types import Group
+from hfprune.plan import PLAN_FORMAT, Group
+from hfprune.utils.errors import ConfigError
 
 Curves = Mapping[str, Mapping[float, float]]
 """Group name -> kept share of its units -> KL to the dense model, nats per token, that group alone being pruned so."""

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
-from hfprune.allocation.fill import Slot, slot
-from hfprune.allocation.hidden import with_channels
-from hfprune.arch import CHANNELS, EXPERTS
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.allocation.channel_widths import with_channels
+from hfprune.allocation.rounding import Slot, slot
+from hfprune.models import CHANNELS, EXPERTS
+from hfprune.plan import Group
+from hfprune.utils.errors import ConfigError
 
 Compat = Literal["llm_pruner", "slimllm"]
 
@@ -97,7 +97,7 @@ _COMPAT = ("llm_pruner", "slimllm")
 def removed_units(group: Group, share: float, compat: str | None) -> int:
     """Returns how many units of ``group`` a share of them is; see :class:`Uniform`.
 
-    >>> from hfprune.types import Slice
+    >>> from hfprune.plan import Slice
     >>> heads = Group(name="a", kind="heads", num_units=32, slices=(Slice(module="k", side="out", width=128),))
     >>> [removed_units(heads, 0.6, how) for how in (None, "llm_pruner", "slimllm")]
     [19, 19, 19]

@@ -12,20 +12,18 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
-from hfprune.arch import class_name
-from hfprune.callbacks.checks import check_trainer
-from hfprune.callbacks.events import PruningEvents, listeners, needs_stock
-from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import say, versions, warn
+from hfprune.callbacks.base import PruningEvents, check_trainer, listeners, needs_stock
 from hfprune.callbacks.target import Target
-from hfprune.errors import ConfigError
-from hfprune.layouts import pruned_shapes
+from hfprune.callbacks.user_module import find_target
+from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
+from hfprune.io.layouts import pruned_shapes
+from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import PruningPlan
-from hfprune.recording import UnitMask
+from hfprune.plan import Budget, Group, PruningPlan, UnitKind
+from hfprune.pruning.hooks import UnitMask
+from hfprune.pruning.planner import say, versions, warn
 from hfprune.recovery.lora import LoraRecovery
-from hfprune.recovery.lora_importance import DECAY, adapted, unit_importance
-from hfprune.types import Budget, Group, UnitKind
+from hfprune.utils.errors import ConfigError
 
 
 class LoraPruneCallback(Callback):

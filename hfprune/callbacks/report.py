@@ -11,29 +11,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
-from hfprune.arch import parameter_count
-from hfprune.callbacks.events import PruningEvents
-from hfprune.callbacks.importance import TaylorImportanceCallback
+from hfprune.callbacks.base import PruningEvents
 from hfprune.callbacks.lora_prune import LoraPruneCallback
-from hfprune.callbacks.planner import versions
+from hfprune.callbacks.snapshots import Stages
 from hfprune.callbacks.sparse import SparsityCallback
-from hfprune.callbacks.stages import Stages
-from hfprune.errors import ConfigError
-from hfprune.evaluation.stage import flat
+from hfprune.callbacks.structured import TaylorImportanceCallback
+from hfprune.evaluation.evaluate import flat
 from hfprune.evaluation.table import stage_table
-from hfprune.export import (
-    check_output_dir,
-    check_shards,
-    command_line,
-    export_model,
-    export_sharded,
-    save_importance,
-)
-from hfprune.files import replaced_folder, write_json
-from hfprune.layerwise.saved import count_saved, load_orders, save_orders
-from hfprune.layouts import LAYOUTS
-from hfprune.modules.causal_lm import PruningModule
-from hfprune.outputs import (
+from hfprune.io.layouts import LAYOUTS
+from hfprune.io.load_sharded import whole
+from hfprune.io.output_folder import (
     ADAPTER_FOLDER,
     FIGURES_FOLDER,
     MODEL_FOLDER,
@@ -42,11 +29,23 @@ from hfprune.outputs import (
     RESULTS,
     check_apart,
 )
-from hfprune.paths import user_path
+from hfprune.io.save import (
+    check_output_dir,
+    check_shards,
+    command_line,
+    export_model,
+    export_sharded,
+    save_importance,
+    saved_line,
+)
+from hfprune.models import parameter_count
+from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
-from hfprune.saved import saved_line
-from hfprune.sharding import whole
+from hfprune.sparse.state import count_saved, load_orders, save_orders
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import replaced_folder, user_path, write_json
 
 
 class ReportCallback(Callback, PruningEvents):
@@ -63,7 +62,7 @@ class ReportCallback(Callback, PruningEvents):
         merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
         config: The run's configuration, copied into the report.
         samples: Prompts from the evaluation text that every stage's model continues, for the report; 0 for none.
-        layout: How ``model/`` is written, see :func:`hfprune.export.export_model`.
+        layout: How ``model/`` is written, see :func:`hfprune.io.save.export_model`.
 
     Raises:
         ConfigError: The folder is not empty, or cannot be written, or the layout is unknown.

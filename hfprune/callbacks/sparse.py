@@ -1,41 +1,114 @@
-"""``SparsityCallback``: makes weights zero inside ``fit``, layer by layer, before the first training step."""
+"""The callback that sets single weights to zero, one layer at a time."""
 
+import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
-from hfprune.arch import class_name, find_spec
-from hfprune.arch.groups import find_layers
-from hfprune.callbacks.calibrate import check_source, data_summary, seed_data
-from hfprune.callbacks.carry_over import average_anew
+from hfprune.callbacks.base import average_anew, check_trainer, listeners
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
-from hfprune.callbacks.checks import check_trainer
-from hfprune.callbacks.events import listeners
-from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.layerwise import summed
-from hfprune.callbacks.planner import say, versions
-from hfprune.callbacks.progress import sparse_progress
-from hfprune.callbacks.settings import check_settings, whence
-from hfprune.callbacks.sparse_run import at_home, check_sparse_strategy, share, sparsity_summary
+from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
-from hfprune.checkpoints import KEY, Record
-from hfprune.errors import ConfigError
-from hfprune.files import OwnFolder
-from hfprune.fingerprint import fingerprint
-from hfprune.layerwise import LayerState, Offload, SparseLayer, check_sparse, prune_sparse
-from hfprune.modules.resuming import data_fingerprint, keep_cut_epoch
+from hfprune.callbacks.user_module import find_target
+from hfprune.io.checkpoint_record import KEY, Record
+from hfprune.models import class_name, find_spec
+from hfprune.models.fingerprint import fingerprint
+from hfprune.models.forward import as_batch, sequences
+from hfprune.models.groups import find_layers
+from hfprune.modules.resume import data_fingerprint, keep_cut_epoch
 from hfprune.plan import PruningPlan
-from hfprune.recording import evaluating
+from hfprune.pruning.calibration import check_source, data_loader, data_summary, seed_data
+from hfprune.pruning.hooks import evaluating
+from hfprune.pruning.layerwise import summed
+from hfprune.pruning.planner import say, versions
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.recovery.masked import hold_zeros, mask_adapters
 from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
+from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
+from hfprune.sparse.layer import SparseLayer
+from hfprune.sparse.state import LayerState
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.files import OwnFolder
+from hfprune.utils.progress import sparse_progress
+
+
+def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
+    """Returns zeros and weights in all, and by layer and matrix, as plain data."""
+    found = [
+        {
+            "layer": layer.index,
+            "error": layer.error,
+            "matrices": {
+                name: {"asked": m.sparsity, "weights": m.weights, "zeros": m.zeros, "permuted": m.permuted}
+                for name, m in layer.matrices.items()
+            },
+        }
+        for layer in layers
+    ]
+    every = [matrix for layer in layers for matrix in layer.matrices.values()]
+    weights, zeros = sum(m.weights for m in every), sum(m.zeros for m in every)
+    return {"weights": weights, "zeros": zeros, "achieved": zeros / max(weights, 1), "layers": found}
+
+
+def check_sparse_strategy(trainer: Trainer, method: str) -> None:
+    """Raises ``ConfigError`` unless every rank holds the whole model and replaces no parameter."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigError(
+            f"{method} goes through the layers one at a time, which is not supported under {type(strategy).__name__}. "
+            "Use a single device or DDP; where memory is short, --sparse.offload cpu or disk."
+        )
+
+
+def share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]], str, dict[str, int]]:
+    """Returns this rank's calibration sequences, each alone, and the digest and counts of those of all ranks.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        limit: Use at most this many batches.
+
+    Raises:
+        CalibrationError: There are fewer sequences than ranks.
+    """
+    mine: list[dict[str, Tensor]] = []
+    digest, index, tokens = hashlib.sha256(), 0, 0
+    for batch in islice(data_loader(trainer), limit):
+        for sequence in sequences(as_batch(batch)):
+            ids = sequence["input_ids"]
+            digest.update(f"{ids.numel()} ".encode() + ids.cpu().to(torch.int64).numpy().tobytes())
+            if index % trainer.world_size == trainer.global_rank:
+                mine.append({"input_ids": ids})
+            index, tokens = index + 1, tokens + ids.numel()
+    if index < trainer.world_size:  # every rank says so
+        raise CalibrationError(
+            f"Calibration has {index} sequences for {trainer.world_size} processes: each needs at least one."
+        )
+    return mine, digest.hexdigest()[:16], {"sequences": index, "tokens": tokens}
+
+
+@contextmanager
+def at_home(model: nn.Module, offload: Offload | None, device: torch.device) -> Iterator[None]:
+    """Puts the model into the CPU's memory while layers visit the accelerator one at a time."""
+    if offload is None or device.type == "cpu":
+        yield
+        return
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
 class SparsityCallback(Callback):

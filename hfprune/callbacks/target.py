@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
-from hfprune.arch import (
+from hfprune.io.checkpoint_record import Phase, Record
+from hfprune.models import (
     check_stock,
     class_name,
     config_values,
@@ -17,15 +18,13 @@ from hfprune.arch import (
     parameter_count,
     pruned_count,
 )
-from hfprune.calibration import ObjectiveSum
-from hfprune.causal import as_batch, is_packed, run_backbone, sequences, token_counts
-from hfprune.checkpoints import Phase, Record
-from hfprune.errors import ConfigError
+from hfprune.models.forward import as_batch, is_packed, run_backbone, sequences, token_counts
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import Objective
-from hfprune.plan import PruningPlan
+from hfprune.plan import Budget, Group, PruningPlan
+from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.lora import LoraRecovery, check_lora
-from hfprune.types import Budget, Group
+from hfprune.utils.errors import ConfigError
 
 
 class Target(ABC):

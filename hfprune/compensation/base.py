@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.second_moments import Moments
 
 Tokens = Literal["normalised", "equal"]
 """How much a token's error counts: ``normalised`` divides it by the mean square of the layer's output there, which is

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
-from hfprune.reconstruction import refit
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.least_squares import refit
+from hfprune.utils.second_moments import Moments
 
 
 class LeastSquares(Compensation):
     """Fits all weights on the kept inputs so that the outputs change least, summed over calibration tokens.
 
-    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.reconstruction`). With a
-    bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind of
-    unit, [C, C] float64 per layer, and a Cholesky factorisation.
+    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.utils.least_squares`).
+    With a bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind
+    of unit, [C, C] float64 per layer, and a Cholesky factorisation.
 
     Args:
         damping: Ridge towards the dense weights, relative to the inputs' mean second moment.

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.second_moments import Moments
 
 
 class MeanCompensation(Compensation):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
-from hfprune.moments import Moments
+from hfprune.utils.second_moments import Moments
 
 
 class OutputRegression(Compensation):

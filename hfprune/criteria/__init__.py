@@ -23,11 +23,11 @@ from hfprune.criteria.fisher import Fisher
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
 from hfprune.criteria.reconstruction import Reconstruction
+from hfprune.criteria.self_distillation import SelfDistillation
 from hfprune.criteria.slimllm_channels import SlimLLMChannels
 from hfprune.criteria.slimllm_heads import SlimLLMHeads
-from hfprune.criteria.stages import SelfDistillation
 from hfprune.criteria.vector_taylor import VectorTaylor
-from hfprune.criteria.wanda import WandaStructured
+from hfprune.criteria.wanda_structured import WandaStructured
 from hfprune.criteria.weight_range import WeightRange
 from hfprune.criteria.weight_taylor import WeightTaylor
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import CalibratedCriterion, GradientCriterion, Shape, Sums, Totals, checked_scores
-from hfprune.errors import CalibrationError
-from hfprune.sums import LIMIT, ExactSum
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.errors import CalibrationError
+from hfprune.utils.exact_sums import LIMIT, ExactSum
 
 Pending = Mapping[tuple[str, str], Sequence[Tensor]]
 """(group's name, name of the rows) -> rows [R, S] of one batch."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Sums
 from hfprune.criteria.channels import by_unit, channels
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
 
 
 class ActivationNorm(ActivationCriterion):

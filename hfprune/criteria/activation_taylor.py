@@ -18,9 +18,9 @@ from hfprune.criteria.base import (
     check_weighting,
 )
 from hfprune.criteria.channels import unit_products
-from hfprune.errors import ConfigError
-from hfprune.sums import Bfloat16Sum, UnitSum
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.exact_sums import Bfloat16Sum, UnitSum
 
 Reduction = Literal["per_token", "per_sequence", "signed"]
 

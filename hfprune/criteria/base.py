@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError, ConfigError
-from hfprune.moments import Moments
-from hfprune.sums import ExactSum, UnitSum
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.exact_sums import ExactSum, UnitSum
+from hfprune.utils.second_moments import Moments
 
 Weighting = Literal["token", "sequence"]
 """``token``: every token counts the same. ``sequence``: every sequence does (the paper's mean over its tokens)."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import CHANNELS, EXPERTS, find_groups, find_spec
-from hfprune.arch.stream import scored_slices
 from hfprune.criteria.base import Criterion, check_experts
-from hfprune.types import Group
+from hfprune.models import CHANNELS, EXPERTS, find_groups, find_spec
+from hfprune.models.residual_stream import scored_slices
+from hfprune.plan import Group
 
 
 def block_scores(scores: Mapping[str, Tensor], parts: Sequence[Group], block: Group) -> Tensor:

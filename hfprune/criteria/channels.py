@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import BatchInfo
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 MatrixReduction = Literal["sum", "mean", "max", "prod", "first", "second", "last"]
 """How the scores of a unit's coupled matrices become one, in the order of the group's slices."""

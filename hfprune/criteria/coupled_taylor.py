@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hfprune.arch import CHANNELS
 from hfprune.criteria.base import (
     UNITS,
     BatchInfo,
@@ -20,8 +19,9 @@ from hfprune.criteria.base import (
     check_weighting,
 )
 from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.models import CHANNELS
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 
 class CoupledTaylor(GradientCriterion):

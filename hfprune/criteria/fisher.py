@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hfprune.criteria.base import UNITS, BatchInfo, GradientCriterion, LargeSums, Rows, Signal, Sums
 from hfprune.criteria.channels import unit_products
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 
 class Fisher(GradientCriterion):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import WeightCriterion
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.errors import ConfigError
 
 _NUMBERS = 2**24
 """Weights that are held in float64 at a time."""

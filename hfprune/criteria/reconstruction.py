@@ -3,17 +3,17 @@
 from torch import Tensor
 
 from hfprune.criteria.base import LayerwiseCriterion
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
-from hfprune.reconstruction import eliminate
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.least_squares import eliminate
+from hfprune.utils.second_moments import Moments
 
 
 class Reconstruction(LayerwiseCriterion):
     """Removes units greedily by the error of the layer's output after a least-squares fit of the remaining ones.
 
     Label-free and without a backward pass. Selection and fit read the same second moments, so it belongs with
-    ``LeastSquares`` of the same damping (:func:`hfprune.reconstruction.eliminate`). It minimises each layer's own
+    ``LeastSquares`` of the same damping (:func:`hfprune.utils.least_squares.eliminate`). It minimises each layer's own
     error, every output counting the same, and knows nothing of what the model's predictions depend on.
 
     Args:

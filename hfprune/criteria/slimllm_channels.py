@@ -8,8 +8,8 @@ from torch import Tensor
 from hfprune.criteria.activation_norm import squares
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
 from hfprune.criteria.channels import channels, slice_name, slice_names
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 _OUTPUT, _OUTER = "output", "output products"
 

@@ -27,7 +27,7 @@ from hfprune.criteria.channels import (
     slice_name,
     slice_names,
 )
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
 
 
 class VectorTaylor(GradientCriterion):

@@ -6,7 +6,7 @@ from torch import Tensor
 from hfprune.criteria.activation_norm import ActivationNorm
 from hfprune.criteria.base import Sums
 from hfprune.criteria.weight_gradients import slice_weight
-from hfprune.types import Group
+from hfprune.plan import Group
 
 
 class WeightRange(ActivationNorm):

@@ -27,8 +27,8 @@ from hfprune.criteria.channels import (
     slice_names,
 )
 from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 Salience = Literal["param_first", "param_second", "param_mix"]
 

@@ -3,7 +3,7 @@
 import warnings
 from typing import Any, Literal, get_args
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 BosSetting = Literal["auto", "always", "never"]
 """``auto``: as the tokenizer does by itself; ``always``: before every sequence; ``never``: none is added."""

@@ -21,15 +21,15 @@ from hfprune.data.examples import (
     no_example,
     warn_of_losses,
 )
-from hfprune.data.layouts import Rows
-from hfprune.data.places import SELF
+from hfprune.data.formats import Rows
 from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.store import ExampleStore, digest
-from hfprune.data.tokens import TokenRow, blocks, flat, own_labels, pieces
-from hfprune.data.written import Writer
-from hfprune.errors import ConfigError
-from hfprune.evaluation.windows import Windows
+from hfprune.data.self_generated import Writer
+from hfprune.data.sources import SELF
+from hfprune.data.token_cache import ExampleStore, digest
+from hfprune.data.token_rows import TokenRow, blocks, flat, own_labels, pieces
+from hfprune.evaluation.perplexity import Windows
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hfprune.data.borders import WholeText
 from hfprune.data.bos import BosSetting, bos_id, check_bos, with_bos
-from hfprune.data.chats import ChatEncoder, ChatError, as_chat
-from hfprune.data.encode import encode, prompt_of
-from hfprune.data.layouts import Document, InstructionRow
-from hfprune.errors import ConfigError
+from hfprune.data.chat_template import ChatEncoder, ChatError, as_chat
+from hfprune.data.encode import WholeText, encode, prompt_of
+from hfprune.data.formats import Document, InstructionRow
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.errors import ConfigError
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""

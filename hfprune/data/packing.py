@@ -33,7 +33,8 @@ def pack(examples: Iterable[Example], *, size: int) -> Iterator[Pack]:
 def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
     """Returns rows as ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids``, [B, T], padded on the right.
 
-    Position ids start again at each example, and the first token of each is no target: see :mod:`hfprune.packed`.
+    Position ids start again at each example, and the first token of each is no target: see
+        :mod:`hfprune.models.forward`.
     """
     ids = [[token for example in row for token in example[0]] for row in rows]
     labels = [[label for example in row for label in (IGNORE_INDEX, *example[1][1:])] for row in rows]

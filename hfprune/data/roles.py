@@ -1,5 +1,7 @@
-"""Which documents serve which purpose; no document serves two."""
+"""Which document serves which role: calibration, recovery, validation or evaluation, never two."""
 
+import hashlib
+import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -8,12 +10,48 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hfprune.data.encode import prompt_of
-from hfprune.data.layouts import ChatRow, Document, InstructionRow, Rows
-from hfprune.data.places import SELF, same_source
-from hfprune.data.sources import load_rows
-from hfprune.data.splits import assign_documents, unique_documents
-from hfprune.data.tokens import TokenRow
-from hfprune.errors import ConfigError
+from hfprune.data.formats import ChatRow, Document, InstructionRow, Rows
+from hfprune.data.sources import SELF, check_source, load_rows, same_source
+from hfprune.data.token_rows import TokenRow
+from hfprune.utils.errors import ConfigError
+
+
+def assign_documents(num_documents: int, shares: Mapping[str, float], *, seed: int) -> dict[str, list[int]]:
+    """Returns role -> document numbers: a seeded permutation cut into consecutive parts of the given shares.
+
+    Every document goes to exactly one role; the result does not depend on the order of ``shares``; seed 0 is a seed.
+
+    >>> sorted(sum(assign_documents(10, {"a": 1, "b": 3}, seed=0).values(), []))
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    order = list(range(num_documents))
+    random.Random(seed).shuffle(order)
+    total, done, start = sum(shares.values()), 0.0, 0
+    parts = {}
+    for role in sorted(shares):
+        done += shares[role]
+        end = round(num_documents * done / total)
+        parts[role] = order[start:end]
+        start = end
+    return parts
+
+
+def text_digest(text: str) -> bytes:
+    """Returns the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) -> list[int]:
+    """Returns the numbers of the documents whose exact text occurs for the first time, and adds them to ``seen``."""
+    seen = set() if seen is None else seen
+    kept = []
+    for number, text in enumerate(texts):
+        digest = text_digest(text)
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(number)
+    return kept
+
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
@@ -183,3 +221,75 @@ def plain(document: Document) -> str:
     if isinstance(document, ChatRow):
         return "\n\n".join(turn.text for turn in document.turns)
     return document
+
+
+_POSITIVE = (
+    "calibration_sequences",
+    "calibration_batch_size",
+    "batch_size",
+    "validation_sequences",
+    "recovery_sequences",
+    "shuffle_buffer",
+)
+
+
+def check_values(data: Any) -> None:
+    """Raises ``ConfigError`` for a value that is impossible.
+
+    Args:
+        data: Holds the arguments as attributes.
+    """
+    for name in _POSITIVE:
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--data.{name} {value} is not positive.")
+    for name in ("seq_len", "eval_window"):
+        if getattr(data, name) < 2:
+            raise ConfigError(f"--data.{name} {getattr(data, name)} is less than 2 tokens.")
+    if data.eval_windows is not None and data.eval_windows < 0:
+        raise ConfigError(f"--data.eval_windows {data.eval_windows} is negative.")
+    longest = data.eval_window  # less BOS, which the tokenizer decides
+    if data.eval_stride is not None and not 1 <= data.eval_stride <= longest:
+        raise ConfigError(f"--data.eval_stride {data.eval_stride} is not between 1 and {longest}, a window's text.")
+    if data.num_workers < 0:
+        raise ConfigError(f"--data.num_workers {data.num_workers} is negative; 0 loads in the main process.")
+    if not 0 <= data.seed < 2**32:
+        raise ConfigError(f"--data.seed {data.seed} is not between 0 and {2**32 - 1}.")
+    if data.calibration_layout not in ("concat", "crop"):
+        raise ConfigError(f"--data.calibration_layout '{data.calibration_layout}' is neither concat nor crop.")
+
+
+def check_sources(given: Mapping[Role, str | None]) -> None:
+    """Raises ``ConfigError`` for a source that can be seen to be unusable.
+
+    Args:
+        given: Role -> source, None where the user gave none.
+    """
+    for role, source in given.items():
+        flag = "--data.text" if role == "evaluation" else f"--data.{role}"
+        if source is not None:
+            check_source(source, flag)
+        if role == "evaluation" and source == SELF:
+            raise ConfigError("--data.text self: how well a model predicts its own text tells nothing. Give a text.")
+
+
+def check_stream(data: Any, trainer: Any) -> None:
+    """Raises ``ConfigError`` for what a stream of unknown length cannot do.
+
+    Args:
+        data: Holds the arguments as attributes.
+        trainer: Runs it.
+    """
+    if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
+        raise ConfigError(
+            "--data.streaming: the length of a stream is not known. Say when to stop with --trainer.max_steps or "
+            "--trainer.limit_train_batches, a number."
+        )
+    if data.num_workers:
+        raise ConfigError(
+            f"--data.streaming reads in the main process; --data.num_workers is {data.num_workers}, not 0."
+        )
+    if data.recovery_sequences is not None:
+        raise ConfigError(
+            "--data.recovery_sequences counts examples in memory: with --data.streaming give --trainer.max_steps."
+        )

@@ -1,4 +1,4 @@
-"""Training data larger than memory: read block by block, shuffled within each, taken up again where a run was left.
+"""Streams recovery text from large files, and the position that a checkpoint stores.
 
 A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, encoded and packed on its own;
 so any place of the stream can be reached by skipping rows and encoding one block, and the order does not depend on
@@ -13,19 +13,18 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, warn_of_losses
-from hfprune.data.files import is_whole
-from hfprune.data.layouts import Document, Layout
-from hfprune.data.losses import BadRow
+from hfprune.data.files import BadRow, is_whole
+from hfprune.data.formats import Document, RowFormat
 from hfprune.data.packing import Pack, collate, collate_examples, pack
-from hfprune.data.places import find_place
-from hfprune.data.roles import plain
-from hfprune.data.sources import open_rows
-from hfprune.data.splits import text_digest
-from hfprune.errors import ConfigError
+from hfprune.data.roles import plain, text_digest
+from hfprune.data.sampler import ResumableLoader
+from hfprune.data.sources import find_place, open_rows
+from hfprune.utils.errors import ConfigError
 
 POSITION = "stream_position"
 """Key of a batch: epoch, block, and rows of the block that all ranks have taken when the batch is done, int64 [3]."""
@@ -110,7 +109,7 @@ class ExampleStream(IterableDataset[Any]):
     counted: int = 0
 
     def __post_init__(self) -> None:
-        self._layout: Layout | None = None
+        self._layout: RowFormat | None = None
 
     @property
     def kind(self) -> str:
@@ -197,13 +196,13 @@ class ExampleStream(IterableDataset[Any]):
             else:
                 yield document
 
-    def _find_layout(self, rows: Iterable[Any]) -> Layout | None:
+    def _find_layout(self, rows: Iterable[Any]) -> RowFormat | None:
         """Returns the layout of a block's rows; None where no row could be decoded."""
         rows = [row for row in rows if not isinstance(row, BadRow)]
         objects = [row for row in rows if isinstance(row, Mapping)]
         if not objects:
-            return Layout("text") if rows else None
-        found = Layout.of(objects, self.source.source, self.source.text_field)
+            return RowFormat("text") if rows else None
+        found = RowFormat.of(objects, self.source.source, self.source.text_field)
         if found.kind == "tokens":
             raise ConfigError(f"streaming=True: '{self.source.source}' holds token ids, which are read as a whole.")
         check_template(self.tokenizer, self.options, found.kind, self.source.source)
@@ -248,3 +247,43 @@ class StreamLoader(DataLoader[Any]):
         self._trained = [state_dict[name] for name in ("epoch", "block", "taken")]
         self.stream.counts = Counter(state_dict.get("counts", {}))
         self.stream.counted = state_dict.get("counted", 0)
+
+
+TrainingLoader = ResumableLoader | StreamLoader
+
+
+class ResumableDataModule(LightningDataModule):
+    """A datamodule whose training loader goes on where a checkpoint left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loader: TrainingLoader | None = None
+        self._position: dict[str, int] | None = None
+
+    def _resumed(self, loader: TrainingLoader) -> TrainingLoader:
+        """Returns ``loader``, at the position that a checkpoint left."""
+        self._loader = loader
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+            self._position = None
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the training data.
+
+        Lightning restores a loader's own position only when nothing has asked for the number of training steps before,
+        as schedulers do.
+        """
+        return {} if self._loader is None else {"train": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues in the training data where the checkpoint left it."""
+        self._position = state_dict.get("train")
+        if self._loader is not None and self._position is not None:
+            self._loader.load_state_dict(self._position)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Takes note of where in a stream training is: batches are read ahead."""
+        if isinstance(batch, dict) and POSITION in batch and isinstance(self._loader, StreamLoader):
+            return self._loader.trained(batch)
+        return batch

@@ -1,13 +1,12 @@
 """What a model is worth: perplexity, fidelity to the dense model, size and speed."""
 
+from hfprune.evaluation.evaluate import Measurement, measure
 from hfprune.evaluation.fidelity import DenseReference, Reference, TopKReference, fidelity
-from hfprune.evaluation.hidden import final_hidden
-from hfprune.evaluation.latency import Latency, measure_latency
 from hfprune.evaluation.metrics import Fidelity, FidelityMetric
-from hfprune.evaluation.perplexity import Perplexity, perplexity
-from hfprune.evaluation.stage import Measurement, measure
+from hfprune.evaluation.perplexity import Perplexity, Windows, perplexity
+from hfprune.evaluation.size_and_speed import Latency, measure_latency
 from hfprune.evaluation.table import stage_table
-from hfprune.evaluation.windows import Windows
+from hfprune.models.forward import window_hidden
 
 __all__ = [
     "DenseReference",
@@ -20,9 +19,9 @@ __all__ = [
     "TopKReference",
     "Windows",
     "fidelity",
-    "final_hidden",
     "measure",
     "measure_latency",
     "perplexity",
     "stage_table",
+    "window_hidden",
 ]

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import output_head
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import TopK
 from hfprune.evaluation.fidelity import TopKReference
-from hfprune.evaluation.hidden import final_hidden
-from hfprune.evaluation.perplexity import ScoredLogits
-from hfprune.evaluation.windows import Windows
-from hfprune.files import write_tensors
-from hfprune.fingerprint import prediction_fingerprint
+from hfprune.evaluation.perplexity import ScoredLogits, Windows
+from hfprune.models import output_head
+from hfprune.models.fingerprint import prediction_fingerprint
+from hfprune.models.forward import window_hidden
 from hfprune.objectives.chunked import chunk_tokens
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import write_tensors
 
 DEFAULT_TOP_K = 256
 
@@ -63,7 +62,7 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
     nll: list[Tensor] = []
     with torch.no_grad():
         for window in found.ids:
-            logits = ScoredLogits(head, final_hidden(model, window[None])[0], window)
+            logits = ScoredLogits(head, window_hidden(model, window[None])[0], window)
             nll.append(logits.nll)
             parts += [TopK.of(logits[start : start + size], top_k) for start in range(0, len(logits), size)]
     shape = found.ids.shape

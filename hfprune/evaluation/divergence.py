@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 JACCARD_K = (5, 15)
 """The k of the top-k Jaccard indices: 15 is the HFPrune paper's."""

@@ -10,15 +10,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hfprune.arch import output_head
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import QUANTITIES, TopK
-from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.metrics import Fidelity, FidelityMetric, HeadLogits, Logits
-from hfprune.evaluation.perplexity import Perplexity, perplexity_from
-from hfprune.evaluation.windows import Windows
+from hfprune.evaluation.perplexity import Perplexity, Windows, perplexity_from
+from hfprune.models import output_head
+from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES
+from hfprune.utils.errors import ConfigError
 
 
 class Reference(Protocol):
@@ -67,7 +66,7 @@ class DenseReference:
             bias = None if head.bias is None else head.bias.detach().clone()
             head = replace(head, weight=head.weight.detach().clone(), bias=bias)
         found = Windows.of(windows)
-        return cls(windows=found, hidden=final_hidden(model, found.ids, batch_size=batch_size), head=head)
+        return cls(windows=found, hidden=window_hidden(model, found.ids, batch_size=batch_size), head=head)
 
     @property
     def vocab_size(self) -> int:
@@ -143,7 +142,7 @@ def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> 
     Raises:
         ConfigError: The vocabularies differ in size, or the reference holds no windows.
     """
-    hidden = final_hidden(model, reference.windows.ids, batch_size=batch_size)
+    hidden = window_hidden(model, reference.windows.ids, batch_size=batch_size)
     return fidelity_of(reference, hidden, output_head(model))
 
 

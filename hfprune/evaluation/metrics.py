@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import QUANTITIES, TopK, divergences
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES, chunk_tokens
+from hfprune.utils.errors import ConfigError
 
 
 class Logits(Protocol):

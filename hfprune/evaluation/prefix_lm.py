@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from hfprune.arch import backbone, output_head
-from hfprune.errors import ConfigError
+from hfprune.models import backbone, output_head
+from hfprune.utils.errors import ConfigError
 
 Request = tuple[Any, list[int], list[int]]
 """Whatever identifies it, the context's token ids, the continuation's."""

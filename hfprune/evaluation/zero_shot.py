@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from hfprune.errors import ConfigError
 from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
-from hfprune.paths import user_path
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path
 
 _MAIN = ("acc_norm", "acc", "pct_stereotype")
 """Which figure of a task counts for the average: the first that it has."""

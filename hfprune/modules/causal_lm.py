@@ -7,14 +7,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from hfprune.arch import find_groups, find_spec
-from hfprune.calibration import ObjectiveSum
-from hfprune.causal import objective_sum
-from hfprune.checkpoints import KEY, Phase, Record
-from hfprune.errors import ConfigError
-from hfprune.fingerprint import fingerprint
-from hfprune.layouts import apply_plan
-from hfprune.loading import (
+from hfprune.io.checkpoint_record import KEY, Phase, Record
+from hfprune.io.layouts import apply_plan
+from hfprune.io.load import (
     DTypeName,
     check_model,
     check_model_path,
@@ -27,15 +22,20 @@ from hfprune.loading import (
     previous_plan,
     resolve_model_path,
 )
-from hfprune.modules.resuming import keep_cut_epoch
-from hfprune.modules.steps import RecoverySteps, check_optimizer
+from hfprune.io.load_sharded import load_sharded, rebuild
+from hfprune.models import find_groups, find_spec
+from hfprune.models.fingerprint import fingerprint
+from hfprune.models.forward import objective_sum
+from hfprune.modules.resume import keep_cut_epoch
+from hfprune.modules.training_step import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
-from hfprune.paths import user_path
 from hfprune.plan import PruningPlan
+from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
-from hfprune.sharding import load_sharded, rebuild
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path
 
 
 class PruningModule(RecoverySteps):
@@ -189,7 +189,10 @@ class PruningModule(RecoverySteps):
         return resolve_model_path(self.path)
 
     def apply_plan(self, plan: PruningPlan) -> None:
-        """Cuts the model; see :func:`hfprune.layouts.apply_plan`. A sharded model is rebuilt, one layer at a time."""
+        """Cuts the model; see :func:`hfprune.io.layouts.apply_plan`.
+
+        A sharded model is rebuilt, one layer at a time.
+        """
         if self.sharded:
             self._rebuild(plan=plan)
         else:

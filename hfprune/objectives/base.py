@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hfprune.registry import Registry
+from hfprune.utils.registry import Registry
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised, as in PyTorch and transformers."""

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
 from hfprune.objectives.base import IGNORE_INDEX, Objective, ValueAndGrad, softmax_statistics
 from hfprune.objectives.cross_entropy import CrossEntropy
+from hfprune.utils.errors import ConfigError
 
 
 def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> ValueAndGrad:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from hfprune.errors import ConfigError
 from hfprune.objectives.base import Objective, ValueAndGrad, softmax_statistics
 from hfprune.objectives.cross_entropy import CrossEntropy
+from hfprune.utils.errors import ConfigError
 
 
 class TeacherDistillation(Objective):

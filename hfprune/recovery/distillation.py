@@ -1,9 +1,18 @@
-"""Recovery towards the dense model's predictions."""
+"""Recovery by distillation: logits and hidden states of the dense model as targets.
 
+Shape legend: B rows, T tokens, H hidden size, N real tokens of the batch.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hfprune.errors import ConfigError
+import torch
+from torch import Tensor, nn
+
+from hfprune.models.groups import find_layers
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
@@ -60,3 +69,94 @@ class DistillationRecovery:
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, for reports."""
         return asdict(self)
+
+
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yields a list that receives the output of every layer of a supported model, in order, as it runs.
+
+    Outputs are [B, T, H], or [1, N, H] where packed rows run as one (see :mod:`hfprune.models.forward`).
+    """
+    found: list[Tensor] = []
+
+    def keep(layer: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in find_layers(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_distance(
+    pruned: Sequence[Tensor], dense: Sequence[Tensor], counted: Tensor, real: Tensor | None = None
+) -> Tensor:
+    """Returns the sum over tokens of the mean over layers of |h - h_dense|^2 / |h_dense|^2, float32 or wider.
+
+    Each state is measured against the dense one's own size, so that the few tokens and the late layers whose states are
+    hundreds of times larger count like the others.
+
+    Args:
+        pruned: Outputs [B, T, H], or [1, N, H], of the pruned model's layers.
+        dense: Those of the dense model's layers that they are matched with.
+        counted: [B, T] boolean, the tokens that count.
+        real: [B, T], 0 for padding; None where there is none.
+    """
+    real = torch.ones_like(counted) if real is None else real.bool()
+    total: Tensor | float = 0.0
+    for ours, theirs in zip(pruned, dense, strict=True):
+        wide = torch.promote_types(ours.dtype, torch.float32)
+        target = _chosen(theirs.detach(), counted, real).to(wide)
+        error = (_chosen(ours, counted, real).to(wide) - target).square().sum(-1)
+        total = total + (error / target.square().sum(-1).clamp(min=torch.finfo(wide).tiny)).sum()
+    assert isinstance(total, Tensor)
+    return total / len(pruned)
+
+
+def _chosen(state: Tensor, counted: Tensor, real: Tensor) -> Tensor:
+    """Returns the states of the tokens that count, row after row."""
+    return state[counted] if state.shape[:2] == counted.shape else state[0, counted[real]]
+
+
+def matched_layers(number: int, removed: Collection[int], chosen: Collection[int] | None) -> list[tuple[int, int]]:
+    """Returns which layer of the pruned model is matched with which of the dense one.
+
+    >>> matched_layers(4, removed=(1,), chosen=(1, 2))
+    [(1, 2)]
+
+    Args:
+        number: Layers of the dense model.
+        removed: Those of them that went.
+        chosen: Those of them whose ends are compared; None for all.
+
+    Raises:
+        ConfigError: None is left.
+    """
+    kept = [layer for layer in range(number) if layer not in removed]
+    found = [(place, layer) for place, layer in enumerate(kept) if chosen is None or layer in chosen]
+    if not found:
+        raise ConfigError(
+            f"--model.distillation.hidden_layers {sorted(chosen or ())} were all removed by pruning; kept: {kept}."
+        )
+    return found
+
+
+def check_layers(chosen: Collection[int] | None, number: int) -> None:
+    """Raises ``ConfigError`` for layers that a dense model of ``number`` layers does not have."""
+    if chosen is not None and max(chosen) >= number:
+        raise ConfigError(
+            f"--model.distillation.hidden_layers names layer {max(chosen)}; the model's {number} layers are 0 to "
+            f"{number - 1}."
+        )
+
+
+def check_sizes(pruned: nn.Module, dense: nn.Module) -> None:
+    """Raises ``ConfigError`` where hidden states have different sizes."""
+    ours, theirs = (model.config.hidden_size for model in (pruned, dense))  # type: ignore[union-attr]
+    if ours != theirs:
+        raise ConfigError(
+            f"--model.distillation.hidden compares hidden states, and the pruned model's have {ours} channels, the "
+            f"dense one's {theirs}: leave it out, or leave 'channels' out of the units."
+        )

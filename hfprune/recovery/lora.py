@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hfprune.arch.groups import find_spec
-from hfprune.errors import ConfigError
+from hfprune.models.groups import find_spec
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__

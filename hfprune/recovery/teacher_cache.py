@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from hfprune.arch import output_head
-from hfprune.causal import Batch, final_hidden, labels_of
-from hfprune.errors import ConfigError
-from hfprune.files import write_tensors
+from hfprune.models import output_head
+from hfprune.models.forward import Batch, final_hidden, labels_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.objectives.teacher_top import KnownTop, rounded_top
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import write_tensors
 
 ROWS_PER_FILE = 256
 

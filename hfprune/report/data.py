@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfprune.errors import ConfigError
-from hfprune.export import load_importance
-from hfprune.outputs import REPORT_FILE
+from hfprune.io.output_folder import REPORT_FILE
+from hfprune.io.save import load_importance
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.utils.errors import ConfigError
 
 QUANTITIES = ("perplexity", "kl", "accuracy")
 """What the quality of a model in a sweep is told by."""

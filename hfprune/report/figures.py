@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hfprune.files import write_bytes
 from hfprune.report.data import QUANTITIES, ReportData, look_up, number
 from hfprune.report.frontier import X_LABELS, drawn, frontier
 from hfprune.report.style import (
@@ -32,6 +31,7 @@ from hfprune.report.style import (
     stage_color,
     styled,
 )
+from hfprune.utils.files import write_bytes
 
 DPI = 150
 COLUMNS = 256

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hfprune.errors import ConfigError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.errors import CalibrationError
 
 Needs = Literal["nothing", "norms", "products", "importance"]
 """What a method reads beside the weights: nothing, sums of squares of the inputs, of their products, or scores of every

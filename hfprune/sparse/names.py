@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping
 
-from hfprune.errors import ConfigError
-from hfprune.near import nearest
 from hfprune.sparse.base import SparseMethod
 from hfprune.sparse.magnitude import MagnitudeSparsity, RelativeImportance
 from hfprune.sparse.ria import RIA
 from hfprune.sparse.sparsegpt import SparseGPT
-from hfprune.sparse.taylor import TaylorSparsity
 from hfprune.sparse.wanda import Wanda
+from hfprune.sparse.weight_taylor import TaylorSparsity
 from hfprune.sparse.z_pruner import ZPruner
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.spelling import nearest
 
 METHODS: Mapping[str, Callable[[], SparseMethod]] = {
     "magnitude": MagnitudeSparsity,

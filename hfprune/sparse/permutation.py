@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from hfprune.errors import ConfigError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.errors import ConfigError
 
 Permutation = Literal["none", "dealt", "assigned"]
 """``dealt``: sorted by total score and dealt to the slots in alternating direction; ``assigned``: then refined."""

@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError, ConfigError
 from hfprune.sparse.base import InputSums, Needs, Pruned, SparseMethod
 from hfprune.sparse.pattern import Sparsity, drop
+from hfprune.utils.errors import CalibrationError, ConfigError
 
 
 class SparseGPT(SparseMethod):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune.allocation import Allocation, Sensitivity
-from hfprune.arch import check_units
 from hfprune.compensation import Compensation
 from hfprune.criteria import (
     ActivationTaylor,
@@ -21,9 +20,10 @@ from hfprune.criteria import (
     SelfDistillation,
     resolve_objective,
 )
-from hfprune.errors import ConfigError
+from hfprune.models import check_units
 from hfprune.objectives import OBJECTIVES
-from hfprune.types import UnitKind
+from hfprune.plan import UnitKind
+from hfprune.utils.errors import ConfigError
 
 _NAME = re.compile(r"[\w.-]+")
 

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from hfprune.allocation import Inventory, ResolvedBudget, allocate, kept_units
-from hfprune.arch import class_name, config_values, find_groups
-from hfprune.calibration import check_criterion
-from hfprune.causal import as_batch, sequences
 from hfprune.criteria import LayerwiseCriterion
-from hfprune.errors import ConfigError
-from hfprune.layerwise import LayerwisePass, LayerwiseResult, check_together
-from hfprune.layouts import apply_plan
-from hfprune.loading import load_causal_lm
+from hfprune.io.layouts import apply_plan
+from hfprune.io.load import load_causal_lm
+from hfprune.models import class_name, config_values, find_groups
+from hfprune.models.forward import as_batch, sequences
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import PruningPlan
+from hfprune.plan import Budget, PruningPlan
+from hfprune.pruning.accumulator import check_criterion
+from hfprune.pruning.layerwise import LayerwisePass, LayerwiseResult, check_together
 from hfprune.sweep.grid import Cell, Method, SweepGrid
-from hfprune.types import Budget
+from hfprune.utils.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 

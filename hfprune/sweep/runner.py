@@ -11,29 +11,27 @@ from typing import Any
 
 import torch
 
-from hfprune.arch import parameter_count
 from hfprune.criteria import LayerwiseCriterion
+from hfprune.data.self_generated import author_of
 from hfprune.data.text import TextDataModule
-from hfprune.data.written import author_of
-from hfprune.errors import ConfigError
+from hfprune.evaluation.evaluate import Measurement, measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.latency import compare_latency
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
-from hfprune.evaluation.size import measure_size
-from hfprune.evaluation.stage import Measurement, measure
-from hfprune.evaluation.windows import Windows
+from hfprune.evaluation.perplexity import Windows
+from hfprune.evaluation.size_and_speed import compare_latency, measure_size
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import check_output_dir, command_line
-from hfprune.files import write_json
-from hfprune.fingerprint import prediction_fingerprint
-from hfprune.loading import predicts_badly_without_bos
+from hfprune.io.load import predicts_badly_without_bos
+from hfprune.io.output_folder import RESULTS, check_apart, is_sweep
+from hfprune.io.save import check_output_dir, command_line
+from hfprune.models import parameter_count
+from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.outputs import RESULTS, check_apart, is_sweep
-from hfprune.paths import user_path
-from hfprune.sweep.book import ScoreBook
 from hfprune.sweep.grid import Cell, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
 from hfprune.sweep.results import write_results
+from hfprune.sweep.score_cache import ScoreBook
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path, write_json
 
 _log = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
-from hfprune.causal import objective_sums, run_backbone, sequences, token_counts
 from hfprune.criteria import CalibratedCriterion, scored_groups
-from hfprune.errors import CalibrationError
+from hfprune.models import find_groups
+from hfprune.models.forward import objective_sums, run_backbone, sequences, token_counts
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.objectives.distillation import Distillation
-from hfprune.recording import UnitMask
+from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum, backward
+from hfprune.pruning.hooks import UnitMask
 from hfprune.sweep.grid import Method
-from hfprune.tensor_files import load_tensors, save_tensors
+from hfprune.utils.errors import CalibrationError
+from hfprune.utils.files import load_tensors, save_tensors
 
 SAVE_EVERY = 64
 """Sequences between saved states."""

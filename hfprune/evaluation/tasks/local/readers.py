@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 Row = dict[str, Any]
 

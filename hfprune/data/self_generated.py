@@ -1,0 +1,216 @@
+"""Text that the model writes itself, for calibration and recovery without any data.
+
+Each sequence draws from a generator of its own, seeded by seed, role and number, in float64. So what is written does
+not depend on how many are written at once, as far as the model's logits do not: matrix products of another size may
+round otherwise, and one draw that falls otherwise changes what follows. The batch size is therefore part of what the
+text is known by.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from hfprune.data.encode import encode, tokenizer_key
+from hfprune.data.token_cache import digest
+from hfprune.io.load import load_causal_lm, model_files
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import load_tensors, save_tensors
+
+_log = logging.getLogger("hfprune")
+_FORMAT = 2
+"""Of how tokens are drawn: text that was drawn otherwise is not taken for what would be written now."""
+_SAMPLES = 1024
+"""Places of each file of a model that are read to tell it from others."""
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots: the command line reads a default's __dict__
+class SelfText:
+    """How a model writes.
+
+    Attributes:
+        temperature: Of the distribution that tokens are drawn from; 1 is the model's own.
+        top_p: Draw from the most likely tokens that together have this probability; 1 draws from all.
+        batch_size: Sequences written at once.
+        start: Text that every sequence begins with; the BOS token (EOS where there is none) if not given.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"--data.self_text.temperature {self.temperature} is not positive.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--data.self_text.top_p {self.top_p} is not in (0, 1].")
+        if self.batch_size < 1:
+            raise ConfigError(f"--data.self_text.batch_size {self.batch_size} is not positive.")
+
+
+OWN_WORDS = SelfText()
+"""The model's own distribution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Author:
+    """The model that writes.
+
+    Attributes:
+        load: Returns it, on the device where it is to run; called when something is to be written.
+        key: Returns what tells it from other models.
+    """
+
+    load: Callable[[], Any]
+    key: Callable[[], str]
+
+
+def author_of(module: Any, *, device: torch.device) -> Author:
+    """Returns the dense model of a ``PruningModule`` as an author; it is loaded apart from the module's own copy.
+
+    Args:
+        module: Has ``path``, ``revision`` and ``dtype_name``.
+        device: Where it writes.
+    """
+
+    def load() -> Any:
+        with isolate_rng():
+            return load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision).to(device)
+
+    def key() -> str:
+        return digest(files_key(module.path, revision=module.revision), module.dtype_name)
+
+    return Author(load=load, key=key)
+
+
+class Writer:
+    """Written sequences, kept in a folder; what is there is not written again, an interrupted pass goes on.
+
+    Args:
+        author: The model.
+        tokenizer: Its tokenizer.
+        settings: How it writes.
+        seed: Seed of everything.
+        folder: Where texts are kept.
+    """
+
+    def __init__(self, author: Author, tokenizer: Any, settings: SelfText, *, seed: int, folder: Path) -> None:
+        self._author, self._tokenizer, self.settings, self._seed = author, tokenizer, settings, seed
+        self._folder = folder
+
+    def rows(self, role: str, count: int, length: int) -> Tensor:
+        """Returns the first ``count`` sequences of a role, [count, length] int64, the start included."""
+        text = [_FORMAT, asdict(self.settings), self._seed, role, length, count]
+        key = digest(self._author.key(), tokenizer_key(self._tokenizer), text)
+        path = self._folder / f"{key[:32]}.safetensors"
+        found = load_tensors(path, key=key)
+        if found is None:
+            found = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
+            save_tensors(path, found, key=key, tokenizer=tokenizer_key(self._tokenizer))
+            path.with_suffix(".unfinished").unlink(missing_ok=True)
+        return found["input_ids"]
+
+    def _write(self, role: str, count: int, length: int, unfinished: Path, key: str) -> Tensor:
+        start = self._start(length)
+        kept = load_tensors(unfinished, key=key)
+        rows = torch.empty(0, length, dtype=torch.int64) if kept is None else kept["input_ids"]
+        model = self._author.load().eval()
+        _log.info("The model writes %d sequences of %d tokens (%s).", count, length, role)
+        while len(rows) < count:
+            numbers = range(len(rows), min(len(rows) + self.settings.batch_size, count))
+            seeds = [_seed_of(self._seed, role, number) for number in numbers]
+            known = len(self._tokenizer)
+            rows = torch.cat([rows, write(model, start, seeds, length, known=known, settings=self.settings)])
+            save_tensors(unfinished, {"input_ids": rows}, key=key)
+        return rows
+
+    def _start(self, length: int) -> list[int]:
+        if self.settings.start is not None:
+            (ids,) = encode([self.settings.start], self._tokenizer)
+        else:
+            tokenizer = self._tokenizer
+            first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            ids = [] if first is None else [int(first)]
+        if not 0 < len(ids) < length:
+            raise ConfigError(
+                f"What the model writes begins with {len(ids)} tokens (--data.self_text.start, else BOS or EOS); at "
+                f"least one is needed, and fewer than --data.seq_len {length}."
+            )
+        return ids
+
+
+@torch.no_grad()
+def write(
+    model: Any, start: list[int], seeds: list[int], length: int, *, known: int | None = None, settings: SelfText
+) -> Tensor:
+    """Returns one sequence per seed, [len(seeds), length] int64, on the CPU.
+
+    An EOS that the model draws stays, and it writes on behind it, as documents follow each other in concatenated text.
+
+    Args:
+        model: A Hugging Face causal LM in eval mode.
+        start: Token ids that every sequence begins with, at least one.
+        seeds: Seed of each sequence.
+        length: Tokens per sequence.
+        known: Draw ids below this only: embeddings beyond the tokenizer's size belong to no token.
+        settings: Temperature and top-p.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    ids = torch.tensor([start] * len(seeds))
+    fed, cache = ids, None
+    while ids.shape[1] < length:
+        output = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1, :known].to("cpu", torch.float64)
+        fed = draw(logits, generators, settings)[:, None]
+        ids = torch.cat([ids, fed], dim=1)
+    return ids
+
+
+def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) -> Tensor:
+    """Returns one token per row, [N] int64, drawn from the softmax of ``logits`` [N, V] by one uniform number each.
+
+    Numbers are laid out in the order of ids, not of probability: logits that round otherwise move the borders between
+    tokens a little and never swap two.
+
+    Args:
+        logits: In float64, on the CPU.
+        generators: One a row.
+        settings: Temperature and top-p.
+    """
+    p = (logits / settings.temperature).softmax(-1)
+    if settings.top_p < 1:
+        ranked, order = p.sort(descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= settings.top_p
+        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
+    cumulative = p.cumsum(-1)
+    numbers = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    places = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
+    return places[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _seed_of(seed: int, role: str, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {role} {number}".encode()).digest()[:4], "little")
+
+
+def files_key(path: str, *, revision: str | None = None) -> str:
+    """Returns the digest of a saved model: its config, and names, sizes and sampled bytes of its weight files.
+
+    Of each file at most 1,024 pieces of 64 bytes at equal distances are read.
+    """
+    parts: list[Any] = []
+    for file in model_files(path, revision=revision):
+        size, found = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as opened:
+            for place in range(0, size, max(64, size // _SAMPLES)):
+                opened.seek(place)
+                found.update(opened.read(64))
+        parts.append([file.name, size, found.hexdigest()])
+    return digest(parts)

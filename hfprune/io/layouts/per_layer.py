@@ -1,0 +1,277 @@
+"""Models whose layers differ in width: config, model classes and the layout that writes them.
+
+In memory such a model is an instance of its stock class. Its config is of a subclass of the stock config class that
+carries the plans which cut the dense model, and says in transformers' own ``per_layer_config`` what differs. So
+``save_pretrained`` writes all that loading needs: ``config.json`` with ``model_type`` ``hfprune`` and the plans.
+
+Loading goes the other way: transformers' ``from_pretrained`` builds the dense model without weights, the plans cut it,
+and the weights are read into what is left. Importing this module registers that with transformers' Auto classes.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hfprune.io.layouts.base import HUB, LAYOUTS, Cut, Layout, implied_values, layer_overrides
+from hfprune.models import find_spec
+from hfprune.models.surgery import apply_plan
+from hfprune.utils.errors import ConfigError, PlanError
+
+MODEL_TYPE = "hfprune"
+"""``model_type`` in config.json: software that does not know hfprune stops there, with this name in its message."""
+
+_VERSION = 1
+_PREFIX = "HFPrune"  # before the name of the stock class in config.json's `architectures`
+_NOTE = "Layers differ in width. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
+
+
+class PerLayerConfig:
+    """What the config of a model whose layers differ in width adds to its stock config class."""
+
+    stock: ClassVar[type[PreTrainedConfig]]
+    _hfprune: Cut
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as plain data, with what hfprune needs under ``hfprune``."""
+        data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        cut: Cut = data.pop("_hfprune")
+        section = {"version": _VERSION, "family": self.stock.model_type, "note": _NOTE}
+        return data | {"hfprune": section | {"plans": cut.count, "dense": dict(cut.dense)}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns what config.json holds: no model type or class that other software takes for the stock one."""
+        data: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        names = [_PREFIX + name for name in data.get("architectures") or ()]
+        return data | {"model_type": MODEL_TYPE, "architectures": names}
+
+    def validate(self) -> None:
+        """Checks nothing: the stock checks read keys that have no one value here; loading checks every shape."""
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Writes config.json and the plans.
+
+        Raises:
+            PlanError: The plans were not read yet, and are not where the config came from.
+        """
+        plans = cut_of(self).plans
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for file, plan in zip(self._hfprune.files(), plans, strict=True):
+            plan.save(Path(save_directory) / file)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Returns the config that ``to_dict`` described."""
+        return HFPruneConfig.from_dict(config_dict, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles by the stock class: the subclass is made at run time."""
+        return _blank, (self.stock,), self.__dict__
+
+
+def _blank(stock: type[PreTrainedConfig]) -> Any:
+    per_layer = _subclass(stock)
+    return per_layer.__new__(per_layer)
+
+
+_SUBCLASSES: dict[type[PreTrainedConfig], Any] = {}
+
+
+def _subclass(stock: type[PreTrainedConfig]) -> Any:
+    """Returns the per-layer subclass of a stock config class, known to ``AutoModelForCausalLM``."""
+    if stock not in _SUBCLASSES:
+        names = {"stock": stock, "__module__": __name__}
+        _SUBCLASSES[stock] = type(f"PerLayer{stock.__name__}", (PerLayerConfig, stock), names)
+        AutoModelForCausalLM.register(_SUBCLASSES[stock], HFPruneForCausalLM)
+    return _SUBCLASSES[stock]
+
+
+def is_per_layer(config: Any) -> bool:
+    """Returns whether ``config`` is that of a model whose layers differ in width."""
+    return isinstance(config, PerLayerConfig)
+
+
+def cut_of(config: Any, *, path: str | None = None, **hub: Any) -> Cut:
+    """Returns the cut of a per-layer config with its plans, read once where they were not yet.
+
+    Args:
+        config: The config; it keeps what was read.
+        path: Folder or hub id of the plans; by default where the config came from.
+        hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
+
+    Raises:
+        PlanError: A plan is missing or damaged.
+    """
+    if not config._hfprune.plans:
+        config._hfprune = config._hfprune.read(path or config.name_or_path, **hub)
+    found: Cut = config._hfprune
+    return found
+
+
+def dense_config(config: Any) -> Any:
+    """Returns a copy of ``config`` in its stock class, as it was before any plan made layers differ."""
+    dense = stock_config(config)
+    for key, value in config._hfprune.dense.items() if is_per_layer(config) else ():
+        setattr(dense, key, value)
+    return dense
+
+
+def stock_config(config: Any) -> Any:
+    """Returns a copy of ``config`` in its stock class, without what differs per layer."""
+    found = copy.deepcopy(config)
+    to_stock(found)
+    return found
+
+
+def to_stock(config: Any) -> None:
+    """Makes ``config``, in place, one of its stock class."""
+    if is_per_layer(config):
+        config.per_layer_config = None
+        del config._hfprune
+        config.__class__ = config.stock
+
+
+def to_per_layer(config: Any, cut: Cut, overrides: Mapping[int, Mapping[str, Any]]) -> None:
+    """Makes ``config``, in place (every module of a model refers to it), one whose layers differ as ``cut`` says."""
+    if not is_per_layer(config):
+        config.__class__ = _subclass(type(config))
+    config._hfprune = cut
+    # transformers leaves out what the config says of all layers
+    config.per_layer_config = {index: dict(values) for index, values in overrides.items()} or None
+
+
+def finish(model: Any, dense: Any, cut: Cut) -> None:
+    """Gives a model that was cut by ``cut.plans`` the config that says so.
+
+    Args:
+        model: The model; its config is stock or per-layer.
+        dense: The dense config.
+        cut: How the model came to be.
+    """
+    spec = find_spec(model)
+    for key, value in implied_values(dense, spec, cut.plans).items():
+        setattr(model.config, key, value)
+    overrides = layer_overrides(dense, spec, cut.plans, num_layers=model.config.num_hidden_layers)
+    to_per_layer(model.config, cut, overrides)
+
+
+# ---- what transformers' Auto classes call ---------------------------------------------------------------------------
+
+
+class HFPruneConfig(PreTrainedConfig):
+    """The entry point of ``AutoConfig``: makes configs of the model's own family."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Returns the per-layer config that ``config_dict`` describes, of a subclass of its family's config class.
+
+        Raises:
+            ConfigError: It was written by another version, or for a family that this transformers does not know.
+        """
+        data = dict(config_dict)
+        section, overrides = data.pop("hfprune", None), data.pop("per_layer_config", None) or {}
+        if not isinstance(section, dict) or section.get("version") != _VERSION:
+            raise ConfigError(
+                f"config.json has model_type '{MODEL_TYPE}' but no section 'hfprune' of version {_VERSION}: it is "
+                "damaged, or was written by another version of hfprune."
+            )
+        family = section["family"]
+        if family not in CONFIG_MAPPING:
+            raise ConfigError(f"config.json describes a pruned '{family}', which this transformers does not know.")
+        names = [str(name).removeprefix(_PREFIX) for name in data.get("architectures") or ()]
+        found = CONFIG_MAPPING[family].from_dict(data | {"model_type": family, "architectures": names}, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        layers = {int(index): values for index, values in overrides.items()}
+        to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
+        return found
+
+
+class HFPruneForCausalLM:
+    """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, config: Any, **kwargs: Any) -> Any:
+        """Returns the model saved at ``path``, an instance of its stock class; arguments as in transformers.
+
+        Raises:
+            PlanError: A plan is missing, damaged, or does not fit config.json or the weights.
+        """
+        cut = cut_of(config, path=str(path), **{key: kwargs[key] for key in HUB if key in kwargs})
+        dense, wants_info = dense_config(config), kwargs.pop("output_loading_info", False)
+        stock = _stock_model(dense)
+        kwargs |= {"config": dense, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = _cutting(stock, cut).from_pretrained(path, *args, **kwargs)
+        _check_weights(str(path), info)
+        model.__class__ = stock
+        finish(model, dense, cut)
+        if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
+            raise PlanError(f"'{path}': the plan keeps other numbers of units than per_layer_config in config.json.")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Returns a model of the shapes that ``config`` describes, with random weights; on the meta device none."""
+        cut, dense = cut_of(config), dense_config(config)
+        model = _stock_model(dense)._from_config(dense, **kwargs)
+        _apply(model, cut)
+        finish(model, dense_config(config), cut)
+        return model
+
+
+def _stock_model(config: Any) -> Any:
+    """Returns the model class of a stock config."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def _cutting(stock: Any, cut: Cut) -> Any:
+    """Returns a subclass of a model class whose new models are cut at once; it bears the stock class's name."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        _apply(self, cut)
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), names | {"__init__": init})
+
+
+def _apply(model: Any, cut: Cut) -> None:
+    with torch.device("cpu"):  # of index tensors; the model may be made on the meta device
+        for plan in cut.plans:
+            apply_plan(model, plan)
+
+
+def _check_weights(path: str, info: Mapping[str, Any]) -> None:
+    """Raises ``PlanError`` unless the weight files held every parameter in the shape that the plans leave."""
+    for name, saved, expected in sorted(info["mismatched_keys"]):
+        raise PlanError(
+            f"'{path}': {name} is {list(saved)} in the weight files and {list(expected)} by config.json and plan.json: "
+            "they do not belong together. Copy all files of one export."
+        )
+    for key, text in (("missing_keys", "lack"), ("unexpected_keys", "hold, against the plan,")):
+        if info[key]:
+            raise PlanError(f"'{path}': its weight files {text} {', '.join(sorted(info[key])[:3])}.")
+
+
+AutoConfig.register(MODEL_TYPE, HFPruneConfig, exist_ok=True)
+
+
+class PerLayer(Layout):
+    """``per_layer_config`` in config.json and the plans beside it; an ordinary folder where no layer differs."""
+
+    name = "per_layer"
+
+    def check(self, model: Any) -> None:
+        """Accepts every model."""
+
+    def written(self, model: Any) -> Any:
+        """Returns ``model``: its config writes what differs."""
+        return model
+
+
+LAYOUTS.add(PerLayer.name, PerLayer())

@@ -1,0 +1,207 @@
+"""Measures how much the predictions change when a group of units shrinks."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from hfprune.allocation import Allocation, Sensitivity, keep_top, measure_curves
+from hfprune.models import is_supported, output_head
+from hfprune.models.forward import Batch, final_hidden, run_together, sequences
+from hfprune.models.groups import find_layers
+from hfprune.objectives.chunked import chunk_tokens
+from hfprune.plan import Group
+from hfprune.pruning.hooks import UnitMask, evaluating, hooked
+from hfprune.pruning.layerwise import share, summed
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.progress import layer_progress
+
+if TYPE_CHECKING:
+    from hfprune.callbacks.target import Target
+
+
+class _Prefix:
+    """Layers before those that are changed: what the last of them returned is kept, and they are not run again.
+
+    Args:
+        layers: All layers of the model.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = list(layers)
+        self._kept: dict[int, tuple[int, Any]] = {}
+
+    @contextmanager
+    def unchanged(self, end: int, batch: int) -> Iterator[None]:
+        """Within the context the model is run on a batch, known by its number; its first ``end`` layers are dense."""
+        reached, output = self._kept.get(batch, (0, None))
+        if reached > end:
+            reached = 0
+
+        def keep(module: nn.Module, args: tuple[Any, ...], found: Any) -> None:
+            self._kept[batch] = end, found
+
+        handles = [self._layers[end - 1].register_forward_hook(keep)] if reached < end else []
+        with ExitStack() as stack, hooked(handles):
+            for layer in self._layers[:reached]:
+                stack.enter_context(_returning(layer, output))
+            yield
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Lets ``module`` return ``output``, whatever it is called with."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+class DensePredictions:
+    """Final hidden states of a model on some sequences, to which it is compared after it was changed.
+
+    Args:
+        model: A supported Hugging Face causal LM, in eval mode.
+        batches: What it is run on, one sequence at a time on the CPU.
+    """
+
+    def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
+        self._model, self._prefix = model, _Prefix(find_layers(model))
+        alone = [sequence for batch in batches for sequence in sequences(batch)]
+        self._batches = run_together(alone, next(model.parameters()).device)
+        with torch.no_grad():
+            self._hidden = [final_hidden(model, batch)[0].flatten(0, 1) for batch in self._batches]
+        self.tokens = sum(map(len, self._hidden))
+
+    @torch.no_grad()
+    def kl(self, masks: Sequence[UnitMask], *, layer: int) -> Tensor:
+        """Returns the sum over tokens of KL(dense || masked), nats, for every mask, [M] float64.
+
+        Args:
+            masks: Each changes nothing before ``layer``.
+            layer: Layers before it are run once where calls come in the order of layers.
+        """
+        head = output_head(self._model)
+        size = chunk_tokens(head.weight.shape[0], device=head.weight.device)
+        total = torch.zeros(len(masks), dtype=torch.float64, device=head.weight.device)
+        for number, (batch, dense) in enumerate(zip(self._batches, self._hidden, strict=True)):
+            changed = []
+            for mask in masks:
+                with self._prefix.unchanged(layer, number), mask.active():
+                    changed.append(final_hidden(self._model, batch)[0].flatten(0, 1).split(size))
+            for place, hidden in enumerate(dense.split(size)):
+                log_p = head.logits(hidden).log_softmax(-1)
+                p = log_p.exp()
+                for which, chunks in enumerate(changed):
+                    log_q = head.logits(chunks[place]).log_softmax(-1)
+                    total[which] += (p * (log_p - log_q)).sum(dtype=torch.float64)
+        return total
+
+
+def kl_curves(
+    model: Any,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    shares: Sequence[float],
+    *,
+    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    done: Callable[[int, int], None] = lambda group, groups: None,
+) -> dict[str, dict[float, float]]:
+    """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone pruned by ``scores``.
+
+    Removed units are masked where they are read, so nothing is copied or cut. A group and share cost what the layers
+    from the group's own on and the output head cost on ``batches``.
+
+    Args:
+        model: The dense model.
+        groups: Groups of units within layers.
+        scores: Group name -> importance [U].
+        batches: What KL is measured on, this rank's part.
+        shares: Kept shares, each in (0, 1).
+        reduce: Adds sums up over ranks.
+        done: Told after each group how many of how many are done.
+
+    Raises:
+        CalibrationError: There is no token, or a KL is not finite.
+    """
+    with evaluating(model):
+        dense = DensePredictions(model, batches)
+        tokens = float(reduce(torch.tensor(float(dense.tokens), dtype=torch.float64, device=model.device)))
+        if not tokens:
+            raise CalibrationError("Sensitivity curves need tokens: the calibration data is empty.")
+
+        def measure(group: Group, widths: Sequence[int]) -> list[float]:
+            masks = [UnitMask(model, [group], {group.name: keep_top(scores[group.name], width)}) for width in widths]
+            found = (reduce(dense.kl(masks, layer=group.layer or 0)) / tokens).tolist()
+            for width, kl in zip(widths, found, strict=True):
+                if not kl < float("inf"):
+                    raise CalibrationError(f"{group.name} at {width} units: the KL to the dense model is {kl}.")
+            return [max(kl, 0.0) for kl in found]
+
+        curves: dict[str, dict[float, float]] = {}
+        for number, group in enumerate(groups):
+            curves |= measure_curves([group], shares, measure)
+            done(number + 1, len(groups))
+        return curves
+
+
+def check_curves(target: "Target", allocation: Allocation | None) -> None:
+    """Raises ``ConfigError`` when curves are to be measured on what they cannot be, before it is loaded.
+
+    Args:
+        target: What is pruned.
+        allocation: How the budget is spent.
+    """
+    if not isinstance(allocation, Sensitivity) or allocation.curves is not None:
+        return
+    if target.sharded:
+        raise ConfigError("Sensitivity measures on whole models: under FSDP2 give it curves.")
+    if target.known and not is_supported(target.shapes()):
+        raise ConfigError("Sensitivity measures a Hugging Face model that hfprune knows; here is none.")
+
+
+def measured(
+    trainer: Trainer,
+    target: "Target",
+    groups: tuple[Group, ...],
+    scores: Mapping[str, Tensor],
+    allocation: Allocation | None,
+    *,
+    seed: int,
+) -> Allocation | None:
+    """Returns ``allocation``, with curves where it is to measure them; the same on every rank.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        target: What is pruned, dense still.
+        groups: Its groups.
+        scores: Group name -> importance [U].
+        allocation: How the budget is spent.
+        seed: Seed of the loader's shuffling.
+    """
+    if not isinstance(allocation, Sensitivity) or allocation.curves is not None:
+        return allocation
+    strategy = trainer.strategy
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with isolate_rng(), layer_progress(enabled=shown, text="Sensitivity") as done:
+        batches = [strategy.batch_to_device(b) for b in share(trainer, seed, sequences=allocation.sequences)]
+        with strategy.precision_plugin.forward_context():
+            curves = kl_curves(
+                target.model,
+                groups,
+                scores,
+                batches,
+                allocation.shares,
+                reduce=lambda tensor: summed(trainer, tensor),
+                done=done,
+            )
+    return allocation.with_curves(curves)

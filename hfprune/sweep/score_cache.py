@@ -1,0 +1,101 @@
+"""Every score of a sweep: what is computed once serves all cells that need it."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune.criteria import LayerwiseCriterion, WeightCriterion, scored_groups, with_blocks
+from hfprune.data.text import TextDataModule
+from hfprune.models import find_groups
+from hfprune.pruning.accumulator import weight_scores
+from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
+from hfprune.sweep.scoring import distilled_scores, seed_scores
+
+_log = logging.getLogger(__name__)
+
+ByGroup = Mapping[str, Tensor]
+"""Group -> scores [U]."""
+
+
+class ScoreBook:
+    """The scores of a grid's methods, kept in files.
+
+    Args:
+        dense: The dense model.
+        grid: What is compared.
+        data: Seed -> calibration data.
+        folder: Where the files go.
+        model_key: What tells the dense model from others.
+        device: Where to run.
+    """
+
+    def __init__(
+        self,
+        dense: Any,
+        grid: SweepGrid,
+        data: Mapping[int, TextDataModule],
+        folder: Path,
+        *,
+        model_key: str,
+        device: torch.device,
+    ) -> None:
+        self._dense, self._grid, self._data, self._folder = dense, grid, data, folder
+        self._model_key, self._device = model_key, device
+        self._known: dict[tuple[tuple[str, ...], int | None], ByGroup] = {}
+
+    def batches(self, cell: Cell) -> Iterable[Any]:
+        """Returns the calibration batches of a cell's seed; none where the cell has none."""
+        return () if cell.seed is None else self._data[cell.seed].calibration_dataloader()
+
+    def data_key(self, cell: Cell) -> str | None:
+        """Returns what tells a cell's calibration data from others."""
+        return None if cell.seed is None else str(self._data[cell.seed].summary()["calibration"]["sha256"])
+
+    def scores(self, cell: Cell) -> ByGroup:
+        """Returns the scores of the groups of a cell's method; none where units are chosen layer by layer."""
+        method = cell.method
+        if isinstance(method.scorer, LayerwiseCriterion):
+            return {}
+        groups = find_groups(self._dense, method.units)
+        scored = scored_groups(self._dense, groups, method.scorer)
+        criterion = method.with_seed(cell.seed or 0)
+        key = (method.scoring(), cell.seed if method.seeded_scores else None)
+        if key not in self._known and isinstance(criterion, WeightCriterion):
+            self._known[key] = weight_scores(self._dense, scored, criterion)
+        elif key not in self._known:
+            self._calibrate(cell)
+        return with_blocks(self._known[key], groups, scored)
+
+    def first(self) -> dict[str, ByGroup]:
+        """Returns method -> scores of its first cell."""
+        found: dict[str, ByGroup] = {}
+        for cell in self._grid.cells():
+            if cell.method.name not in found and (scores := self.scores(cell)):
+                found[cell.method.name] = scores
+        return found
+
+    def _calibrate(self, cell: Cell) -> None:
+        """Adds the scores of a cell's seed: one pass serves all criteria that calibrate in one stage."""
+        assert cell.seed is not None
+        staged = cell.method.distillation is not None
+        one_stage = [m for m in self._grid.methods if m.calibrated and m.distillation is None]
+        methods = [cell.method] if staged else list({m.scoring(): m for m in reversed(one_stage)}.values())[::-1]
+        key = digest([self._model_key, self.data_key(cell), {m.name: m.scoring() for m in methods}])
+        name = f"seed{cell.seed}-{cell.method.name}" if staged else f"seed{cell.seed}"
+        path, start = self._folder / f"{name}.safetensors", time.perf_counter()
+        found = self._pass(cell, methods, path, key)
+        _log.info("Scores of seed %d: %.1f s.", cell.seed, time.perf_counter() - start)
+        for method in methods:
+            self._known[method.scoring(), cell.seed] = found[method.name]
+
+    def _pass(self, cell: Cell, methods: list[Method], path: Path, key: str) -> Mapping[str, ByGroup]:
+        if cell.method.distillation is None:
+            return seed_scores(self._dense, methods, self.batches(cell), path, key=key, device=self._device)
+        make = partial(self.batches, cell)
+        return distilled_scores(self._dense, cell.method, make, path, key=key, device=self._device)
