@@ -317,11 +317,11 @@ def test_table_covers_what_the_readme_promises():
 
 
 def test_unknown_class_lists_the_known_ones_and_shows_how_to_describe_one():
-    class LlamaForCausalLMWithATwist(nn.Module):
+    class LlamaForCasualLM(nn.Module):
         pass
 
     with pytest.raises(UnsupportedArchitectureError) as caught:
-        find_groups(LlamaForCausalLMWithATwist())
+        find_groups(LlamaForCasualLM())
     text = str(caught.value)
     assert "Did you mean 'LlamaForCausalLM'?" in text
     assert "GPT2LMHeadModel" in text
