@@ -29,6 +29,7 @@ from hfprune.io.model_files import (
 from hfprune.io.progress import quiet_transformers
 from hfprune.models import ARCHITECTURES, is_supported
 from hfprune.plan import PLAN_FILE
+from hfprune.utils.compat import cached_file_or_none
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import user_path
 
@@ -88,7 +89,7 @@ def _is_cached(path: str) -> bool:
 
 def _is_hub_id(path: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(path)
@@ -302,10 +303,9 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
 def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
     """Gives a model that was not made by ``from_pretrained`` the generation config that is saved with it, if any."""
     from transformers import GenerationConfig
-    from transformers.utils.hub import cached_file
 
-    resolved, file = resolve_model_path(path), "generation_config.json"
-    if cached_file(resolved, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+    resolved = resolve_model_path(path)
+    if cached_file_or_none(resolved, "generation_config.json", revision=revision) is not None:
         with _reading(f"Cannot read the generation config of path='{path}'"):
             hub: dict[str, Any] = {} if revision is None else {"revision": revision}
             model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)

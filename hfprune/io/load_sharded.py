@@ -23,6 +23,7 @@ from hfprune.io.load import DTypeName, load_config, read_generation_config, weig
 from hfprune.models.fingerprint import combine, tensor_digest
 from hfprune.models.groups import class_name, find_layers, find_spec
 from hfprune.models.output_head import check_head
+from hfprune.models.projection import whole
 from hfprune.models.surgery import Cuts, cut, new_names, plan_cuts
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
@@ -47,11 +48,6 @@ class WholeWeights(nn.Module):
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether ``model``'s weights are spread over ranks."""
     return any(isinstance(p, DTensor) for p in model.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns the whole tensor; every rank must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_sharded(

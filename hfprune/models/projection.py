@@ -8,6 +8,7 @@ what it adds up.
 """
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hfprune.plan import Side
 from hfprune.utils.errors import UnsupportedArchitectureError
@@ -64,6 +65,16 @@ def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor:
     if weight.dim() == 1:
         return weight.unsqueeze(1)
     return weight.T if transposed else weight
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor, gathered where it is sharded: every rank must call it then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """Returns a projection's weight [out, in] without its graph, gathered where it is sharded."""
+    return whole(weight_of(module, parameter).detach())
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

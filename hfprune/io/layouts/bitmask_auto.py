@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils.hub import cached_file
 
 from hfprune.io.layouts.base import HUB
 from hfprune.io.layouts.bitmask import MODEL_TYPE, PREFIX, VERSION, described, stored_tensors
+from hfprune.utils.compat import cached_file_or_none
 from hfprune.utils.errors import ConfigError
 
 
@@ -140,8 +140,7 @@ def _check_weights(path: str, info: dict[str, Any]) -> None:
 
 def _read_generation(model: Any, path: str, hub: dict[str, Any]) -> None:
     """Gives the model the generation config beside it; transformers reads it only with weights that it finds itself."""
-    file = "generation_config.json"
-    if cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub) is not None:
+    if cached_file_or_none(path, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
 
 
