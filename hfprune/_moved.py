@@ -101,7 +101,7 @@ MODULES = {
     "hfprune.layouts.apply": "hfprune.io.layouts.apply",
     "hfprune.layouts.base": "hfprune.io.layouts.base",
     "hfprune.layouts.bitmask": "hfprune.io.layouts.bitmask",
-    "hfprune.layouts.bitmask_auto": "hfprune.io.layouts.bitmask_auto",
+    "hfprune.layouts.bitmask_auto": "hfprune.io.layouts.bitmask",
     "hfprune.layouts.cut": "hfprune.io.layouts.base",
     "hfprune.layouts.differing": "hfprune.io.layouts.per_layer",
     "hfprune.layouts.keys": "hfprune.io.layouts.base",

@@ -12,8 +12,7 @@ from torch import nn
 
 from hfprune.io.demo_model import EMBEDDED_NAME, embedded_model
 from hfprune.io.layouts import cut_of, is_per_layer, run_empty
-from hfprune.io.layouts.bitmask import is_bitmask
-from hfprune.io.layouts.bitmask_auto import bitmask_stock
+from hfprune.io.layouts.bitmask import bitmask_stock, is_bitmask
 from hfprune.io.model_files import (
     adapter_base,
     check_files,

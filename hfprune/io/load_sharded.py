@@ -23,7 +23,7 @@ from hfprune.io.load import DTypeName, load_config, read_generation_config, weig
 from hfprune.models.fingerprint import combine, tensor_digest
 from hfprune.models.groups import class_name, find_layers, find_spec
 from hfprune.models.output_head import check_head
-from hfprune.models.projection import whole
+from hfprune.models.projection import whole as whole
 from hfprune.models.surgery import Cuts, cut, new_names, plan_cuts
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
@@ -144,20 +144,13 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:
     """Returns the model with its buffers and without its parameters (they are on the meta device)."""
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        original(self, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # inside the block, each module got a parameter of its own
+    return model
 
 
 def _fill_and_shard(
@@ -178,7 +171,7 @@ def _fill_and_shard(
         done: Called with the index of each layer that has been read.
     """
     spec = find_spec(base)
-    layers = base.get_submodule(spec.layers)
+    layers = find_layers(base, spec)
     homes = {
         _plain(name): name for name, parameter in base.named_parameters() if parameter.is_meta
     }  # tied parameters appear once
@@ -212,8 +205,7 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, attribute, nn.Parameter(value.to(old.dtype).clone(), requires_grad=old.requires_grad))
 
 
-def _drop(layers: nn.Module, index: int) -> None:
-    assert isinstance(layers, nn.ModuleList)
+def _drop(layers: nn.ModuleList, index: int) -> None:
     layers[index] = nn.Identity()
 
 

@@ -4,7 +4,6 @@
 ``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
 """
 
-import json
 import shlex
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from hfprune.models.groups import class_name, mlp_widths, parameter_count
 from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
-from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_tensors
+from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_json, write_tensors
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def export_sharded(
             return {}
         _check_target(Path(target), model, overwrite=overwrite)
         with replaced_folder(Path(target)) as stage:
-            _write_weights(parameters, stage, file_bytes=file_bytes)
+            _write_weights(model, parameters, stage, file_bytes=file_bytes)
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
             model.config.save_pretrained(stage)
@@ -385,30 +385,29 @@ def check_shards(layout: str) -> None:
         )
 
 
-def _write_weights(parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int) -> None:
-    """Writes the files and the index that ``from_pretrained`` reads."""
-    files: list[dict[str, Tensor]] = [{}]
-    where: dict[str, int] = {}
-    size = total = 0
+def _write_weights(
+    model: nn.Module, parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int
+) -> None:
+    """Writes the files and the index that ``from_pretrained`` reads.
 
-    def flush() -> None:
-        save_file(files[-1], folder / f"part-{len(files)}", metadata={"format": "pt"})
-        files[-1] = {}
-
-    for name, value in parameters:
-        if size and size + value.nbytes > file_bytes:
-            flush()
-            files.append({})
-            size = 0
-        files[-1][name] = value.contiguous()
-        where[name] = len(files)
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    if len(files) == 1:
-        (folder / "part-1").rename(folder / "model.safetensors")
-        return
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    for i, name in enumerate(names, start=1):
-        (folder / f"part-{i}").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    Args:
+        model: The model; sizes of its parameters, which may be sharded, decide what stands in which file.
+        parameters: The same parameters, whole. Those of an unfinished file wait in memory.
+        folder: The model folder.
+        file_bytes: Size that a file does not exceed, unless a single tensor does.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(model.named_parameters()),
+        get_storage_size=lambda parameter: parameter.numel() * parameter.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=file_bytes,
+    )
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in parameters:
+        file = split.tensor_to_filename[name]
+        waiting.setdefault(file, {})[name] = tensor.contiguous()
+        if len(waiting[file]) == len(split.filename_to_tensors[file]):
+            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, find_spec
+from hfprune.models.projection import submodule
 from hfprune.objectives.chunked import OutputHead
 from hfprune.utils.errors import UnsupportedArchitectureError
 
@@ -83,12 +84,7 @@ def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
 def _head_of_table(model: nn.Module) -> OutputHead:
     spec = find_spec(model)
     config: Any = model.config
-    try:
-        lm_head = model.get_submodule(spec.lm_head)
-    except AttributeError as error:
-        raise UnsupportedArchitectureError(
-            f"This {spec.model_class} has no module '{spec.lm_head}', which its architecture table names: {error}."
-        ) from error
+    lm_head = submodule(model, spec.lm_head)
     if not isinstance(lm_head, nn.Linear):
         raise UnsupportedArchitectureError(
             f"The output head of this {spec.model_class} is a {type(lm_head).__name__}, not an nn.Linear."

@@ -17,6 +17,16 @@ STACKED: dict[str, Side] = {"gate_up_proj": "out", "down_proj": "in"}
 """Weights of a module of experts, [E, ...] -> the side that experts are on."""
 
 
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Returns a module that an architecture table names; raises ``UnsupportedArchitectureError`` if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedArchitectureError(
+            f"This {type(model).__name__} has no module '{name}', which its architecture table names: {error}."
+        ) from error
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Returns whether ``module.weight`` is [in, out] (``Conv1D``, embeddings) rather than [out, in] (``nn.Linear``).
 

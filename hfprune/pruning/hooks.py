@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCriterion, GradientCriterion, Shape, Signal
-from hfprune.models.contexts import evaluating, frozen, hooked
+from hfprune.models.contexts import evaluating as evaluating  # re-exported for callers of this room
+from hfprune.models.contexts import frozen as frozen
+from hfprune.models.contexts import hooked as hooked
 from hfprune.models.experts import EXPERTS, FewerExperts, added_norms, by_expert
 from hfprune.models.groups import find_spec, group_modules
-from hfprune.models.projection import bias_of, weight_of, whole_weight
+from hfprune.models.projection import bias_of, weight_of
+from hfprune.models.projection import whole_weight as whole_weight
 from hfprune.models.residual_stream import CHANNELS, head_reads
 from hfprune.plan import Group, Slice
 

@@ -129,10 +129,6 @@ def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) ->
     return {key: value for values in found for key, value in values.items() if not hasattr(config, key)}
 
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""What ``from_pretrained`` takes that says where files are."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
     """How a model came to be from a dense one.
