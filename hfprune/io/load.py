@@ -233,7 +233,7 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Returns the model in a folder that hfprune wrote, in any layout, as an instance of its stock class, in eval mode.
+    """Loads a model that hfprune or transformers saved, in any layout.
 
     A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
     or within their folder, also after both were moved.
@@ -244,9 +244,24 @@ def load(
         device: Where to put it; the CPU by default.
         revision: Branch, tag or commit of a hub id.
 
+    Returns:
+        The model in eval mode, an instance of its stock class.
+
     Raises:
         ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
         PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     model = load(folder, dtype="bfloat16")
+        >>> type(model).__name__, model.dtype, model.training
+        ('LlamaForCausalLM', torch.bfloat16, False)
     """
     name: Any = str(dtype).removeprefix("torch.")
     path = Path(user_path(str(folder), "folder"))
@@ -324,11 +339,11 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigError(f"Cannot fetch the weights of --model.path '{path}': {first_line(error)}") from error
+            raise ConfigError(f"Cannot fetch the weights of path='{path}': {first_line(error)}") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            f"--model.path '{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
+            f"path='{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
             "Save the model again with save_pretrained."
         )
     return files

@@ -71,7 +71,7 @@ def load_sharded(
         def checked(name: str) -> Tensor:
             tensor = read(name)
             if not bool(tensor.isfinite().all()):
-                raise ConfigError(f"--model.path '{path}': parameter {name} holds NaN or infinity.")
+                raise ConfigError(f"path='{path}': parameter {name} holds NaN or infinity.")
             digests[name] = tensor_digest(tensor)
             return tensor
 
@@ -220,8 +220,8 @@ def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weigh
     files = weight_files(path, revision=revision)
     if is_bitmask(files[0].parent):
         raise ConfigError(
-            f"--model.path '{path}' is stored without its zeros, and a sharded strategy reads parameter by parameter. "
-            f"Put them back first: hfprune export --model.path {path} --layout uniform --output_dir DENSE."
+            f"path='{path}' has layout='bitmask', and a sharded strategy reads whole parameters. Export the model with "
+            "layout='uniform' first, and load that."
         )
     where: dict[str, Path] = {}
     for file in files:
@@ -237,7 +237,7 @@ def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weigh
                     tensor: Tensor = tensors.get_tensor(key).to(types[name])
                 return tensor
         raise ConfigError(
-            f"--model.path '{path}': its files hold no parameter '{name}'. Save the model again with this version of "
+            f"path='{path}': its files hold no parameter '{name}'. Save the model again with this version of "
             "transformers (save_pretrained) to shard it while loading."
         )
 

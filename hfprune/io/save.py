@@ -1,4 +1,4 @@
-"""Writes pruned models and measures what is on disk.
+"""Saving: writes pruned models, and checks and measures the files.
 
 ``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``plan.json``,
 ``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
@@ -185,31 +185,29 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
     """
     out = Path(output_dir)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--output_dir '{out}' is a file, not a folder.")
+        raise ConfigError(f"output_dir='{out}' is a file, not a folder.")
     tidy(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ConfigError(
-            f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace "
-            "its results."
+            f"output_dir='{out}' is not empty. Choose another folder, or set overwrite=True to replace its results."
         )
     check_results(out)
-    existing = check_writable(out, "--output_dir")
+    existing = check_writable(out, "output_dir")
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise ConfigError(
-            f"--output_dir '{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB "
-            "free."
+            f"output_dir='{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB free."
         )
     return out
 
 
-def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -> Path:
+def check_writable(folder: Path, argument: str, *, name: str | Path | None = None) -> Path:
     """Returns the nearest folder that exists, ``folder`` or one above it, after writing into it; nothing stays.
 
     Args:
         folder: Where results will be written.
-        flag: What asked for it, for the message.
-        name: What it was given; ``folder`` if not given.
+        argument: The argument that asked for it, for the message.
+        name: Its value; ``folder`` if not given.
 
     Raises:
         ConfigError: It cannot be written.
@@ -219,21 +217,21 @@ def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"{flag} '{name or folder}' cannot be written: {error.strerror or error}.") from error
+        raise ConfigError(f"{argument}='{name or folder}' cannot be written: {error.strerror or error}.") from error
     return existing
 
 
-def check_output_file(path: str | Path, flag: str) -> None:
+def check_output_file(path: str | Path, argument: str) -> None:
     """Raises ``ConfigError`` where the figures of an evaluation cannot be written; creates nothing that stays.
 
     A file there is replaced only when it holds such figures.
     """
     path = Path(path)
     if path.is_dir():
-        raise ConfigError(f"{flag} '{path}' is a folder; give the name of a file.")
+        raise ConfigError(f"{argument}='{path}' is a folder; a file name is needed.")
     if path.exists() and not is_evaluation(path):
-        raise ConfigError(f"{flag} '{path}' exists, and is no result of an evaluation: give another name.")
-    check_writable(path.absolute().parent, flag, name=path)
+        raise ConfigError(f"{argument}='{path}' exists and is not the result of an evaluation. Choose another name.")
+    check_writable(path.absolute().parent, argument, name=path)
 
 
 def command_line() -> str:
@@ -292,6 +290,24 @@ def export_model(
         ConfigError: The layout cannot express the model, or ``target`` may not be replaced; nothing was written.
         OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In
             the second case what was written is kept as ``TARGET.failed-check``.
+
+    Example:
+        >>> import tempfile
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = export_model(model, None, plan, Path(folder) / "model", layout="per_layer")
+        >>> saved["layout"], saved["widths"], saved["max_logit_difference_after_reload"]
+        ('per_layer', [12, 8], 0.0)
     """
     target = Path(target)
     _check_target(target, model, overwrite=overwrite)
@@ -380,8 +396,8 @@ def check_shards(layout: str) -> None:
     if not LAYOUTS.get(layout).shards:
         able = ", ".join(name for name in LAYOUTS if LAYOUTS.get(name).shards)
         raise ConfigError(
-            f"--layout {layout} needs the whole model on one rank; ModelParallelStrategy writes {able}. Write one of "
-            f"these, and then export the folder: hfprune export --model.path OUT/model --layout {layout}."
+            f"layout='{layout}' needs the whole model on one rank; ModelParallelStrategy writes {able}. Write one of "
+            f"these, then run hfprune export on the model folder with layout='{layout}'."
         )
 
 

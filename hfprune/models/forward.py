@@ -44,7 +44,7 @@ def check_packing(model: nn.Module) -> None:
     if attention not in known:
         raise UnsupportedArchitectureError(
             f"{class_name(model)} with the attention '{attention}' is not known to keep packed documents apart; known: "
-            f"{', '.join(known)}. Load the model with one of these, or give --data.packing false."
+            f"{', '.join(known)}. Load the model with one of these, or set packing=False."
         )
 
 

@@ -107,8 +107,8 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(
                 f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), and a stock config "
-                "states one for all. Give an allocation with one width, Uniform() for example, or a layout with a "
-                "config per layer: --layout per_layer."
+                "states one for all. Use an allocation with one width, Uniform() for example, or a layout with a "
+                "config per layer: layout='per_layer'."
             )
     heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
     if hidden is not None and not _states_hidden(model, hidden, heads):
@@ -118,9 +118,8 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     name = find_spec(model).model_class
     raise UnsupportedArchitectureError(
         f"A stock config of {name} cannot state {heads} key-value heads per layer; it can state "
-        f"{', '.join(map(str, possible))}. Give the budget another value, name one of these with the allocation "
-        "Explicit(heads=...), leave 'heads' out of the units, or choose a layout that needs no stock config: "
-        "--layout per_layer."
+        f"{', '.join(map(str, possible))}. Change the budget, name one of these with the allocation Explicit(heads=...), "
+        "leave 'heads' out of the units, or choose a layout that needs no stock config: layout='per_layer'."
     )
 
 
@@ -173,12 +172,12 @@ def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
         return (
             f"A stock config of this {name} takes the size of a head from the hidden size, and can state "
             f"{_config(model).hidden_size} only. Leave 'channels' out of the units, or choose a layout that needs no "
-            "stock config: --layout per_layer."
+            "stock config: layout='per_layer'."
         )
     return (
         f"A stock config of {name} with {step} query heads cannot state a hidden size of {hidden}; it can state "
         f"multiples of {step}. Name one of these with the allocation Explicit(channels=...), leave 'channels' out of "
-        "the units, or choose a layout that needs no stock config: --layout per_layer."
+        "the units, or choose a layout that needs no stock config: layout='per_layer'."
     )
 
 

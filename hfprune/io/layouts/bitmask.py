@@ -30,7 +30,7 @@ from transformers.utils.hub import cached_file
 
 from hfprune.io.layouts.base import LAYOUTS
 from hfprune.io.layouts.custom_config import HUB, VERSION, CustomConfig, check_weights, register, stock_model
-from hfprune.io.layouts.uniform import Uniform
+from hfprune.io.layouts.stock import StockLayout
 from hfprune.utils.compat import cached_file_or_none
 from hfprune.utils.errors import ConfigError
 
@@ -70,7 +70,7 @@ def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
     if len(bits) != -(-size // 8) or count != len(values) or bool(places[size:].any()):
         raise ConfigError(
             f"The weights of {name} are damaged: {len(values):,} values, {count:,} bits that are set, "
-            f"shape {shape}. Copy the files again, or export the model anew."
+            f"shape {shape}. Copy the files again, or repeat the export."
         )
     return values.new_zeros(size).masked_scatter_(places[:size], values).view(shape)
 
@@ -86,8 +86,19 @@ def is_bitmask(folder: Path) -> bool:
     return any(folder.glob("bitmask*"))
 
 
-class Bitmask(Uniform):
-    """The uniform layout, zeros left out."""
+class BitmaskLayout(StockLayout):
+    """``bitmask``: the uniform layout without its zeros; only ``hfprune export`` writes it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> LAYOUTS.get("bitmask").written(LlamaForCausalLM(config))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        hfprune.utils.errors.ConfigError: layout='bitmask' leaves out zeros, and no matrix of this model has enough ...
+    """
 
     name = "bitmask"
     shards = False
@@ -102,17 +113,19 @@ class Bitmask(Uniform):
         self.check(model)
         if not any(is_worth_it(matrix) for matrix in _matrices(model)):
             raise ConfigError(
-                "--layout bitmask leaves out zeros, and no matrix of this model has enough of them to take less space. "
-                "Prune it with --method and --sparsity first, or give --layout uniform."
+                "layout='bitmask' leaves out zeros, and no matrix of this model has enough of them to take less space. "
+                "Prune it with a sparse method first, or use layout='uniform'."
             )
         return model
 
     def compress(self, folder: Path, *, file_bytes: int = 2**30) -> bool:
-        """Rewrites what ``save_pretrained`` wrote, then the config; returns True.
+        """Rewrites the files of ``save_pretrained``, then the config; returns True.
+
+        Shards are closed as they fill up: how large a packed matrix is shows only when it has been read.
 
         Args:
             folder: The saved model.
-            file_bytes: Start a new file when the present one, which is in memory, holds so much.
+            file_bytes: Size in bytes at which a file, which is in memory until then, is written.
         """
         shapes: dict[str, list[int]] = {}
         parts, size = [dict[str, Tensor]()], 0
@@ -136,7 +149,7 @@ class Bitmask(Uniform):
         return True
 
 
-LAYOUTS.add(Bitmask.name, Bitmask())
+LAYOUTS.add(BitmaskLayout.name, BitmaskLayout())
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -179,7 +192,7 @@ def _flush(parts: list[dict[str, Tensor]], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: read, whole, whenever it is indexed, as transformers does with the slices of a file."""
+    """A tensor on disk. Indexing reads all of it, as transformers does with the slices of a file."""
 
     shape: list[int]
     read: Callable[[], Tensor]
@@ -248,7 +261,7 @@ def _index(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, list
     if not (isinstance(files, list) and all(isinstance(file, str) and Path(file).name == file for file in files)):
         raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: it lists no files of this folder. Copy it again.")
     if not (isinstance(shapes, dict) and all(_is_shape(shape) for shape in shapes.values())):
-        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: its shapes are none. Copy it again.")
+        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: a shape in it is no list of sizes. Copy it again.")
     return files, shapes
 
 

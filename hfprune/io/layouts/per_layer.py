@@ -181,8 +181,27 @@ def _apply(model: Any, cut: Cut) -> None:
 register(PerLayerConfig, HFPruneForCausalLM)
 
 
-class PerLayer(Layout):
-    """``per_layer_config`` in config.json and the plans beside it; an ordinary folder where no layer differs."""
+class PerLayerLayout(Layout):
+    """``per_layer``: ``per_layer_config`` in config.json, and the plans; an ordinary folder where no layer differs.
+
+    Example:
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from hfprune.plan import PruningPlan
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> type(model).__name__, type(model.config).__name__
+        ('LlamaForCausalLM', 'PerLayerLlamaConfig')
+        >>> [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        [12, 8]
+    """
 
     name = "per_layer"
 
@@ -194,4 +213,4 @@ class PerLayer(Layout):
         return model
 
 
-LAYOUTS.add(PerLayer.name, PerLayer())
+LAYOUTS.add(PerLayerLayout.name, PerLayerLayout())
