@@ -1,4 +1,4 @@
-"""Reading models from a folder or the hub, checked before anything expensive happens."""
+"""Loading: models from a folder or the hub, checked before any expensive work."""
 
 import difflib
 import warnings
@@ -28,7 +28,7 @@ from hfprune.io.model_files import (
 from hfprune.io.progress import quiet_transformers
 from hfprune.models import ARCHITECTURES, is_supported
 from hfprune.plan import PLAN_FILE
-from hfprune.utils.compat import cached_file_or_none
+from hfprune.utils.compat import cached_file_or_none, is_repo_id
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import user_path
 
@@ -38,8 +38,8 @@ _DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Entries of config.json that change only what a forward pass returns."""
 
-_TELLING = (ValueError, OSError, ImportError, RuntimeError)
-"""Errors whose message says what is wrong; others (a division by zero, a missing key) are named by their type, too."""
+_CLEAR_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+"""Errors with a message that says what is wrong. Of others (a division by zero, a missing key) the type is named."""
 
 _TEXT_MODEL = (
     "m = AutoModelForCausalLM.from_pretrained({path}); "
@@ -50,7 +50,7 @@ _TEXT_MODEL = (
 
 
 def check_model_path(path: str, *, argument: str = "path") -> None:
-    """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights, asks no hub.
+    """Raises ``ConfigError`` when ``path`` is evidently not a model. Cheap: reads no weights, asks no hub.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
@@ -87,14 +87,7 @@ def _is_cached(path: str) -> bool:
 
 
 def _is_hub_id(path: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not path.startswith((".", "/", "~"))
+    return is_repo_id(path) and not path.startswith((".", "/", "~"))
 
 
 def resolve_model_path(path: str, *, argument: str = "path") -> str:
@@ -104,10 +97,10 @@ def resolve_model_path(path: str, *, argument: str = "path") -> str:
 
 
 def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
-    """Checks all that can be known of a model before its weights are read: files, config, class, names and shapes.
+    """Checks a model before its weights are read: files, config, class, and the names and shapes of its tensors.
 
     The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
-    enough for a budget; :func:`check_weight_files` refuses it. Of a hub id nothing is checked here: no hub is asked.
+    enough for a budget; :func:`check_weight_files` refuses it. A hub id is not checked: no hub is asked.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
@@ -185,7 +178,7 @@ def _check_config(config: Any, where: str) -> None:
         )
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is no number of tokens.")
+        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is not a number of tokens.")
     if isinstance(pad, int) and pad >= vocabulary:
         raise ConfigError(
             f"{where}: pad_token_id {pad} in config.json is outside the vocabulary of {vocabulary} tokens. Set it to "
@@ -216,13 +209,13 @@ def _empty_model(config: Any, where: str) -> Any:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns whatever transformers raises over a user's files into a ``ConfigError`` of one line."""
+    """Turns any error that transformers raises about a user's files into a ``ConfigError`` of one line."""
     try:
         yield
     except HFPruneError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, _TELLING) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, _CLEAR_ERRORS) else f"{type(error).__name__}: "
         raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
 
 
@@ -291,7 +284,7 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     Raises:
         ConfigError: The weights cannot be read, are not those that config.json describes, or hold a NaN or infinity
             (the message names the first parameter).
-        PlanError: The layers differ in width, and the plan that tells is missing or does not fit.
+        PlanError: The layers differ in width, and the plan is missing or does not fit.
     """
     from transformers import AutoModelForCausalLM
 

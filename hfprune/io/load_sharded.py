@@ -1,4 +1,4 @@
-"""FSDP2: a causal LM whose weights are spread over the ranks, loaded, pruned and adapted one layer at a time.
+"""FSDP2: a causal LM whose weights are sharded over the ranks, loaded, pruned and adapted one layer at a time.
 
 Every layer is one FSDP2 unit; embeddings, final norm and head are the root unit. FSDP2 gathers a unit's weights inside
 that unit's ``forward`` only, so whatever reads the head or runs the backbone goes through :class:`WholeWeights`.
@@ -46,7 +46,7 @@ class WholeWeights(nn.Module):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether ``model``'s weights are spread over ranks."""
+    """Returns whether ``model``'s weights are sharded over ranks."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
@@ -190,7 +190,7 @@ def _fill_and_shard(
 
 
 def _reshard(model: nn.Module) -> None:
-    """Makes sure that no unit is left gathered, so that parameters are this rank's parts."""
+    """Reshards every unit, so that parameters are this rank's parts."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -33,7 +33,7 @@ from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_j
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Returns what the weight files of ``folder`` hold; raises ``OutputError`` when that is not ``model``.
+    """Returns the contents of the weight files of ``folder``; raises ``OutputError`` unless they hold ``model``.
 
     Tied weights are stored once: the number of stored parameters equals the model's own count. Stored shapes are
     compared with those that config.json, with the plan where layers differ, says.
@@ -47,10 +47,10 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
     if count != expected:
         raise OutputError(f"The saved files hold {count:,} parameters, the pruned model has {expected:,}.")
     described = meta_model(str(folder))
-    said = shapes(described.state_dict().items())
+    expected_shapes = shapes(described.state_dict().items())
     for name, shape in stored.items():
-        if said.get(name, shape) != shape:  # some classes are saved under names of older versions
-            raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {said[name]}.")
+        if expected_shapes.get(name, shape) != shape:  # some classes are saved under names of older versions
+            raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {expected_shapes[name]}.")
     widths = list(mlp_widths(described))
     width = widths[0] if len(set(widths)) == 1 else None
     return {
@@ -101,12 +101,12 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
     accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the
     tolerance, they are compared again in float64.
 
-    What has a stock config is loaded by stock transformers; what differs per layer as :func:`hfprune.load` does.
+    A model with a stock config is loaded by stock transformers, others as by :func:`hfprune.load`.
 
     Args:
         folder: The saved model.
         model: The model in memory.
-        written: The model whose weights ``folder`` holds; ``model`` if not given.
+        written: The model whose weights are in ``folder``; ``model`` if not given.
         tolerance: Accepted difference, relative to the largest logit.
 
     Raises:
@@ -147,7 +147,7 @@ def _difference(model: Any, reloaded: Any, tolerance: float) -> tuple[float, flo
 
 @contextmanager
 def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Holds a model's numbers in float64; afterwards they are what they were."""
+    """Converts a model to float64; the original tensors are restored at the end."""
     held = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     try:
         for tensor, data in held:
@@ -171,7 +171,7 @@ def _first_logits(model: Any) -> torch.Tensor:
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
-    """Returns the output folder after checking that results can go there; creates nothing that stays.
+    """Returns the output folder after checking that results can be written there; leaves nothing behind.
 
     Args:
         output_dir: Where results will be written.
@@ -202,7 +202,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
 
 
 def check_writable(folder: Path, argument: str, *, name: str | Path | None = None) -> Path:
-    """Returns the nearest folder that exists, ``folder`` or one above it, after writing into it; nothing stays.
+    """Returns the nearest folder that exists, ``folder`` or one above it, after a test write; leaves nothing behind.
 
     Args:
         folder: Where results will be written.
@@ -222,7 +222,7 @@ def check_writable(folder: Path, argument: str, *, name: str | Path | None = Non
 
 
 def check_output_file(path: str | Path, argument: str) -> None:
-    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; creates nothing that stays.
+    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; leaves nothing behind.
 
     A file there is replaced only when it holds such figures.
     """
@@ -345,7 +345,7 @@ def export_sharded(
     overwrite: bool = False,
     file_bytes: int = 2**30,
 ) -> dict[str, Any]:
-    """Writes a pruned model whose weights are spread over ranks: gathered one parameter at a time, in several files.
+    """Writes a pruned model whose weights are sharded over ranks: gathered one parameter at a time, in several files.
 
     Every rank must call it.
 
@@ -357,7 +357,7 @@ def export_sharded(
         writer: Whether this rank writes; exactly one does.
         layout: ``uniform`` or ``per_layer``.
         overwrite: Replace a model that hfprune wrote.
-        file_bytes: Start a new file when the present one holds so much.
+        file_bytes: Largest size of a file, unless a single tensor exceeds it.
 
     Returns:
         As ``export_model``, but no check of the logits; nothing on the ranks that do not write.

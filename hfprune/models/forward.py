@@ -1,14 +1,12 @@
 """Forward passes that calibration, recovery and evaluation share.
 
-Position ids that start again within a row mark the borders. transformers makes a block-diagonal causal mask of them
-when it is given no attention mask, and the varlen kernels of FlashAttention read them from one long row. Which of the
-two happens, or neither, depends on the model class and its attention implementation.
+Position ids that restart within a row mark the borders of packed documents. Without an attention mask, transformers
+makes a block-diagonal causal mask of them, and the varlen kernels of FlashAttention read them from one long row. Which
+of the two happens, or neither, depends on the model class and its attention implementation.
 
-Shape legend: B rows, T tokens, D hidden size, N real tokens of the batch.
+Final hidden states are small (24 MB for 20k tokens of a 576-wide model) and are kept in place of [T, V] logits.
 
-Shape legend: B sequences, T tokens.
-
-They are small ([N, W, D]; 24 MB for 20k tokens of a 576-wide model), so that no [T, V] logits need to be kept.
+Shape legend: B rows, T tokens, D hidden size, N windows of W tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -115,7 +113,7 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
         batch: A mapping with ``input_ids``, token ids [B, T], or a tuple or list that starts with either.
 
     Raises:
-        ConfigError: Nothing in it can be told to be token ids.
+        ConfigError: The batch contains no tensor that can be identified as token ids.
     """
     if isinstance(batch, tuple | list) and batch:
         return as_batch(batch[0])
@@ -132,9 +130,9 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
 
 
 def sequences(batch: Batch) -> list[dict[str, Tensor]]:
-    """Returns every sequence of ``batch`` alone, [1, T_n], without padding; packed documents come apart.
+    """Splits ``batch`` into its sequences, each [1, T_n] and without padding, and packed rows into their documents.
 
-    What is computed on a sequence then depends on its tokens only, to the last bit, not on what it was batched with.
+    Results of a sequence then depend on its tokens only, to the last bit, not on the others of its batch.
     """
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     found = []

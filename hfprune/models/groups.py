@@ -68,7 +68,7 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
 
 
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the MLP width of each layer; none where the MLPs are mixtures of experts."""
+    """Returns the MLP width of each layer; empty for mixture-of-experts models."""
     return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
 
 

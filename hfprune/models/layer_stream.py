@@ -1,6 +1,6 @@
-"""Moves hidden states of calibration sequences through a model, one layer at a time.
+"""Layer stream: moves hidden states of calibration sequences through a model, one layer at a time.
 
-What a layer-by-layer method needs: the inputs of layer l as the already changed layers before it make them, without
+A layer-by-layer method needs the inputs of layer l as the already changed layers before it produce them, without
 running those again for every layer. Memory is one copy of the hidden states and whatever one layer needs.
 
 Shape legend: B sequences, T tokens, D hidden size.
@@ -113,7 +113,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with beside the hidden states: positional and keyword arguments."""
+"""The arguments of a layer other than the hidden states: positional and keyword arguments."""
 
 
 class _Reached(Exception):  # noqa: N818  # control flow, no error

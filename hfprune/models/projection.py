@@ -1,4 +1,4 @@
-"""The one place that knows how modules store their channels.
+"""Projections: how modules store their channels; no other module knows.
 
 ``nn.Linear`` holds [out, in], transformers' ``Conv1D`` and embeddings [in, out] (an embedding's inputs are tokens). A
 norm multiplies every channel by one weight: it counts as a projection with one input, [out, 1]. The router of a mixture
@@ -88,7 +88,7 @@ def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """Returns the bias [out] of a projection, None where there is none."""
+    """Returns the bias [out] of a projection, or None."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 

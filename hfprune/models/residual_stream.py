@@ -1,9 +1,9 @@
-"""The residual stream: what reads and writes its hidden channels, and what keeps their scale when some go.
+"""The residual stream: modules that read and write hidden channels, and the scale of norms after pruning.
 
 A mean square over H' kept channels is H / H' times that over all H of them when the others are zero. So norms of the
 pruned model get sqrt(H / H') times their weights and H / H' times their epsilon: it then gives the outputs of the dense
-model with the removed channels at zero. Configs have one epsilon for all norms, so those of queries and keys, where a
-class has them, get it, too: the one thing that is not the same.
+model with the removed channels at zero. The config has a single epsilon, so query and key norms, where a class has them,
+receive the rescaled value as well. This is the only approximation.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ def folds(model: nn.Module, spec: ArchSpec, kept: int) -> dict[str, Fold]:
     """Returns parameter name -> what happens to its weights when ``kept`` hidden channels are left; empty when all are.
 
     Args:
-        model: The model before surgery; the meta device will do.
+        model: The model before surgery; it may be on the meta device.
         spec: Its table.
         kept: Hidden channels that stay.
     """

@@ -1,4 +1,4 @@
-"""What hfprune needs to know about one Hugging Face model class, as frozen data."""
+"""Architecture specs: what hfprune needs to know about a Hugging Face model class, as frozen data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -61,7 +61,7 @@ class AttentionSpec:
         ratio_attribute: Attribute that holds the number of query heads per key-value head; None: always one.
         heads_key: Config key of the number of query heads.
         keys_values_key: Config key of the number of key-value heads; None where there is none.
-        size_key: Config key from which the class takes the size of a head; None where it always is hidden size / heads,
+        size_key: Config key from which the class takes the size of a head; None where it is always hidden size / heads,
             so that no config describes a model with fewer heads.
         divides_hidden: Whether the config class refuses head counts that do not divide the hidden size.
         factors_fix_heads: Whether the config class ties rotary factors, where it has some, to the head count.
@@ -143,7 +143,7 @@ class ArchSpec:
         model_class: Exact class name; a subclass or a similar name is another architecture.
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
-        mlp: The sides of the MLP's projections, at least one of them ``in``; none where MLPs are mixtures of experts.
+        mlp: The sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
         width_key: Config key of the MLP width; one value for all layers.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, if the class has one.

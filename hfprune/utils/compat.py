@@ -33,3 +33,18 @@ def attention_implementation(config: Any) -> str:
     ``from_pretrained`` and no attribute; without the private one, packed documents could not be kept apart safely.
     """
     return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def is_repo_id(text: str) -> bool:
+    """Returns whether a text has the form of a hub id: ``name`` or ``owner/name``.
+
+    huggingface_hub 1.31 to 2.4: ``huggingface_hub.utils.validate_repo_id``, which has no documentation page of its own.
+    Without it a misspelled folder would be looked up on the hub.
+    """
+    from huggingface_hub import utils
+
+    try:
+        utils.validate_repo_id(text)  # type: ignore[attr-defined]
+    except utils.HFValidationError:
+        return False
+    return True

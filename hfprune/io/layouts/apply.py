@@ -132,7 +132,7 @@ def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None
         after: Neurons per group that stay.
 
     Returns:
-        Why no key does; None where the config describes the model. It then is as it was.
+        The reason why no key does, the config being unchanged; None if the config describes the model now.
     """
     reason, config = not_expressed(model), model.config
     if reason is None:

@@ -1,4 +1,4 @@
-"""A sparse model in less space: of each sparse matrix, the weights that are not zero and one bit for every place.
+"""The layout ``bitmask``: of each sparse matrix, the weights that are not zero and one bit per position.
 
 Files ``bitmask-*.safetensors`` hold, for a matrix ``name`` with enough zeros, ``name.values`` (its weights that are not
 zero, row by row, in the model's type) and ``name.bits`` (uint8; bit i % 8 of byte i // 8, lowest first, says whether
@@ -58,7 +58,7 @@ def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
         values: [K].
         bits: [ceil(N / 8)].
         shape: Of the tensor, N numbers.
-        name: What it is called, for the message.
+        name: Name of the tensor, for the message.
 
     Raises:
         ConfigError: Values, bits and shape do not belong together.
@@ -338,7 +338,7 @@ class BitmaskForCausalLM:
 
 
 def _read_generation(model: Any, path: str, hub: dict[str, Any]) -> None:
-    """Gives the model the generation config beside it; transformers reads it only with weights that it finds itself."""
+    """Reads the generation config, which transformers reads only together with weight files of its own format."""
     if cached_file_or_none(path, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
 

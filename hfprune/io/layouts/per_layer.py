@@ -1,4 +1,4 @@
-"""Models whose layers differ in width: config, model classes and the layout that writes them.
+"""The layout ``per_layer``: config and model classes of models whose layers differ in width.
 
 In memory such a model is an instance of its stock class. Its config is of a subclass of the stock config class that
 carries the plans which cut the dense model, and says in transformers' own ``per_layer_config`` what differs. So

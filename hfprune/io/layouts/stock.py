@@ -181,8 +181,8 @@ def _check_hidden(empty: Any, padded: PruningPlan) -> None:
     reason = not_expressed(candidate)
     if reason is not None:
         raise ConfigError(
-            f"layout='padded' fills up layers, not the hidden size, and no stock config describes the result: {reason}. "
-            "Use layout='per_layer'."
+            f"layout='padded' fills up layers, not the hidden size, and no stock config describes the result: "
+            f"{reason}. Use layout='per_layer'."
         )
 
 

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.hub import cached_file
 
-from hfprune.utils.compat import attention_implementation, cached_file_or_none
+from hfprune.utils.compat import attention_implementation, cached_file_or_none, is_repo_id
 
 VERSION = f"transformers {transformers.__version__}, huggingface_hub {huggingface_hub.__version__}"
 
@@ -34,3 +34,10 @@ def test_the_attention_of_a_model_is_read_from_its_config(name):
 
 def test_a_config_without_an_attention_runs_the_eager_one():
     assert attention_implementation(object()) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("gpt2", True), ("owner/name", True), ("a/b/c", False), ("a b", False), ("x--y", False)]
+)
+def test_hub_ids_are_told_from_paths_by_their_form(text, expected):
+    assert is_repo_id(text) is expected, VERSION
