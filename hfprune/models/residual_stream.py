@@ -2,7 +2,7 @@
 
 A mean square over H' kept channels is H / H' times that over all H of them when the others are zero. So norms of the
 pruned model get sqrt(H / H') times their weights and H / H' times their epsilon: it then gives the outputs of the dense
-model with the removed channels at zero. The config has a single epsilon, so query and key norms, where a class has them,
+model with the removed channels at zero. The config has a single epsilon, so query and key norms, where there are some,
 receive the rescaled value as well. This is the only approximation.
 """
 
