@@ -42,9 +42,10 @@ def is_repo_id(text: str) -> bool:
     Without it a misspelled folder would be looked up on the hub.
     """
     from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
 
     try:
         utils.validate_repo_id(text)  # type: ignore[attr-defined]
-    except utils.HFValidationError:
+    except HFValidationError:
         return False
     return True
