@@ -122,7 +122,7 @@ class Evaluation:
     def _check_outputs(self, dense_cache: str | None, output: str | None) -> None:
         """Raises ``ConfigError`` where results could not be written: before anything is read."""
         if output is not None:
-            check_output_file(output, "--output")
+            check_output_file(output, "output")
             check_apart(Path(output), self._sources(), argument="output", names=None)
         if dense_cache is None:
             return
@@ -130,7 +130,7 @@ class Evaluation:
             raise ConfigError("--dense_cache keeps the dense model's predictions: give --dense.")
         if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
             raise ConfigError(f"--dense_cache '{dense_cache}' is a file, not a folder.")
-        check_writable(Path(dense_cache), "--dense_cache")
+        check_writable(Path(dense_cache), "dense_cache")
         check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
 
     def _sources(self) -> dict[str, str | Path | None]:

@@ -46,7 +46,7 @@ class ExportCLI(BaseCLI):
         module.check_loadable()
         LAYOUTS.get(layout).check(module.meta_model())
         check_replaceable(target, overwrite=self.config.overwrite, argument="output_dir")
-        check_writable(target.absolute().parent, "--output_dir", name=target)
+        check_writable(target.absolute().parent, "output_dir", name=target)
         module.configure_model()
         settings = {"layout": layout, "overwrite": self.config.overwrite}
         saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, **settings)

@@ -1,1 +1,1 @@
-"""Every way a model comes in or goes out: loading, saving, layouts, checkpoint records."""
+"""Models on disk: loading, saving, layouts, checkpoint records."""

@@ -1,4 +1,4 @@
-"""What hfprune adds to a Lightning checkpoint, as plain data under one key.
+"""Checkpoint records: what hfprune adds to a Lightning checkpoint, as plain data under one key.
 
 A checkpoint of a pruned model rebuilds its shapes from this record before weights are loaded; one written during
 calibration continues there. ``torch.load(weights_only=True)`` reads it.
@@ -31,12 +31,12 @@ class Record:
     Attributes:
         phase: Where the run was.
         fingerprint: The dense model's, see :mod:`hfprune.models.fingerprint`.
-        model: What the dense model was called.
+        model: Path or hub id of the dense model.
         seed: The run's seed, from which adapters and dropout follow.
         plan: What was pruned; None before.
         lora: Settings of the adapters; None without.
         calibration: Sums and position within the calibration data, while calibrating.
-        settings: What decided which units are kept; empty where the checkpoint does not say.
+        settings: The settings that decided which units are kept; empty in checkpoints of version 2.
     """
 
     phase: Phase
@@ -64,10 +64,10 @@ class Record:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "Record | None":
-        """Returns the record of a checkpoint, None when hfprune had no part in it.
+        """Returns the record of a checkpoint, or None when it has none.
 
         Raises:
-            ConfigError: It was written by a version that this one does not read.
+            ConfigError: It was written by a version that this one cannot read.
         """
         data = checkpoint.get(KEY)
         if data is None:

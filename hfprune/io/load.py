@@ -1,4 +1,4 @@
-"""Reading models from a folder or the hub, checked before anything expensive happens."""
+"""Loading: models from a folder or the hub, checked before any expensive work."""
 
 import difflib
 import warnings
@@ -12,8 +12,7 @@ from torch import nn
 
 from hfprune.io.demo_model import EMBEDDED_NAME, embedded_model
 from hfprune.io.layouts import cut_of, is_per_layer, run_empty
-from hfprune.io.layouts.bitmask import is_bitmask
-from hfprune.io.layouts.bitmask_auto import bitmask_stock
+from hfprune.io.layouts.bitmask import bitmask_stock, is_bitmask
 from hfprune.io.model_files import (
     adapter_base,
     check_files,
@@ -29,6 +28,7 @@ from hfprune.io.model_files import (
 from hfprune.io.progress import quiet_transformers
 from hfprune.models import ARCHITECTURES, is_supported
 from hfprune.plan import PLAN_FILE
+from hfprune.utils.compat import cached_file_or_none, is_repo_id
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import user_path
 
@@ -38,8 +38,8 @@ _DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Entries of config.json that change only what a forward pass returns."""
 
-_TELLING = (ValueError, OSError, ImportError, RuntimeError)
-"""Errors whose message says what is wrong; others (a division by zero, a missing key) are named by their type, too."""
+_CLEAR_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+"""Errors with a message that says what is wrong. Of others (a division by zero, a missing key) the type is named."""
 
 _TEXT_MODEL = (
     "m = AutoModelForCausalLM.from_pretrained({path}); "
@@ -50,7 +50,7 @@ _TEXT_MODEL = (
 
 
 def check_model_path(path: str, *, argument: str = "path") -> None:
-    """Raises ``ConfigError`` when ``path`` can be seen to be no model: cheap, reads no weights, asks no hub.
+    """Raises ``ConfigError`` when ``path`` is evidently not a model. Cheap: reads no weights, asks no hub.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
@@ -87,14 +87,7 @@ def _is_cached(path: str) -> bool:
 
 
 def _is_hub_id(path: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return not path.startswith((".", "/", "~"))
+    return is_repo_id(path) and not path.startswith((".", "/", "~"))
 
 
 def resolve_model_path(path: str, *, argument: str = "path") -> str:
@@ -104,10 +97,10 @@ def resolve_model_path(path: str, *, argument: str = "path") -> str:
 
 
 def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
-    """Checks all that can be known of a model before its weights are read: files, config, class, names and shapes.
+    """Checks a model before its weights are read: files, config, class, and the names and shapes of its tensors.
 
     The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
-    enough for a budget; :func:`check_weight_files` refuses it. Of a hub id nothing is checked here: no hub is asked.
+    enough for a budget; :func:`check_weight_files` refuses it. A hub id is not checked: no hub is asked.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
@@ -185,7 +178,7 @@ def _check_config(config: Any, where: str) -> None:
         )
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is no number of tokens.")
+        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is not a number of tokens.")
     if isinstance(pad, int) and pad >= vocabulary:
         raise ConfigError(
             f"{where}: pad_token_id {pad} in config.json is outside the vocabulary of {vocabulary} tokens. Set it to "
@@ -216,13 +209,13 @@ def _empty_model(config: Any, where: str) -> Any:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns whatever transformers raises over a user's files into a ``ConfigError`` of one line."""
+    """Turns any error that transformers raises about a user's files into a ``ConfigError`` of one line."""
     try:
         yield
     except HFPruneError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, _TELLING) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, _CLEAR_ERRORS) else f"{type(error).__name__}: "
         raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
 
 
@@ -233,7 +226,7 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Returns the model in a folder that hfprune wrote, in any layout, as an instance of its stock class, in eval mode.
+    """Loads a model that hfprune or transformers saved, in any layout.
 
     A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
     or within their folder, also after both were moved.
@@ -244,9 +237,24 @@ def load(
         device: Where to put it; the CPU by default.
         revision: Branch, tag or commit of a hub id.
 
+    Returns:
+        The model in eval mode, an instance of its stock class.
+
     Raises:
         ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
         PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     model = load(folder, dtype="bfloat16")
+        >>> type(model).__name__, model.dtype, model.training
+        ('LlamaForCausalLM', torch.bfloat16, False)
     """
     name: Any = str(dtype).removeprefix("torch.")
     path = Path(user_path(str(folder), "folder"))
@@ -276,7 +284,7 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     Raises:
         ConfigError: The weights cannot be read, are not those that config.json describes, or hold a NaN or infinity
             (the message names the first parameter).
-        PlanError: The layers differ in width, and the plan that tells is missing or does not fit.
+        PlanError: The layers differ in width, and the plan is missing or does not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -302,10 +310,9 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
 def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
     """Gives a model that was not made by ``from_pretrained`` the generation config that is saved with it, if any."""
     from transformers import GenerationConfig
-    from transformers.utils.hub import cached_file
 
-    resolved, file = resolve_model_path(path), "generation_config.json"
-    if cached_file(resolved, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+    resolved = resolve_model_path(path)
+    if cached_file_or_none(resolved, "generation_config.json", revision=revision) is not None:
         with _reading(f"Cannot read the generation config of path='{path}'"):
             hub: dict[str, Any] = {} if revision is None else {"revision": revision}
             model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
@@ -325,11 +332,11 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
         try:
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigError(f"Cannot fetch the weights of --model.path '{path}': {first_line(error)}") from error
+            raise ConfigError(f"Cannot fetch the weights of path='{path}': {first_line(error)}") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            f"--model.path '{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
+            f"path='{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
             "Save the model again with save_pretrained."
         )
     return files

@@ -1,4 +1,4 @@
-"""FSDP2: a causal LM whose weights are spread over the ranks, loaded, pruned and adapted one layer at a time.
+"""FSDP2: a causal LM whose weights are sharded over the ranks, loaded, pruned and adapted one layer at a time.
 
 Every layer is one FSDP2 unit; embeddings, final norm and head are the root unit. FSDP2 gathers a unit's weights inside
 that unit's ``forward`` only, so whatever reads the head or runs the backbone goes through :class:`WholeWeights`.
@@ -23,6 +23,7 @@ from hfprune.io.load import DTypeName, load_config, read_generation_config, weig
 from hfprune.models.fingerprint import combine, tensor_digest
 from hfprune.models.groups import class_name, find_layers, find_spec
 from hfprune.models.output_head import check_head
+from hfprune.models.projection import whole as whole
 from hfprune.models.surgery import Cuts, cut, new_names, plan_cuts
 from hfprune.plan import PruningPlan
 from hfprune.recovery.lora import LoraRecovery, add_lora
@@ -45,13 +46,8 @@ class WholeWeights(nn.Module):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether ``model``'s weights are spread over ranks."""
+    """Returns whether ``model``'s weights are sharded over ranks."""
     return any(isinstance(p, DTensor) for p in model.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns the whole tensor; every rank must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_sharded(
@@ -75,7 +71,7 @@ def load_sharded(
         def checked(name: str) -> Tensor:
             tensor = read(name)
             if not bool(tensor.isfinite().all()):
-                raise ConfigError(f"--model.path '{path}': parameter {name} holds NaN or infinity.")
+                raise ConfigError(f"path='{path}': parameter {name} holds NaN or infinity.")
             digests[name] = tensor_digest(tensor)
             return tensor
 
@@ -148,20 +144,13 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:
     """Returns the model with its buffers and without its parameters (they are on the meta device)."""
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        original(self, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # inside the block, each module got a parameter of its own
+    return model
 
 
 def _fill_and_shard(
@@ -182,7 +171,7 @@ def _fill_and_shard(
         done: Called with the index of each layer that has been read.
     """
     spec = find_spec(base)
-    layers = base.get_submodule(spec.layers)
+    layers = find_layers(base, spec)
     homes = {
         _plain(name): name for name, parameter in base.named_parameters() if parameter.is_meta
     }  # tied parameters appear once
@@ -201,7 +190,7 @@ def _fill_and_shard(
 
 
 def _reshard(model: nn.Module) -> None:
-    """Makes sure that no unit is left gathered, so that parameters are this rank's parts."""
+    """Reshards every unit, so that parameters are this rank's parts."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -216,8 +205,7 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, attribute, nn.Parameter(value.to(old.dtype).clone(), requires_grad=old.requires_grad))
 
 
-def _drop(layers: nn.Module, index: int) -> None:
-    assert isinstance(layers, nn.ModuleList)
+def _drop(layers: nn.ModuleList, index: int) -> None:
     layers[index] = nn.Identity()
 
 
@@ -232,8 +220,8 @@ def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weigh
     files = weight_files(path, revision=revision)
     if is_bitmask(files[0].parent):
         raise ConfigError(
-            f"--model.path '{path}' is stored without its zeros, and a sharded strategy reads parameter by parameter. "
-            f"Put them back first: hfprune export --model.path {path} --layout uniform --output_dir DENSE."
+            f"path='{path}' has layout='bitmask', and a sharded strategy reads whole parameters. Export the model with "
+            "layout='uniform' first, and load that."
         )
     where: dict[str, Path] = {}
     for file in files:
@@ -249,7 +237,7 @@ def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weigh
                     tensor: Tensor = tensors.get_tensor(key).to(types[name])
                 return tensor
         raise ConfigError(
-            f"--model.path '{path}': its files hold no parameter '{name}'. Save the model again with this version of "
+            f"path='{path}': its files hold no parameter '{name}'. Save the model again with this version of "
             "transformers (save_pretrained) to shard it while loading."
         )
 

@@ -1,4 +1,4 @@
-"""What results may replace: what hfprune wrote itself, apart from the model and the data that a run reads."""
+"""Output folders: results replace only files that hfprune wrote, never the model or the data that a run reads."""
 
 import json
 import os
@@ -30,12 +30,12 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_replaceable(target: Path, *, overwrite: bool, argument: str) -> None:
-    """Raises ``ConfigError`` unless a folder may be replaced: it is not there, is empty, or hfprune wrote all of it.
+    """Raises ``ConfigError`` unless a folder may be replaced: it does not exist, is empty, or hfprune wrote all of it.
 
     Args:
         target: The folder.
         overwrite: Whether a model or an adapter that hfprune wrote may be replaced.
-        argument: What gave the folder, for the message.
+        argument: The argument that gave the folder, for the message.
     """
     tidy(target.parent)
     if not os.path.lexists(target):
@@ -45,16 +45,18 @@ def check_replaceable(target: Path, *, overwrite: bool, argument: str) -> None:
     for place, name in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
         if is_within(place, target):
             raise ConfigError(
-                f"{argument}='{target}' is {name}, or holds it, and is not replaced: give another folder."
+                f"{argument}='{target}' is {name}, or contains it, and is not replaced. Choose another folder."
             )
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"{argument}='{target}' is not empty: give another folder, or overwrite=True to replace it.")
+        raise ConfigError(
+            f"{argument}='{target}' is not empty. Choose another folder, or set overwrite=True to replace it."
+        )
     if (found := _foreign(target)) is not None:
         raise ConfigError(
-            f"{argument}='{target}' is not replaced: hfprune did not write '{found}' in it. Move that away, or give "
-            "another folder."
+            f"{argument}='{target}' is not replaced: hfprune did not write '{found}' in it. Move it elsewhere, "
+            "or choose another folder."
         )
 
 
@@ -84,7 +86,8 @@ def check_results(out: Path, argument: str = "output_dir") -> None:
         path = out / name
         if os.path.lexists(path) and not is_own(path):
             raise ConfigError(
-                f"{argument}='{out}' holds a '{name}' that hfprune did not write: give another folder, or move it away."
+                f"{argument}='{out}' holds a '{name}' that hfprune did not write. Choose another folder, or move it "
+                "elsewhere."
             )
 
 
@@ -112,8 +115,8 @@ def check_apart(
 
     Args:
         out: Where results will be written.
-        sources: Argument -> path of a model or of data; what is no path is skipped.
-        argument: What gave ``out``.
+        sources: Argument -> path of a model or of data; values that are not paths are skipped.
+        argument: The argument that gave ``out``.
         names: What in ``out`` is replaced; None: all of it.
     """
     replaced = [out] if names is None else [out / name for name in names]
@@ -123,8 +126,8 @@ def check_apart(
         path = Path(source)
         if is_within(out, path) or any(is_within(path, place) for place in replaced):
             raise ConfigError(
-                f"{argument}='{out}' and {given}='{source}' overlap: results would replace what the run reads. Give "
-                "another folder."
+                f"{argument}='{out}' and {given}='{source}' overlap: results would replace what the run reads. "
+                "Choose another folder."
             )
 
 

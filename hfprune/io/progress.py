@@ -1,4 +1,4 @@
-"""Silence for progress bars and tables of transformers, which would interleave with ours."""
+"""Progress bars and tables of transformers, hidden because they would interleave with ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

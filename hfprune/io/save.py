@@ -1,10 +1,9 @@
-"""Writes pruned models and measures what is on disk.
+"""Saving: writes pruned models, and checks and measures the files.
 
 ``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``plan.json``,
 ``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
 """
 
-import json
 import shlex
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,11 +29,11 @@ from hfprune.models.groups import class_name, mlp_widths, parameter_count
 from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
-from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_tensors
+from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_json, write_tensors
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Returns what the weight files of ``folder`` hold; raises ``OutputError`` when that is not ``model``.
+    """Returns the contents of the weight files of ``folder``; raises ``OutputError`` unless they hold ``model``.
 
     Tied weights are stored once: the number of stored parameters equals the model's own count. Stored shapes are
     compared with those that config.json, with the plan where layers differ, says.
@@ -47,10 +47,10 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
     if count != expected:
         raise OutputError(f"The saved files hold {count:,} parameters, the pruned model has {expected:,}.")
     described = meta_model(str(folder))
-    said = shapes(described.state_dict().items())
+    expected_shapes = shapes(described.state_dict().items())
     for name, shape in stored.items():
-        if said.get(name, shape) != shape:  # some classes are saved under names of older versions
-            raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {said[name]}.")
+        if expected_shapes.get(name, shape) != shape:  # some classes are saved under names of older versions
+            raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {expected_shapes[name]}.")
     widths = list(mlp_widths(described))
     width = widths[0] if len(set(widths)) == 1 else None
     return {
@@ -101,12 +101,12 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
     accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the
     tolerance, they are compared again in float64.
 
-    What has a stock config is loaded by stock transformers; what differs per layer as :func:`hfprune.load` does.
+    A model with a stock config is loaded by stock transformers, others as by :func:`hfprune.load`.
 
     Args:
         folder: The saved model.
         model: The model in memory.
-        written: The model whose weights ``folder`` holds; ``model`` if not given.
+        written: The model whose weights are in ``folder``; ``model`` if not given.
         tolerance: Accepted difference, relative to the largest logit.
 
     Raises:
@@ -147,7 +147,7 @@ def _difference(model: Any, reloaded: Any, tolerance: float) -> tuple[float, flo
 
 @contextmanager
 def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Holds a model's numbers in float64; afterwards they are what they were."""
+    """Converts a model to float64; the original tensors are restored at the end."""
     held = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     try:
         for tensor, data in held:
@@ -171,7 +171,7 @@ def _first_logits(model: Any) -> torch.Tensor:
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
-    """Returns the output folder after checking that results can go there; creates nothing that stays.
+    """Returns the output folder after checking that results can be written there; leaves nothing behind.
 
     Args:
         output_dir: Where results will be written.
@@ -185,31 +185,29 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
     """
     out = Path(output_dir)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--output_dir '{out}' is a file, not a folder.")
+        raise ConfigError(f"output_dir='{out}' is a file, not a folder.")
     tidy(out)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ConfigError(
-            f"--output_dir '{out}' is not empty. Choose another folder, or give --overwrite true to replace "
-            "its results."
+            f"output_dir='{out}' is not empty. Choose another folder, or set overwrite=True to replace its results."
         )
     check_results(out)
-    existing = check_writable(out, "--output_dir")
+    existing = check_writable(out, "output_dir")
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise ConfigError(
-            f"--output_dir '{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB "
-            "free."
+            f"output_dir='{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB free."
         )
     return out
 
 
-def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -> Path:
-    """Returns the nearest folder that exists, ``folder`` or one above it, after writing into it; nothing stays.
+def check_writable(folder: Path, argument: str, *, name: str | Path | None = None) -> Path:
+    """Returns the nearest folder that exists, ``folder`` or one above it, after a test write; leaves nothing behind.
 
     Args:
         folder: Where results will be written.
-        flag: What asked for it, for the message.
-        name: What it was given; ``folder`` if not given.
+        argument: The argument that asked for it, for the message.
+        name: Its value; ``folder`` if not given.
 
     Raises:
         ConfigError: It cannot be written.
@@ -219,21 +217,21 @@ def check_writable(folder: Path, flag: str, *, name: str | Path | None = None) -
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(f"{flag} '{name or folder}' cannot be written: {error.strerror or error}.") from error
+        raise ConfigError(f"{argument}='{name or folder}' cannot be written: {error.strerror or error}.") from error
     return existing
 
 
-def check_output_file(path: str | Path, flag: str) -> None:
-    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; creates nothing that stays.
+def check_output_file(path: str | Path, argument: str) -> None:
+    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; leaves nothing behind.
 
     A file there is replaced only when it holds such figures.
     """
     path = Path(path)
     if path.is_dir():
-        raise ConfigError(f"{flag} '{path}' is a folder; give the name of a file.")
+        raise ConfigError(f"{argument}='{path}' is a folder; a file name is needed.")
     if path.exists() and not is_evaluation(path):
-        raise ConfigError(f"{flag} '{path}' exists, and is no result of an evaluation: give another name.")
-    check_writable(path.absolute().parent, flag, name=path)
+        raise ConfigError(f"{argument}='{path}' exists and is not the result of an evaluation. Choose another name.")
+    check_writable(path.absolute().parent, argument, name=path)
 
 
 def command_line() -> str:
@@ -292,6 +290,24 @@ def export_model(
         ConfigError: The layout cannot express the model, or ``target`` may not be replaced; nothing was written.
         OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In
             the second case what was written is kept as ``TARGET.failed-check``.
+
+    Example:
+        >>> import tempfile
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = export_model(model, None, plan, Path(folder) / "model", layout="per_layer")
+        >>> saved["layout"], saved["widths"], saved["max_logit_difference_after_reload"]
+        ('per_layer', [12, 8], 0.0)
     """
     target = Path(target)
     _check_target(target, model, overwrite=overwrite)
@@ -329,7 +345,7 @@ def export_sharded(
     overwrite: bool = False,
     file_bytes: int = 2**30,
 ) -> dict[str, Any]:
-    """Writes a pruned model whose weights are spread over ranks: gathered one parameter at a time, in several files.
+    """Writes a pruned model whose weights are sharded over ranks: gathered one parameter at a time, in several files.
 
     Every rank must call it.
 
@@ -341,7 +357,7 @@ def export_sharded(
         writer: Whether this rank writes; exactly one does.
         layout: ``uniform`` or ``per_layer``.
         overwrite: Replace a model that hfprune wrote.
-        file_bytes: Start a new file when the present one holds so much.
+        file_bytes: Largest size of a file, unless a single tensor exceeds it.
 
     Returns:
         As ``export_model``, but no check of the logits; nothing on the ranks that do not write.
@@ -359,7 +375,7 @@ def export_sharded(
             return {}
         _check_target(Path(target), model, overwrite=overwrite)
         with replaced_folder(Path(target)) as stage:
-            _write_weights(parameters, stage, file_bytes=file_bytes)
+            _write_weights(model, parameters, stage, file_bytes=file_bytes)
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
             model.config.save_pretrained(stage)
@@ -380,35 +396,34 @@ def check_shards(layout: str) -> None:
     if not LAYOUTS.get(layout).shards:
         able = ", ".join(name for name in LAYOUTS if LAYOUTS.get(name).shards)
         raise ConfigError(
-            f"--layout {layout} needs the whole model on one rank; ModelParallelStrategy writes {able}. Write one of "
-            f"these, and then export the folder: hfprune export --model.path OUT/model --layout {layout}."
+            f"layout='{layout}' needs the whole model on one rank; ModelParallelStrategy writes {able}. Write one of "
+            f"these, then run hfprune export on the model folder with layout='{layout}'."
         )
 
 
-def _write_weights(parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int) -> None:
-    """Writes the files and the index that ``from_pretrained`` reads."""
-    files: list[dict[str, Tensor]] = [{}]
-    where: dict[str, int] = {}
-    size = total = 0
+def _write_weights(
+    model: nn.Module, parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int
+) -> None:
+    """Writes the files and the index that ``from_pretrained`` reads.
 
-    def flush() -> None:
-        save_file(files[-1], folder / f"part-{len(files)}", metadata={"format": "pt"})
-        files[-1] = {}
-
-    for name, value in parameters:
-        if size and size + value.nbytes > file_bytes:
-            flush()
-            files.append({})
-            size = 0
-        files[-1][name] = value.contiguous()
-        where[name] = len(files)
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    if len(files) == 1:
-        (folder / "part-1").rename(folder / "model.safetensors")
-        return
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    for i, name in enumerate(names, start=1):
-        (folder / f"part-{i}").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i - 1] for name, i in where.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    Args:
+        model: The model; sizes of its parameters, which may be sharded, decide what stands in which file.
+        parameters: The same parameters, whole. Those of an unfinished file wait in memory.
+        folder: The model folder.
+        file_bytes: Size that a file does not exceed, unless a single tensor does.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(model.named_parameters()),
+        get_storage_size=lambda parameter: parameter.numel() * parameter.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=file_bytes,
+    )
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in parameters:
+        file = split.tensor_to_filename[name]
+        waiting.setdefault(file, {})[name] = tensor.contiguous()
+        if len(waiting[file]) == len(split.filename_to_tensors[file]):
+            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)

@@ -1,4 +1,4 @@
-"""Experts of mixtures as units: what each owns, where it is seen at work, and routers that know fewer of them.
+"""Experts of mixtures as units: the weights of each, its activations, and routers with fewer experts.
 
 Shape legend: N tokens, E experts, K experts that a token goes through, H hidden size.
 """
@@ -23,7 +23,7 @@ def experts_table(spec: ArchSpec) -> ExpertsSpec:
     """Returns the table of a class's experts; raises ``UnsupportedArchitectureError`` where it has none."""
     if spec.experts is None:
         raise UnsupportedArchitectureError(
-            f"The MLPs of {spec.model_class} are no mixtures of experts: leave 'experts' out of the units."
+            f"The MLPs of {spec.model_class} are not mixtures of experts: leave 'experts' out of the units."
         )
     return spec.experts
 

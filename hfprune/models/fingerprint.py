@@ -1,4 +1,4 @@
-"""Which dense model a checkpoint or plan belongs to."""
+"""Fingerprints: which dense model a checkpoint or plan belongs to."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _NO_MATTER = ("_name_or_path", "transformers_version", "architectures")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns 16 hexadecimal digits that tell ``model``'s class, shapes, types and weights.
+    """Returns 16 hexadecimal digits that identify a model by its class, shapes, types and weights.
 
     Of each parameter at most 1,024 values at equal distances are read: fine-tuned copies of one model differ, and a
     large model costs no more than a small one.
@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def prediction_fingerprint(model: Any) -> str:
-    """Returns 16 hexadecimal digits that tell what a Hugging Face ``model`` predicts: its weights and its config.
+    """Returns 16 hexadecimal digits that identify the predictions of a Hugging Face model: its weights and config.
 
     The base of the rotary embedding, soft caps and the norms' epsilon stand in the config alone.
     """
@@ -35,12 +35,12 @@ def prediction_fingerprint(model: Any) -> str:
 
 def with_config(weights: str, config: Any) -> str:
     """Returns the fingerprint of what a Hugging Face model with that :func:`fingerprint` and config predicts."""
-    told = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
-    return combine(weights, {"config": json.dumps(told, sort_keys=True, default=str)})
+    relevant = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+    return combine(weights, {"config": json.dumps(relevant, sort_keys=True, default=str)})
 
 
 def structure_fingerprint(model: nn.Module) -> str:
-    """Returns 16 hexadecimal digits that tell ``model``'s class and shapes, not its weights."""
+    """Returns 16 hexadecimal digits that identify a model's class and shapes, not its weights."""
     return combine(class_name(model), {name: str(list(p.shape)) for name, p in model.named_parameters()})
 
 

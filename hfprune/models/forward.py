@@ -1,27 +1,27 @@
 """Forward passes that calibration, recovery and evaluation share.
 
-Position ids that start again within a row mark the borders. transformers makes a block-diagonal causal mask of them
-when it is given no attention mask, and the varlen kernels of FlashAttention read them from one long row. Which of the
-two happens, or neither, depends on the model class and its attention implementation.
+Position ids that restart within a row mark the borders of packed documents. Without an attention mask, transformers
+makes a block-diagonal causal mask of them, and the varlen kernels of FlashAttention read them from one long row. Which
+of the two happens, or neither, depends on the model class and its attention implementation.
 
-Shape legend: B rows, T tokens, D hidden size, N real tokens of the batch.
+Final hidden states are small (24 MB for 20k tokens of a 576-wide model) and are kept in place of [T, V] logits.
 
-Shape legend: B sequences, T tokens.
-
-They are small ([N, W, D]; 24 MB for 20k tokens of a 576-wide model), so that no [T, V] logits need to be kept.
+Shape legend: B rows, T tokens, D hidden size, N windows of W tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, class_name, find_spec
 from hfprune.models.output_head import output_head
 from hfprune.objectives import Objective, OutputHead, Term, chunked_objective, chunked_objectives
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.compat import attention_implementation
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 MASKED = ("eager", "sdpa", "flex_attention")
@@ -37,12 +37,12 @@ def check_packing(model: nn.Module) -> None:
     Raises:
         UnsupportedArchitectureError: Its attention lets them see each other, or is not known not to.
     """
-    spec, attention = find_spec(model), _attention(model)
+    spec, attention = find_spec(model), attention_implementation(model.config)
     known = MASKED[:2] if spec.packing == "mask" else MASKED + VARLEN
     if attention not in known:
         raise UnsupportedArchitectureError(
             f"{class_name(model)} with the attention '{attention}' is not known to keep packed documents apart; known: "
-            f"{', '.join(known)}. Load the model with one of these, or give --data.packing false."
+            f"{', '.join(known)}. Load the model with one of these, or set packing=False."
         )
 
 
@@ -57,7 +57,7 @@ def forward_packed(model: nn.Module, input_ids: Tensor, position_ids: Tensor, ma
     """
     check_packing(model)
     body, real = backbone(model), mask.bool()
-    if _attention(model) in VARLEN:
+    if attention_implementation(model.config) in VARLEN:
         flat = _hidden(body, input_ids[real][None], position_ids[real][None])
         hidden = flat.new_zeros(*input_ids.shape, flat.shape[-1])
         hidden[real] = flat[0]
@@ -74,10 +74,6 @@ def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, mask: Tensor 
         input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
     return hidden
-
-
-def _attention(model: nn.Module) -> str:
-    return str(getattr(model.config, "_attn_implementation", None) or "eager")
 
 
 def _with_padding_apart(positions: Tensor, real: Tensor) -> Tensor:
@@ -117,7 +113,7 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
         batch: A mapping with ``input_ids``, token ids [B, T], or a tuple or list that starts with either.
 
     Raises:
-        ConfigError: Nothing in it can be told to be token ids.
+        ConfigError: The batch contains no tensor that can be identified as token ids.
     """
     if isinstance(batch, tuple | list) and batch:
         return as_batch(batch[0])
@@ -134,9 +130,9 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
 
 
 def sequences(batch: Batch) -> list[dict[str, Tensor]]:
-    """Returns every sequence of ``batch`` alone, [1, T_n], without padding; packed documents come apart.
+    """Splits ``batch`` into its sequences, each [1, T_n] and without padding, and packed rows into their documents.
 
-    What is computed on a sequence then depends on its tokens only, to the last bit, not on what it was batched with.
+    Results of a sequence then depend on its tokens only, to the last bit, not on the others of its batch.
     """
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     found = []
@@ -295,19 +291,6 @@ def _teacher_hidden(model: nn.Module, objective: Objective, batch: Batch) -> Ten
 def _teacher_head(objective: Objective) -> OutputHead | None:
     """Returns the output head of a teacher that is another model."""
     return None if objective.teacher_model is None else output_head(objective.teacher_model)
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags return at the end."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def window_hidden(model: nn.Module, windows: Tensor, *, batch_size: int = 1) -> Tensor:

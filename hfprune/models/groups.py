@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hfprune.models.experts import expert_group, experts_table
-from hfprune.models.projection import bias_of, num_channels
+from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
 from hfprune.models.spec import ARCHITECTURES, ArchSpec, AttentionSpec
 from hfprune.plan import Group, Side, Slice
@@ -64,21 +64,19 @@ def check_units(units: Sequence[str]) -> None:
 
 def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList:
     """Returns the transformer layers of ``model``."""
-    layers = _module(model, (spec or find_spec(model)).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    return (spec or find_spec(model)).find_layers(model)
 
 
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the MLP width of each layer; none where the MLPs are mixtures of experts."""
+    """Returns the MLP width of each layer; empty for mixture-of-experts models."""
     return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if not spec.mlp:
         raise UnsupportedArchitectureError(
-            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: give the units "
-            "experts, heads or blocks, for example --importance.units '[experts]'."
+            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: choose experts, "
+            "heads or blocks, for example units=['experts']."
         )
     return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
@@ -86,7 +84,7 @@ def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     layer = f"{spec.layers}.{index}"
     consumer = next(t for t in spec.mlp if t.side == "in")
-    width = num_channels(_module(model, f"{layer}.{consumer.module}"), "in")
+    width = num_channels(submodule(model, f"{layer}.{consumer.module}"), "in")
     slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
     return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
 
@@ -98,10 +96,10 @@ def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     """Returns the group of a layer's heads: each unit is a key-value head with the query heads that read it."""
     layer, table = f"{spec.layers}.{index}", attention_table(spec)
-    size, ratio = head_shape(_module(model, f"{layer}.{table.module}"), table)
+    size, ratio = head_shape(submodule(model, f"{layer}.{table.module}"), table)
     widths = [(t.queries * ratio + t.keys_values) * size for t in table.heads]
     reader = next(i for i, t in enumerate(table.heads) if t.side == "in")
-    units = num_channels(_module(model, f"{layer}.{table.heads[reader].module}"), "in") // widths[reader]
+    units = num_channels(submodule(model, f"{layer}.{table.heads[reader].module}"), "in") // widths[reader]
     end: dict[tuple[str, str], int] = {}
     slices = []
     for template, width in zip(table.heads, widths, strict=True):
@@ -116,8 +114,7 @@ def attention_table(spec: ArchSpec) -> AttentionSpec:
     """Returns the table of a class's attention; raises ``UnsupportedArchitectureError`` where there is none."""
     if spec.attention is None:
         raise UnsupportedArchitectureError(
-            f"The table of {spec.model_class} says nothing of its attention: give ArchSpec(attention=AttentionSpec("
-            "...)) to remove heads, or leave 'heads' out of the units."
+            f"Heads of {spec.model_class} cannot be removed: {spec.no_attention}. Leave 'heads' out of the units."
         )
     return spec.attention
 
@@ -166,7 +163,7 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
 def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
     """Returns ``group`` when its slices cover the projections that they name."""
     for s in group.slices:
-        channels = num_channels(_module(model, s.module), s.side, s.parameter)
+        channels = num_channels(submodule(model, s.module), s.side, s.parameter)
         expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
         if channels != expected:
             raise UnsupportedArchitectureError(
@@ -193,7 +190,7 @@ def unit_cost(model: nn.Module, group: Group) -> int:
         return channel_cost(model, group)
     cost = 0
     for s in group.slices:
-        module = _module(model, s.module)
+        module = submodule(model, s.module)
         cost += s.width * num_channels(module, "in" if s.side == "out" else "out", s.parameter)
         if s.side == "out" and bias_of(module) is not None:
             cost += s.width
@@ -212,22 +209,13 @@ def parameter_count(model: nn.Module) -> int:
 
 def backbone(model: nn.Module) -> nn.Module:
     """Returns the module that maps token ids to the final hidden states."""
-    return _module(model, find_spec(model).backbone)
+    return submodule(model, find_spec(model).backbone)
 
 
 def group_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
     """Returns every projection that ``groups`` mention, by name."""
     names: Sequence[str] = sorted({s.module for g in groups for s in g.slices})
-    return {name: _module(model, name) for name in names}
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise UnsupportedArchitectureError(
-            f"This {type(model).__name__} has no module '{name}', which its architecture table names: {error}."
-        ) from error
+    return {name: submodule(model, name) for name in names}
 
 
 @dataclass(frozen=True)

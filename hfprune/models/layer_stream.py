@@ -1,6 +1,6 @@
-"""Moves hidden states of calibration sequences through a model, one layer at a time.
+"""Layer stream: moves hidden states of calibration sequences through a model, one layer at a time.
 
-What a layer-by-layer method needs: the inputs of layer l as the already changed layers before it make them, without
+A layer-by-layer method needs the inputs of layer l as the already changed layers before it produce them, without
 running those again for every layer. Memory is one copy of the hidden states and whatever one layer needs.
 
 Shape legend: B sequences, T tokens, D hidden size.
@@ -9,7 +9,7 @@ Shape legend: B sequences, T tokens, D hidden size.
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hfprune.models.groups import backbone, find_spec
+from hfprune.models.contexts import hooked
+from hfprune.models.groups import backbone, find_layers
 from hfprune.utils.errors import CalibrationError
 from hfprune.utils.files import Stage
 
@@ -112,7 +113,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with beside the hidden states: positional and keyword arguments."""
+"""The arguments of a layer other than the hidden states: positional and keyword arguments."""
 
 
 class _Reached(Exception):  # noqa: N818  # control flow, no error
@@ -146,9 +147,7 @@ class LayerStream:
         device: torch.device,
         hidden: HiddenStates | None = None,
     ) -> None:
-        layers = model.get_submodule(find_spec(model).layers)
-        assert isinstance(layers, nn.ModuleList)
-        self._model, self._layers, self._device = model, layers, device
+        self._model, self._layers, self._device = model, find_layers(model), device
         self._calls: dict[torch.Size, list[Call]] = {}
         self._hidden = HiddenStates(device=device) if hidden is None else hidden
         home = next(model.parameters()).device
@@ -242,13 +241,8 @@ class LayerStream:
 
     def _run(self, input_ids: Tensor, handles: Sequence[Any]) -> None:
         run: Callable[..., Any] = backbone(self._model)
-        try:
+        with hooked(handles), suppress(_Reached):
             run(input_ids=input_ids, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

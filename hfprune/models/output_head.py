@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, find_spec
+from hfprune.models.projection import submodule
 from hfprune.objectives.chunked import OutputHead
 from hfprune.utils.errors import UnsupportedArchitectureError
 
@@ -52,16 +54,10 @@ def check_head(model: nn.Module) -> None:
         UnsupportedArchitectureError: The logits differ by more than rounding; the message names one of each.
     """
     ids = torch.arange(1, 5, device=_device(model)).unsqueeze(0) % _head_of_table(model).weight.shape[0]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            hidden: Tensor = backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-            ours = _head_of_table(model).logits(hidden[0])
-            own: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with inference(model):
+        hidden: Tensor = backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        ours = _head_of_table(model).logits(hidden[0])
+        own: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
     _compare(model, ours, own)
     _CHECKED.add(model)
 
@@ -88,12 +84,7 @@ def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
 def _head_of_table(model: nn.Module) -> OutputHead:
     spec = find_spec(model)
     config: Any = model.config
-    try:
-        lm_head = model.get_submodule(spec.lm_head)
-    except AttributeError as error:
-        raise UnsupportedArchitectureError(
-            f"This {spec.model_class} has no module '{spec.lm_head}', which its architecture table names: {error}."
-        ) from error
+    lm_head = submodule(model, spec.lm_head)
     if not isinstance(lm_head, nn.Linear):
         raise UnsupportedArchitectureError(
             f"The output head of this {spec.model_class} is a {type(lm_head).__name__}, not an nn.Linear."

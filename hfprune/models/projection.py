@@ -1,4 +1,4 @@
-"""The one place that knows how modules store their channels.
+"""Projections: how modules store their channels; no other module knows.
 
 ``nn.Linear`` holds [out, in], transformers' ``Conv1D`` and embeddings [in, out] (an embedding's inputs are tokens). A
 norm multiplies every channel by one weight: it counts as a projection with one input, [out, 1]. The router of a mixture
@@ -8,12 +8,23 @@ what it adds up.
 """
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hfprune.plan import Side
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 STACKED: dict[str, Side] = {"gate_up_proj": "out", "down_proj": "in"}
 """Weights of a module of experts, [E, ...] -> the side that experts are on."""
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Returns a module that an architecture table names; raises ``UnsupportedArchitectureError`` if there is none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise UnsupportedArchitectureError(
+            f"This {type(model).__name__} has no module '{name}', which its architecture table names: {error}."
+        ) from error
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -66,8 +77,18 @@ def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor:
     return weight.T if transposed else weight
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor, gathered where it is sharded: every rank must call it then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
+    """Returns a projection's weight [out, in] without its graph, gathered where it is sharded."""
+    return whole(weight_of(module, parameter).detach())
+
+
 def bias_of(module: nn.Module) -> Tensor | None:
-    """Returns the bias [out] of a projection, None where there is none."""
+    """Returns the bias [out] of a projection, or None."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 

@@ -1,9 +1,9 @@
-"""The residual stream: what reads and writes its hidden channels, and what keeps their scale when some go.
+"""The residual stream: modules that read and write hidden channels, and the scale of norms after pruning.
 
 A mean square over H' kept channels is H / H' times that over all H of them when the others are zero. So norms of the
 pruned model get sqrt(H / H') times their weights and H / H' times their epsilon: it then gives the outputs of the dense
-model with the removed channels at zero. Configs have one epsilon for all norms, so those of queries and keys, where a
-class has them, get it, too: the one thing that is not the same.
+model with the removed channels at zero. The config has a single epsilon, so query and key norms, where there are some,
+receive the rescaled value as well. This is the only approximation.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def channel_group(model: nn.Module, spec: ArchSpec) -> Group:
     stream = stream_table(spec)
     slices = [Slice(module=stream.embedding, side="out")]
     parts = layer_parts(spec)
-    for index in range(len(_children(model, spec))):
+    for index in range(len(spec.find_layers(model))):
         layer = f"{spec.layers}.{index}"
         slices += [Slice(module=f"{layer}.{name}", side="out") for name in stream.norms]
         slices += [Slice(module=f"{layer}.{name}", side=side) for name, side in parts]
@@ -66,8 +66,8 @@ def layer_parts(spec: ArchSpec) -> tuple[tuple[str, Side], ...]:
     """
     if spec.attention is None:
         raise UnsupportedArchitectureError(
-            f"The table of {spec.model_class} says nothing of its attention, which reads the residual stream: give "
-            "ArchSpec(attention=AttentionSpec(...)) to remove hidden channels."
+            f"Hidden channels of {spec.model_class} cannot be removed, since its attention reads them: "
+            f"{spec.no_attention}. Leave 'channels' out of the units."
         )
     within = [(t.module, t.side) for t in spec.attention.heads] + [(t.module, t.side) for t in spec.mlp]
     found: dict[str, Side] = {module: "in" if side == "out" else "out" for module, side in within}
@@ -113,7 +113,7 @@ def folds(model: nn.Module, spec: ArchSpec, kept: int) -> dict[str, Fold]:
     """Returns parameter name -> what happens to its weights when ``kept`` hidden channels are left; empty when all are.
 
     Args:
-        model: The model before surgery; the meta device will do.
+        model: The model before surgery; it may be on the meta device.
         spec: Its table.
         kept: Hidden channels that stay.
     """
@@ -123,7 +123,7 @@ def folds(model: nn.Module, spec: ArchSpec, kept: int) -> dict[str, Fold]:
     if kept == units:
         return {}
     factor = sqrt(units / kept)
-    names = [f"{spec.layers}.{i}.{name}" for i in range(len(_children(model, spec))) for name in stream.norms]
+    names = [f"{spec.layers}.{i}.{name}" for i in range(len(spec.find_layers(model))) for name in stream.norms]
     found = {f"{name}.weight": Fold(factor=factor, offset=stream.norm_offset) for name in names}
     final = factor
     if stream.scales_embedding:
@@ -149,7 +149,7 @@ def rewrite_stream(model: nn.Module, spec: ArchSpec, *, units: int, kept: int) -
         if is_norm(module):
             name = "eps" if hasattr(module, "eps") else "variance_epsilon"
             setattr(module, name, scaled_epsilon(getattr(module, name), units, kept))
-    for layer in _children(model, spec):
+    for layer in spec.find_layers(model):
         for path in stream.attributes:
             owner, _, attribute = path.rpartition(".")
             module = layer.get_submodule(owner)
@@ -182,9 +182,3 @@ def _as_used(scale: float, embedding: nn.Module) -> float:
     buffer: Any = embedding.embed_scale
     weight = weight_of(embedding)
     return float(torch.tensor(scale, dtype=buffer.dtype).to(weight.dtype))
-
-
-def _children(model: nn.Module, spec: ArchSpec) -> nn.ModuleList:
-    layers = model.get_submodule(spec.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers

@@ -1,8 +1,11 @@
-"""What hfprune needs to know about one Hugging Face model class, as frozen data."""
+"""Architecture specs: what hfprune needs to know about a Hugging Face model class, as frozen data."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from hfprune.models.projection import submodule
 from hfprune.plan import Side
 from hfprune.utils.errors import UnsupportedArchitectureError
 from hfprune.utils.registry import Registry
@@ -58,7 +61,7 @@ class AttentionSpec:
         ratio_attribute: Attribute that holds the number of query heads per key-value head; None: always one.
         heads_key: Config key of the number of query heads.
         keys_values_key: Config key of the number of key-value heads; None where there is none.
-        size_key: Config key from which the class takes the size of a head; None where it always is hidden size / heads,
+        size_key: Config key from which the class takes the size of a head; None where it is always hidden size / heads,
             so that no config describes a model with fewer heads.
         divides_hidden: Whether the config class refuses head counts that do not divide the hidden size.
         factors_fix_heads: Whether the config class ties rotary factors, where it has some, to the head count.
@@ -140,7 +143,7 @@ class ArchSpec:
         model_class: Exact class name; a subclass or a similar name is another architecture.
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
-        mlp: The sides of the MLP's projections, at least one of them ``in``; none where MLPs are mixtures of experts.
+        mlp: The sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
         width_key: Config key of the MLP width; one value for all layers.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, if the class has one.
@@ -149,7 +152,8 @@ class ArchSpec:
         scale_divides: Whether logits are divided by that number (Granite), not multiplied (Cohere).
         width_attributes: Attributes of a layer's modules that repeat the width, as ``module.attribute``.
         lora_targets: Names of the projections that LoRA adapts (all linear ones of a layer, as in HFPrune).
-        attention: The attention; None where heads cannot be removed.
+        attention: The attention; None where neither heads nor hidden channels can be removed.
+        no_attention: Why they cannot; completes the sentence "Heads of CLASS cannot be removed: ...".
         experts: The mixture of experts; None where there is none.
         layers_key: Config key of the number of layers.
         layer_lists: Config keys with a list of one value per layer.
@@ -158,7 +162,7 @@ class ArchSpec:
             the class makes its attention mask from position ids that start again; ``mask``, where it has to be given
             one.
         stream: The residual stream; None where hidden channels cannot be removed.
-        no_stream: Why they cannot.
+        no_stream: Why they cannot; completes the sentence "Hidden channels of CLASS cannot be removed: ...".
         needs_bos: Whether models of the class predict badly without BOS before a text.
     """
 
@@ -181,7 +185,14 @@ class ArchSpec:
     packing: Literal["positions", "mask"] = "positions"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not say what carries the residual stream: give ArchSpec(stream=StreamSpec(...))"
+    no_attention: str = "its table does not describe the attention: give ArchSpec(attention=AttentionSpec(...))"
     needs_bos: bool = False
+
+    def find_layers(self, model: nn.Module) -> nn.ModuleList:
+        """Returns the transformer layers of a model of this class."""
+        layers = submodule(model, self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
 
 _HINT = (
@@ -191,12 +202,40 @@ _HINT = (
 )
 
 ARCHITECTURES: Registry[ArchSpec] = Registry(
-    "model class", package="hfprune.models", error=UnsupportedArchitectureError, hint=_HINT
+    "model class", package="hfprune.models.architectures", error=UnsupportedArchitectureError, hint=_HINT
 )
 
 
 def register(spec: ArchSpec) -> ArchSpec:
-    """Adds an architecture and returns it; also how users describe their own."""
+    """Adds an architecture, one of your own for example.
+
+    The table is compared with the model when it is used: shapes with the projections that it names, the output head
+    with the model's logits.
+
+    Args:
+        spec: The table.
+
+    Returns:
+        ``spec``.
+
+    Raises:
+        ConfigError: Another table was registered for the class.
+
+    Example:
+        >>> from hfprune.models import ArchSpec, SliceTemplate, register
+        >>> spec = ArchSpec(
+        ...     model_class="MyForCausalLM",
+        ...     backbone="model",
+        ...     layers="model.layers",
+        ...     mlp=(SliceTemplate(module="mlp.up", side="out"), SliceTemplate(module="mlp.down", side="in")),
+        ...     width_key="intermediate_size",
+        ...     lora_targets=("up", "down"),
+        ...     no_attention="its norms of queries and keys run over all heads",
+        ... )
+        >>> register(spec).model_class
+        'MyForCausalLM'
+        >>> ARCHITECTURES.remove("MyForCausalLM")
+    """
     return ARCHITECTURES.add(spec.model_class, spec)
 
 

@@ -1,4 +1,4 @@
-"""What a stock config can say of a pruned model, and the config keys that say it."""
+"""Stock configs: which pruned models one value per field can describe, and the config keys that do."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,13 +60,13 @@ def hidden_step(model: nn.Module, *, heads: int | None = None) -> int | None:
 def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict[str, Any]:
     """Returns the config keys that change when ``model`` keeps ``keep``, with their new values.
 
-    Keys of widths and head counts are there where one value describes every layer that stays and the class can state
+    Keys of widths and head counts are present where one value describes every layer that stays and the class can state
     it; those of the number of layers always.
 
     Args:
-        model: The dense model; the meta device will do.
+        model: The dense model; it may be on the meta device.
         groups: Its groups.
-        keep: What stays of each.
+        keep: The kept units of each.
     """
     spec, values = find_spec(model), dict[str, Any]()
     stay = _staying(model, groups, keep)
@@ -94,9 +94,9 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     """Raises unless a stock config can describe what is left of ``model``.
 
     Args:
-        model: The dense model; the meta device will do.
+        model: The dense model; it may be on the meta device.
         groups: Its groups.
-        keep: What stays of each.
+        keep: The kept units of each.
 
     Raises:
         UnsupportedArchitectureError: It cannot; the message says what it could, and names the layout that can.
@@ -107,8 +107,8 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(
                 f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), and a stock config "
-                "states one for all. Give an allocation with one width, Uniform() for example, or a layout with a "
-                "config per layer: --layout per_layer."
+                "states one for all. Use an allocation with one width, Uniform() for example, or a layout with a "
+                "config per layer: layout='per_layer'."
             )
     heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
     if hidden is not None and not _states_hidden(model, hidden, heads):
@@ -118,9 +118,9 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     name = find_spec(model).model_class
     raise UnsupportedArchitectureError(
         f"A stock config of {name} cannot state {heads} key-value heads per layer; it can state "
-        f"{', '.join(map(str, possible))}. Give the budget another value, name one of these with the allocation "
+        f"{', '.join(map(str, possible))}. Change the budget, name one of these with the allocation "
         "Explicit(heads=...), leave 'heads' out of the units, or choose a layout that needs no stock config: "
-        "--layout per_layer."
+        "layout='per_layer'."
     )
 
 
@@ -173,12 +173,12 @@ def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
         return (
             f"A stock config of this {name} takes the size of a head from the hidden size, and can state "
             f"{_config(model).hidden_size} only. Leave 'channels' out of the units, or choose a layout that needs no "
-            "stock config: --layout per_layer."
+            "stock config: layout='per_layer'."
         )
     return (
         f"A stock config of {name} with {step} query heads cannot state a hidden size of {hidden}; it can state "
         f"multiples of {step}. Name one of these with the allocation Explicit(channels=...), leave 'channels' out of "
-        "the units, or choose a layout that needs no stock config: --layout per_layer."
+        "the units, or choose a layout that needs no stock config: layout='per_layer'."
     )
 
 

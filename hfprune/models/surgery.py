@@ -1,4 +1,4 @@
-"""How modules shrink: a plan applied by cutting channels, or by zeroing them.
+"""Surgery: applies a plan by cutting channels, or by zeroing them.
 
 Surgery, masks and optimizer states all read one table, :func:`plan_cuts`, which follows from the plan's slices. A
 projection's channels that no removed unit owns stay, so that fused projections and any mix of groups need no special
@@ -102,7 +102,7 @@ def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
 
 
 def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
-    """Returns the name of every parameter of ``model`` -> its name after ``plan`` was applied, None where it goes."""
+    """Returns the name of every parameter of ``model`` -> its name after ``plan``, or None where it is removed."""
     names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
     removed = plan.removed_layers()
     if not removed:
@@ -234,7 +234,7 @@ def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int]]:
-    """Returns what goes of the projections of layers that stay, by module, parameter and side."""
+    """Returns the removed channels in layers that stay, by module, parameter and side."""
     removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
     for group in _staying(plan):
         units = plan.removed(group)

@@ -1,4 +1,4 @@
-"""Saved folders that readers of transformers 4's form understand, too: its own releases, converters, other engines.
+"""Saved folders in the forms of transformers 4 and 5, for older releases, converters and other engines.
 
 transformers 5 writes rotary settings under ``rope_parameters``, the type of the weights under ``dtype``, and a generic
 tokenizer class of a new name. Readers that look for ``rope_theta`` take their default base without an error, and give
@@ -33,7 +33,7 @@ def write_both_forms(folder: Path) -> None:
 
 
 def both_forms(config: Mapping[str, Any]) -> Config:
-    """Returns ``config`` with the keys of transformers 4 beside those of transformers 5.
+    """Returns ``config`` with the keys of both transformers 4 and transformers 5.
 
     >>> found = both_forms({"dtype": "float32", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     >>> found["torch_dtype"], found["rope_theta"], "rope_scaling" in found

@@ -9,59 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCriterion, GradientCriterion, Shape, Signal
+from hfprune.models.contexts import evaluating as evaluating  # re-exported for callers of this room
+from hfprune.models.contexts import frozen as frozen
+from hfprune.models.contexts import hooked as hooked
 from hfprune.models.experts import EXPERTS, FewerExperts, added_norms, by_expert
 from hfprune.models.groups import find_spec, group_modules
 from hfprune.models.projection import bias_of, weight_of
+from hfprune.models.projection import whole_weight as whole_weight
 from hfprune.models.residual_stream import CHANNELS, head_reads
 from hfprune.plan import Group, Slice
 
 ReceiveSignal = Callable[[Group, Slice, Signal], None]
 ReceiveActivation = Callable[[Group, Slice, Activation], None]
-
-
-@contextmanager
-def evaluating(root: nn.Module) -> Iterator[None]:
-    """Puts ``root`` into eval mode; every module's own mode is back at the end."""
-    training = [(m, m.training) for m in root.modules()]
-    root.eval()
-    try:
-        yield
-    finally:
-        for m, flag in training:
-            m.training = flag
-
-
-@contextmanager
-def frozen(root: nn.Module) -> Iterator[None]:
-    """Freezes ``root`` and puts it into eval mode; undoes both at the end."""
-    requires_grad = [(p, p.requires_grad) for p in root.parameters()]
-    for p, _ in requires_grad:
-        p.requires_grad_(False)
-    try:
-        with evaluating(root):
-            yield
-    finally:
-        for p, flag in requires_grad:
-            p.requires_grad_(flag)
-
-
-@contextmanager
-def hooked(handles: Sequence[Any]) -> Iterator[None]:
-    """Removes hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """Returns a projection's weight [out, in], gathered where it is sharded: every rank must ask for it."""
-    weight = weight_of(module, parameter).detach()
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def slice_shapes(modules: Mapping[str, nn.Module], group: Group) -> list[Shape]:

@@ -16,7 +16,7 @@ class Registry(Generic[T]):
 
     Args:
         what: What the names stand for, used in messages (``"criterion"``).
-        package: Package whose modules register themselves when imported; imported at the first lookup.
+        package: Package whose modules, or module that, registers the items; imported at the first lookup.
         error: Exception class for unknown names.
         hint: Sentence added to the message of an unknown name.
     """
@@ -32,6 +32,10 @@ class Registry(Generic[T]):
             raise ConfigError(f"The {self._what} '{name}' is registered twice.")
         self._items[name] = item
         return item
+
+    def remove(self, name: str) -> None:
+        """Takes out an item; raises ``KeyError`` where there is none of this name."""
+        del self._items[name]
 
     def get(self, name: str) -> T:
         """Returns the object called ``name``; raises when unknown, naming the nearest one."""
@@ -52,6 +56,6 @@ class Registry(Generic[T]):
         if self._complete:
             return
         package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self._package}.{module.name}")
         self._complete = True

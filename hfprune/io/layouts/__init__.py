@@ -1,4 +1,4 @@
-"""How a pruned model is written, and which layouts can express which plans; models whose layers differ in width."""
+"""Layouts: the ways to write a pruned model, models whose layers differ in width, and ``apply_plan``."""
 
 from hfprune.io.layouts.apply import apply_plan, empty_copy, not_expressed, pruned_shapes, run_empty, shapes
 from hfprune.io.layouts.base import LAYOUTS, Layout

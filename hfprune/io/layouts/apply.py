@@ -1,4 +1,4 @@
-"""``apply_plan`` for Hugging Face models: surgery, and a config that describes what it left."""
+"""Applying a plan to a Hugging Face model: surgery, and a config that describes the result."""
 
 import copy
 from collections.abc import Iterable
@@ -21,14 +21,27 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     Where one value per config field can express the result, the config stays a stock one. Else it becomes one whose
     layers differ (:mod:`hfprune.io.layouts.per_layer`), which ``save_pretrained`` writes with the plan.
 
-    Tied weights are not touched. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
 
     Args:
         model: A supported Hugging Face model, or any module whose projections the plan names.
-        plan: What stays.
+        plan: The kept units of every group.
 
     Raises:
         PlanError: The plan does not fit the model; nothing was changed.
+
+    Example:
+        >>> from hfprune.models import find_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model, ("mlp",))
+        >>> keep = {group.name: range(12) for group in groups}
+        >>> apply_plan(model, PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={}))
+        >>> model.config.intermediate_size, model.model.layers[0].mlp.down_proj
+        (12, Linear(in_features=12, out_features=8, bias=False))
     """
     if not isinstance(model, PreTrainedModel):
         surgery.apply_plan(model, plan)
@@ -119,7 +132,7 @@ def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None
         after: Neurons per group that stay.
 
     Returns:
-        Why no key does; None where the config describes the model. It then is as it was.
+        The reason why no key does, the config being unchanged; None if the config describes the model now.
     """
     reason, config = not_expressed(model), model.config
     if reason is None:

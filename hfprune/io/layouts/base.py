@@ -1,4 +1,4 @@
-"""What a layout is, parameter names in it, and the history of pruning that it writes."""
+"""Layouts: the base class and registry, config keys per layer, and the history of pruning that is written."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,22 @@ from hfprune.utils.registry import Registry
 
 
 class Layout(ABC):
-    """How a pruned model is written to disk.
+    """Base class of the ways to write a pruned model to disk.
+
+    A subclass in a module of this package registers an instance with ``LAYOUTS.add``.
 
     Attributes:
-        name: What users call it.
+        name: Name of the layout in arguments.
         stock: Whether one value per config field must be able to describe the model.
-        shards: Whether a model that is spread over ranks can be written so, parameter by parameter.
-        by_runs: Whether ``fit`` and ``prune`` write it; else only ``export`` does, from what they wrote.
+        shards: Whether a model that is sharded over ranks can be written, parameter by parameter.
+        by_runs: Whether ``fit`` and ``prune`` write it. If not, only ``export`` does, from a folder that they wrote.
+
+    Example:
+        >>> from hfprune.io.layouts import LAYOUTS
+        >>> list(LAYOUTS)
+        ['bitmask', 'padded', 'per_layer', 'uniform']
+        >>> [name for name in LAYOUTS if LAYOUTS.get(name).shards]
+        ['per_layer', 'uniform']
     """
 
     name: ClassVar[str]
@@ -38,8 +47,8 @@ class Layout(ABC):
         """Raises ``ConfigError`` unless this layout can express ``model``.
 
         Args:
-            model: A pruned model as :func:`hfprune.io.layouts.apply_plan` left it. Only shapes are read: the meta
-                device will do.
+            model: A pruned model after :func:`hfprune.io.layouts.apply_plan`. Only shapes are read; it may be on the
+                meta device.
         """
 
     @abstractmethod
@@ -47,16 +56,16 @@ class Layout(ABC):
         """Returns the model whose ``save_pretrained`` writes ``model`` in this layout; ``model`` stays as it is."""
 
     def compress(self, folder: Path) -> bool:
-        """Rewrites, in place, what ``save_pretrained`` wrote, where a layout stores less; returns whether it did."""
+        """Rewrites the files of ``save_pretrained`` in place, where a layout stores less; returns whether it did."""
         return False
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Returns by how much logits may change, relative to the largest: not at all, but for other kernels."""
+        """Returns the accepted change of the logits, relative to the largest: that of another kernel."""
         return 1e-5
 
 
 LAYOUTS: Registry[Layout] = Registry("layout", package="hfprune.io.layouts")
-"""Name -> layout, as ``--layout`` takes it."""
+"""Name -> layout."""
 
 
 Overrides = dict[int, dict[str, int]]
@@ -127,10 +136,6 @@ def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) ->
     groups = {group.kind: group for plan in plans for group in plan.groups}.values()
     found = [kind_values(config, spec, g.kind, kept=g.num_units, units=g.num_units) or {} for g in groups]
     return {key: value for values in found for key, value in values.items() if not hasattr(config, key)}
-
-
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""What ``from_pretrained`` takes that says where files are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A sparse model in less space: of each sparse matrix, the weights that are not zero and one bit for every place.
+"""The layout ``bitmask``: of each sparse matrix, the weights that are not zero and one bit per position.
 
 Files ``bitmask-*.safetensors`` hold, for a matrix ``name`` with enough zeros, ``name.values`` (its weights that are not
 zero, row by row, in the model's type) and ``name.bits`` (uint8; bit i % 8 of byte i // 8, lowest first, says whether
@@ -6,12 +6,13 @@ weight i, row by row, is there); everything else as it is. ``bitmask.json`` list
 zero is a zero: it comes back without its sign.
 
 The model in memory is the stock one, every weight in place: this saves disk and transfer, not memory or time.
-:mod:`hfprune.io.layouts.bitmask_auto` loads it, one matrix after the other.
+Loading reads one matrix after the other. The config is of the stock class as soon as the model is there.
 
 compressed-tensors had such a format (``sparse-bitmask``); its release 0.20 still names it, and has no code that
 reads or writes it, nor has transformers 5.23.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,21 +25,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils.hub import cached_file
 
 from hfprune.io.layouts.base import LAYOUTS
-from hfprune.io.layouts.uniform import Uniform
+from hfprune.io.layouts.custom_config import HUB, VERSION, CustomConfig, check_weights, register, stock_model
+from hfprune.io.layouts.stock import StockLayout
+from hfprune.utils.compat import cached_file_or_none
 from hfprune.utils.errors import ConfigError
 
-MODEL_TYPE = "hfprune_bitmask"
-"""``model_type`` in config.json: software that does not know hfprune stops there, with this name in its message."""
-
 INDEX_FILE = "bitmask.json"
-VERSION = 1
-PREFIX = "HFPrune"
-"""Stands before the name of the stock class in config.json's ``architectures``."""
-
-_NOTE = "Zeros are not stored. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
 _ONE_BY_ONE = threading.Lock()  # transformers reads with several threads; each would hold the places of its matrix
 
 
@@ -62,7 +58,7 @@ def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
         values: [K].
         bits: [ceil(N / 8)].
         shape: Of the tensor, N numbers.
-        name: What it is called, for the message.
+        name: Name of the tensor, for the message.
 
     Raises:
         ConfigError: Values, bits and shape do not belong together.
@@ -74,7 +70,7 @@ def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
     if len(bits) != -(-size // 8) or count != len(values) or bool(places[size:].any()):
         raise ConfigError(
             f"The weights of {name} are damaged: {len(values):,} values, {count:,} bits that are set, "
-            f"shape {shape}. Copy the files again, or export the model anew."
+            f"shape {shape}. Copy the files again, or repeat the export."
         )
     return values.new_zeros(size).masked_scatter_(places[:size], values).view(shape)
 
@@ -86,12 +82,23 @@ def is_worth_it(weight: Tensor) -> bool:
 
 
 def is_bitmask(folder: Path) -> bool:
-    """Returns whether a folder holds a model in this layout."""
-    return (folder / INDEX_FILE).is_file()
+    """Returns whether a folder holds a model in this layout, or parts of one."""
+    return any(folder.glob("bitmask*"))
 
 
-class Bitmask(Uniform):
-    """The uniform layout, zeros left out."""
+class BitmaskLayout(StockLayout):
+    """``bitmask``: the uniform layout without its zeros; only ``hfprune export`` writes it.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> LAYOUTS.get("bitmask").written(LlamaForCausalLM(config))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        hfprune.utils.errors.ConfigError: layout='bitmask' leaves out zeros, and no matrix of this model has enough ...
+    """
 
     name = "bitmask"
     shards = False
@@ -106,17 +113,19 @@ class Bitmask(Uniform):
         self.check(model)
         if not any(is_worth_it(matrix) for matrix in _matrices(model)):
             raise ConfigError(
-                "--layout bitmask leaves out zeros, and no matrix of this model has enough of them to take less space. "
-                "Prune it with --method and --sparsity first, or give --layout uniform."
+                "layout='bitmask' leaves out zeros, and no matrix of this model has enough of them to take less space. "
+                "Prune it with a sparse method first, or use layout='uniform'."
             )
         return model
 
     def compress(self, folder: Path, *, file_bytes: int = 2**30) -> bool:
-        """Rewrites what ``save_pretrained`` wrote, then the config; returns True.
+        """Rewrites the files of ``save_pretrained``, then the config; returns True.
+
+        Shards are closed as they fill up: how large a packed matrix is shows only when it has been read.
 
         Args:
             folder: The saved model.
-            file_bytes: Start a new file when the present one, which is in memory, holds so much.
+            file_bytes: Size in bytes at which a file, which is in memory until then, is written.
         """
         shapes: dict[str, list[int]] = {}
         parts, size = [dict[str, Tensor]()], 0
@@ -136,18 +145,11 @@ class Bitmask(Uniform):
         _write(folder / INDEX_FILE, {"version": VERSION, "files": files, "shapes": shapes})
         path = folder / "config.json"
         data = json.loads(path.read_text(encoding="utf-8"))
-        _write(path, described(data, data["model_type"]))
+        _write(path, _described(data, data["model_type"]))
         return True
 
 
-LAYOUTS.add(Bitmask.name, Bitmask())
-
-
-def described(data: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Returns what config.json holds for a model of ``family`` whose stock config is ``data``."""
-    names = [PREFIX + name for name in data.get("architectures") or ()]
-    section = {"version": VERSION, "family": family, "note": _NOTE}
-    return {**data, "model_type": MODEL_TYPE, "architectures": names, "hfprune": section}
+LAYOUTS.add(BitmaskLayout.name, BitmaskLayout())
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -190,7 +192,7 @@ def _flush(parts: list[dict[str, Tensor]], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk: read, whole, whenever it is indexed, as transformers does with the slices of a file."""
+    """A tensor on disk. Indexing reads all of it, as transformers does with the slices of a file."""
 
     shape: list[int]
     read: Callable[[], Tensor]
@@ -259,7 +261,7 @@ def _index(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, list
     if not (isinstance(files, list) and all(isinstance(file, str) and Path(file).name == file for file in files)):
         raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: it lists no files of this folder. Copy it again.")
     if not (isinstance(shapes, dict) and all(_is_shape(shape) for shape in shapes.values())):
-        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: its shapes are none. Copy it again.")
+        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: a shape in it is no list of sizes. Copy it again.")
     return files, shapes
 
 
@@ -272,3 +274,73 @@ def _fetched(path: str, file: str, hub: Mapping[str, Any]) -> Path:
         return Path(str(cached_file(path, file, **hub)))
     except OSError as error:
         raise ConfigError(f"'{path}' has no {file}. Copy all files of one export.") from error
+
+
+# ---- what transformers' Auto classes call ---------------------------------------------------------------------------
+
+
+class BitmaskConfig(CustomConfig):
+    """What the config of a model on disk without its zeros adds to its stock config class."""
+
+    auto_type = "hfprune_bitmask"
+    adjective = "sparse"
+    note = "Zeros are not stored. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns what config.json holds."""
+        return _described(super().to_diff_dict(), self.stock.model_type)  # type: ignore[misc]
+
+
+def _described(data: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Returns what config.json holds for a model of ``family`` whose stock config is ``data``."""
+    return BitmaskConfig.described(data) | {"hfprune": BitmaskConfig.section(family)}
+
+
+def bitmask_stock(config: Any) -> Any:
+    """Returns a copy of a config, in its stock class where it is that of a model without its zeros."""
+    found: Any = copy.deepcopy(config)
+    if isinstance(found, BitmaskConfig):
+        stock: Any = found.stock
+        found.__class__ = stock
+    return found
+
+
+class BitmaskForCausalLM:
+    """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, config: Any, **kwargs: Any) -> Any:
+        """Returns the model saved at ``path``, an instance of its stock class with a stock config.
+
+        Beside the model, one matrix is in memory at a time; where its type changes, up to four.
+
+        Raises:
+            ConfigError: A file is missing or damaged, or config and weights do not belong together.
+        """
+        hub = {key: kwargs.pop(key) for key in HUB if key in kwargs}
+        wants_info = kwargs.pop("output_loading_info", False)
+        plain = bitmask_stock(config)
+        kwargs |= {"config": plain, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        if all(kwargs.get(key) in (None, "auto") for key in ("dtype", "torch_dtype")) and plain.dtype is None:
+            raise ConfigError(f"'{path}': config.json has no dtype. Copy all files of one export, or give dtype.")
+        with stored_tensors(str(path), **hub) as state:
+            model, info = stock_model(plain).from_pretrained(None, *args, state_dict=state, **kwargs)
+        check_weights(str(path), info, described_by="config.json")
+        model.config.name_or_path = model.name_or_path = str(path)
+        if model.can_generate() and kwargs.get("generation_config") is None:
+            _read_generation(model, str(path), hub)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Returns a model of the stock class with random weights; on the meta device none."""
+        return stock_model(bitmask_stock(config))._from_config(bitmask_stock(config), **kwargs)
+
+
+def _read_generation(model: Any, path: str, hub: dict[str, Any]) -> None:
+    """Reads the generation config, which transformers reads only together with weight files of its own format."""
+    if cached_file_or_none(path, "generation_config.json", **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+
+
+register(BitmaskConfig, BitmaskForCausalLM)

@@ -1,4 +1,4 @@
-"""Models whose layers differ in width: config, model classes and the layout that writes them.
+"""The layout ``per_layer``: config and model classes of models whose layers differ in width.
 
 In memory such a model is an instance of its stock class. Its config is of a subclass of the stock config class that
 carries the plans which cut the dense model, and says in transformers' own ``per_layer_config`` what differs. So
@@ -11,43 +11,40 @@ and the weights are read into what is left. Importing this module registers that
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hfprune.io.layouts.base import HUB, LAYOUTS, Cut, Layout, implied_values, layer_overrides
+from hfprune.io.layouts.base import LAYOUTS, Cut, Layout, implied_values, layer_overrides
+from hfprune.io.layouts.custom_config import HUB, CustomConfig, check_weights, register, stock_model
 from hfprune.models import find_spec
 from hfprune.models.surgery import apply_plan
-from hfprune.utils.errors import ConfigError, PlanError
-
-MODEL_TYPE = "hfprune"
-"""``model_type`` in config.json: software that does not know hfprune stops there, with this name in its message."""
-
-_VERSION = 1
-_PREFIX = "HFPrune"  # before the name of the stock class in config.json's `architectures`
-_NOTE = "Layers differ in width. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
+from hfprune.utils.errors import PlanError
 
 
-class PerLayerConfig:
+class PerLayerConfig(CustomConfig):
     """What the config of a model whose layers differ in width adds to its stock config class."""
 
-    stock: ClassVar[type[PreTrainedConfig]]
+    auto_type = "hfprune"
+    adjective = "pruned"
+    note = "Layers differ in width. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
     _hfprune: Cut
+
+    @classmethod
+    def restore(cls, config: Any, section: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
+        """Turns a stock config, in place, into one whose layers differ; the plans are read later."""
+        layers = {int(index): values for index, values in overrides.items()}
+        to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain data, with what hfprune needs under ``hfprune``."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         cut: Cut = data.pop("_hfprune")
-        section = {"version": _VERSION, "family": self.stock.model_type, "note": _NOTE}
-        return data | {"hfprune": section | {"plans": cut.count, "dense": dict(cut.dense)}}
+        return data | {"hfprune": self.section(self.stock.model_type) | {"plans": cut.count, "dense": dict(cut.dense)}}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Returns what config.json holds: no model type or class that other software takes for the stock one."""
-        data: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
-        names = [_PREFIX + name for name in data.get("architectures") or ()]
-        return data | {"model_type": MODEL_TYPE, "architectures": names}
+        """Returns what config.json holds."""
+        return self.described(super().to_diff_dict())  # type: ignore[misc]
 
     def validate(self) -> None:
         """Checks nothing: the stock checks read keys that have no one value here; loading checks every shape."""
@@ -62,32 +59,6 @@ class PerLayerConfig:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         for file, plan in zip(self._hfprune.files(), plans, strict=True):
             plan.save(Path(save_directory) / file)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Returns the config that ``to_dict`` described."""
-        return HFPruneConfig.from_dict(config_dict, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles by the stock class: the subclass is made at run time."""
-        return _blank, (self.stock,), self.__dict__
-
-
-def _blank(stock: type[PreTrainedConfig]) -> Any:
-    per_layer = _subclass(stock)
-    return per_layer.__new__(per_layer)
-
-
-_SUBCLASSES: dict[type[PreTrainedConfig], Any] = {}
-
-
-def _subclass(stock: type[PreTrainedConfig]) -> Any:
-    """Returns the per-layer subclass of a stock config class, known to ``AutoModelForCausalLM``."""
-    if stock not in _SUBCLASSES:
-        names = {"stock": stock, "__module__": __name__}
-        _SUBCLASSES[stock] = type(f"PerLayer{stock.__name__}", (PerLayerConfig, stock), names)
-        AutoModelForCausalLM.register(_SUBCLASSES[stock], HFPruneForCausalLM)
-    return _SUBCLASSES[stock]
 
 
 def is_per_layer(config: Any) -> bool:
@@ -137,8 +108,7 @@ def to_stock(config: Any) -> None:
 
 def to_per_layer(config: Any, cut: Cut, overrides: Mapping[int, Mapping[str, Any]]) -> None:
     """Makes ``config``, in place (every module of a model refers to it), one whose layers differ as ``cut`` says."""
-    if not is_per_layer(config):
-        config.__class__ = _subclass(type(config))
+    PerLayerConfig.adopt(config)
     config._hfprune = cut
     # transformers leaves out what the config says of all layers
     config.per_layer_config = {index: dict(values) for index, values in overrides.items()} or None
@@ -159,39 +129,6 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
     to_per_layer(model.config, cut, overrides)
 
 
-# ---- what transformers' Auto classes call ---------------------------------------------------------------------------
-
-
-class HFPruneConfig(PreTrainedConfig):
-    """The entry point of ``AutoConfig``: makes configs of the model's own family."""
-
-    model_type = MODEL_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Returns the per-layer config that ``config_dict`` describes, of a subclass of its family's config class.
-
-        Raises:
-            ConfigError: It was written by another version, or for a family that this transformers does not know.
-        """
-        data = dict(config_dict)
-        section, overrides = data.pop("hfprune", None), data.pop("per_layer_config", None) or {}
-        if not isinstance(section, dict) or section.get("version") != _VERSION:
-            raise ConfigError(
-                f"config.json has model_type '{MODEL_TYPE}' but no section 'hfprune' of version {_VERSION}: it is "
-                "damaged, or was written by another version of hfprune."
-            )
-        family = section["family"]
-        if family not in CONFIG_MAPPING:
-            raise ConfigError(f"config.json describes a pruned '{family}', which this transformers does not know.")
-        names = [str(name).removeprefix(_PREFIX) for name in data.get("architectures") or ()]
-        found = CONFIG_MAPPING[family].from_dict(data | {"model_type": family, "architectures": names}, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
-        layers = {int(index): values for index, values in overrides.items()}
-        to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
-        return found
-
-
 class HFPruneForCausalLM:
     """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
 
@@ -204,10 +141,10 @@ class HFPruneForCausalLM:
         """
         cut = cut_of(config, path=str(path), **{key: kwargs[key] for key in HUB if key in kwargs})
         dense, wants_info = dense_config(config), kwargs.pop("output_loading_info", False)
-        stock = _stock_model(dense)
+        stock = stock_model(dense)
         kwargs |= {"config": dense, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = _cutting(stock, cut).from_pretrained(path, *args, **kwargs)
-        _check_weights(str(path), info)
+        check_weights(str(path), info, described_by="config.json and plan.json", error=PlanError)
         model.__class__ = stock
         finish(model, dense, cut)
         if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
@@ -218,15 +155,10 @@ class HFPruneForCausalLM:
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """Returns a model of the shapes that ``config`` describes, with random weights; on the meta device none."""
         cut, dense = cut_of(config), dense_config(config)
-        model = _stock_model(dense)._from_config(dense, **kwargs)
+        model = stock_model(dense)._from_config(dense, **kwargs)
         _apply(model, cut)
         finish(model, dense_config(config), cut)
         return model
-
-
-def _stock_model(config: Any) -> Any:
-    """Returns the model class of a stock config."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _cutting(stock: Any, cut: Cut) -> Any:
@@ -246,23 +178,30 @@ def _apply(model: Any, cut: Cut) -> None:
             apply_plan(model, plan)
 
 
-def _check_weights(path: str, info: Mapping[str, Any]) -> None:
-    """Raises ``PlanError`` unless the weight files held every parameter in the shape that the plans leave."""
-    for name, saved, expected in sorted(info["mismatched_keys"]):
-        raise PlanError(
-            f"'{path}': {name} is {list(saved)} in the weight files and {list(expected)} by config.json and plan.json: "
-            "they do not belong together. Copy all files of one export."
-        )
-    for key, text in (("missing_keys", "lack"), ("unexpected_keys", "hold, against the plan,")):
-        if info[key]:
-            raise PlanError(f"'{path}': its weight files {text} {', '.join(sorted(info[key])[:3])}.")
+register(PerLayerConfig, HFPruneForCausalLM)
 
 
-AutoConfig.register(MODEL_TYPE, HFPruneConfig, exist_ok=True)
+class PerLayerLayout(Layout):
+    """``per_layer``: ``per_layer_config`` in config.json, and the plans; an ordinary folder where no layer differs.
 
-
-class PerLayer(Layout):
-    """``per_layer_config`` in config.json and the plans beside it; an ordinary folder where no layer differs."""
+    Example:
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from hfprune.plan import PruningPlan
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> type(model).__name__, type(model.config).__name__
+        ('LlamaForCausalLM', 'PerLayerLlamaConfig')
+        >>> [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        [12, 8]
+    """
 
     name = "per_layer"
 
@@ -274,4 +213,4 @@ class PerLayer(Layout):
         return model
 
 
-LAYOUTS.add(PerLayer.name, PerLayer())
+LAYOUTS.add(PerLayerLayout.name, PerLayerLayout())

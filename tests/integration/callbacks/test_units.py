@@ -127,7 +127,7 @@ def test_head_counts_that_no_stock_config_states(tmp_path):
     folder = save_tiny(tmp_path / "dense", "llama_mha_relu")
     importance = TaylorImportanceCallback(units=("heads",), allocation=Explicit(heads=3))
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"cannot state 3 key-value heads.*1, 2, 4.*--layout per_layer"
+        UnsupportedArchitectureError, match=r"cannot state 3 key-value heads.*1, 2, 4.*layout='per_layer'"
     ):
         fit(folder, importance, ReportCallback(str(tmp_path / "out"), latency=False), limit_train_batches=0)
     module = fit(folder, importance, limit_train_batches=0)  # in memory it works

@@ -165,7 +165,7 @@ def test_other_numbers_per_layer_need_a_layout(name, tmp_path):
     with pytest.raises(UnsupportedArchitectureError, match=r"different numbers of experts \(2 to 5\)"):
         check_stock(model, plan.groups, plan.keep)
     hfprune.apply_plan(model, plan)
-    with pytest.raises(ConfigError, match="--layout per_layer"):
+    with pytest.raises(ConfigError, match="layout='per_layer'"):
         hfprune.io.layouts.LAYOUTS.get("uniform").check(model)
     with pytest.raises(ConfigError, match="none can stand for a removed experts"):
         hfprune.io.layouts.LAYOUTS.get("padded").check(model)
@@ -202,10 +202,10 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
 def test_what_does_not_go_with_mixtures_is_refused():
     model = tiny("mixtral")
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"MixtralForCausalLM are mixtures of experts.*'\[experts\]'"
+        UnsupportedArchitectureError, match=r"MixtralForCausalLM are mixtures of experts.*units=\['experts'\]"
     ):
         find_groups(model)
-    with pytest.raises(UnsupportedArchitectureError, match="no mixtures of experts: leave 'experts' out"):
+    with pytest.raises(UnsupportedArchitectureError, match="not mixtures of experts: leave 'experts' out"):
         find_groups(tiny("llama"), ("experts",))
     with pytest.raises(UnsupportedArchitectureError, match="stacks"):
         find_groups(model, ("channels",))

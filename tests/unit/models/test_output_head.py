@@ -41,7 +41,7 @@ def table():
 
     yield add
     for name in added:
-        del ARCHITECTURES._items[name]
+        ARCHITECTURES.remove(name)
 
 
 def scaled(name, dtype=torch.float64):

@@ -151,5 +151,5 @@ def test_attention_that_is_not_known_is_refused_by_name():
     model = tiny("llama")
     check_packing(model)
     model.config._attn_implementation = "paged|sdpa"
-    with pytest.raises(UnsupportedArchitectureError, match=r"'paged|sdpa' is not known.*--data.packing false"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"'paged|sdpa' is not known.*packing=False"):
         check_packing(model)

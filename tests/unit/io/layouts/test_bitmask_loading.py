@@ -95,7 +95,7 @@ def test_runs_and_sharded_strategies_name_the_way_round(folder, tmp_path):
     path, _ = folder
     with pytest.raises(ConfigError, match="hfprune export --model.path out/model --layout bitmask"):
         ReportCallback("out", layout="bitmask")
-    with pytest.raises(ConfigError, match="--layout uniform --output_dir DENSE"):
+    with pytest.raises(ConfigError, match="layout='uniform' first"):
         load_sharded(str(path), None)
 
 

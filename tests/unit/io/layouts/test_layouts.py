@@ -15,7 +15,7 @@ from hfprune import PruningModule, PruningPlan, ReportCallback, TaylorImportance
 from hfprune.allocation import Explicit, Inventory, allocate, kept_units
 from hfprune.cli import main
 from hfprune.io.layouts import LAYOUTS, is_per_layer
-from hfprune.io.layouts.padded import compose, pad
+from hfprune.io.layouts.stock import compose, pad
 from hfprune.io.save import check_shards, export_model
 from hfprune.models import config_values, find_groups, parameter_count
 from hfprune.models.surgery import mask_plan
@@ -246,7 +246,7 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
     assert main(["prune", *flags]) == 2
     error = capsys.readouterr().err
     assert "a stock config states one for all" in " ".join(error.split())
-    assert "--layout per_layer" in error
+    assert "per_layer" in error
     assert main(["prune", *flags, "--layout=paded"]) == 2
     assert "Did you mean 'padded'?" in capsys.readouterr().err
 
@@ -288,7 +288,7 @@ def test_pruned_again_recovered_evaluated_and_written_in_another_layout(folder, 
     assert stages["out/model"]["widths"] == widths
     assert stages["padded"]["fidelity"]["kl"] == pytest.approx(stages["out/model"]["fidelity"]["kl"], rel=1e-4)
     assert main(["export", "--model.path=out/model", "--output_dir=no"]) == 2
-    assert "--layout uniform has one value" in capsys.readouterr().err
+    assert "has one value per config field" in capsys.readouterr().err
     assert not Path("no").exists()
 
 

@@ -133,10 +133,12 @@ def test_uniform_again_is_a_stock_config(tmp_path):
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
-def test_equal_widths_that_the_config_does_not_say_are_not_called_uniform():
+def test_a_plan_without_config_keys_gets_those_that_follow_from_its_units():
     model = tiny(dtype=torch.float32)
     hfprune.apply_plan(model, mlp_plan(model, (8, 8, 8)))  # its plan rewrites no config key
-    assert is_per_layer(model.config)
+    assert not is_per_layer(model.config)
+    assert model.config.intermediate_size == 8
+    model.config.intermediate_size = 24
     assert "gate_proj.weight would be [24, 16], it is [8, 16]" in not_expressed(model)
 
 
@@ -244,7 +246,7 @@ def test_plan_of_another_model(saved):
     ("change", "text"),
     [
         (lambda state: state.pop("model.norm.weight"), r"weight files lack model\.norm\.weight"),
-        (lambda state: state.update(extra=torch.zeros(1)), "hold, against the plan, extra"),
+        (lambda state: state.update(extra=torch.zeros(1)), "hold unexpected tensors: extra"),
     ],
 )
 def test_weights_that_are_not_those_of_the_plan(saved, change, text):

@@ -1,7 +1,9 @@
-"""A uniform model in which the layers that kept fewer units than others are filled up with units of zeros.
+"""Layouts that stock transformers loads: ``uniform`` and ``padded``.
 
-A unit whose weights are all zero adds nothing: its output goes through zero columns of the projection that reads it. So
-the logits are those of the pruned model, and stock software loads it; the zeros are stored and multiplied.
+``uniform`` writes an ordinary folder and refuses models whose layers differ. ``padded`` fills up the layers that kept
+fewer units than others with units of zeros. A unit whose weights are all zero adds nothing: its output passes through
+zero columns of the projection that reads it. The logits are those of the pruned model; the zeros are stored and
+multiplied.
 """
 
 import copy
@@ -19,14 +21,61 @@ from hfprune.plan import Group, PruningPlan
 from hfprune.utils.errors import ConfigError
 
 
-class Padded(Layout):
-    """Every group is filled up with units of zeros to the widest of its kind that stock config fields express."""
+class StockLayout(Layout):
+    """``uniform``: stock config, stock weights; refuses what one value per config field cannot describe.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> LAYOUTS.get("uniform").written(model) is model
+        True
+    """
+
+    name = "uniform"
+    stock = True
+
+    def check(self, model: Any) -> None:
+        """Raises ``ConfigError`` for a model whose layers differ; the message names the first such parameter."""
+        if is_per_layer(model.config):
+            raise ConfigError(
+                f"layout='uniform' has one value per config field, which cannot describe what this plan leaves: "
+                f"{not_expressed(model)}. Use layout='per_layer' (loads with hfprune) or layout='padded' (loads "
+                "anywhere; missing units are stored as zeros), or keep the same number of units in every layer."
+            )
+
+    def written(self, model: Any) -> Any:
+        """Returns ``model``; raises ``ConfigError`` as :meth:`check` does."""
+        self.check(model)
+        return model
+
+
+class PaddedLayout(Layout):
+    """``padded``: fills up every group with units of zeros, to the widest of its kind that a stock config describes.
+
+    Example:
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> LAYOUTS.get("padded").written(model).config.intermediate_size
+        12
+    """
 
     name = "padded"
     shards = False
 
     def check(self, model: Any) -> None:
-        """Raises ``ConfigError`` when the plans removed units of a kind that no unit of zeros stands for."""
+        """Raises ``ConfigError`` when the plans removed units of a kind that no unit of zeros can stand for."""
         if is_per_layer(model.config):
             padding(model)
 
@@ -35,11 +84,12 @@ class Padded(Layout):
         return pad(model) if is_per_layer(model.config) else model
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Returns by how much logits may change: sums over more terms, all zero, are rounded in another order."""
+        """Returns the relative change of logits: sums over more terms, all zero, are rounded in another order."""
         return max(1e-5, 8 * torch.finfo(dtype).eps)
 
 
-LAYOUTS.add(Padded.name, Padded())
+LAYOUTS.add(StockLayout.name, StockLayout())
+LAYOUTS.add(PaddedLayout.name, PaddedLayout())
 
 
 def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
@@ -67,7 +117,7 @@ def pad(model: Any) -> Any:
     empty, plan, padded = padding(model)
     small, large = surgery.plan_cuts(empty, plan), surgery.plan_cuts(empty, padded)
     dense = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-    origin = {new: old for old, new in surgery.new_names(empty, plan).items()}  # layers that went shift the others
+    origin = {new: old for old, new in surgery.new_names(empty, plan).items()}  # removed layers shift the others
     surgery.apply_plan(empty, padded)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -92,8 +142,8 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
         for group in plan.groups:
             if any(owners.setdefault((s.module, s.parameter, s.side), group.name) != group.name for s in group.slices):
                 raise ConfigError(
-                    f"--layout padded cannot follow {group.name} through {len(plans)} plans: another group of an "
-                    "earlier one has the same channels. Give --layout per_layer."
+                    f"layout='padded' cannot follow {group.name} through {len(plans)} plans: another group of an "
+                    "earlier one has the same channels. Use layout='per_layer'."
                 )
             before = keep.get(group.name, tuple(range(group.num_units)))
             groups.setdefault(group.name, group)
@@ -103,14 +153,16 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
 
 def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
     """Returns how many units of ``kind`` each group of the padded model has: as few as stock config fields express."""
-    gone = plan.removed_layers()
-    groups = [group for group in plan.groups if group.kind == kind and (group.layer is None or group.layer not in gone)]
+    removed = plan.removed_layers()
+    groups = [
+        group for group in plan.groups if group.kind == kind and (group.layer is None or group.layer not in removed)
+    ]
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
     if min(widths) < units and (values is None or kind == EXPERTS):  # a router would choose experts of zeros, too
         raise ConfigError(
-            f"--layout padded fills layers up with units of zeros, and none can stand for a removed {kind}. Give "
-            "--layout per_layer."
+            f"layout='padded' fills layers up with units of zeros, and none can stand for a removed {kind}. Use "
+            "layout='per_layer'."
         )
     if kind == CHANNELS:  # a norm would count channels of zeros
         return max(widths)
@@ -129,8 +181,8 @@ def _check_hidden(empty: Any, padded: PruningPlan) -> None:
     reason = not_expressed(candidate)
     if reason is not None:
         raise ConfigError(
-            f"--layout padded fills up layers, not the hidden size, and no stock config states what is left: {reason}. "
-            "Give --layout per_layer."
+            f"layout='padded' fills up layers, not the hidden size, and no stock config describes the result: "
+            f"{reason}. Use layout='per_layer'."
         )
 
 

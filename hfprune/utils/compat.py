@@ -1,0 +1,51 @@
+"""Private APIs of other libraries: one function each, so that a release which changes one breaks a single place.
+
+Each function names the release that it was written against and what fails without the private name.
+``tests/unit/utils/test_compat.py`` has a test per function, which says which release broke it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def cached_file_or_none(path: str, file: str, **hub: Any) -> Path | None:
+    """Returns a file of a model folder or hub id, or None where the model has no such file.
+
+    transformers 5.20 to 5.23: ``cached_file(_raise_exceptions_for_missing_entries=False)``. The public call raises
+    the same ``OSError`` for a missing file and for a repository that cannot be reached; without the private argument an
+    unreachable hub would look like a model without the file.
+
+    Args:
+        path: The folder or hub id.
+        file: Name of the file.
+        hub: Arguments of ``from_pretrained`` about the hub: ``revision``, ``token``, ``cache_dir`` and others.
+    """
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def attention_implementation(config: Any) -> str:
+    """Returns the attention implementation that a model with ``config`` runs: ``eager``, ``sdpa``, ...
+
+    transformers 5.20 to 5.23: ``config._attn_implementation``. The public ``attn_implementation`` is an argument of
+    ``from_pretrained`` and no attribute; without the private one, packed documents could not be kept apart safely.
+    """
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def is_repo_id(text: str) -> bool:
+    """Returns whether a text has the form of a hub id: ``name`` or ``owner/name``.
+
+    huggingface_hub 1.31 to 2.4: ``huggingface_hub.utils.validate_repo_id``, which has no documentation page of its own.
+    Without it a misspelled folder would be looked up on the hub.
+    """
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        utils.validate_repo_id(text)  # type: ignore[attr-defined]
+    except HFValidationError:
+        return False
+    return True
