@@ -81,6 +81,7 @@ MODULES = {
     "hfprune.evaluation.samples": "hfprune.evaluation.evaluate",
     "hfprune.evaluation.size": "hfprune.evaluation.size_and_speed",
     "hfprune.evaluation.stage": "hfprune.evaluation.evaluate",
+    "hfprune.evaluation.table": "hfprune.report.table",
     "hfprune.evaluation.windows": "hfprune.evaluation.perplexity",
     "hfprune.evaluator": "hfprune.trainer",
     "hfprune.export": "hfprune.io.save",

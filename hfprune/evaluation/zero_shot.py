@@ -16,8 +16,8 @@ from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path
 
-_MAIN = ("acc_norm", "acc", "pct_stereotype")
-"""Which figure of a task counts for the average: the first that it has."""
+MAIN_METRICS = ("acc_norm", "acc", "pct_stereotype")
+"""Metrics of which the first that a task has counts for the average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class TaskResult:
     @property
     def main(self) -> tuple[str, float] | None:
         """The figure that counts for the average: acc_norm, else acc, else pct_stereotype."""
-        return next(((name, self.metrics[name]) for name in _MAIN if name in self.metrics), None)
+        return next(((name, self.metrics[name]) for name in MAIN_METRICS if name in self.metrics), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,13 @@
 """What a report can show, and how it is read from the folder of a run."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfprune.evaluation.zero_shot import MAIN_METRICS
 from hfprune.io.output_folder import REPORT_FILE
 from hfprune.io.save import load_importance
 from hfprune.plan import PLAN_FILE, PruningPlan
@@ -112,6 +114,28 @@ def look_up(value: Any, *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def task_figures(data: ReportData) -> dict[tuple[str, str], dict[str, tuple[float, float | None]]]:
+    """Returns (task, metric) -> stage -> value and standard error, of the first main metric that some stage has."""
+    tasks = {name: look_up(stage, "zero_shot", "tasks") or {} for name, stage in data.stages.items()}
+    figures: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
+    for task in dict.fromkeys(name for names in tasks.values() for name in names):
+        for metric in MAIN_METRICS:
+            if any(look_up(names, task, metric) is not None for names in tasks.values()):
+                figures[task, metric] = _stage_figures(tasks, task, metric)
+                break
+    return {key: row for key, row in figures.items() if row}
+
+
+def _stage_figures(tasks: Mapping[str, Any], task: str, metric: str) -> dict[str, tuple[float, float | None]]:
+    """Returns stage -> finite value of one task and its standard error, None where that is unknown."""
+    row: dict[str, tuple[float, float | None]] = {}
+    for stage, names in tasks.items():
+        value, error = number(look_up(names, task, metric)), number(look_up(names, task, f"{metric}_stderr"))
+        if value is not None and math.isfinite(value):
+            row[stage] = (value, error if error is not None and math.isfinite(error) else None)
+    return row
 
 
 def read_run(folder: str | Path) -> ReportData:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hfprune.report.data import QUANTITIES, ReportData, look_up, number
+from hfprune.report.data import QUANTITIES, ReportData, look_up, number, task_figures
 from hfprune.report.frontier import X_LABELS, drawn, frontier
 from hfprune.report.style import (
     BLUE,
@@ -35,8 +35,6 @@ from hfprune.utils.files import write_bytes
 
 DPI = 150
 COLUMNS = 256
-METRICS = ("acc_norm", "acc", "pct_stereotype")
-"""Which figure of a task is drawn: the first that some stage has."""
 
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -219,23 +217,6 @@ def zero_shot(data: ReportData, *, narrow: bool = False) -> Figure:
         axes.set_xlabel("accuracy")
         figure.legend(loc="outside upper right", ncols=legend_columns(stages, NARROW if narrow else WIDTH))
     return figure
-
-
-def task_figures(data: ReportData) -> dict[tuple[str, str], dict[str, tuple[float, float | None]]]:
-    """Returns (task, metric) -> stage -> value and standard error, for tasks with a finite value."""
-    tasks = {stage: look_up(found, "zero_shot", "tasks") or {} for stage, found in data.stages.items()}
-    found: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
-    for task in dict.fromkeys(name for names in tasks.values() for name in names):
-        metric = next(
-            (m for m in METRICS if any(look_up(names, task, m) is not None for names in tasks.values())), None
-        )
-        for stage, names in tasks.items():
-            value = number(look_up(names, task, metric)) if metric else None
-            if metric and value is not None and math.isfinite(value):
-                error = number(look_up(names, task, f"{metric}_stderr"))
-                known = error if error is not None and math.isfinite(error) else None
-                found.setdefault((task, metric), {})[stage] = (value, known)
-    return found
 
 
 _DRAW: dict[str, tuple[Callable[..., Figure], Callable[[ReportData], Any]]] = {

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from hfprune.evaluation import zero_shot
-from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.report.table import stage_table
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import tiny, tiny_tokenizer
 
