@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from hfprune.data.encode import encode, tokenizer_key
@@ -22,6 +21,7 @@ from hfprune.data.token_cache import digest
 from hfprune.io.load import load_causal_lm, model_files
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import load_tensors, save_tensors
+from hfprune.utils.random_numbers import inverse_cdf, isolated_rng
 
 _log = logging.getLogger("hfprune")
 _FORMAT = 2
@@ -81,7 +81,7 @@ def author_of(module: Any, *, device: torch.device) -> Author:
     """
 
     def load() -> Any:
-        with isolate_rng():
+        with isolated_rng():
             return load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision).to(device)
 
     def key() -> str:
@@ -177,9 +177,6 @@ def write(
 def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) -> Tensor:
     """Returns one token per row, [N] int64, drawn from the softmax of ``logits`` [N, V] by one uniform number each.
 
-    Numbers are laid out in the order of ids, not of probability: logits that round otherwise move the borders between
-    tokens a little and never swap two.
-
     Args:
         logits: In float64, on the CPU.
         generators: One a row.
@@ -190,10 +187,8 @@ def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) 
         ranked, order = p.sort(descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= settings.top_p
         p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
-    cumulative = p.cumsum(-1)
     numbers = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    places = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
-    return places[:, 0].clamp(max=logits.shape[-1] - 1)
+    return inverse_cdf(p, numbers)
 
 
 def _seed_of(seed: int, role: str, number: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from hfprune.data.files import COMPRESSED, NOT_UTF8, TYPES, Losses, broken, file_type, named_type, read_files, read_text
 from hfprune.data.formats import RowFormat, Rows, rows_of_records
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, first_line
 from hfprune.utils.files import user_path
 
 BUILTIN = "builtin"
@@ -234,8 +234,7 @@ def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
-        line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise ConfigError(f"Cannot load the data set '{place.name}': {line}") from error
+        raise ConfigError(f"Cannot load the data set '{place.name}': {first_line(error)}") from error
 
 
 def _streamed(place: Place, split: str) -> Any:

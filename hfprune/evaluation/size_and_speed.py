@@ -1,8 +1,7 @@
-"""Parameters, bytes, latency, throughput and peak memory of a model."""
+"""Size and speed of a model: bytes, multiply-accumulates, latency, throughput and peak memory."""
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.io.layouts import empty_copy, run_empty
 from hfprune.io.load import max_positions
 from hfprune.models import parameter_count
 from hfprune.models.forward import inference
+from hfprune.utils.compat import LiveBytes
 from hfprune.utils.errors import ConfigError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -83,10 +81,14 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(model: Any, run: Callable[[], object]) -> int:
-    """Returns the bytes of the weights, tied ones once, and of the most that ``run`` keeps alive beside them at once.
+    """Returns the bytes of the weights, tied ones once, plus the peak of the memory that ``run`` allocates.
 
-    On CUDA the allocator's own figure; elsewhere the tensors that operators return are counted, without what kernels
-    allocate within.
+    On CUDA the allocator's own figure. Elsewhere the storages of the tensors that operators return are counted, without
+    the temporary memory within kernels.
+
+    Args:
+        model: A Hugging Face causal LM.
+        run: Called once, for example with a forward pass of ``model``.
     """
     weights = parameter_count(model) * int(next(model.parameters()).element_size())
     device = next(model.parameters()).device
@@ -96,43 +98,9 @@ def peak_bytes(model: Any, run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return weights + int(torch.cuda.max_memory_allocated(device)) - int(before)
-    with _LiveTensors(model) as live:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         run()
-    return weights + int(live.peak)
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of every storage that operators make, until it is freed."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        tensors = [*model.parameters(), *model.buffers()]
-        self._known = {t.untyped_storage()._cdata for t in tensors}
-        self._now = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and counts what it returns."""
-        out = func(*args, **kwargs or {})
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return out
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
+    return weights + live.peak
 
 
 Spread = tuple[float, float]

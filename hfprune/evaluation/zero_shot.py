@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.seed import isolate_rng
-
 from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, first_line
 from hfprune.utils.files import user_path
+from hfprune.utils.random_numbers import isolated_rng
 
 MAIN_METRICS = ("acc_norm", "acc", "pct_stereotype")
 """Metrics of which the first that a task has counts for the average."""
@@ -180,7 +179,7 @@ class ZeroShotTasks:
                 except ConfigError:
                     raise
                 except Exception as error:  # datasets and the hub raise whatever the network does
-                    line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
+                    line = first_line(error)
                     hint = "" if self.data_dir else " Without a network, give local copies with --task_data."
                     names = ", ".join(self.names)
                     raise ConfigError(f"The data of the tasks {names} cannot be read: {line}.{hint}") from error
@@ -201,7 +200,7 @@ class ZeroShotTasks:
 
         start = time.perf_counter()
         objects = self.load()
-        with _quiet(), isolate_rng():  # the harness seeds everything
+        with _quiet(), isolated_rng():  # the harness seeds everything
             found: Any = lm_eval.simple_evaluate(
                 model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
                 tasks=objects,
