@@ -18,7 +18,7 @@ TEMPLATE_BOS = "BOS as the chat template writes it"
 def check_bos(setting: str) -> None:
     """Raises ``ConfigError`` for an unknown setting."""
     if setting not in get_args(BosSetting):
-        raise ConfigError(f"--data.bos '{setting}' is none of {', '.join(get_args(BosSetting))}.")
+        raise ConfigError(f"bos='{setting}' must be one of {', '.join(get_args(BosSetting))}.")
 
 
 def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
@@ -31,12 +31,11 @@ def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
     if eval_bos is None:
         return setting
     new: BosSetting = "always" if eval_bos else "never"
-    former = str(eval_bos).lower()
     if setting not in ("auto", new):
-        raise ConfigError(f"--data.bos {setting} contradicts --data.eval_bos {former}: give --data.bos alone.")
+        raise ConfigError(f"bos='{setting}' contradicts eval_bos={eval_bos}: give bos alone.")
     warnings.warn(
-        "--data.eval_bos is replaced by --data.bos auto|always|never, which holds for all text. Until the next release "
-        f"--data.eval_bos {former} means --data.bos {new} for evaluation windows alone.",
+        f"eval_bos is replaced by bos, which applies to all text. Until the next release eval_bos={eval_bos} means "
+        f"bos='{new}' for evaluation windows alone.",
         FutureWarning,
         stacklevel=3,
     )
@@ -62,7 +61,7 @@ def bos_id(tokenizer: Any, setting: BosSetting) -> int | None:
     if setting == "never" or (setting == "auto" and not adds_bos(tokenizer)):
         return None
     if tokenizer.bos_token_id is None:
-        raise ConfigError("--data.bos always: the tokenizer has no BOS token. Give --data.bos never.")
+        raise ConfigError("bos='always': the tokenizer has no BOS token. Give bos='never'.")
     return int(tokenizer.bos_token_id)
 
 

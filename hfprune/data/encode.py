@@ -103,7 +103,7 @@ def crop_documents(
     if not crops:
         raise ConfigError(
             f"none of the {seen} documents has {seq_len} tokens (the longest has {longest}); use "
-            "--data.calibration_layout concat or a smaller --data.seq_len"
+            "calibration_layout='concat' or a smaller seq_len"
         )
     return torch.tensor(crops)
 
@@ -130,7 +130,7 @@ def read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--data.chat_template '{path}' cannot be read: {error}.") from error
+        raise ConfigError(f"chat_template='{path}' cannot be read: {error}.") from error
 
 
 def check_vocabulary(ids: Tensor, *, vocab_size: int, source: str) -> None:

@@ -53,7 +53,7 @@ class ExampleOptions:
         for name, known in (("template", ("alpaca", "chat")), ("overlong", ("split", "cut", "drop"))):
             value = getattr(self, name)
             if value not in known:
-                raise ConfigError(f"--data.{name} '{value}' is none of {', '.join(known)}.")
+                raise ConfigError(f"{name}='{value}' must be one of {', '.join(known)}.")
         check_bos(self.bos)
 
     def uses_template(self, kind: str) -> bool:
@@ -164,8 +164,8 @@ def check_template(tokenizer: Any, options: ExampleOptions, kind: str, source: s
     """Raises ``ConfigError`` where a chat template is needed and the tokenizer has none."""
     if options.uses_template(kind) and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"'{source}' needs a chat template, and the tokenizer has none. Give --data.chat_template FILE (Jinja), or "
-            "data in Alpaca layout."
+            f"'{source}' needs a chat template, and the tokenizer has none. Give chat_template, the path of a Jinja "
+            "file, or data in Alpaca layout."
         )
 
 
@@ -187,10 +187,10 @@ def encode_all(
 
 def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: int, *, where: str = "") -> None:
     """Says how many rows of a source (of a part of it: ``where``) are left out or changed, and why, if any are."""
-    told = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
-    if told:
-        text = f"--data.{role} '{source}'{where}: examples left out or changed: {', '.join(told)}"
-        warnings.warn(f"{text}; --data.seq_len is {seq_len}." if of_length(counts) else f"{text}.", stacklevel=2)
+    reasons = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
+    if reasons:
+        text = f"{role}='{source}'{where}: examples left out or changed: {', '.join(reasons)}"
+        warnings.warn(f"{text}; seq_len={seq_len}." if of_length(counts) else f"{text}.", stacklevel=2)
 
 
 def of_length(counts: Mapping[str, int]) -> bool:
@@ -203,6 +203,6 @@ def no_example(role: str, source: str, counts: Mapping[str, int], seq_len: int) 
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "it has no row left"
     if of_length(counts):
         return ConfigError(
-            f"--data.{role}: no example of '{source}' fits into {seq_len} tokens ({reasons}); see --data.seq_len."
+            f"{role}='{source}': no example fits into seq_len={seq_len} tokens ({reasons}). Increase seq_len."
         )
-    return ConfigError(f"--data.{role}: no example of '{source}' can be used ({reasons}).")
+    return ConfigError(f"{role}='{source}': no example can be used ({reasons}).")

@@ -41,7 +41,7 @@ _LACK = {
 
 
 _UNKNOWN_SPEAKER = "unknown speaker"
-_TEXT_FIELD = "Name the column of the text with text_field=... (--data.text_field)."
+_TEXT_FIELD = "Name the column of the text with text_field."
 _PREFERENCES = (
     "These are preference pairs, which recovery does not train on: rename 'chosen' to 'completion' ('messages' where "
     "it holds a whole conversation) to train on the preferred responses."

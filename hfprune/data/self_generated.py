@@ -48,11 +48,11 @@ class SelfText:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConfigError(f"--data.self_text.temperature {self.temperature} is not positive.")
+            raise ConfigError(f"temperature={self.temperature} must be positive.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--data.self_text.top_p {self.top_p} is not in (0, 1].")
+            raise ConfigError(f"top_p={self.top_p} must be in (0, 1].")
         if self.batch_size < 1:
-            raise ConfigError(f"--data.self_text.batch_size {self.batch_size} is not positive.")
+            raise ConfigError(f"batch_size={self.batch_size} must be positive.")
 
 
 OWN_WORDS = SelfText()
@@ -140,8 +140,8 @@ class Writer:
             ids = [] if first is None else [int(first)]
         if not 0 < len(ids) < length:
             raise ConfigError(
-                f"What the model writes begins with {len(ids)} tokens (--data.self_text.start, else BOS or EOS); at "
-                f"least one is needed, and fewer than --data.seq_len {length}."
+                f"start gives {len(ids)} tokens that every sequence begins with (BOS or EOS without it); at least one "
+                f"is needed, and fewer than seq_len={length}."
             )
         return ids
 

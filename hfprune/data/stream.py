@@ -50,8 +50,8 @@ class StreamSource:
         whole = place.kind == "name" or place.type in ("text", "tensors")
         if whole or (place.type == "json" and any(is_whole(path) for path in place.files)):
             raise ConfigError(
-                f"streaming=True: '{self.source}' is read as a whole. Give JSON lines, .csv or .parquet files, a "
-                "folder of save_to_disk or a hub id as recovery=... (--data.recovery)."
+                f"recovery='{self.source}' can only be read as a whole, not with streaming=True. Give JSON lines, .csv "
+                "or .parquet files, a folder written by save_to_disk, or a hub id."
             )
 
     def rows(self, start: int) -> Iterator[Any]:
@@ -130,8 +130,8 @@ class ExampleStream(IterableDataset[Any]):
             if not empty:
                 return
             if whole:
-                told = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items()) or "it holds no rows"
-                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {told}.")
+                reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items())
+                raise ConfigError(f"recovery='{self.source.source}' gives no example: {reasons or 'it has no rows'}.")
 
     def _pass(self) -> Iterator[dict[str, Tensor]]:
         place, waiting = self.place, []
@@ -204,7 +204,7 @@ class ExampleStream(IterableDataset[Any]):
             return RowFormat("text") if rows else None
         found = RowFormat.of(objects, self.source.source, self.source.text_field)
         if found.kind == "tokens":
-            raise ConfigError(f"streaming=True: '{self.source.source}' holds token ids, which are read as a whole.")
+            raise ConfigError(f"recovery='{self.source.source}' holds token ids, which streaming=True cannot read.")
         check_template(self.tokenizer, self.options, found.kind, self.source.source)
         return found
 

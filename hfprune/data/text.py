@@ -81,7 +81,7 @@ def warn_of_overlap(shares: Mapping[str, float]) -> None:
         if share >= SUSPICIOUS:
             warnings.warn(
                 f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
-                "better than they are. Give another --data.text.",
+                "better than they are. Give another text.",
                 stacklevel=2,
             )
 
@@ -343,7 +343,7 @@ class TextDataModule(ResumableDataModule):
         """
         windows = self.evaluation_windows()
         if windows is None:
-            raise ConfigError("There is no evaluation text: give --data.text and --data.eval_windows above 0.")
+            raise ConfigError("There is no evaluation text: give text, and eval_windows above 0.")
         rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows.ids]
         return DataLoader(rows, batch_size=self.batch_size)
 

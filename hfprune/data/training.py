@@ -49,7 +49,7 @@ class Loaders:
     def stream(self, source: StreamSource, *, shuffle_buffer: int, num_replicas: int, rank: int) -> StreamLoader:
         """Returns the batches of one rank from a source that is read row by row."""
         build = self.build
-        build.check_length(build.seq_len, "--data.seq_len")
+        build.check_length(build.seq_len, "seq_len")
         build.warn_of_bos_setting("recovery")
         stream = ExampleStream(
             source=source,

@@ -111,19 +111,16 @@ class ZeroShotTasks:
         _check_installed()
         data_dir = None if data_dir is None else user_path(data_dir, "data_dir")
         include_path = None if include_path is None else user_path(include_path, "include_path")
-        for flag, folder in (("--task_data", data_dir), ("--include_path", include_path)):
+        for argument, folder in (("data_dir", data_dir), ("include_path", include_path)):
             if folder is not None and not Path(folder).is_dir():
-                raise ConfigError(f"{flag} '{folder}' is not a folder.")
+                raise ConfigError(f"{argument}='{folder}' is not a folder.")
         if not names:
-            raise ConfigError("--tasks names no task.")
-        if (limit is not None and limit < 1) or (num_fewshot or 0) < 0 or batch_size < 1:
-            raise ConfigError(
-                "Tasks need --limit and --task_batch_size above 0 and --num_fewshot of at least 0; got "
-                f"{limit}, {batch_size}, {num_fewshot}."
-            )
+            raise ConfigError("tasks=[] must name at least one task.")
+        _check_counts(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
         if data_dir is not None and num_fewshot:
             raise ConfigError(
-                "--task_data holds the evaluated items only, none to show in the prompt: no --num_fewshot."
+                f"num_fewshot={num_fewshot} must be 0 with data_dir, which holds the evaluated items only and none to "
+                "show in the prompt."
             )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
@@ -152,8 +149,8 @@ class ZeroShotTasks:
             near = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
             guess = f" Nearest: {', '.join(near)}." if near else ""
             raise ConfigError(
-                f"--tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
-                "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
+                f"tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
+                "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of include_path."
             )
         return every
 
@@ -179,10 +176,11 @@ class ZeroShotTasks:
                 except ConfigError:
                     raise
                 except Exception as error:  # datasets and the hub raise whatever the network does
-                    line = first_line(error)
-                    hint = "" if self.data_dir else " Without a network, give local copies with --task_data."
+                    hint = "" if self.data_dir else " Without a network, give local copies with data_dir."
                     names = ", ".join(self.names)
-                    raise ConfigError(f"The data of the tasks {names} cannot be read: {line}.{hint}") from error
+                    raise ConfigError(
+                        f"The data of the tasks {names} cannot be read: {first_line(error)}.{hint}"
+                    ) from error
             self._objects = list(found.values())
         return self._objects
 
@@ -256,6 +254,12 @@ def _result(found: Any, name: str) -> TaskResult:
         num_fewshot=int(found["n-shot"][name]),
         version=str(found["versions"].get(name)),
     )
+
+
+def _check_counts(*, limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}.")
 
 
 def _check_installed() -> None:
