@@ -9,14 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.data.bos import CROPPED_BOS, EACH_BOS, NO_BOS, TEMPLATE_BOS, BosSetting, bos_id
-from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, tokenizer_key
+from hfprune.data.encode import (
+    CROPPED_BOS,
+    EACH_BOS,
+    NO_BOS,
+    TEMPLATE_BOS,
+    BosSetting,
+    bos_id,
+    check_vocabulary,
+    concat_blocks,
+    crop_documents,
+    encode,
+    tokenizer_key,
+)
 from hfprune.data.examples import (
     FORMAT,
     Encoder,
     Example,
     ExampleOptions,
+    ExampleStore,
     check_template,
+    digest,
     encode_all,
     no_example,
     warn_of_losses,
@@ -25,7 +38,6 @@ from hfprune.data.formats import Rows
 from hfprune.data.roles import Role, Roles, argument_of, plain
 from hfprune.data.self_generated import Writer
 from hfprune.data.sources import SELF
-from hfprune.data.token_cache import ExampleStore, digest
 from hfprune.data.token_rows import TokenRow, blocks, flat, own_labels, pieces
 from hfprune.evaluation.perplexity import Windows
 from hfprune.objectives.base import IGNORE_INDEX

@@ -1,17 +1,23 @@
-"""From a document to training examples: a template, the loss on the response alone, and what is too long."""
+"""Training examples: from documents to token ids and labels, packed into rows, batched, and cached on disk."""
 
+import hashlib
+import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from hfprune.data.bos import BosSetting, bos_id, check_bos, with_bos
+import torch
+from torch import Tensor
+
 from hfprune.data.chat_template import ChatEncoder, ChatError, as_chat
-from hfprune.data.encode import WholeText, encode, prompt_of
+from hfprune.data.encode import BosSetting, WholeText, bos_id, check_bos, encode, pad, prompt_of, with_bos
 from hfprune.data.formats import Document, InstructionRow
 from hfprune.objectives.base import IGNORE_INDEX
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import load_tensors, save_tensors
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""
@@ -206,3 +212,87 @@ def no_example(role: str, source: str, counts: Mapping[str, int], seq_len: int) 
             f"{role}='{source}': no example fits into seq_len={seq_len} tokens ({reasons}). Increase seq_len."
         )
     return ConfigError(f"{role}='{source}': no example can be used ({reasons}).")
+
+
+Pack = list[Example]
+
+
+def pack(examples: Iterable[Example], *, size: int) -> Iterator[Pack]:
+    """Yields rows of at most ``size`` tokens: consecutive examples, never reordered (as HFPrune packs).
+
+    >>> [[len(ids) for ids, _ in row] for row in pack([([1] * n, [1] * n) for n in (3, 4, 2, 9)], size=8)]
+    [[3, 4], [2], [9]]
+    """
+    row: Pack = []
+    used = 0
+    for example in examples:
+        if row and used + len(example[0]) > size:
+            yield row
+            row, used = [], 0
+        row.append(example)
+        used += len(example[0])
+    if row:
+        yield row
+
+
+def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
+    """Returns rows as ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids``, [B, T], padded on the right.
+
+    Position ids start again at each example, and the first token of each is no target: see
+        :mod:`hfprune.models.forward`.
+    """
+    ids = [[token for example in row for token in example[0]] for row in rows]
+    labels = [[label for example in row for label in (IGNORE_INDEX, *example[1][1:])] for row in rows]
+    positions = [[position for example in row for position in range(len(example[0]))] for row in rows]
+    found = {"input_ids": pad(ids, filler), "labels": pad(labels, IGNORE_INDEX), "position_ids": pad(positions, 0)}
+    mask = torch.zeros_like(found["input_ids"])
+    for number, row in enumerate(ids):
+        mask[number, : len(row)] = 1
+    return found | {"attention_mask": mask}
+
+
+def collate_examples(examples: Sequence[Example], *, filler: int) -> dict[str, Tensor]:
+    """Returns examples, a row each, as ``input_ids``, ``attention_mask`` and ``labels``, [B, T]."""
+    found = {"input_ids": pad([e[0] for e in examples], filler), "labels": pad([e[1] for e in examples], IGNORE_INDEX)}
+    return found | {"attention_mask": pad([[1] * len(e[0]) for e in examples], 0)}
+
+
+_VERSION = 1
+
+
+def digest(*parts: Any) -> str:
+    """Returns the SHA-256 of plain data."""
+    text = json.dumps([_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class ExampleStore:
+    """Tokenised examples in a folder, by key.
+
+    Args:
+        folder: Where.
+        key: Digest of all that the examples follow from: tokenizer, templates, options, documents.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self._path, self._key = Path(folder) / f"{key[:32]}.safetensors", key
+
+    def load(self) -> tuple[list[Example], dict[str, int]] | None:
+        """Returns the examples and the counts of what was left out, None when they are not there."""
+        found = load_tensors(self._path, key=self._key)
+        if found is None:
+            return None
+        sizes = found["sizes"].tolist()
+        ids, labels = (found[name].split(sizes) for name in ("ids", "labels"))
+        counts = json.loads(bytes(found["counts"].tolist()))
+        return [(i.tolist(), label.tolist()) for i, label in zip(ids, labels, strict=True)], counts
+
+    def save(self, examples: list[Example], counts: Mapping[str, int]) -> None:
+        """Keeps examples and counts."""
+        tensors = {
+            "ids": torch.tensor([token for ids, _ in examples for token in ids], dtype=torch.int32),
+            "labels": torch.tensor([label for _, labels in examples for label in labels], dtype=torch.int32),
+            "sizes": torch.tensor([len(ids) for ids, _ in examples]),
+            "counts": torch.tensor(list(json.dumps(dict(counts)).encode()), dtype=torch.uint8),
+        }
+        save_tensors(self._path, tensors, key=self._key)

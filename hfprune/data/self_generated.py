@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hfprune.data.encode import encode, tokenizer_key
-from hfprune.data.token_cache import digest
+from hfprune.data.examples import digest
 from hfprune.io.load import load_causal_lm, model_files
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import load_tensors, save_tensors

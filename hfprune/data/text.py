@@ -13,15 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hfprune.data.bos import BosSetting, bos_id, windows_bos
 from hfprune.data.build import Builder
-from hfprune.data.encode import read_template
+from hfprune.data.encode import BosSetting, bos_id, read_template, windows_bos
 from hfprune.data.examples import Example, ExampleOptions
+from hfprune.data.loaders import Loaders, ResumableDataModule
 from hfprune.data.roles import Role, Roles, check_sources, check_stream, check_values, fill_in
 from hfprune.data.self_generated import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.data.sources import BUILTIN, SELF
-from hfprune.data.stream import ExampleStream, ResumableDataModule, StreamLoader, StreamSource
-from hfprune.data.training import Loaders
+from hfprune.data.stream import ExampleStream, StreamLoader, StreamSource
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.perplexity import Windows
 from hfprune.io.demo_model import cache_dir

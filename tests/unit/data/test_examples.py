@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from hfprune.data import ChatRow, InstructionRow, Turn, load_rows
 from hfprune.data.chat_template import ChatEncoder
 from hfprune.data.encode import tokenizer_key
-from hfprune.data.examples import Encoder, ExampleOptions
-from hfprune.data.packing import pack
+from hfprune.data.examples import Encoder, ExampleOptions, pack
 from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
 from hfprune.utils.errors import ConfigError

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from hfprune.data import ChatRow, InstructionRow, TextDataModule, Turn
-from hfprune.data.bos import adds_bos
 from hfprune.data.chat_template import ChatEncoder, ChatError
-from hfprune.data.encode import WholeText, concat_blocks, crop_documents, prompt_of
+from hfprune.data.encode import WholeText, adds_bos, concat_blocks, crop_documents, prompt_of
 from hfprune.data.examples import BY_TURNS, Encoder, ExampleOptions
 from hfprune.io.load import predicts_badly_without_bos
 from hfprune.modules import PruningModule
