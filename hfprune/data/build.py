@@ -1,4 +1,4 @@
-"""From the documents of a role to its token sequences, examples or evaluation windows."""
+"""Builder: token sequences, training examples and evaluation windows from the documents of each role."""
 
 import warnings
 from collections import Counter

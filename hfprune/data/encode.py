@@ -169,10 +169,10 @@ class WholeText:
         self.ids: list[int]
         if getattr(tokenizer, "is_fast", False):
             options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-            found = tokenizer(text, return_offsets_mapping=True, **options)
-            self.ids = found["input_ids"]
-            self._starts = [start for start, _ in found["offset_mapping"]]
-            self._ends = list(accumulate((end for _, end in found["offset_mapping"]), max))
+            encoding = tokenizer(text, return_offsets_mapping=True, **options)
+            self.ids = encoding["input_ids"]
+            self._starts = [start for start, _ in encoding["offset_mapping"]]
+            self._ends = list(accumulate((end for _, end in encoding["offset_mapping"]), max))
         else:
             (self.ids,) = encode([text], tokenizer)
 

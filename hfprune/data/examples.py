@@ -244,17 +244,17 @@ def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
     ids = [[token for example in row for token in example[0]] for row in rows]
     labels = [[label for example in row for label in (IGNORE_INDEX, *example[1][1:])] for row in rows]
     positions = [[position for example in row for position in range(len(example[0]))] for row in rows]
-    found = {"input_ids": pad(ids, filler), "labels": pad(labels, IGNORE_INDEX), "position_ids": pad(positions, 0)}
-    mask = torch.zeros_like(found["input_ids"])
+    batch = {"input_ids": pad(ids, filler), "labels": pad(labels, IGNORE_INDEX), "position_ids": pad(positions, 0)}
+    mask = torch.zeros_like(batch["input_ids"])
     for number, row in enumerate(ids):
         mask[number, : len(row)] = 1
-    return found | {"attention_mask": mask}
+    return batch | {"attention_mask": mask}
 
 
 def collate_examples(examples: Sequence[Example], *, filler: int) -> dict[str, Tensor]:
     """Returns examples, a row each, as ``input_ids``, ``attention_mask`` and ``labels``, [B, T]."""
-    found = {"input_ids": pad([e[0] for e in examples], filler), "labels": pad([e[1] for e in examples], IGNORE_INDEX)}
-    return found | {"attention_mask": pad([[1] * len(e[0]) for e in examples], 0)}
+    batch = {"input_ids": pad([e[0] for e in examples], filler), "labels": pad([e[1] for e in examples], IGNORE_INDEX)}
+    return batch | {"attention_mask": pad([[1] * len(e[0]) for e in examples], 0)}
 
 
 _VERSION = 1
@@ -279,12 +279,12 @@ class ExampleStore:
 
     def load(self) -> tuple[list[Example], dict[str, int]] | None:
         """Returns the examples and the counts of what was left out, None when they are not there."""
-        found = load_tensors(self._path, key=self._key)
-        if found is None:
+        tensors = load_tensors(self._path, key=self._key)
+        if tensors is None:
             return None
-        sizes = found["sizes"].tolist()
-        ids, labels = (found[name].split(sizes) for name in ("ids", "labels"))
-        counts = json.loads(bytes(found["counts"].tolist()))
+        sizes = tensors["sizes"].tolist()
+        ids, labels = (tensors[name].split(sizes) for name in ("ids", "labels"))
+        counts = json.loads(bytes(tensors["counts"].tolist()))
         return [(i.tolist(), label.tolist()) for i, label in zip(ids, labels, strict=True)], counts
 
     def save(self, examples: list[Example], counts: Mapping[str, int]) -> None:

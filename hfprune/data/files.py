@@ -1,4 +1,4 @@
-"""Reads rows from text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
+"""Files: rows of text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
 
 What a file is, is read from its first bytes where its name does not say or says something else: C4 is shipped as JSON
 lines under the name ``.json.gz``.
@@ -64,9 +64,9 @@ class Losses:
         >>> str(losses)
         '2 empty (first: row 2), 1 not JSON (row 3: Extra data)'
         """
-        told = {reason: "first: " if count > 1 else "" for reason, count in self.counts.items()}
+        prefixes = {reason: "first: " if count > 1 else "" for reason, count in self.counts.items()}
         return ", ".join(
-            f"{self.counts[reason]:,} {reason} ({word}{self.first[reason]})" for reason, word in told.items()
+            f"{self.counts[reason]:,} {reason} ({word}{self.first[reason]})" for reason, word in prefixes.items()
         )
 
     def sentence(self, source: str) -> str:
@@ -289,8 +289,8 @@ def _parquet_rows(path: Path) -> Iterator[Delayed]:
 
 def _arrow_rows(batch: Any) -> list[Any]:
     try:
-        found: list[Any] = batch.to_pylist()
-        return found
+        rows: list[Any] = batch.to_pylist()
+        return rows
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [BadRow(NOT_UTF8)]

@@ -34,7 +34,17 @@ class EpochShuffle(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """A ``DataLoader`` over an ``EpochShuffle`` whose position Lightning saves and restores.
 
-    The position is counted in samples over all ranks, so that a run can be resumed on another number of processes.
+    Unlike ``torchdata.stateful_dataloader.StatefulDataLoader``, whose state is that of one rank and its workers, the
+    position is counted in samples over all ranks: a run can be resumed on another number of processes, or with another
+    batch size, and continues at the next whole batch.
+
+    >>> loader = ResumableLoader.over(range(8), batch_size=2, seed=0, num_replicas=1, rank=0)
+    >>> batches = iter(loader)
+    >>> first = next(batches)
+    >>> other = ResumableLoader.over(range(8), batch_size=2, seed=0, num_replicas=1, rank=0)
+    >>> other.load_state_dict(loader.state_dict())
+    >>> [b.tolist() for b in other] == [b.tolist() for b in batches]
+    True
     """
 
     _batches = 0  # of this epoch, taken so far
@@ -93,7 +103,7 @@ TrainingLoader = ResumableLoader | StreamLoader
 
 
 class ResumableDataModule(LightningDataModule):
-    """A datamodule whose training loader goes on where a checkpoint left it."""
+    """A data module whose training loader continues at the position of a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,13 +127,13 @@ class ResumableDataModule(LightningDataModule):
         return {} if self._loader is None else {"train": self._loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues in the training data where the checkpoint left it."""
+        """Continues at the position of the checkpoint."""
         self._position = state_dict.get("train")
         if self._loader is not None and self._position is not None:
             self._loader.load_state_dict(self._position)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Takes note of where in a stream training is: batches are read ahead."""
+        """Records the position in a stream of the batch that is trained on, since batches are read ahead."""
         if isinstance(batch, dict) and POSITION in batch and isinstance(self._loader, StreamLoader):
             return self._loader.trained(batch)
         return batch
@@ -191,5 +201,5 @@ class Loaders:
     @property
     def _filler(self) -> int:
         tokenizer = self.build.tokenizer
-        found = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return int(found or 0)
+        token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return int(token or 0)

@@ -1,4 +1,4 @@
-"""Which document serves which role: calibration, recovery, validation or evaluation, never two."""
+"""Roles: each document serves calibration, recovery, validation or evaluation, never two of them."""
 
 import hashlib
 import random
@@ -212,13 +212,13 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
         raise ConfigError(
             "streaming=True needs a recovery source that no other role uses: it is never wholly in memory."
         )
-    found: dict[Role, str | None] = {
+    sources: dict[Role, str | None] = {
         "calibration": calibration,
         "recovery": recovery,
         "validation": given["validation"] or (lender if streaming else recovery),
         "evaluation": text or (None if lender == SELF else lender),
     }
-    return {role: source for role, source in found.items() if source is not None}
+    return {role: source for role, source in sources.items() if source is not None}
 
 
 def plain(document: Document) -> str:

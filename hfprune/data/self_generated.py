@@ -1,9 +1,8 @@
-"""Text that the model writes itself, for calibration and recovery without any data.
+"""Self-generated text: samples of the dense model, for calibration and recovery without any data.
 
-Each sequence draws from a generator of its own, seeded by seed, role and number, in float64. So what is written does
-not depend on how many are written at once, as far as the model's logits do not: matrix products of another size may
-round otherwise, and one draw that falls otherwise changes what follows. The batch size is therefore part of what the
-text is known by.
+Each sequence has a generator of its own, seeded by seed, role and number, and is drawn in float64. The text does not
+depend on the batch size as far as the model's logits do not. Matrix products of different sizes may round differently,
+and one different token changes everything after it. The batch size is therefore part of the cache key.
 """
 
 import hashlib
@@ -110,12 +109,12 @@ class Writer:
         text = [_FORMAT, asdict(self.settings), self._seed, role, length, count]
         key = digest(self._author.key(), tokenizer_key(self._tokenizer), text)
         path = self._folder / f"{key[:32]}.safetensors"
-        found = load_tensors(path, key=key)
-        if found is None:
-            found = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
-            save_tensors(path, found, key=key, tokenizer=tokenizer_key(self._tokenizer))
+        tensors = load_tensors(path, key=key)
+        if tensors is None:
+            tensors = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
+            save_tensors(path, tensors, key=key, tokenizer=tokenizer_key(self._tokenizer))
             path.with_suffix(".unfinished").unlink(missing_ok=True)
-        return found["input_ids"]
+        return tensors["input_ids"]
 
     def _write(self, role: str, count: int, length: int, unfinished: Path, key: str) -> Tensor:
         start = self._start(length)
@@ -202,10 +201,10 @@ def files_key(path: str, *, revision: str | None = None) -> str:
     """
     parts: list[Any] = []
     for file in model_files(path, revision=revision):
-        size, found = file.stat().st_size, hashlib.sha256()
+        size, sha256 = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as opened:
             for place in range(0, size, max(64, size // _SAMPLES)):
                 opened.seek(place)
-                found.update(opened.read(64))
-        parts.append([file.name, size, found.hexdigest()])
+                sha256.update(opened.read(64))
+        parts.append([file.name, size, sha256.hexdigest()])
     return digest(parts)

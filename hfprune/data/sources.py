@@ -94,10 +94,10 @@ def _local(source: str, where: str, split: str) -> Place | None:
     if folder and own and Path(folder).is_dir():
         return _path(Path(folder), where, own, own=own)
     if glob.has_magic(source):
-        found = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]
-        if not found:
+        files = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]
+        if not files:
             raise ConfigError(f"{where}: no file matches.")
-        return _shards(found, where)
+        return _shards(files, where)
     return None
 
 
@@ -134,17 +134,17 @@ def _of_split(files: Sequence[Path], where: str, split: str, *, own: str) -> lis
     wanted = _SPLITS.get(split, split)
     if len(set(splits.values())) == 1 and not own:
         return list(files)
-    found = [path for path in files if splits[path] == wanted]
-    if not found:
+    chosen = [path for path in files if splits[path] == wanted]
+    if not chosen:
         raise ConfigError(
             f"{where} has no split '{split}'. Its files are of: {', '.join(sorted(set(splits.values())))}."
         )
-    return found
+    return chosen
 
 
 def _split(name: str) -> str | None:
-    found = _SPLIT_WORD.search(name.lower())
-    return _SPLITS.get(found[1], found[1]) if found else None
+    word = _SPLIT_WORD.search(name.lower())
+    return _SPLITS.get(word[1], word[1]) if word else None
 
 
 def _shards(files: Sequence[Path], where: str) -> Place:
@@ -229,8 +229,8 @@ def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
         yield from read_files(place.files, start)
         return
     try:
-        found = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
-        yield from found.skip(start) if start else found
+        rows = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
+        yield from rows.skip(start) if start else rows
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
@@ -246,14 +246,14 @@ def _streamed(place: Place, split: str) -> Any:
 def _saved(place: Place, split: str) -> Any:
     import datasets
 
-    found, split = datasets.load_from_disk(place.name), place.split or split
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(found)}.")
-        return found[split]
-    if place.split and place.split != str(found.split):
+    dataset, split = datasets.load_from_disk(place.name), place.split or split
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(dataset)}.")
+        return dataset[split]
+    if place.split and place.split != str(dataset.split):
         raise ConfigError(f"'{place.name}' is one data set without splits: leave ':{place.split}' out.")
-    return found
+    return dataset
 
 
 def _hub_rows(place: Place, source: str, split: str) -> list[Any]:
@@ -272,13 +272,13 @@ def _unwrapped(rows: list[Any], text_field: str | None) -> list[Any]:
     """Returns the rows that a single object holds, under one key or as columns; other rows as they are."""
     if len(rows) != 1 or not isinstance(rows[0], Mapping):
         return rows
-    found = RowFormat.known(rows[0], text_field)
+    layout = RowFormat.known(rows[0], text_field)
     columns = {name: list(v.values()) if isinstance(v, Mapping) else v for name, v in rows[0].items()}
     lists = [v for v in columns.values() if isinstance(v, list) and v]
-    if found is None:
+    if layout is None:
         wrapped = [v for v in lists if all(isinstance(row, Mapping) for row in v)]
         return wrapped[0] if len(wrapped) == 1 else rows
-    if found.kind in ("text", "instruction") and len(lists) == len(columns) and len({len(v) for v in lists}) == 1:
+    if layout.kind in ("text", "instruction") and len(lists) == len(columns) and len({len(v) for v in lists}) == 1:
         return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
     return rows
 

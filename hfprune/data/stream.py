@@ -1,8 +1,12 @@
-"""Streams recovery text from large files, and the position that a checkpoint stores.
+"""Streaming: recovery text from files larger than memory, and its position for checkpoints.
 
-A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, encoded and packed on its own;
-so any place of the stream can be reached by skipping rows and encoding one block, and the order does not depend on
-where a run was interrupted.
+A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, and is encoded and packed on
+its own. Any position of the stream can therefore be reached by skipping rows and encoding one block, and the order does
+not depend on where a run was interrupted.
+
+The state of a shuffled ``datasets.IterableDataset`` leaves out its shuffle buffer: after a resume the samples in the
+buffer are lost, and the state is that of one rank. Here a resumed run sees every example once, also on another number
+of processes, which take the rows of a block in turns.
 """
 
 import random
@@ -68,7 +72,7 @@ class StreamSource:
 
 @dataclass(slots=True)
 class Place:
-    """Where a stream goes on.
+    """Position of a stream.
 
     Attributes:
         epoch: Passes done.
@@ -209,11 +213,11 @@ class ExampleStream(IterableDataset[Any]):
         objects = [row for row in rows if isinstance(row, Mapping)]
         if not objects:
             return RowFormat("text") if rows else None
-        found = RowFormat.of(objects, self.source.source, self.source.text_field)
-        if found.kind == "tokens":
+        layout = RowFormat.of(objects, self.source.source, self.source.text_field)
+        if layout.kind == "tokens":
             raise ConfigError(f"recovery='{self.source.source}' holds token ids, which streaming=True cannot read.")
-        check_template(self.tokenizer, self.options, found.kind, self.source.source)
-        return found
+        check_template(self.tokenizer, self.options, layout.kind, self.source.source)
+        return layout
 
 
 def _alone(examples: list[Example]) -> list[Pack]:
@@ -221,7 +225,7 @@ def _alone(examples: list[Example]) -> list[Pack]:
 
 
 class StreamLoader(DataLoader[Any]):
-    """The batches of an ``ExampleStream``; ``place`` is where training is, whatever was read ahead.
+    """The batches of an ``ExampleStream``; its state is the position of training, without batches read ahead.
 
     Args:
         stream: The stream.
@@ -239,7 +243,7 @@ class StreamLoader(DataLoader[Any]):
         return super().__iter__()
 
     def trained(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Takes note that ``batch`` goes into training; returns it without its position."""
+        """Records the position of ``batch``, which is trained on next, and returns it without its position."""
         self._trained = batch[POSITION].tolist()
         return {name: value for name, value in batch.items() if name != POSITION}
 

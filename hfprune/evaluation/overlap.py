@@ -59,10 +59,16 @@ class Sketch:
         return cls(numpy.frombuffer(base64.b64decode(raw), dtype="<u8").astype(numpy.uint64), kind == "all")
 
     def share_of(self, sequences: Iterable[Sequence[int]]) -> float:
-        """Returns the share of the n-grams of ``sequences`` that the sketched text holds too.
+        """Returns the share of the distinct n-grams of ``sequences`` that occur in the sketched text.
 
-        Exact where the sketch is complete; else estimated from the n-grams that would be in the sketch if they had been
-        seen. 0 where there are none of these.
+        Exact where the sketch is complete. Otherwise estimated from the n-grams whose hashes are small enough to be in
+        the sketch, and 0 where there are none.
+
+        >>> Sketch.of([range(100)]).share_of([range(13), range(100, 113)])
+        0.5
+
+        Args:
+            sequences: Token ids.
         """
         parts = [ngram_hashes(sequence) for sequence in sequences]
         asked = numpy.unique(numpy.concatenate(parts)) if parts else numpy.zeros(0, dtype=numpy.uint64)

@@ -71,12 +71,12 @@ class ZeroShot:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, for reports: those of a task side by side, ``acc`` and ``acc_stderr``."""
-        found = asdict(self)
+        figures = asdict(self)
         for name, task in self.tasks.items():
             errors = {f"{metric}_stderr": value for metric, value in task.stderr.items()}
             facts = {"num_items": task.num_items, "num_fewshot": task.num_fewshot, "version": task.version}
-            found["tasks"][name] = {**task.metrics, **errors, **facts}
-        return found
+            figures["tasks"][name] = {**task.metrics, **errors, **facts}
+        return figures
 
 
 class ZeroShotTasks:
@@ -146,8 +146,8 @@ class ZeroShotTasks:
             every = TaskManager(include_path=paths, metadata=metadata)
         unknown = [name for name in self.names if name not in every.all_tasks]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
-            guess = f" Nearest: {', '.join(near)}." if near else ""
+            guesses = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
+            guess = f" Nearest: {', '.join(guesses)}." if guesses else ""
             raise ConfigError(
                 f"tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
                 "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of include_path."
@@ -168,11 +168,13 @@ class ZeroShotTasks:
             ConfigError: A data set cannot be read (no network, or no such file).
         """
         if self._objects is None:
-            found: dict[str, Any] = {}  # a task that several names stand for comes once
+            objects: dict[str, Any] = {}  # a task that several names stand for comes once
             with _quiet():
                 try:
                     for name in self.names:
-                        found |= {k: task for k, task in self._manager.load([name])["tasks"].items() if k not in found}
+                        objects |= {
+                            k: task for k, task in self._manager.load([name])["tasks"].items() if k not in objects
+                        }
                 except ConfigError:
                     raise
                 except Exception as error:  # datasets and the hub raise whatever the network does
@@ -181,7 +183,7 @@ class ZeroShotTasks:
                     raise ConfigError(
                         f"The data of the tasks {names} cannot be read: {first_line(error)}.{hint}"
                     ) from error
-            self._objects = list(found.values())
+            self._objects = list(objects.values())
         return self._objects
 
     def run(self, model: Any, tokenizer: Any) -> ZeroShot:
@@ -199,7 +201,7 @@ class ZeroShotTasks:
         start = time.perf_counter()
         objects = self.load()
         with _quiet(), isolated_rng():  # the harness seeds everything
-            found: Any = lm_eval.simple_evaluate(
+            evaluated: Any = lm_eval.simple_evaluate(
                 model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
                 tasks=objects,
                 task_manager=self._manager,
@@ -208,7 +210,7 @@ class ZeroShotTasks:
                 bootstrap_iters=1000,
                 log_samples=False,
             )
-        results = {task.task_name: _result(found, task.task_name) for task in objects}
+        results = {task.task_name: _result(evaluated, task.task_name) for task in objects}
         main = [task.main[1] for task in results.values() if task.main is not None]
         acc = [task.metrics["acc"] for task in results.values() if "acc" in task.metrics]
         return ZeroShot(
@@ -234,11 +236,11 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int, share_prefixes: 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _result(found: Any, name: str) -> TaskResult:
+def _result(results: Any, name: str) -> TaskResult:
     """Returns a task's figures; the harness calls them ``metric,filter``."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
-    for key, value in found["results"][name].items():
+    for key, value in results["results"][name].items():
         metric, comma, kind = key.partition(",")
         if not isinstance(value, int | float) or not comma:
             continue
@@ -250,9 +252,9 @@ def _result(found: Any, name: str) -> TaskResult:
     return TaskResult(
         metrics=metrics,
         stderr=stderr,
-        num_items=found["n-samples"][name]["effective"],
-        num_fewshot=int(found["n-shot"][name]),
-        version=str(found["versions"].get(name)),
+        num_items=results["n-samples"][name]["effective"],
+        num_fewshot=int(results["n-shot"][name]),
+        version=str(results["versions"].get(name)),
     )
 
 

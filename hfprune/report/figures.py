@@ -1,4 +1,4 @@
-"""The figures of a report: matplotlib without pyplot, the same bytes for the same data."""
+"""Figures of a report, drawn by matplotlib without pyplot; the same data give the same bytes."""
 
 import io
 import math
@@ -164,9 +164,9 @@ def kl_curves(data: ReportData) -> dict[str, Values]:
     """Returns stage -> KL at every position, NaN where it is not finite; the dense model itself is left out."""
     curves: dict[str, Values] = {}
     for name, stage in data.stages.items():
-        found = look_up(stage, "fidelity", "kl_by_position")
-        if name != "dense" and found:
-            values = np.array([math.nan if (value := number(item)) is None else value for item in found])
+        by_position = look_up(stage, "fidelity", "kl_by_position")
+        if name != "dense" and by_position:
+            values = np.array([math.nan if (value := number(item)) is None else value for item in by_position])
             values[~np.isfinite(values)] = math.nan
             if np.isfinite(values).any():
                 curves[name] = values
@@ -190,15 +190,15 @@ def smoothed(values: Values) -> Values:
 
 def zero_shot(data: ReportData, *, narrow: bool = False) -> Figure:
     """Returns bars per task and stage, with standard errors."""
-    found, bars, gap = task_figures(data), 0.8, "\n" if narrow else "  "
-    stages = [name for name in data.stages if any(name in row for row in found.values())]
+    figures, bars, gap = task_figures(data), 0.8, "\n" if narrow else "  "
+    stages = [name for name in data.stages if any(name in row for row in figures.values())]
     height = bars / len(stages)
     with styled():
-        figure = new_figure(NARROW if narrow else WIDTH, 0.9 + len(found) * max(0.34, 0.13 * len(stages) + 0.08))
+        figure = new_figure(NARROW if narrow else WIDTH, 0.9 + len(figures) * max(0.34, 0.13 * len(stages) + 0.08))
         axes = figure.subplots()
         axes.grid(False, axis="y")
         for index, stage in enumerate(stages):
-            rows = [(y, *row[stage]) for y, row in enumerate(found.values()) if stage in row]
+            rows = [(y, *row[stage]) for y, row in enumerate(figures.values()) if stage in row]
             offset = (index + 0.5) * height - bars / 2
             axes.barh(
                 [y + offset for y, _, _ in rows],
@@ -209,8 +209,8 @@ def zero_shot(data: ReportData, *, narrow: bool = False) -> Figure:
                 xerr=[0.0 if error is None else error for _, _, error in rows],
                 error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 0},
             )
-        axes.set_yticks(range(len(found)), [f"{task}{gap}({metric})" for task, metric in found])
-        axes.set_ylim(len(found) - 0.45, -0.55)
+        axes.set_yticks(range(len(figures)), [f"{task}{gap}({metric})" for task, metric in figures])
+        axes.set_ylim(len(figures) - 0.45, -0.55)
         axes.set_xlim(left=0)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(FuncFormatter(percent_label))

@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks nothing of any network."""
+"""HTML page: the report as one self-contained file."""
 
 import base64
 import functools

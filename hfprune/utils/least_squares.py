@@ -94,9 +94,9 @@ def eliminate(
     while (left := int(alive.sum())) > width:
         costs = torch.where(alive, _costs(v, inverse, unit_width), costs)
         order = torch.sort(costs.masked_fill(~alive, torch.inf), stable=True).indices
-        gone = order[: min(step, left - width)].sort().values
-        alive[gone] = False
-        channels = (gone[:, None] * unit_width + torch.arange(unit_width, device=gone.device)).flatten()
+        removed = order[: min(step, left - width)].sort().values
+        alive[removed] = False
+        channels = (removed[:, None] * unit_width + torch.arange(unit_width, device=removed.device)).flatten()
         rows = torch.linalg.solve(inverse[channels][:, channels], inverse[channels])
         v -= v[:, channels] @ rows
         inverse -= inverse[:, channels] @ rows
@@ -112,8 +112,8 @@ def _costs(v: Tensor, inverse: Tensor, unit_width: int) -> Tensor:
     blocks = inverse.view(units, unit_width, units, unit_width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     by_unit = v.view(len(v), units, unit_width).permute(1, 2, 0)  # [U, w, O]
     identity = torch.eye(unit_width, dtype=blocks.dtype, device=blocks.device)
-    gone = blocks.diagonal(dim1=1, dim2=2).abs().sum(1) <= 1e-12 * inverse.diagonal().abs().max()
-    solved = torch.linalg.solve(torch.where(gone[:, None, None], identity, blocks), by_unit)
+    removed = blocks.diagonal(dim1=1, dim2=2).abs().sum(1) <= 1e-12 * inverse.diagonal().abs().max()
+    solved = torch.linalg.solve(torch.where(removed[:, None, None], identity, blocks), by_unit)
     costs: Tensor = (by_unit * solved).sum((1, 2))
     return costs
 

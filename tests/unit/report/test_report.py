@@ -486,7 +486,7 @@ def test_read_run_of_the_least(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "holds no report.json"),
+        (None, "has no report.json"),
         ("{", "is not valid JSON"),
         ("[]", "is not the report of a run"),
         ("{}", "is not the report of a run"),
