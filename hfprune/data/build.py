@@ -132,7 +132,7 @@ class Builder:
         return ids
 
     def warn_of_bos(self, role: Role, rows: Sequence[Sequence[int]]) -> None:
-        """Says how many sequences lack the BOS without which the model's class predicts badly, if any do."""
+        """Warns of sequences without BOS where models of this class predict badly without it."""
         bos = self.tokenizer.bos_token_id
         lacking = sum(row[0] != bos for row in rows) if self.needs_bos else 0
         if lacking:
@@ -140,7 +140,7 @@ class Builder:
             self._warn_of_bos(role, f"{lacking:,} of {len(rows):,} sequences do", give)
 
     def warn_of_bos_setting(self, role: Role) -> None:
-        """Says that no BOS is added to text that is streamed, where the model's class needs it."""
+        """Warns that no BOS is added to streamed text where the model's class needs it."""
         if self.needs_bos and self.bos is None:
             self._warn_of_bos(role, "sequences do", "Give bos='always'")
 

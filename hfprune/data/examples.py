@@ -192,7 +192,7 @@ def encode_all(
 
 
 def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: int, *, where: str = "") -> None:
-    """Says how many rows of a source (of a part of it: ``where``) are left out or changed, and why, if any are."""
+    """Warns of rows of a source, or of the part ``where`` of it, that are left out or changed, with the reasons."""
     reasons = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
     if reasons:
         text = f"{role}='{source}'{where}: examples left out or changed: {', '.join(reasons)}"

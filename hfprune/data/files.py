@@ -123,13 +123,13 @@ def broken(text: str) -> bool:
 
 
 def named_type(path: Path) -> str | None:
-    """Returns what the name says that a file is; None where it says nothing known."""
+    """Returns the type of a file by its name; None for an unknown suffix."""
     stem = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return TYPES.get(stem.suffix.lower())
 
 
 def file_type(path: Path) -> str | None:
-    """Returns what a file is: text, json, csv, parquet or tensors; None where neither name nor content tell.
+    """Returns the type of a file by name and content: text, json, csv, parquet or tensors; None when it is unknown.
 
     Raises:
         ConfigError: It cannot be read, or is the pointer that Git LFS leaves in the place of a file.
@@ -149,7 +149,7 @@ def file_type(path: Path) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong when a file is read into ``ConfigError``."""
+    """Raises ``ConfigError`` for errors in reading a file."""
     from pyarrow import ArrowException
 
     try:

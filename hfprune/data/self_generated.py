@@ -64,7 +64,7 @@ class Author:
 
     Attributes:
         load: Returns it, on the device where it is to run; called when something is to be written.
-        key: Returns what tells it from other models.
+        key: Returns a digest that identifies the model.
     """
 
     load: Callable[[], Any]

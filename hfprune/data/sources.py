@@ -233,7 +233,7 @@ def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
         yield from rows.skip(start) if start else rows
     except ConfigError:
         raise
-    except Exception as error:  # datasets raises whatever its readers and the network raise
+    except Exception as error:  # datasets passes on the errors of its readers and of the network
         raise ConfigError(f"Cannot load the data set '{place.name}': {first_line(error)}") from error
 
 

@@ -119,7 +119,7 @@ class FidelityMetric(Metric):
     tensor(0., dtype=torch.float64)
 
     Args:
-        chunk_bytes: Size of one chunk of fp32 logits; two of them exist at a time, with a few of their size beside.
+        chunk_bytes: Size of one chunk of fp32 logits; two of them exist at a time, and a few temporaries of their size.
     """
 
     full_state_update = False

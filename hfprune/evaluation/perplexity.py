@@ -214,7 +214,7 @@ def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplex
 
 @dataclass(frozen=True, slots=True)
 class ScoredLogits(HeadLogits):
-    """Logits of one window that note the cross-entropy of the next token as they are read, for whatever purpose.
+    """Logits of one window that record the cross-entropy of the next token whenever a part of them is read.
 
     Attributes:
         ids: [W] token ids.

@@ -155,7 +155,7 @@ class ZeroShotTasks:
         return every
 
     def settings(self) -> dict[str, Any]:
-        """Returns what the figures depend on beside the model, as plain data."""
+        """Returns the settings that the figures depend on, as plain data."""
         import lm_eval
 
         names = ("names", "data_dir", "include_path", "limit", "num_fewshot")
@@ -177,7 +177,7 @@ class ZeroShotTasks:
                         }
                 except ConfigError:
                     raise
-                except Exception as error:  # datasets and the hub raise whatever the network does
+                except Exception as error:  # datasets and the hub raise many kinds of errors
                     hint = "" if self.data_dir else " Without a network, give local copies with data_dir."
                     names = ", ".join(self.names)
                     raise ConfigError(

@@ -179,7 +179,7 @@ def smoothing_window(count: int) -> int:
 
 
 def smoothed(values: Values) -> Values:
-    """Returns the centred moving average; at the ends, and beside values that are not finite, over what there is."""
+    """Returns the centred moving average; at the ends, and next to values that are not finite, over fewer values."""
     half, known = smoothing_window(len(values)) // 2, np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])

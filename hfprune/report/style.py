@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Uses the house style inside the block, whatever the user's matplotlibrc says."""
+    """Uses the house style inside the block instead of the user's matplotlibrc."""
     with style.context(["default", _STYLE]):
         yield
 

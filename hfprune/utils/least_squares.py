@@ -68,7 +68,7 @@ def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Te
 def eliminate(
     weight: Tensor, moments: Moments, width: int, *, unit_width: int, damping: float, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Removes units one after another, each time those whose loss costs least once the rest is fitted anew.
+    """Removes units one after another, each time those with the smallest error after the others are refitted.
 
     Optimal Brain Surgeon for whole units: with G the inverse of the damped moments of the units that are left and V the
     weights fitted to them, losing unit b costs trace(V_b (G_bb)^-1 V_b^T).
@@ -79,7 +79,7 @@ def eliminate(
         width: Units that stay.
         unit_width: w.
         damping: Relative to the mean second moment.
-        step: Units removed before the costs are computed anew; more is faster and less exact.
+        step: Units removed before the costs are recomputed; more is faster and less exact.
 
     Returns:
         The kept units, ascending, and the cost [U] of every unit: when it went, or, of one that stayed, at the end.
