@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
-from rich.console import Console
 from torch import nn
 
 from hfprune.callbacks.lora_prune import LoraPruneCallback
@@ -20,7 +19,6 @@ from hfprune.evaluation.evaluate import add_speeds, measure
 from hfprune.evaluation.fidelity import DenseReference, Reference, TopKReference
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.perplexity import Windows
-from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.io.checkpoint_record import Record, read_metadata
 from hfprune.io.load import (
@@ -35,6 +33,7 @@ from hfprune.io.output_folder import check_apart
 from hfprune.io.save import check_output_file, check_writable, command_line
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
+from hfprune.report.table import show, stage_table
 from hfprune.utils.errors import ConfigError, PlanError
 from hfprune.utils.files import user_path, write_json
 
@@ -116,7 +115,7 @@ class Evaluation:
             facts = {"command": command_line(), "model": module.path, "dense": self.dense}
             facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}
             write_json(Path(output), {**facts, "warnings": self.warnings, "stages": stages})
-        Console().print(stage_table(stages))
+        show(stage_table(stages))
         return stages
 
     def _check_outputs(self, dense_cache: str | None, output: str | None) -> None:

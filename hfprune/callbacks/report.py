@@ -17,7 +17,6 @@ from hfprune.callbacks.snapshots import Stages
 from hfprune.callbacks.sparse import SparsityCallback
 from hfprune.callbacks.structured import TaylorImportanceCallback
 from hfprune.evaluation.evaluate import flat
-from hfprune.evaluation.table import stage_table
 from hfprune.io.layouts import LAYOUTS
 from hfprune.io.load_sharded import whole
 from hfprune.io.output_folder import (
@@ -43,6 +42,7 @@ from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
+from hfprune.report.table import show, stage_table
 from hfprune.sparse.state import count_saved, load_orders, save_orders
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import replaced_folder, user_path, write_json
@@ -185,7 +185,7 @@ class ReportCallback(Callback, PruningEvents):
         if not trainer.is_global_zero:
             return
         self._write_report(trainer, pl_module, saved, recovery)
-        Console().print(stage_table(self.stages))
+        show(stage_table(self.stages))
         for warning in self.measured.warnings:
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
@@ -259,7 +259,7 @@ class ReportCallback(Callback, PruningEvents):
         for item, other in zip(self.measured.generations, measured.generations, strict=True):
             item["texts"][name] = other["texts"][name]
         self._show()
-        Console().print(stage_table(self.stages))
+        show(stage_table(self.stages))
 
     def _log_figures(self, trainer: Trainer) -> None:
         """Tells the loggers the figures of every stage, as ``stage/figure``."""

@@ -3,11 +3,11 @@
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
-from rich.markdown import Markdown
 
 from hfprune.cli.base import BaseCLI
 from hfprune.cli.evaluate import add_task_arguments, zero_shot_tasks
 from hfprune.data import TextDataModule
+from hfprune.report.table import show
 from hfprune.sweep import Method, Sweep, SweepGrid
 from hfprune.sweep.grid import default_methods
 from hfprune.sweep.results import markdown
@@ -64,7 +64,7 @@ class SweepCLI(BaseCLI):
             device=trainer.strategy.root_device,
         )
         result = sweep.run()
-        Console().print(Markdown(markdown(result)))
+        show(markdown(result))
         Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
 
     def make_data(self, seed: int, text: str | None) -> TextDataModule:

@@ -1,4 +1,4 @@
-"""From a conversation to training examples, as the model's chat template writes it."""
+"""Chat templates: from a conversation to training examples."""
 
 import re
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def _dated(tokenizer: Any) -> dict[str, str]:
     if "strftime_now" not in str(getattr(tokenizer, "chat_template", "")):
         return {}
     template = tokenizer.get_chat_template()
-    return {"chat_template": _CLOCK.sub(lambda found: found[1] + TODAY.strftime(found[2]) + found[1], template)}
+    return {"chat_template": _CLOCK.sub(lambda match: match[1] + TODAY.strftime(match[2]) + match[1], template)}
 
 
 def as_chat(document: InstructionRow | ChatRow) -> ChatRow:

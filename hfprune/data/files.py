@@ -1,4 +1,4 @@
-"""Reads rows from text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
+"""Files: rows of text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
 
 What a file is, is read from its first bytes where its name does not say or says something else: C4 is shipped as JSON
 lines under the name ``.json.gz``.
@@ -64,9 +64,9 @@ class Losses:
         >>> str(losses)
         '2 empty (first: row 2), 1 not JSON (row 3: Extra data)'
         """
-        told = {reason: "first: " if count > 1 else "" for reason, count in self.counts.items()}
+        prefixes = {reason: "first: " if count > 1 else "" for reason, count in self.counts.items()}
         return ", ".join(
-            f"{self.counts[reason]:,} {reason} ({word}{self.first[reason]})" for reason, word in told.items()
+            f"{self.counts[reason]:,} {reason} ({word}{self.first[reason]})" for reason, word in prefixes.items()
         )
 
     def sentence(self, source: str) -> str:
@@ -123,13 +123,13 @@ def broken(text: str) -> bool:
 
 
 def named_type(path: Path) -> str | None:
-    """Returns what the name says that a file is; None where it says nothing known."""
+    """Returns the type of a file by its name; None for an unknown suffix."""
     stem = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return TYPES.get(stem.suffix.lower())
 
 
 def file_type(path: Path) -> str | None:
-    """Returns what a file is: text, json, csv, parquet or tensors; None where neither name nor content tell.
+    """Returns the type of a file by name and content: text, json, csv, parquet or tensors; None when it is unknown.
 
     Raises:
         ConfigError: It cannot be read, or is the pointer that Git LFS leaves in the place of a file.
@@ -149,7 +149,7 @@ def file_type(path: Path) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong when a file is read into ``ConfigError``."""
+    """Raises ``ConfigError`` for errors in reading a file."""
     from pyarrow import ArrowException
 
     try:
@@ -289,8 +289,8 @@ def _parquet_rows(path: Path) -> Iterator[Delayed]:
 
 def _arrow_rows(batch: Any) -> list[Any]:
     try:
-        found: list[Any] = batch.to_pylist()
-        return found
+        rows: list[Any] = batch.to_pylist()
+        return rows
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [BadRow(NOT_UTF8)]

@@ -1,4 +1,4 @@
-"""What a row of a data set means: plain text, an instruction with its response, or a conversation."""
+"""Row formats: plain text, instructions with responses, conversations, or token ids."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -41,7 +41,7 @@ _LACK = {
 
 
 _UNKNOWN_SPEAKER = "unknown speaker"
-_TEXT_FIELD = "Name the column of the text with text_field=... (--data.text_field)."
+_TEXT_FIELD = "Name the column of the text with text_field."
 _PREFERENCES = (
     "These are preference pairs, which recovery does not train on: rename 'chosen' to 'completion' ('messages' where "
     "it holds a whole conversation) to train on the preferred responses."
@@ -142,8 +142,8 @@ class RowFormat:
         rows = list(rows)
         counts = Counter(name for row in rows for name in row if isinstance(name, str))
         common = [name for name, number in counts.items() if 2 * number > len(rows)]
-        found = cls.known(common, text_field) or cls.known(list(counts), text_field)
-        if found is None:
+        layout = cls.known(common, text_field) or cls.known(list(counts), text_field)
+        if layout is None:
             wanted = (
                 f"'{text_field}'" if text_field else "'text', 'messages', or a pair such as 'instruction' and 'output'"
             )
@@ -152,12 +152,12 @@ class RowFormat:
                 f"{_PREFERENCES if 'chosen' in counts and not text_field else _TEXT_FIELD}"
             )
         messages = (
-            sum(isinstance(row.get(found.prompt or ""), list) for row in rows) if found.kind == "instruction" else 0
+            sum(isinstance(row.get(layout.prompt or ""), list) for row in rows) if layout.kind == "instruction" else 0
         )
         if 2 * messages > len(rows):
-            return cls("chat", found.column, prompt=found.prompt)
+            return cls("chat", layout.column, prompt=layout.prompt)
         about = next((name for name in _INPUT_COLUMNS if name in counts), None)  # rows may leave it out
-        return replace(found, input=about) if found.kind == "instruction" else found
+        return replace(layout, input=about) if layout.kind == "instruction" else layout
 
     @classmethod
     def known(cls, columns: Collection[str], text_field: str | None) -> "RowFormat | None":
@@ -245,25 +245,25 @@ def rows_of_records(source: str, records: Iterable[Any], text_field: str | None)
     objects = [row for row in rows if isinstance(row, Mapping)]
     layout = RowFormat.of(objects, source, text_field) if objects else RowFormat("text")
     losses = Losses(rows=len(rows))
-    found: Any = []
+    documents: Any = []
     for number, row in enumerate(rows, start=1):
         if fault := layout.fault(row):
             losses.add(fault, number, row.detail if isinstance(row, BadRow) else layout.detail(row, fault))
         else:
-            found.append(layout.read(row))
-    if not found:
+            documents.append(layout.read(row))
+    if not documents:
         raise ConfigError(f"'{source}' holds no {_LACK[layout.kind]}: {losses}.")
     if layout.kind == "instruction":
-        return Rows(source=source, kind="instruction", instructions=tuple(found), losses=losses)
+        return Rows(source=source, kind="instruction", instructions=tuple(documents), losses=losses)
     if layout.kind == "chat":
-        return Rows(source=source, kind="chat", chats=tuple(found), losses=losses)
+        return Rows(source=source, kind="chat", chats=tuple(documents), losses=losses)
     if layout.kind == "tokens":
-        ids = as_tensor(found)
-        rest = () if ids is not None else tuple(found)
+        ids = as_tensor(documents)
+        rest = () if ids is not None else tuple(documents)
         return Rows(source=source, kind="tokens", token_ids=ids, token_rows=rest, losses=losses)
     values = [row.get(layout.column) if isinstance(row, Mapping) and layout.column else row for row in rows]
     running = "\n\n".join(value for value in values if isinstance(value, str) and not broken(value))
-    return Rows(source=source, kind="text", texts=tuple(found), running=running, losses=losses)
+    return Rows(source=source, kind="text", texts=tuple(documents), running=running, losses=losses)
 
 
 def _fault(value: Any, when_empty: str) -> str:
@@ -307,7 +307,7 @@ def _words(turn: Mapping[str, Any]) -> Any:
 
 def _turns(turns: Iterable[Mapping[str, Any]]) -> list[Turn]:
     """Returns the turns up to the last response."""
-    found = [Turn(_SPEAKERS[turn["role" if "role" in turn else "from"]], _words(turn)) for turn in turns]
-    while found[-1].speaker != "assistant":
-        found.pop()
-    return found
+    kept = [Turn(_SPEAKERS[turn["role" if "role" in turn else "from"]], _words(turn)) for turn in turns]
+    while kept[-1].speaker != "assistant":
+        kept.pop()
+    return kept

@@ -1,4 +1,4 @@
-"""Which document serves which role: calibration, recovery, validation or evaluation, never two."""
+"""Roles: each document serves calibration, recovery, validation or evaluation, never two of them."""
 
 import hashlib
 import random
@@ -56,6 +56,11 @@ def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) ->
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
 """Shares of a source's documents when several roles use it; in this order, a repeated document goes to the first."""
+
+
+def argument_of(role: Role) -> str:
+    """Returns the argument of ``TextDataModule`` that gives the role's source."""
+    return "text" if role == "evaluation" else role
 
 
 class Roles:
@@ -134,8 +139,8 @@ class Roles:
         own = self._own(role, [str(row) for row in rows])
         if not own:
             raise ConfigError(
-                f"'{self._sources[role]}' holds {len(rows)} sequences, too few for the roles that share it: none is "
-                f"left for {role}; give --data.{'text' if role == 'evaluation' else role}."
+                f"{argument_of(role)} must be given: '{self._sources[role]}' holds {len(rows)} sequences, too few for "
+                f"the roles that share it, and none is left for {role}."
             )
         return own
 
@@ -204,14 +209,16 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
     recovery = given["recovery"] or lender
     others = (calibration, given["validation"], text)
     if streaming and (recovery is None or same_source(recovery) in [same_source(other) for other in others if other]):
-        raise ConfigError("--data.streaming: give a --data.recovery that no other role uses; it is never in memory.")
-    found: dict[Role, str | None] = {
+        raise ConfigError(
+            "streaming=True needs a recovery source that no other role uses: it is never wholly in memory."
+        )
+    sources: dict[Role, str | None] = {
         "calibration": calibration,
         "recovery": recovery,
         "validation": given["validation"] or (lender if streaming else recovery),
         "evaluation": text or (None if lender == SELF else lender),
     }
-    return {role: source for role, source in found.items() if source is not None}
+    return {role: source for role, source in sources.items() if source is not None}
 
 
 def plain(document: Document) -> str:
@@ -242,21 +249,23 @@ def check_values(data: Any) -> None:
     for name in _POSITIVE:
         value = getattr(data, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--data.{name} {value} is not positive.")
+            raise ConfigError(f"{name}={value} must be positive.")
     for name in ("seq_len", "eval_window"):
         if getattr(data, name) < 2:
-            raise ConfigError(f"--data.{name} {getattr(data, name)} is less than 2 tokens.")
+            raise ConfigError(f"{name}={getattr(data, name)} must be at least 2 tokens.")
     if data.eval_windows is not None and data.eval_windows < 0:
-        raise ConfigError(f"--data.eval_windows {data.eval_windows} is negative.")
-    longest = data.eval_window  # less BOS, which the tokenizer decides
-    if data.eval_stride is not None and not 1 <= data.eval_stride <= longest:
-        raise ConfigError(f"--data.eval_stride {data.eval_stride} is not between 1 and {longest}, a window's text.")
+        raise ConfigError(f"eval_windows={data.eval_windows} must not be negative.")
+    # the text of a window is one token shorter where it begins with BOS, which the tokenizer decides
+    if data.eval_stride is not None and not 1 <= data.eval_stride <= data.eval_window:
+        raise ConfigError(
+            f"eval_stride={data.eval_stride} must be between 1 and {data.eval_window}, the text tokens of a window."
+        )
     if data.num_workers < 0:
-        raise ConfigError(f"--data.num_workers {data.num_workers} is negative; 0 loads in the main process.")
+        raise ConfigError(f"num_workers={data.num_workers} must not be negative; 0 loads in the main process.")
     if not 0 <= data.seed < 2**32:
-        raise ConfigError(f"--data.seed {data.seed} is not between 0 and {2**32 - 1}.")
+        raise ConfigError(f"seed={data.seed} must be between 0 and {2**32 - 1}.")
     if data.calibration_layout not in ("concat", "crop"):
-        raise ConfigError(f"--data.calibration_layout '{data.calibration_layout}' is neither concat nor crop.")
+        raise ConfigError(f"calibration_layout='{data.calibration_layout}' must be 'concat' or 'crop'.")
 
 
 def check_sources(given: Mapping[Role, str | None]) -> None:
@@ -266,11 +275,13 @@ def check_sources(given: Mapping[Role, str | None]) -> None:
         given: Role -> source, None where the user gave none.
     """
     for role, source in given.items():
-        flag = "--data.text" if role == "evaluation" else f"--data.{role}"
         if source is not None:
-            check_source(source, flag)
+            check_source(source, argument_of(role))
         if role == "evaluation" and source == SELF:
-            raise ConfigError("--data.text self: how well a model predicts its own text tells nothing. Give a text.")
+            raise ConfigError(
+                "text='self' is not allowed: perplexity on a model's own samples is meaningless. Give an evaluation "
+                "text."
+            )
 
 
 def check_stream(data: Any, trainer: Any) -> None:
@@ -282,14 +293,15 @@ def check_stream(data: Any, trainer: Any) -> None:
     """
     if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
         raise ConfigError(
-            "--data.streaming: the length of a stream is not known. Say when to stop with --trainer.max_steps or "
-            "--trainer.limit_train_batches, a number."
+            "streaming=True: the length of a stream is not known. Set max_steps or an integer limit_train_batches of "
+            "the Trainer."
         )
     if data.num_workers:
         raise ConfigError(
-            f"--data.streaming reads in the main process; --data.num_workers is {data.num_workers}, not 0."
+            f"num_workers={data.num_workers} must be 0 with streaming=True, which reads in the main process."
         )
     if data.recovery_sequences is not None:
         raise ConfigError(
-            "--data.recovery_sequences counts examples in memory: with --data.streaming give --trainer.max_steps."
+            f"recovery_sequences={data.recovery_sequences} counts examples in memory and cannot be used with "
+            "streaming=True. Set max_steps of the Trainer."
         )

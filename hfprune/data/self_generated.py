@@ -1,9 +1,8 @@
-"""Text that the model writes itself, for calibration and recovery without any data.
+"""Self-generated text: samples of the dense model, for calibration and recovery without any data.
 
-Each sequence draws from a generator of its own, seeded by seed, role and number, in float64. So what is written does
-not depend on how many are written at once, as far as the model's logits do not: matrix products of another size may
-round otherwise, and one draw that falls otherwise changes what follows. The batch size is therefore part of what the
-text is known by.
+Each sequence has a generator of its own, seeded by seed, role and number, and is drawn in float64. The text does not
+depend on the batch size as far as the model's logits do not. Matrix products of different sizes may round differently,
+and one different token changes everything after it. The batch size is therefore part of the cache key.
 """
 
 import hashlib
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from hfprune.data.encode import encode, tokenizer_key
-from hfprune.data.token_cache import digest
+from hfprune.data.examples import digest
 from hfprune.io.load import load_causal_lm, model_files
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import load_tensors, save_tensors
+from hfprune.utils.random_numbers import inverse_cdf, isolated_rng
 
 _log = logging.getLogger("hfprune")
 _FORMAT = 2
@@ -48,11 +47,11 @@ class SelfText:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConfigError(f"--data.self_text.temperature {self.temperature} is not positive.")
+            raise ConfigError(f"temperature={self.temperature} must be positive.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--data.self_text.top_p {self.top_p} is not in (0, 1].")
+            raise ConfigError(f"top_p={self.top_p} must be in (0, 1].")
         if self.batch_size < 1:
-            raise ConfigError(f"--data.self_text.batch_size {self.batch_size} is not positive.")
+            raise ConfigError(f"batch_size={self.batch_size} must be positive.")
 
 
 OWN_WORDS = SelfText()
@@ -65,7 +64,7 @@ class Author:
 
     Attributes:
         load: Returns it, on the device where it is to run; called when something is to be written.
-        key: Returns what tells it from other models.
+        key: Returns a digest that identifies the model.
     """
 
     load: Callable[[], Any]
@@ -81,7 +80,7 @@ def author_of(module: Any, *, device: torch.device) -> Author:
     """
 
     def load() -> Any:
-        with isolate_rng():
+        with isolated_rng():
             return load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision).to(device)
 
     def key() -> str:
@@ -110,12 +109,12 @@ class Writer:
         text = [_FORMAT, asdict(self.settings), self._seed, role, length, count]
         key = digest(self._author.key(), tokenizer_key(self._tokenizer), text)
         path = self._folder / f"{key[:32]}.safetensors"
-        found = load_tensors(path, key=key)
-        if found is None:
-            found = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
-            save_tensors(path, found, key=key, tokenizer=tokenizer_key(self._tokenizer))
+        tensors = load_tensors(path, key=key)
+        if tensors is None:
+            tensors = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
+            save_tensors(path, tensors, key=key, tokenizer=tokenizer_key(self._tokenizer))
             path.with_suffix(".unfinished").unlink(missing_ok=True)
-        return found["input_ids"]
+        return tensors["input_ids"]
 
     def _write(self, role: str, count: int, length: int, unfinished: Path, key: str) -> Tensor:
         start = self._start(length)
@@ -140,8 +139,8 @@ class Writer:
             ids = [] if first is None else [int(first)]
         if not 0 < len(ids) < length:
             raise ConfigError(
-                f"What the model writes begins with {len(ids)} tokens (--data.self_text.start, else BOS or EOS); at "
-                f"least one is needed, and fewer than --data.seq_len {length}."
+                f"start gives {len(ids)} tokens that every sequence begins with (BOS or EOS without it); at least one "
+                f"is needed, and fewer than seq_len={length}."
             )
         return ids
 
@@ -177,9 +176,6 @@ def write(
 def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) -> Tensor:
     """Returns one token per row, [N] int64, drawn from the softmax of ``logits`` [N, V] by one uniform number each.
 
-    Numbers are laid out in the order of ids, not of probability: logits that round otherwise move the borders between
-    tokens a little and never swap two.
-
     Args:
         logits: In float64, on the CPU.
         generators: One a row.
@@ -190,10 +186,8 @@ def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) 
         ranked, order = p.sort(descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= settings.top_p
         p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
-    cumulative = p.cumsum(-1)
     numbers = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    places = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
-    return places[:, 0].clamp(max=logits.shape[-1] - 1)
+    return inverse_cdf(p, numbers)
 
 
 def _seed_of(seed: int, role: str, number: int) -> int:
@@ -207,10 +201,10 @@ def files_key(path: str, *, revision: str | None = None) -> str:
     """
     parts: list[Any] = []
     for file in model_files(path, revision=revision):
-        size, found = file.stat().st_size, hashlib.sha256()
+        size, sha256 = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as opened:
             for place in range(0, size, max(64, size // _SAMPLES)):
                 opened.seek(place)
-                found.update(opened.read(64))
-        parts.append([file.name, size, found.hexdigest()])
+                sha256.update(opened.read(64))
+        parts.append([file.name, size, sha256.hexdigest()])
     return digest(parts)

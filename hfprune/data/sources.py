@@ -15,7 +15,7 @@ import torch
 
 from hfprune.data.files import COMPRESSED, NOT_UTF8, TYPES, Losses, broken, file_type, named_type, read_files, read_text
 from hfprune.data.formats import RowFormat, Rows, rows_of_records
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, first_line
 from hfprune.utils.files import user_path
 
 BUILTIN = "builtin"
@@ -54,7 +54,7 @@ class Place:
     split: str = ""
 
 
-def find_place(source: str, argument: str = "data source", split: str = "train") -> Place:
+def find_place(source: str, argument: str = "source", split: str = "train") -> Place:
     """Returns where a source is; reads no rows.
 
     Args:
@@ -67,13 +67,13 @@ def find_place(source: str, argument: str = "data source", split: str = "train")
     """
     if source in (BUILTIN, SELF):
         return Place(kind="name", name=source)
-    told, source = f"{argument} '{source[:80]}'", user_path(source, argument)
+    where, source = f"{argument}='{source[:80]}'", user_path(source, argument)
     try:
-        return _local(source, told, split) or _remote(source, told)
+        return _local(source, where, split) or _remote(source, where)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # a name too long, a null byte, a folder that may not be entered
-        raise ConfigError(f"{told} cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
+        raise ConfigError(f"{where} cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def same_source(source: str) -> str:
@@ -87,32 +87,32 @@ def same_source(source: str) -> str:
         return source
 
 
-def _local(source: str, told: str, split: str) -> Place | None:
+def _local(source: str, where: str, split: str) -> Place | None:
     if Path(source).exists():
-        return _path(Path(source), told, split, own="")
+        return _path(Path(source), where, split, own="")
     folder, _, own = source.rpartition(":")
     if folder and own and Path(folder).is_dir():
-        return _path(Path(folder), told, own, own=own)
+        return _path(Path(folder), where, own, own=own)
     if glob.has_magic(source):
-        found = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]
-        if not found:
-            raise ConfigError(f"{told}: no file matches.")
-        return _shards(found, told)
+        files = [Path(path) for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]
+        if not files:
+            raise ConfigError(f"{where}: no file matches.")
+        return _shards(files, where)
     return None
 
 
-def _path(path: Path, told: str, split: str, *, own: str) -> Place:
+def _path(path: Path, where: str, split: str, *, own: str) -> Place:
     if not path.is_dir():
         kind = file_type(path) if path.is_file() else None
         if kind is None:
-            raise ConfigError(f"{told}: files of type '{path.suffix}' are not read. Known: {KNOWN}.")
+            raise ConfigError(f"{where}: files of type '{path.suffix}' are not read. Known: {KNOWN}.")
         return Place(kind="files", files=(path,), type=kind)
     if any((path / name).is_file() for name in _SAVED):
         return Place(kind="saved", name=str(path), split=own)
-    return _shards(_of_split(_data_files(path, told), told, split, own=own), told)
+    return _shards(_of_split(_data_files(path, where), where, split, own=own), where)
 
 
-def _data_files(folder: Path, told: str) -> list[Path]:
+def _data_files(folder: Path, where: str) -> list[Path]:
     """Returns the files of a folder, or of its one sub-folder that has any, sorted by name."""
     by_folder: dict[Path, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -122,48 +122,48 @@ def _data_files(folder: Path, told: str) -> list[Path]:
     if folder in by_folder:
         return by_folder[folder]
     if len(by_folder) > 1:
-        raise ConfigError(f"{told} has files in several folders; name one: {', '.join(map(str, by_folder))}.")
+        raise ConfigError(f"{where} has files in several folders; name one: {', '.join(map(str, by_folder))}.")
     if not by_folder:
-        raise ConfigError(f"{told} is a folder without files that are read. Known: {KNOWN}; folders of save_to_disk.")
+        raise ConfigError(f"{where} is a folder without files that are read. Known: {KNOWN}; folders of save_to_disk.")
     return next(iter(by_folder.values()))
 
 
-def _of_split(files: Sequence[Path], told: str, split: str, *, own: str) -> list[Path]:
+def _of_split(files: Sequence[Path], where: str, split: str, *, own: str) -> list[Path]:
     """Returns the files of one split where their names tell several apart; a name without a split is training data."""
     splits = {path: _split(path.name) or "train" for path in files}
     wanted = _SPLITS.get(split, split)
     if len(set(splits.values())) == 1 and not own:
         return list(files)
-    found = [path for path in files if splits[path] == wanted]
-    if not found:
+    chosen = [path for path in files if splits[path] == wanted]
+    if not chosen:
         raise ConfigError(
-            f"{told} has no split '{split}'. Its files are of: {', '.join(sorted(set(splits.values())))}."
+            f"{where} has no split '{split}'. Its files are of: {', '.join(sorted(set(splits.values())))}."
         )
-    return found
+    return chosen
 
 
 def _split(name: str) -> str | None:
-    found = _SPLIT_WORD.search(name.lower())
-    return _SPLITS.get(found[1], found[1]) if found else None
+    word = _SPLIT_WORD.search(name.lower())
+    return _SPLITS.get(word[1], word[1]) if word else None
 
 
-def _shards(files: Sequence[Path], told: str) -> Place:
+def _shards(files: Sequence[Path], where: str) -> Place:
     types = {path: file_type(path) for path in files}
     if len(set(types.values())) > 1:
         counts = Counter(path.suffix or "no suffix" for path in files)
         seen = ", ".join(f"{number:,} {suffix}" for suffix, number in counts.items())
-        raise ConfigError(f"{told} holds files of several types ({seen}): name one, as in 'folder/*.jsonl'.")
+        raise ConfigError(f"{where} holds files of several types ({seen}): name one, as in 'folder/*.jsonl'.")
     kind = types[files[0]]
     if kind is None or (kind == "tensors" and len(files) > 1):
-        raise ConfigError(f"{told}: files of type '{files[0].suffix}' are not read as shards. Known: {KNOWN}.")
+        raise ConfigError(f"{where}: files of type '{files[0].suffix}' are not read as shards. Known: {KNOWN}.")
     return Place(kind="files", files=tuple(files), type=kind)
 
 
-def _remote(source: str, told: str) -> Place:
+def _remote(source: str, where: str) -> Place:
     path = Path(source)
     local = named_type(path) or source.startswith((".", "/", "~")) or source.count("/") > 1
     if local or not _HUB_ID.fullmatch(source):
-        raise ConfigError(f"{told} does not exist.{_near(path)}")
+        raise ConfigError(f"{where} does not exist.{_near(path)}")
     name, config, split = (*source.split(":"), "", "")[:3]
     return Place(kind="hub", name=name, config=config, split=split)
 
@@ -179,9 +179,9 @@ HUB_ROWS = 100_000
 """Rows that are read of a hub data set, unless it is streamed as recovery data."""
 
 
-def check_source(source: str, flag: str) -> None:
+def check_source(source: str, argument: str) -> None:
     """Raises ``ConfigError`` when ``source`` can be seen to be unusable; reads no rows."""
-    find_place(source, flag)
+    find_place(source, argument)
 
 
 def load_rows(source: str, *, split: str = "train", text_field: str | None = None) -> Rows:
@@ -229,13 +229,12 @@ def open_rows(place: Place, split: str, start: int = 0) -> Iterator[Any]:
         yield from read_files(place.files, start)
         return
     try:
-        found = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
-        yield from found.skip(start) if start else found
+        rows = _saved(place, split) if place.kind == "saved" else _streamed(place, split)
+        yield from rows.skip(start) if start else rows
     except ConfigError:
         raise
-    except Exception as error:  # datasets raises whatever its readers and the network raise
-        line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
-        raise ConfigError(f"Cannot load the data set '{place.name}': {line}") from error
+    except Exception as error:  # datasets passes on the errors of its readers and of the network
+        raise ConfigError(f"Cannot load the data set '{place.name}': {first_line(error)}") from error
 
 
 def _streamed(place: Place, split: str) -> Any:
@@ -247,14 +246,14 @@ def _streamed(place: Place, split: str) -> Any:
 def _saved(place: Place, split: str) -> Any:
     import datasets
 
-    found, split = datasets.load_from_disk(place.name), place.split or split
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(found)}.")
-        return found[split]
-    if place.split and place.split != str(found.split):
+    dataset, split = datasets.load_from_disk(place.name), place.split or split
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ConfigError(f"'{place.name}' has no split '{split}'. It has: {', '.join(dataset)}.")
+        return dataset[split]
+    if place.split and place.split != str(dataset.split):
         raise ConfigError(f"'{place.name}' is one data set without splits: leave ':{place.split}' out.")
-    return found
+    return dataset
 
 
 def _hub_rows(place: Place, source: str, split: str) -> list[Any]:
@@ -263,7 +262,7 @@ def _hub_rows(place: Place, source: str, split: str) -> list[Any]:
     if len(rows) > HUB_ROWS:
         warnings.warn(
             f"'{source}' has more than {HUB_ROWS:,} rows; the first {HUB_ROWS:,} are used. As recovery data, "
-            "streaming=True (--data.streaming) reads all.",
+            "streaming=True reads all.",
             stacklevel=2,
         )
     return rows[:HUB_ROWS]
@@ -273,13 +272,13 @@ def _unwrapped(rows: list[Any], text_field: str | None) -> list[Any]:
     """Returns the rows that a single object holds, under one key or as columns; other rows as they are."""
     if len(rows) != 1 or not isinstance(rows[0], Mapping):
         return rows
-    found = RowFormat.known(rows[0], text_field)
+    layout = RowFormat.known(rows[0], text_field)
     columns = {name: list(v.values()) if isinstance(v, Mapping) else v for name, v in rows[0].items()}
     lists = [v for v in columns.values() if isinstance(v, list) and v]
-    if found is None:
+    if layout is None:
         wrapped = [v for v in lists if all(isinstance(row, Mapping) for row in v)]
         return wrapped[0] if len(wrapped) == 1 else rows
-    if found.kind in ("text", "instruction") and len(lists) == len(columns) and len({len(v) for v in lists}) == 1:
+    if layout.kind in ("text", "instruction") and len(lists) == len(columns) and len({len(v) for v in lists}) == 1:
         return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
     return rows
 

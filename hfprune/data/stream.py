@@ -1,8 +1,12 @@
-"""Streams recovery text from large files, and the position that a checkpoint stores.
+"""Streaming: recovery text from files larger than memory, and its position for checkpoints.
 
-A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, encoded and packed on its own;
-so any place of the stream can be reached by skipping rows and encoding one block, and the order does not depend on
-where a run was interrupted.
+A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, and is encoded and packed on
+its own. Any position of the stream can therefore be reached by skipping rows and encoding one block, and the order does
+not depend on where a run was interrupted.
+
+The state of a shuffled ``datasets.IterableDataset`` leaves out its shuffle buffer: after a resume the samples in the
+buffer are lost, and the state is that of one rank. Here a resumed run sees every example once, also on another number
+of processes, which take the rows of a block in turns.
 """
 
 import random
@@ -13,16 +17,23 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, warn_of_losses
+from hfprune.data.examples import (
+    Encoder,
+    Example,
+    ExampleOptions,
+    Pack,
+    check_template,
+    collate,
+    collate_examples,
+    pack,
+    warn_of_losses,
+)
 from hfprune.data.files import BadRow, is_whole
 from hfprune.data.formats import Document, RowFormat
-from hfprune.data.packing import Pack, collate, collate_examples, pack
 from hfprune.data.roles import plain, text_digest
-from hfprune.data.sampler import ResumableLoader
 from hfprune.data.sources import find_place, open_rows
 from hfprune.utils.errors import ConfigError
 
@@ -50,8 +61,8 @@ class StreamSource:
         whole = place.kind == "name" or place.type in ("text", "tensors")
         if whole or (place.type == "json" and any(is_whole(path) for path in place.files)):
             raise ConfigError(
-                f"streaming=True: '{self.source}' is read as a whole. Give JSON lines, .csv or .parquet files, a "
-                "folder of save_to_disk or a hub id as recovery=... (--data.recovery)."
+                f"recovery='{self.source}' can only be read as a whole, not with streaming=True. Give JSON lines, .csv "
+                "or .parquet files, a folder written by save_to_disk, or a hub id."
             )
 
     def rows(self, start: int) -> Iterator[Any]:
@@ -61,7 +72,7 @@ class StreamSource:
 
 @dataclass(slots=True)
 class Place:
-    """Where a stream goes on.
+    """Position of a stream.
 
     Attributes:
         epoch: Passes done.
@@ -130,8 +141,8 @@ class ExampleStream(IterableDataset[Any]):
             if not empty:
                 return
             if whole:
-                told = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items()) or "it holds no rows"
-                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {told}.")
+                reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items())
+                raise ConfigError(f"recovery='{self.source.source}' gives no example: {reasons or 'it has no rows'}.")
 
     def _pass(self) -> Iterator[dict[str, Tensor]]:
         place, waiting = self.place, []
@@ -202,11 +213,11 @@ class ExampleStream(IterableDataset[Any]):
         objects = [row for row in rows if isinstance(row, Mapping)]
         if not objects:
             return RowFormat("text") if rows else None
-        found = RowFormat.of(objects, self.source.source, self.source.text_field)
-        if found.kind == "tokens":
-            raise ConfigError(f"streaming=True: '{self.source.source}' holds token ids, which are read as a whole.")
-        check_template(self.tokenizer, self.options, found.kind, self.source.source)
-        return found
+        layout = RowFormat.of(objects, self.source.source, self.source.text_field)
+        if layout.kind == "tokens":
+            raise ConfigError(f"recovery='{self.source.source}' holds token ids, which streaming=True cannot read.")
+        check_template(self.tokenizer, self.options, layout.kind, self.source.source)
+        return layout
 
 
 def _alone(examples: list[Example]) -> list[Pack]:
@@ -214,7 +225,7 @@ def _alone(examples: list[Example]) -> list[Pack]:
 
 
 class StreamLoader(DataLoader[Any]):
-    """The batches of an ``ExampleStream``; ``place`` is where training is, whatever was read ahead.
+    """The batches of an ``ExampleStream``; its state is the position of training, without batches read ahead.
 
     Args:
         stream: The stream.
@@ -232,7 +243,7 @@ class StreamLoader(DataLoader[Any]):
         return super().__iter__()
 
     def trained(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Takes note that ``batch`` goes into training; returns it without its position."""
+        """Records the position of ``batch``, which is trained on next, and returns it without its position."""
         self._trained = batch[POSITION].tolist()
         return {name: value for name, value in batch.items() if name != POSITION}
 
@@ -247,43 +258,3 @@ class StreamLoader(DataLoader[Any]):
         self._trained = [state_dict[name] for name in ("epoch", "block", "taken")]
         self.stream.counts = Counter(state_dict.get("counts", {}))
         self.stream.counted = state_dict.get("counted", 0)
-
-
-TrainingLoader = ResumableLoader | StreamLoader
-
-
-class ResumableDataModule(LightningDataModule):
-    """A datamodule whose training loader goes on where a checkpoint left it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._loader: TrainingLoader | None = None
-        self._position: dict[str, int] | None = None
-
-    def _resumed(self, loader: TrainingLoader) -> TrainingLoader:
-        """Returns ``loader``, at the position that a checkpoint left."""
-        self._loader = loader
-        if self._position is not None:
-            loader.load_state_dict(self._position)
-            self._position = None
-        return loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the training data.
-
-        Lightning restores a loader's own position only when nothing has asked for the number of training steps before,
-        as schedulers do.
-        """
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues in the training data where the checkpoint left it."""
-        self._position = state_dict.get("train")
-        if self._loader is not None and self._position is not None:
-            self._loader.load_state_dict(self._position)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Takes note of where in a stream training is: batches are read ahead."""
-        if isinstance(batch, dict) and POSITION in batch and isinstance(self._loader, StreamLoader):
-            return self._loader.trained(batch)
-        return batch

@@ -1,4 +1,4 @@
-"""The data module: calibration, recovery and validation text, and the summary of what was read."""
+"""The data module: calibration, recovery, validation and evaluation text, with a summary of each."""
 
 import hashlib
 import os
@@ -13,15 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hfprune.data.bos import BosSetting, bos_id, windows_bos
 from hfprune.data.build import Builder
-from hfprune.data.encode import read_template
+from hfprune.data.encode import BosSetting, bos_id, read_template, windows_bos
 from hfprune.data.examples import Example, ExampleOptions
+from hfprune.data.loaders import Loaders, ResumableDataModule
 from hfprune.data.roles import Role, Roles, check_sources, check_stream, check_values, fill_in
 from hfprune.data.self_generated import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.data.sources import BUILTIN, SELF
-from hfprune.data.stream import ExampleStream, ResumableDataModule, StreamLoader, StreamSource
-from hfprune.data.training import Loaders
+from hfprune.data.stream import ExampleStream, StreamLoader, StreamSource
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
 from hfprune.evaluation.perplexity import Windows
 from hfprune.io.demo_model import cache_dir
@@ -39,7 +38,7 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
     """Returns source, kind, counts, SHA-256 of the token ids, and, for text that the model will have seen, a sketch."""
     ids = token_ids(value)
     labels = [label for _, labels in value for label in labels] if isinstance(value, list) else []
-    found = {
+    summary = {
         "source": builder.sources[role],
         "kind": builder.kind(role),
         "sequences": len(ids),
@@ -50,12 +49,12 @@ def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Buil
         "sha256": _digest(ids),
     }
     if builder.sources[role] == SELF:
-        found["self_text"] = asdict(builder.writer.settings) if builder.writer else None
-    return found | ({"ngrams": Sketch.of(ids).to_text()} if role in SEEN else {})
+        summary["self_text"] = asdict(builder.writer.settings) if builder.writer else None
+    return summary | ({"ngrams": Sketch.of(ids).to_text()} if role in SEEN else {})
 
 
 def summarise_stream(stream: ExampleStream, builder: Builder) -> dict[str, Any]:
-    """Returns source, order and what was left out so far; nothing is told of tokens that were not read yet."""
+    """Returns source, order and the rows left out so far; counts of tokens are unknown before they are read."""
     return {
         "source": stream.source.source,
         "kind": "stream",
@@ -76,12 +75,12 @@ def overlap(summary: Mapping[str, Any], windows: Windows | None) -> dict[str, fl
 
 
 def warn_of_overlap(shares: Mapping[str, float]) -> None:
-    """Says when an evaluation text was seen in calibration or recovery."""
+    """Warns when an evaluation text occurs in the calibration or recovery text."""
     for role, share in shares.items():
         if share >= SUSPICIOUS:
             warnings.warn(
                 f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
-                "better than they are. Give another --data.text.",
+                "better than they are. Give another text.",
                 stacklevel=2,
             )
 
@@ -90,8 +89,8 @@ def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:
     """Returns the token ids of a role's sequences, examples or windows."""
     if isinstance(value, list):
         return [ids for ids, _ in value]
-    found: list[list[int]] = (value.ids if isinstance(value, Windows) else value).tolist()
-    return found
+    rows: list[list[int]] = (value.ids if isinstance(value, Windows) else value).tolist()
+    return rows
 
 
 def _digest(sequences: list[list[int]]) -> str:
@@ -105,6 +104,19 @@ def _digest(sequences: list[list[int]]) -> str:
 
 class TextDataModule(ResumableDataModule):
     """Calibration, recovery, validation and evaluation data that never overlap.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> data = TextDataModule("builtin", seq_len=64, calibration_sequences=8, eval_windows=2)
+    >>> data.bind(PreTrainedTokenizerFast(tokenizer_object=words), vocab_size=2, max_positions=512)
+    >>> next(iter(data.calibration_dataloader()))["input_ids"].shape
+    torch.Size([1, 64])
+    >>> data.evaluation_windows().ids.shape
+    torch.Size([2, 512])
+
+    In a ``fit``, the trainer's module binds its tokenizer.
 
     A source is a ``.txt``, JSON, ``.csv``, ``.tsv``, ``.parquet`` or ``.safetensors`` file (``input_ids``), compressed
     or not, a folder or glob of such files, a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English
@@ -230,14 +242,14 @@ class TextDataModule(ResumableDataModule):
         author: Author | None = None,
         needs_bos: bool = False,
     ) -> None:
-        """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
+        """Sets the tokenizer and the limits of the model; ``setup`` calls it with those of the trainer's module.
 
         Args:
             tokenizer: The model's.
             vocab_size: Number of token ids that the model has an embedding for.
             max_positions: Positions that it allows.
-            author: Who writes where a source is ``self``.
-            needs_bos: Whether the model's class predicts badly without BOS; sequences that lack it are warned of.
+            author: The model that writes where a source is ``self``.
+            needs_bos: Whether the model's class predicts badly without BOS; sequences without it give a warning.
 
         Raises:
             ConfigError: The tokenizer has ids that the model does not know, or no BOS token where there has to be one.
@@ -262,7 +274,7 @@ class TextDataModule(ResumableDataModule):
         )
 
     def serve(self, *, training: bool) -> None:
-        """Says whether recovery and validation will read documents; where not, calibration has theirs, after its own.
+        """Declares whether recovery and validation will be used; otherwise calibration also gets their documents.
 
         The evaluation documents are the same in both cases.
         """
@@ -283,13 +295,13 @@ class TextDataModule(ResumableDataModule):
                 check_packing(module.meta_model())
 
     def prepare_data(self) -> None:
-        """Lets the model write, in one process of each machine; the others read what it wrote."""
+        """Writes self-generated text in one process of each machine; the other processes read its file."""
         if SELF in self._sources.values() and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._bind_trainer()
             self._build_for_fit()
 
     def setup(self, stage: str) -> None:
-        """Builds what the run will need, so that unusable data is said before a model is loaded."""
+        """Builds the data of the run, so that unusable data are reported before a model is loaded."""
         assert self.trainer is not None
         self._bind_trainer()
         if stage == "fit":
@@ -343,7 +355,7 @@ class TextDataModule(ResumableDataModule):
         """
         windows = self.evaluation_windows()
         if windows is None:
-            raise ConfigError("There is no evaluation text: give --data.text and --data.eval_windows above 0.")
+            raise ConfigError("There is no evaluation text: give text, and eval_windows above 0.")
         rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows.ids]
         return DataLoader(rows, batch_size=self.batch_size)
 
@@ -379,10 +391,10 @@ class TextDataModule(ResumableDataModule):
         for role, value in self._cache.items():
             if value is not None and role not in self._summaries:
                 self._summaries[role] = summarise(role, value, self._build)
-        found: dict[str, Any] = {str(role): told for role, told in self._summaries.items()}
+        summaries: dict[str, Any] = {str(role): summary for role, summary in self._summaries.items()}
         if isinstance(self._loader, StreamLoader):
-            found["recovery"] = summarise_stream(self._loader.stream, self._build)
-        return found
+            summaries["recovery"] = summarise_stream(self._loader.stream, self._build)
+        return summaries
 
     # ---- building ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Rows that somebody has tokenised: ids, which of them count, and labels."""
+"""Pre-tokenised rows: token ids, attention mask and labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,14 +68,14 @@ def pieces(rows: Sequence[TokenRow], size: int) -> list[TokenRow]:
     >>> pieces([([1, 2, 3, 4], [1, 2, 3, 4])], 3)
     [([1, 2, 3], [1, 2, 3]), ([3, 4], [-100, 4])]
     """
-    found = []
+    parts = []
     for ids, labels in rows:
         for start in range(0, max(len(ids) - 1, 1), size - 1):
             end = start + size
             own = [IGNORE_INDEX if start else labels[0], *labels[start + 1 : end]]
             if any(label != IGNORE_INDEX for label in own[1:]):
-                found.append((ids[start:end], own))
-    return found
+                parts.append((ids[start:end], own))
+    return parts
 
 
 def _listed(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Measures one model: perplexity, fidelity, size, speed and sample texts."""
+"""Evaluation: perplexity, fidelity, size, speed and sample texts of one model."""
 
 import time
 from collections.abc import Mapping
@@ -74,15 +74,25 @@ def measure(
 ) -> Measurement:
     """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
 
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> figures = measure(model, torch.arange(20).view(2, 10), reference=None, latency=False)
+    >>> figures.widths, figures.perplexity.num_tokens, figures.fidelity is None
+    ((24, 24), 18, True)
+
     Args:
         model: A supported Hugging Face causal LM, without adapters.
         windows: [N, W] evaluation windows, None to measure neither perplexity nor fidelity.
         reference: The dense model's predictions on the same windows.
         latency: Measure speed.
         folder: Where the model is saved, for its size on disk.
-        hidden: Final hidden states [N, W, D] of ``model`` on the windows, when they are known: those of the reference
-            for the dense model itself.
-        known: Perplexity and fidelity where they are known, so that no pass is needed.
+        hidden: Final hidden states [N, W, D] of ``model`` on the windows, where they have been computed: for the dense
+            model, those of the reference.
+        known: Perplexity and fidelity where they have been computed, so that no forward pass is needed.
+
+    Raises:
+        ConfigError: There are no windows, or the vocabularies of model and reference differ.
     """
     start = time.perf_counter()
     widths = mlp_widths(model)
@@ -112,8 +122,8 @@ def _predictions(
     hidden = window_hidden(model, cut.ids) if hidden is None else hidden
     head = output_head(model)
     if reference is None or cut.overlap:
-        found = perplexity_of(hidden, head, cut)
-        return found, None if reference is None else fidelity_of(reference, hidden, head)
+        figures = perplexity_of(hidden, head, cut)
+        return figures, None if reference is None else fidelity_of(reference, hidden, head)
     rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, cut.ids, strict=True)]
     close = compare_windows(reference, rows)
     return perplexity_from([row.nll for row in rows], cut), close
@@ -121,8 +131,8 @@ def _predictions(
 
 def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) -> None:
     """Adds ``latency`` to every stage's figures, the models timed in alternation, ratios relative to the first."""
-    found = compare_latency(list(models.values()))
-    for name, speed in zip(models, found, strict=True):
+    speeds = compare_latency(list(models.values()))
+    for name, speed in zip(models, speeds, strict=True):
         stages[name]["latency"] = speed.to_dict()
 
 
@@ -132,13 +142,13 @@ def flat(figures: Mapping[str, Any]) -> dict[str, float]:
     >>> flat({"parameters": 3, "perplexity": {"value": 2.5, "protocol": "text"}})
     {'parameters': 3.0, 'perplexity/value': 2.5}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}/{key}": number for key, number in flat(value).items()}
+            numbers |= {f"{name}/{key}": number for key, number in flat(value).items()}
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = float(value)
-    return found
+            numbers[name] = float(value)
+    return numbers
 
 
 PROMPT_TOKENS = 32
@@ -160,7 +170,7 @@ def continuations(
     prompt_tokens = min(prompt_tokens, max(1, windows.shape[1] // 2))
     new_tokens = min(new_tokens, max(1, windows.shape[1] - prompt_tokens))  # a window fits the model's positions
     device = next(model.parameters()).device
-    found = []
+    pairs = []
     for window in windows:
         ids = window[None, :prompt_tokens].to(device)
         with inference(model):
@@ -174,8 +184,8 @@ def continuations(
                 top_k=None,
                 pad_token_id=_pad(tokenizer),
             )
-        found.append((tokenizer.decode(ids[0]), tokenizer.decode(out[0, prompt_tokens:], skip_special_tokens=True)))
-    return found
+        pairs.append((tokenizer.decode(ids[0]), tokenizer.decode(out[0, prompt_tokens:], skip_special_tokens=True)))
+    return pairs
 
 
 def _pad(tokenizer: Any) -> int:

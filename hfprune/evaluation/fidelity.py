@@ -37,7 +37,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseReference:
-    """What later stages are compared with.
+    """The dense model's predictions as its final hidden states and output head, which is exact.
 
     Attributes:
         windows: N windows of W tokens.
@@ -65,8 +65,8 @@ class DenseReference:
         if copy_head:
             bias = None if head.bias is None else head.bias.detach().clone()
             head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-        found = Windows.of(windows)
-        return cls(windows=found, hidden=window_hidden(model, found.ids, batch_size=batch_size), head=head)
+        cut = Windows.of(windows)
+        return cls(windows=cut, hidden=window_hidden(model, cut.ids, batch_size=batch_size), head=head)
 
     @property
     def vocab_size(self) -> int:
@@ -137,7 +137,20 @@ class TopKReference:
 
 
 def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
-    """Returns the fidelity of ``model`` to the reference.
+    """Returns how close the predictions of ``model`` are to those of the dense model.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> import torch
+    >>> dense = DenseReference.collect(model, torch.arange(20).view(2, 10))
+    >>> fidelity(dense, model).kl, fidelity(dense, model).top1_agreement
+    (0.0, 1.0)
+
+    Args:
+        reference: The dense model's predictions on N windows.
+        model: A supported Hugging Face causal LM with the same vocabulary.
+        batch_size: Windows per forward pass.
 
     Raises:
         ConfigError: The vocabularies differ in size, or the reference holds no windows.

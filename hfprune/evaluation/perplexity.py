@@ -62,6 +62,12 @@ class Windows:
     ) -> "Windows":
         """Returns the full windows of a token stream.
 
+        >>> Windows.cut(range(7), window=3).ids.tolist()
+        [[0, 1, 2], [3, 4, 5]]
+        >>> overlapping = Windows.cut(range(7), window=4, stride=2)
+        >>> overlapping.ids.tolist(), [overlapping.first_target(0), overlapping.first_target(1)]
+        ([[0, 1, 2, 3], [2, 3, 4, 5]], [1, 2])
+
         Args:
             stream: Token ids of the whole text.
             window: W, the BOS token included.
@@ -156,7 +162,13 @@ class Perplexity:
 def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int = 1) -> Perplexity:
     """Returns the perplexity of ``model`` on ``windows`` [N, W].
 
-    Equals exp(mean NLL) from whole logits; logits exist for a chunk of tokens at a time.
+    Equals exp of the mean cross-entropy of whole logits, but logits exist for a chunk of tokens at a time only.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> perplexity(model, torch.arange(20).view(2, 10)).protocol
+    'all 2 non-overlapping windows of 10 tokens, no BOS added, mean over 18 predicted tokens'
 
     Args:
         model: A supported Hugging Face causal LM.
@@ -166,20 +178,20 @@ def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int =
     Raises:
         ConfigError: There is nothing to predict: no windows, or windows of fewer than two tokens.
     """
-    found = checked_windows(windows)
-    return perplexity_of(window_hidden(model, found.ids, batch_size=batch_size), output_head(model), found)
+    cut = checked_windows(windows)
+    return perplexity_of(window_hidden(model, cut.ids, batch_size=batch_size), output_head(model), cut)
 
 
 def perplexity_of(hidden: Tensor, head: OutputHead, windows: Tensor | Windows) -> Perplexity:
     """Returns the perplexity from final hidden states [N, W, D]; see :func:`perplexity`."""
-    found = checked_windows(windows)
-    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, found.ids, strict=True)]
+    cut = checked_windows(windows)
+    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, cut.ids, strict=True)]
     size = chunk_tokens(head.weight.shape[0])
     with torch.no_grad():
         for row in rows:
             for start in range(0, len(row), size):
                 row[start : start + size]
-    return perplexity_from([row.nll for row in rows], found)
+    return perplexity_from([row.nll for row in rows], cut)
 
 
 def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplexity:
@@ -202,7 +214,7 @@ def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplex
 
 @dataclass(frozen=True, slots=True)
 class ScoredLogits(HeadLogits):
-    """Logits of one window that note the cross-entropy of the next token as they are read, for whatever purpose.
+    """Logits of one window that record the cross-entropy of the next token whenever a part of them is read.
 
     Attributes:
         ids: [W] token ids.
@@ -225,19 +237,19 @@ class ScoredLogits(HeadLogits):
         if start < stop:
             targets = self.ids[start + 1 : stop + 1].to(logits.device)
             read = logits[: stop - start]
-            found = read.logsumexp(-1) - read.gather(-1, targets[:, None]).squeeze(-1)
-            self.nll[start:stop] = found.to("cpu", torch.float64)
+            nll = read.logsumexp(-1) - read.gather(-1, targets[:, None]).squeeze(-1)
+            self.nll[start:stop] = nll.to("cpu", torch.float64)
         return logits
 
 
 def checked_windows(windows: Tensor | Windows) -> Windows:
     """Returns windows in which something can be predicted; raises ``ConfigError`` when nothing can."""
-    found = Windows.of(windows)
-    if len(found.ids) < 1 or found.window < 2:
+    cut = Windows.of(windows)
+    if len(cut.ids) < 1 or cut.window < 2:
         raise ConfigError(
-            f"Perplexity needs windows [N, W] with N >= 1 and W >= 2 tokens; got shape {list(found.ids.shape)}."
+            f"Perplexity needs windows [N, W] with N >= 1 and W >= 2 tokens; got shape {list(cut.ids.shape)}."
         )
-    return found
+    return cut
 
 
 def _exp(nll: float) -> float:

@@ -1,8 +1,7 @@
-"""Parameters, bytes, latency, throughput and peak memory of a model."""
+"""Size and speed of a model: bytes, multiply-accumulates, latency, throughput and peak memory."""
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune.io.layouts import empty_copy, run_empty
 from hfprune.io.load import max_positions
 from hfprune.models import parameter_count
 from hfprune.models.forward import inference
+from hfprune.utils.compat import LiveBytes
 from hfprune.utils.errors import ConfigError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -48,7 +46,14 @@ class Size:
 
 
 def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 256) -> Size:
-    """Returns the size of ``model``; its weights are not touched.
+    """Returns the size of ``model``, computed from shapes; no weight is read.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> size = measure_size(model, tokens=8)
+    >>> size.weight_bytes == 4 * model.num_parameters(), size.tokens, size.disk_bytes is None
+    (True, 8, True)
 
     Args:
         model: A Hugging Face causal LM.
@@ -83,10 +88,14 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(model: Any, run: Callable[[], object]) -> int:
-    """Returns the bytes of the weights, tied ones once, and of the most that ``run`` keeps alive beside them at once.
+    """Returns the bytes of the weights, tied ones once, plus the peak of the memory that ``run`` allocates.
 
-    On CUDA the allocator's own figure; elsewhere the tensors that operators return are counted, without what kernels
-    allocate within.
+    On CUDA the allocator's own figure. Elsewhere the storages of the tensors that operators return are counted, without
+    the temporary memory within kernels.
+
+    Args:
+        model: A Hugging Face causal LM.
+        run: Called once, for example with a forward pass of ``model``.
     """
     weights = parameter_count(model) * int(next(model.parameters()).element_size())
     device = next(model.parameters()).device
@@ -96,43 +105,9 @@ def peak_bytes(model: Any, run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return weights + int(torch.cuda.max_memory_allocated(device)) - int(before)
-    with _LiveTensors(model) as live:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         run()
     return weights + int(live.peak)
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of every storage that operators make, until it is freed."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        tensors = [*model.parameters(), *model.buffers()]
-        self._known = {t.untyped_storage()._cdata for t in tensors}
-        self._now = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and counts what it returns."""
-        out = func(*args, **kwargs or {})
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return out
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
 
 
 Spread = tuple[float, float]
@@ -192,11 +167,21 @@ class Latency:
 def measure_latency(
     model: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 5, warmup: int = 1, seed: int = 0
 ) -> Latency:
-    """Returns how fast ``model`` reads a prompt of random tokens and continues it; see :func:`compare_latency`."""
-    (found,) = compare_latency(
+    """Returns how fast ``model`` reads a prompt of random tokens and continues it.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> latency = measure_latency(model, prompt_tokens=8, new_tokens=2, repeats=3)
+    >>> latency.prompt_tokens, latency.repeats, latency.prefill_ratio is None
+    (8, 3, True)
+
+    See :func:`compare_latency` for the arguments.
+    """
+    (latency,) = compare_latency(
         [model], prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup, seed=seed
     )
-    return found
+    return latency
 
 
 def compare_latency(
@@ -208,17 +193,17 @@ def compare_latency(
     warmup: int = 1,
     seed: int = 0,
 ) -> list[Latency]:
-    """Returns how fast each model reads a prompt of random tokens and continues it.
+    """Returns the prefill and decoding speed of each model, measured in alternation.
 
-    The models take turns within every repeat, so that what else the machine does meets all of them, and ratios to the
-    first model are those of one repeat. Prompt and continuation are shortened to what the models' positions allow.
+    The models take turns within every repeat, so that other load of the machine affects all of them, and ratios to the
+    first model are taken within one repeat. Prompt and continuation are shortened to the models' positions.
 
     Args:
         models: Hugging Face causal LMs, the dense one first.
-        prompt_tokens: Length of the prompt.
+        prompt_tokens: Length of the prompt of random tokens.
         new_tokens: Tokens decoded greedily, one forward pass each.
         repeats: Timed repeats.
-        warmup: Repeats before those, not timed.
+        warmup: Untimed repeats before them.
         seed: Seed of the prompt.
 
     Raises:
@@ -231,14 +216,14 @@ def compare_latency(
     ids = torch.randint(vocab, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for _ in range(warmup + repeats):
-        for model, found in zip(models, times, strict=True):
+        for model, measured in zip(models, times, strict=True):
             with inference(model):
-                found.append(_measure_once(model, ids.to(_device(model)), new_tokens))
+                measured.append(_measure_once(model, ids.to(_device(model)), new_tokens))
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
-    times = [found[warmup:] for found in times]
+    times = [measured[warmup:] for measured in times]
     return [
-        _latency(model, found, None if index == 0 else times[0], ids, settings)
-        for index, (model, found) in enumerate(zip(models, times, strict=True))
+        _latency(model, measured, None if index == 0 else times[0], ids, settings)
+        for index, (model, measured) in enumerate(zip(models, times, strict=True))
     ]
 
 
@@ -276,8 +261,8 @@ def _device(model: Any) -> torch.device:
 
 def _check(*, warmup: int, **counts: int) -> None:
     if min(counts.values()) < 1 or warmup < 0:
-        got = ", ".join(f"{name}={value}" for name, value in (counts | {"warmup": warmup}).items())
-        raise ConfigError(f"Measuring speed needs at least one token and one repeat; got {got}.")
+        values = ", ".join(f"{name}={value}" for name, value in (counts | {"warmup": warmup}).items())
+        raise ConfigError(f"{values}: lengths and repeats must be at least 1, warmup at least 0.")
 
 
 def _fit(prompt_tokens: int, new_tokens: int, limit: int | None) -> tuple[int, int]:

@@ -19,7 +19,6 @@ from hfprune.io.model_files import (
     check_info,
     check_shapes,
     check_vocabulary,
-    first_line,
     has_weights,
     is_adapter,
     outside_text,
@@ -29,7 +28,7 @@ from hfprune.io.progress import quiet_transformers
 from hfprune.models import ARCHITECTURES, is_supported
 from hfprune.plan import PLAN_FILE
 from hfprune.utils.compat import cached_file_or_none, is_repo_id
-from hfprune.utils.errors import ConfigError, HFPruneError
+from hfprune.utils.errors import ConfigError, HFPruneError, first_line
 from hfprune.utils.files import user_path
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, first_line
 
 _LFS = b"version https://git-lfs"
 _AGAIN = "Download the file again, or save the model again with save_pretrained."
@@ -211,11 +211,6 @@ def _check_content(file: Path, where: str) -> None:
         )
     if not start.strip(b"\0 \n"):
         raise ConfigError(f"{where}: {file.name} is empty or holds nothing but zeros. {_AGAIN}")
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first non-empty line of an error's message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 _IGNORED = re.compile(r"(rotary_emb\.(original_)?inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")

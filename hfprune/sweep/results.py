@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hfprune.io.output_folder import REPORT_PAGE
 from hfprune.report import FrontierPoint, ReportData, save_figures, write_report
 from hfprune.report.data import number
+from hfprune.report.table import to_markdown
 from hfprune.sweep.grid import SweepGrid
 from hfprune.utils.files import write_json, write_text
 
@@ -24,6 +24,7 @@ Kept = Mapping[str, Sequence[int]]
 def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Returns Spearman's rank correlation of the scores within each group of both, averaged; ties share a rank.
 
+    >>> import torch
     >>> a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])
     >>> round(rank_correlation({"x": a}, {"x": b}), 3)
     0.5
@@ -44,19 +45,11 @@ def overlap(one: Kept, other: Kept) -> float:
 
 
 def _spearman(one: Tensor, other: Tensor) -> float:
-    a, b = (_ranks(scores.to(torch.float64)) for scores in (one, other))
-    a, b = a - a.mean(), b - b.mean()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale else float("nan")
+    from scipy.stats import spearmanr
 
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Returns ranks from 0; equal scores share the mean of theirs."""
-    _, inverse, counts = scores.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(torch.float64)
-    mean = last - (counts.to(torch.float64) + 1) / 2
-    found: Tensor = mean[inverse]
-    return found
+    if any(len(scores.unique()) < 2 for scores in (one, other)):
+        return float("nan")  # ranks that are all equal correlate with nothing
+    return float(spearmanr(one.double().numpy(), other.double().numpy()).statistic)
 
 
 def matrix(names: Sequence[str], value: Any) -> dict[str, dict[str, float]]:
@@ -219,17 +212,18 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
-    head = ["method", "removed", *(title for title, _ in columns.values())]
-    lines = [head, ["---"] * len(head)]
+    headings = ["method", "removed", *(title for title, _ in columns.values())]
+    lines = []
     for row in rows:
         ratio = row["pruning_ratio"]
         cells = [_mean(row, name, digits) for name, (_, digits) in columns.items()]
         lines.append([row["method"], "-" if ratio is None else f"{ratio:.0%}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return to_markdown(headings, lines)
 
 
 def _speed_table(speeds: Mapping[str, Any]) -> str:
-    lines = [["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"], ["---"] * 5]
+    headings = ["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"]
+    lines = []
     for name, found in speeds.items():
         cells = [name]
         for kind, figure in (("prefill", "prefill_ms"), ("decode", "decode_tokens_per_s")):
@@ -242,7 +236,7 @@ def _speed_table(speeds: Mapping[str, Any]) -> str:
         f"Batch 1, {first['prompt_tokens']} prompt and {first['new_tokens']} new tokens, {first['device']}, "
         f"{first['dtype']}, {first['threads']} threads, median of {first['repeats']} in alternation (spread of ratios)."
     )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{settings}"
+    return f"{to_markdown(headings, lines)}\n\n{settings}"
 
 
 def _mean(row: Row, name: str, digits: str) -> str:
@@ -254,9 +248,7 @@ def _mean(row: Row, name: str, digits: str) -> str:
 
 
 def _matrix(found: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [["", *found], ["---"] * (len(found) + 1)]
-    lines += [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return to_markdown(["", *found], [[name, *(f"{v:.3f}" for v in row.values())] for name, row in found.items()])
 
 
 def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> ReportData:

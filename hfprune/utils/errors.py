@@ -27,3 +27,12 @@ class PlanError(HFPruneError):
 
 class OutputError(HFPruneError, OSError):
     """Results could not be written, or what was written is not what was asked for."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""Returns the first line of an error's message that is not empty; the name of its class where there is none.
+
+    >>> first_line(ValueError("\n  the reason\nmore")), first_line(KeyError())
+    ('the reason', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -43,7 +43,7 @@ class UnitSum(ABC):
 
 
 class ExactSum(UnitSum):
-    """Fixed-point sum with 168 bits: the same bits whatever the order, the grouping and the number of processes.
+    """Fixed-point sum with 168 bits: the same bits for every order, grouping and number of processes.
 
     Each float64 term is truncated towards zero to the grid (2^-126), split into limbs of 42 bits, and added as int64.
 
@@ -128,7 +128,7 @@ class Bfloat16Sum(UnitSum):
 
 
 class GridSum:
-    """Sum of tensors of one shape, with the same bits whatever the order, the grouping and the number of processes.
+    """Sum of tensors of one shape, with the same bits for every order, grouping and number of processes.
 
     Each float64 term is split into a multiple of 2^-10 and a rest rounded to 2^-52; both parts are added in float64,
     which is exact as long as totals stay below 2^43. Twice the memory of a plain sum, for matrices where ``ExactSum``

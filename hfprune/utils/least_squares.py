@@ -68,7 +68,7 @@ def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Te
 def eliminate(
     weight: Tensor, moments: Moments, width: int, *, unit_width: int, damping: float, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Removes units one after another, each time those whose loss costs least once the rest is fitted anew.
+    """Removes units one after another, each time those with the smallest error after the others are refitted.
 
     Optimal Brain Surgeon for whole units: with G the inverse of the damped moments of the units that are left and V the
     weights fitted to them, losing unit b costs trace(V_b (G_bb)^-1 V_b^T).
@@ -79,7 +79,7 @@ def eliminate(
         width: Units that stay.
         unit_width: w.
         damping: Relative to the mean second moment.
-        step: Units removed before the costs are computed anew; more is faster and less exact.
+        step: Units removed before the costs are recomputed; more is faster and less exact.
 
     Returns:
         The kept units, ascending, and the cost [U] of every unit: when it went, or, of one that stayed, at the end.
@@ -94,9 +94,9 @@ def eliminate(
     while (left := int(alive.sum())) > width:
         costs = torch.where(alive, _costs(v, inverse, unit_width), costs)
         order = torch.sort(costs.masked_fill(~alive, torch.inf), stable=True).indices
-        gone = order[: min(step, left - width)].sort().values
-        alive[gone] = False
-        channels = (gone[:, None] * unit_width + torch.arange(unit_width, device=gone.device)).flatten()
+        removed = order[: min(step, left - width)].sort().values
+        alive[removed] = False
+        channels = (removed[:, None] * unit_width + torch.arange(unit_width, device=removed.device)).flatten()
         rows = torch.linalg.solve(inverse[channels][:, channels], inverse[channels])
         v -= v[:, channels] @ rows
         inverse -= inverse[:, channels] @ rows
@@ -112,8 +112,8 @@ def _costs(v: Tensor, inverse: Tensor, unit_width: int) -> Tensor:
     blocks = inverse.view(units, unit_width, units, unit_width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     by_unit = v.view(len(v), units, unit_width).permute(1, 2, 0)  # [U, w, O]
     identity = torch.eye(unit_width, dtype=blocks.dtype, device=blocks.device)
-    gone = blocks.diagonal(dim1=1, dim2=2).abs().sum(1) <= 1e-12 * inverse.diagonal().abs().max()
-    solved = torch.linalg.solve(torch.where(gone[:, None, None], identity, blocks), by_unit)
+    removed = blocks.diagonal(dim1=1, dim2=2).abs().sum(1) <= 1e-12 * inverse.diagonal().abs().max()
+    solved = torch.linalg.solve(torch.where(removed[:, None, None], identity, blocks), by_unit)
     costs: Tensor = (by_unit * solved).sum((1, 2))
     return costs
 

@@ -18,7 +18,7 @@ def calibration_progress(total: int | None, *, objective: str | None, enabled: b
 
     Args:
         total: Number of batches, None when unknown.
-        objective: Name shown beside its value; None without one.
+        objective: Name shown with its value; None without one.
         enabled: False shows nothing.
     """
     columns = (

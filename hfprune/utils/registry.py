@@ -1,4 +1,4 @@
-"""A typed name -> object table whose lookup failures help."""
+"""Registry: a typed table from names to objects, with suggestions for unknown names."""
 
 import importlib
 import pkgutil
@@ -41,8 +41,8 @@ class Registry(Generic[T]):
         """Returns the object called ``name``; raises when unknown, naming the nearest one."""
         self._import_all()
         if name not in self._items:
-            near = nearest(name, self._items)
-            guess = f" Did you mean '{near}'?" if near else ""
+            nearest_name = nearest(name, self._items)
+            guess = f" Did you mean '{nearest_name}'?" if nearest_name else ""
             hint = f" {self._hint}" if self._hint else ""
             raise self._error(f"Unknown {self._what} '{name}'.{guess} Known: {', '.join(sorted(self._items))}.{hint}")
         return self._items[name]

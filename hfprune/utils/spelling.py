@@ -1,4 +1,4 @@
-"""The known name that a mistyped one stands for, where one is really close."""
+"""Spelling: the known name that is closest to a misspelled one."""
 
 from collections.abc import Iterable
 
@@ -13,8 +13,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     ('prune', None, None)
     """
     plain = _plain(name)
-    found = sorted((edits(plain, _plain(other)), other) for other in known)
-    return found[0][1] if found and found[0][0] <= max(1, len(plain) // 5) < len(plain) else None
+    ranked = sorted((edits(plain, _plain(other)), other) for other in known)
+    return ranked[0][1] if ranked and ranked[0][0] <= max(1, len(plain) // 5) < len(plain) else None
 
 
 def edits(a: str, b: str) -> int:

@@ -11,7 +11,7 @@ import torch
 
 import hfprune.utils.files
 from hfprune.callbacks.checkpointing import AtomicCheckpointIO
-from hfprune.data.token_cache import ExampleStore, digest
+from hfprune.data.examples import ExampleStore, digest
 from hfprune.evaluation.cache import cached_reference
 from hfprune.io.save import export_model, save_importance
 from hfprune.plan import PLAN_FILE, PruningPlan

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from hfprune.data import ChatRow, InstructionRow, Turn, load_rows
 from hfprune.data.chat_template import ChatEncoder
 from hfprune.data.encode import tokenizer_key
-from hfprune.data.examples import Encoder, ExampleOptions
-from hfprune.data.packing import pack
+from hfprune.data.examples import Encoder, ExampleOptions, pack
 from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
 from hfprune.utils.errors import ConfigError
@@ -107,7 +106,7 @@ def test_templates_that_rewrite_are_trained_by_turns_and_refusals_are_said(token
     with pytest.warns(UserWarning, match="1 .earlier turns rewritten by the chat template: trained turn by turn.[.]$"):
         assert len(data.train_dataloader().dataset) == 3
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ConfigError, match=r"no example of .* can be used .2 refused by the chat template: no.[.]$"):
+    with pytest.raises(ConfigError, match=r"no example can be used .2 refused by the chat template: no.[.]$"):
         bound(tokenizer, recovery=write(tmp_path / "a.json", [row, {"messages": row["messages"][:2]}]),
               validation="builtin").train_dataloader()  # fmt: skip
 
@@ -127,13 +126,13 @@ def test_a_conversation_may_begin_with_a_response(tokenizer):
 def test_conversations_need_a_template(tokenizer, tmp_path):
     source = write(tmp_path / "a.json", [{"conversations": CHAT}])
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none.*--data.chat_template"):
+    with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none.*chat_template"):
         bound(tokenizer, recovery=source, validation="builtin").train_dataloader()
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     data = bound(tokenizer, recovery=source, validation="builtin", seq_len=200, chat_template=str(tmp_path / "t.jinja"))
     data.bind(tokenizer, vocab_size=61, max_positions=200)
     assert len(data.train_dataloader().dataset) == 1
-    with pytest.raises(ConfigError, match="--data.chat_template 'nowhere' cannot be read"):
+    with pytest.raises(ConfigError, match="chat_template='nowhere' cannot be read"):
         bound(tokenizer, chat_template="nowhere")
 
 
@@ -182,7 +181,7 @@ def test_what_is_left_out_is_said_with_counts(tokenizer, tmp_path):
     data.bind(tokenizer, vocab_size=61, max_positions=400)
     with (
         pytest.warns(UserWarning, match=r"1 of 4 rows cannot be used: 1 no response \(row 2\)"),
-        pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len: split.; --data"),
+        pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len: split.; seq_len="),
     ):
         data.train_dataloader()
     assert data.summary()["recovery"]["dropped"] == {"no response": 1, "longer than seq_len: split": 1}

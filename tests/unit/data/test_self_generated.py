@@ -125,8 +125,8 @@ def test_another_model_writes_anew(tmp_path):
 
 @pytest.mark.parametrize(
     ("kwargs", "match"),
-    [({"temperature": 0}, "temperature 0 is not positive"), ({"top_p": 0}, "top_p 0 is not in"),
-     ({"top_p": 1.5}, "top_p 1.5"), ({"batch_size": 0}, "batch_size 0")],
+    [({"temperature": 0}, "temperature=0 must be positive"), ({"top_p": 0}, "top_p=0 must be in"),
+     ({"top_p": 1.5}, "top_p=1.5 must"), ({"batch_size": 0}, "batch_size=0 must")],
 )  # fmt: skip
 def test_settings_are_checked(kwargs, match):
     with pytest.raises(ConfigError, match=match):
@@ -134,15 +134,15 @@ def test_settings_are_checked(kwargs, match):
 
 
 def test_what_cannot_be_written(tmp_path):
-    with pytest.raises(ConfigError, match="--data.text self: how well"):
+    with pytest.raises(ConfigError, match="text='self' is not allowed"):
         TextDataModule(text="self")
     data = TextDataModule("self", seq_len=16)
     data.bind(tiny_tokenizer(), vocab_size=61, max_positions=64)
-    with pytest.raises(ConfigError, match="the data do not know the model"):
+    with pytest.raises(ConfigError, match="pass author to bind"):
         data.calibration_dataloader()
-    with pytest.raises(ConfigError, match="say how many sequences .* --data.recovery_sequences"):
+    with pytest.raises(ConfigError, match="recovery='self' needs recovery_sequences"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match="begins with 20 tokens"):
+    with pytest.raises(ConfigError, match="start gives 20 tokens"):
         writer(tmp_path, tiny, start="a " * 20).rows("calibration", 1, 20)
     assert data.evaluation_windows() is None
 
@@ -216,4 +216,4 @@ def test_how_much_recovery_text_is_asked_before_any_is_written(tmp_path, monkeyp
     monkeypatch.setattr(Writer, "rows", lambda *_: pytest.fail("text was written"))
     flags = [f"--model.path={dense}", "--data.calibration=self", "--data.seq_len=16", "--pruning_ratio=0.2"]
     assert main(["fit", *flags, "--data.eval_windows=0", "--output_dir=out"]) == 2
-    assert "say how many sequences to write with --data.recovery_sequences" in capsys.readouterr().err
+    assert "needs recovery_sequences, the number of sequences to write" in capsys.readouterr().err

@@ -141,9 +141,7 @@ def test_bad_bytes(tmp_path):
 
 def test_paths_are_checked_by_name_alone(tmp_path):
     (tmp_path / "wiki_test.txt").write_text("x")
-    with pytest.raises(
-        ConfigError, match=r"--data.text '.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"
-    ):
+    with pytest.raises(ConfigError, match=r"text='.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"):
         check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is a folder without files that are read"):
@@ -177,8 +175,8 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 
 
 def test_a_name_too_long_for_the_file_system():
-    with pytest.raises(ConfigError, match="--data.text 'a{80}' cannot be looked up: File name too long"):
-        check_source("a" * 5000, "--data.text")
+    with pytest.raises(ConfigError, match="text='a{80}' cannot be looked up: File name too long"):
+        check_source("a" * 5000, "text")
 
 
 def test_truth_values_are_not_token_ids(tmp_path):

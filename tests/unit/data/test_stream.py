@@ -123,11 +123,11 @@ def test_documents_of_other_roles_are_left_out(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"recovery": "a.json"}, "'a.json' is read as a whole"),
-        ({"recovery": "builtin", "calibration": "a.jsonl"}, "'builtin' is read as a whole"),
-        ({}, "give a --data.recovery that no other role uses"),
+        ({"recovery": "a.json"}, "recovery='a.json' can only be read as a whole"),
+        ({"recovery": "builtin", "calibration": "a.jsonl"}, "recovery='builtin' can only be read as a whole"),
+        ({}, "needs a recovery source that no other role uses"),
         ({"recovery": "a.jsonl", "validation": "./a.jsonl"}, "no other role uses"),
-        ({"recovery": "a.jsonl", "shuffle_buffer": 0}, "--data.shuffle_buffer 0 is not positive"),
+        ({"recovery": "a.jsonl", "shuffle_buffer": 0}, "shuffle_buffer=0 must be positive"),
     ],
 )
 def test_streams_that_cannot_be(tmp_path, monkeypatch, kwargs, match):
@@ -214,15 +214,15 @@ def test_a_stream_must_end_somewhere(tmp_path):
     source = jsonl(tmp_path / "a.jsonl")
     with pytest.raises(ConfigError, match="length of a stream is not known"):
         fit(tmp_path, source, max_steps=-1)
-    with pytest.raises(ConfigError, match="--data.num_workers is 1, not 0"):
+    with pytest.raises(ConfigError, match="num_workers=1 must be 0"):
         fit(tmp_path, source, num_workers=1)
-    with pytest.raises(ConfigError, match="give --trainer.max_steps"):
+    with pytest.raises(ConfigError, match="recovery_sequences=.* cannot be used with streaming=True. Set max_steps"):
         fit(tmp_path, source, recovery_sequences=5)
 
 
 def test_an_empty_file_is_said(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(ConfigError, match="gives no example: it holds no rows"):
+    with pytest.raises(ConfigError, match="gives no example: it has no rows"):
         list(loader(tokenizer, str(tmp_path / "a.jsonl")))
 
 

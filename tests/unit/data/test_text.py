@@ -168,7 +168,7 @@ def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
     source = alpaca(tmp_path / "a.json", ["is a", "is " * 500, "an of"])
     data = bound(tokenizer, recovery=source, validation="builtin", seq_len=400, overlong="drop")
     data.bind(tokenizer, vocab_size=61, max_positions=400)
-    with pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len.; --data.seq_len is 400"):
+    with pytest.warns(UserWarning, match=r"left out or changed: 1 .longer than seq_len.; seq_len=400"):
         batches = list(data.train_dataloader())
     (batch,) = batches
     assert batch["input_ids"].shape[0] == 2
@@ -183,7 +183,9 @@ def test_too_long_examples_are_left_out_and_counted(tokenizer, tmp_path):
 def test_no_example_fits(tokenizer, tmp_path):
     data = bound(tokenizer, recovery=alpaca(tmp_path / "a.json", ["is " * 500]), validation="builtin", seq_len=20,
                  overlong="cut")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"no example of .* fits into 20 tokens .1 no supervised token"):
+    with pytest.raises(
+        ConfigError, match=r"recovery=.*: no example fits into seq_len=20 tokens .1 no supervised token"
+    ):
         data.train_dataloader()
 
 
@@ -205,7 +207,7 @@ def test_wikitext_windows(shared_dir, tokenizer):
 
 def test_evaluation_text_too_short(tokenizer, tmp_path):
     (tmp_path / "w.txt").write_text("hi")
-    with pytest.raises(ConfigError, match="less than one window .16.*--data.eval_window"):
+    with pytest.raises(ConfigError, match="fewer than one window .eval_window=16.*smaller eval_window"):
         bound(tokenizer, text=str(tmp_path / "w.txt")).evaluation_windows()
     (tmp_path / "a.json").write_text(json.dumps(["the assert", "is a", "of", "while"]))
     with pytest.warns(UserWarning, match="perplexity and fidelity are not measured"):
@@ -222,9 +224,9 @@ def test_evaluation_windows_with_stride_and_bos(tokenizer, tmp_path):
     with_bos = bound(tokenizer, text=str(tmp_path / "w.txt"), bos="always").evaluation_windows()
     assert (with_bos.ids[:, 0] == tokenizer.bos_token_id).all()
     assert with_bos.ids.flatten()[1:16].tolist() == plain.ids.flatten()[:15].tolist()
-    with pytest.raises(ConfigError, match="eval_stride 17 is not between 1 and 16"):
+    with pytest.raises(ConfigError, match="eval_stride=17 must be between 1 and 16"):
         bound(tokenizer, eval_stride=17)
-    with pytest.raises(ConfigError, match="eval_stride 16 is not between 1 and 15"):
+    with pytest.raises(ConfigError, match="eval_stride=16 must be between 1 and 15"):
         bound(tokenizer, eval_stride=16, bos="always").evaluation_windows()
     tokenizer.bos_token = None
     with pytest.raises(ConfigError, match="no BOS token"):
@@ -243,7 +245,7 @@ def test_pretokenised_rows_serve_calibration_alone(tokenizer, tmp_path):
     batches = list(data.calibration_dataloader())
     assert torch.equal(torch.cat([b["input_ids"] for b in batches]), token_ids(6, 10))
     assert data.evaluation_windows() is None
-    with pytest.raises(ConfigError, match="give --data.recovery"):
+    with pytest.raises(ConfigError, match="recovery must be given"):
         data.train_dataloader()
 
 
@@ -266,7 +268,9 @@ def test_pretokenised_rows_that_repeat_serve_one_role(tokenizer, tmp_path):
 def test_too_few_pretokenised_rows_to_share(tokenizer, tmp_path):
     save_file({"input_ids": token_ids(3, 10)}, tmp_path / "t.safetensors")
     data = bound(tokenizer, recovery=str(tmp_path / "t.safetensors"))
-    with pytest.raises(ConfigError, match="holds 3 sequences, too few .* left for validation; give --data.validation"):
+    with pytest.raises(
+        ConfigError, match="validation must be given: .* holds 3 sequences, too few .* left for validation"
+    ):
         data.val_dataloader()
 
 
@@ -306,17 +310,17 @@ def test_tokenizer_larger_than_the_model(tokenizer):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"seq_len": 1}, "--data.seq_len 1"),
-        ({"batch_size": 0}, "--data.batch_size 0"),
-        ({"calibration_sequences": -3}, "--data.calibration_sequences -3"),
-        ({"eval_windows": -1}, "--data.eval_windows -1"),
-        ({"recovery_sequences": 0}, "--data.recovery_sequences 0"),
-        ({"calibration_layout": "crops"}, "neither concat nor crop"),
-        ({"num_workers": -1}, "--data.num_workers -1 is negative"),
-        ({"seed": -1}, "--data.seed -1 is not between"),
-        ({"seed": 2**32}, "--data.seed 4294967296 is not between"),
-        ({"text": "nowhere.txt"}, "--data.text 'nowhere.txt' does not exist"),
-        ({"recovery": "./nowhere"}, "--data.recovery './nowhere' does not exist"),
+        ({"seq_len": 1}, "seq_len=1 must"),
+        ({"batch_size": 0}, "batch_size=0 must"),
+        ({"calibration_sequences": -3}, "calibration_sequences=-3 must"),
+        ({"eval_windows": -1}, "eval_windows=-1 must"),
+        ({"recovery_sequences": 0}, "recovery_sequences=0 must"),
+        ({"calibration_layout": "crops"}, "must be 'concat' or 'crop'"),
+        ({"num_workers": -1}, "num_workers=-1 must not be negative"),
+        ({"seed": -1}, "seed=-1 must be between"),
+        ({"seed": 2**32}, "seed=4294967296 must be between"),
+        ({"text": "nowhere.txt"}, "text='nowhere.txt' does not exist"),
+        ({"recovery": "./nowhere"}, "recovery='./nowhere' does not exist"),
     ],
 )
 def test_arguments_are_checked_at_once(kwargs, match):
@@ -325,9 +329,9 @@ def test_arguments_are_checked_at_once(kwargs, match):
 
 
 def test_windows_longer_than_the_model_allows(tokenizer):
-    with pytest.raises(ConfigError, match="--data.eval_window: 65 tokens are more than the 64"):
+    with pytest.raises(ConfigError, match="eval_window: 65 tokens are more than the 64"):
         bound(tokenizer, eval_window=65).evaluation_windows()
-    with pytest.raises(ConfigError, match="--data.seq_len: 65 tokens"):
+    with pytest.raises(ConfigError, match="seq_len: 65 tokens"):
         bound(tokenizer, seq_len=65).calibration_dataloader()
 
 

@@ -99,12 +99,12 @@ def test_ids_and_labels_that_the_model_does_not_know(tmp_path):
 
 def test_too_few_tokens_for_one_sequence(tmp_path):
     source = saved(tmp_path / "a", [{"input_ids": [1]}, {"input_ids": [1, 2]}])
-    with pytest.raises(ConfigError, match="fewer tokens than one sequence of 4"):
+    with pytest.raises(ConfigError, match="fewer tokens than one sequence of seq_len=4"):
         bound(recovery=source, validation="builtin", text="builtin").train_dataloader()
 
 
 def test_token_ids_are_not_streamed(tmp_path):
     source = saved(tmp_path / "a", [{"input_ids": [1, 2, 3, 4]}] * 3)
     data = bound(recovery=source, streaming=True, text="builtin")
-    with pytest.raises(ConfigError, match="holds token ids, which are read as a whole"):
+    with pytest.raises(ConfigError, match="holds token ids, which streaming=True cannot read"):
         next(iter(data.train_dataloader()))

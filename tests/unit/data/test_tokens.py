@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from hfprune.data import ChatRow, InstructionRow, TextDataModule, Turn
-from hfprune.data.bos import adds_bos
 from hfprune.data.chat_template import ChatEncoder, ChatError
-from hfprune.data.encode import WholeText, concat_blocks, crop_documents, prompt_of
+from hfprune.data.encode import WholeText, adds_bos, concat_blocks, crop_documents, prompt_of
 from hfprune.data.examples import BY_TURNS, Encoder, ExampleOptions
 from hfprune.io.load import predicts_badly_without_bos
 from hfprune.modules import PruningModule
@@ -338,22 +337,22 @@ def test_tokenizers_without_the_habit_are_left_alone():
 
 
 def test_the_former_name_still_works(styled):
-    with pytest.warns(FutureWarning, match="--data.eval_bos is replaced by --data.bos auto.always.never"):
+    with pytest.warns(FutureWarning, match="eval_bos is replaced by bos, .* eval_bos=(True|False) means bos="):
         data = module(styled, eval_bos=False)
     assert not data.evaluation_windows().bos
     assert (data._calibration_ids()[:, 0] == BOS).all()
     with pytest.warns(FutureWarning):
         assert module(tiny_tokenizer(), eval_bos=True).evaluation_windows().bos
-    with pytest.raises(ConfigError, match="--data.bos never contradicts --data.eval_bos true"):
+    with pytest.raises(ConfigError, match="bos='never' contradicts eval_bos=True"):
         module(styled, bos="never", eval_bos=True)
 
 
 def test_bos_settings_that_cannot_be(styled):
-    with pytest.raises(ConfigError, match="--data.bos 'sometimes' is none of auto, always, never"):
+    with pytest.raises(ConfigError, match="bos='sometimes' must be one of auto, always, never"):
         TextDataModule(bos="sometimes")
     tokenizer = styled_tokenizer("llama2")
     tokenizer.bos_token = None
-    with pytest.raises(ConfigError, match="--data.bos always: the tokenizer has no BOS token"):
+    with pytest.raises(ConfigError, match="bos='always': the tokenizer has no BOS token"):
         module(tokenizer, bos="always")
 
 
@@ -387,11 +386,11 @@ def test_a_class_that_needs_bos_is_warned_of_sequences_without(tmp_path):
     (stage,) = found.values()
     assert "each begins with BOS" in stage["perplexity"]["protocol"]
     with pytest.warns(
-        UserWarning, match="2 of 2 sequences do not begin with BOS, .* predict badly without it. Give --data.bos always"
+        UserWarning, match="2 of 2 sequences do not begin with BOS, .* predict badly without it. Give bos='always'"
     ):
         evaluate(bos="never")
     crops = module(tokenizer, calibration_layout="crop", seq_len=16, needs_bos=True)
-    with pytest.warns(UserWarning, match="--data.calibration 'builtin': . of 4 sequences do not begin with BOS"):
+    with pytest.warns(UserWarning, match="calibration='builtin': . of 4 sequences do not begin with BOS"):
         crops.calibration_dataloader()
     crops = module(tokenizer, calibration_layout="crop", seq_len=16, bos="always", needs_bos=True)
     crops.calibration_dataloader()

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from hfprune.evaluation import zero_shot
-from hfprune.evaluation.table import stage_table
 from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.report.table import stage_table
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import tiny, tiny_tokenizer
 
@@ -147,11 +147,11 @@ def test_runs_again_on_another_model_and_leaves_random_numbers_alone(folder):
     [
         (["my_tusk"], {}, "unknown task 'my_tusk'. Nearest: my_task"),
         (["paper11"], {}, "Nearest: paper10"),
-        ([], {}, "names no task"),
-        (["my_task"], {"limit": 0}, "--limit .* above 0 .*; got 0, 8, None"),
-        (["my_task"], {"batch_size": 0}, "--task_batch_size above 0 .*; got None, 0, None"),
-        (["my_task"], {"data_dir": "nowhere"}, "--task_data 'nowhere' is not a folder"),
-        (["my_task"], {"include_path": "nowhere"}, "--include_path 'nowhere' is not a folder"),
+        ([], {}, "must name at least one task"),
+        (["my_task"], {"limit": 0}, "limit=0 must be at least 1"),
+        (["my_task"], {"batch_size": 0}, "batch_size=0 must be at least 1"),
+        (["my_task"], {"data_dir": "nowhere"}, "data_dir='nowhere' is not a folder"),
+        (["my_task"], {"include_path": "nowhere"}, "include_path='nowhere' is not a folder"),
     ],
 )
 def test_bad_input(folder, names, settings, message):
@@ -161,7 +161,7 @@ def test_bad_input(folder, names, settings, message):
 
 def test_missing_data_are_said_before_a_model_is_needed(folder, tmp_path):
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(ConfigError, match="data of the tasks my_task cannot be read: .*--task_data"):
+    with pytest.raises(ConfigError, match="data of the tasks my_task cannot be read: .*data_dir"):
         ZeroShotTasks(["my_task"], include_path=folder).load()
 
 

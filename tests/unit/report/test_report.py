@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from hfprune import evaluation
 from hfprune.io.save import save_importance
 from hfprune.plan import PLAN_FILE, Group, PruningPlan, Slice
 from hfprune.report import (
@@ -31,7 +32,7 @@ from hfprune.report import (
 )
 from hfprune.report.data import number
 from hfprune.report.figures import binned, chance_overlap, kl_curves, smoothed, to_bytes
-from hfprune.report.table import models, notes, summary
+from hfprune.report.table import models, notes, show, stage_table, summary, to_markdown
 from hfprune.utils.errors import ConfigError, OutputError, PlanError
 
 LAYERS, UNITS = 30, 48
@@ -485,7 +486,7 @@ def test_read_run_of_the_least(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "holds no report.json"),
+        (None, "has no report.json"),
         ("{", "is not valid JSON"),
         ("[]", "is not the report of a run"),
         ("{}", "is not the report of a run"),
@@ -564,3 +565,37 @@ def test_the_console_would_be_heard(tmp_path):
     path.write_text(full_page().replace("</body>", "<script>alert(1)</script></body>"))
     done = browse(path, tmp_path / "profile", f"--screenshot={tmp_path / 'shot.png'}")
     assert "CONSOLE" in done.stderr
+
+
+def test_the_terminal_shows_the_rows_of_the_page():
+    table = stage_table(full().stages)
+    labels = list(table.columns[0].cells)
+    assert labels == [label for section in summary(full()) for label, _ in section.rows]
+    cells = dict(zip(labels, table.columns[2].cells, strict=True))
+    assert cells["Parameters"] == "107,612,006 (x0.80)"
+    assert cells["harder (acc_norm)"].endswith("(-5.0 points)")
+    assert cells["KL to dense (nats/token)"].endswith("\u00b1 0.0330")
+    assert table.caption == " ".join(notes(full()))
+
+
+def test_widths_that_differ_are_a_mean_and_a_range():
+    stages = {"pruned": {"parameters": 5, "width": None, "widths": [7, 20, 12], "mean_width": 13.0}}
+    assert list(stage_table(stages).columns[1].cells) == ["5", "13 (7 to 20)"]
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_piped_table_is_not_cut(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    stages = {f"stage_{i}_with_a_long_name": {"parameters": 10**9 + i} for i in range(12)}
+    show(stage_table(stages))
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "Parameters" in line)
+    assert all(f"{10**9 + i:,}" in row for i in range(12))
+    wide = to_markdown([f"column {i}" for i in range(40)], [[f"[b]{i}" for i in range(40)]])
+    show(wide)
+    assert capsys.readouterr().out == wide + "\n"
+
+
+def test_the_old_path_of_the_table_warns():
+    with pytest.warns(DeprecationWarning, match=r"hfprune.report.table.stage_table"):
+        assert evaluation.stage_table is stage_table

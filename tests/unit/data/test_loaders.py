@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfprune.data.sampler import EpochShuffle, ResumableLoader
+from hfprune.data.loaders import EpochShuffle, ResumableLoader
 
 
 def shuffle(size=20, *, seed=0, epoch=0, num_replicas=1, rank=0):
