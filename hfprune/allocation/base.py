@@ -1,5 +1,6 @@
 """What an allocation is: an inventory of groups and a budget in, widths out."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from hfprune.models import (
     per_channel,
     unit_cost,
 )
-from hfprune.plan import Group
+from hfprune.plan import LAYERS, Group
 from hfprune.utils.errors import ConfigError
 
 
@@ -50,7 +51,7 @@ class ChannelCosts:
     """What goes with one hidden channel, all other units being there.
 
     Attributes:
-        per_unit: Parameters of one unit of each group, 0 for ``block`` and ``channels`` groups.
+        per_unit: Parameters of one unit of each group, 0 for ``layers`` and ``channels`` groups.
         per_layer: Parameters of each layer.
         per_model: Parameters of the model.
         step: A stock config states hidden sizes that are multiples of this, one for every query head or 1.
@@ -84,7 +85,7 @@ class Inventory:
 
     Attributes:
         groups: The groups of the dense model.
-        costs: Parameters that one unit of each group owns, 0 for ``block`` groups; no parameter belongs to two units,
+        costs: Parameters that one unit of each group owns, 0 for ``layers`` groups; no parameter belongs to two units,
             but for those that belong to a hidden channel, too.
         dense_params: Parameters of the dense model, tied weights once.
         hidden_size: Hidden size of the model.
@@ -118,7 +119,7 @@ class Inventory:
         counts = head_counts(model) if stock and heads else ()
         return cls(
             groups=groups,
-            costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
+            costs=tuple(0 if group.kind == LAYERS else unit_cost(model, group) for group in groups),
             dense_params=parameter_count(model),
             hidden_size=model.config.hidden_size,
             layer_params=layer_params(model),
@@ -127,9 +128,9 @@ class Inventory:
         )
 
     @property
-    def block(self) -> Group | None:
+    def layers(self) -> Group | None:
         """The group of whole layers, None where layers are no units."""
-        return next((group for group in self.groups if group.kind == "block"), None)
+        return next((group for group in self.groups if group.kind == LAYERS), None)
 
     @property
     def stream(self) -> int:
@@ -170,7 +171,7 @@ class Inventory:
         """Returns the parameters of the model with ``widths`` units left per group and some layers gone.
 
         Args:
-            widths: Kept units per group; those of removed layers and of the ``block`` group do not matter.
+            widths: Kept units per group; those of removed layers and of the ``layers`` group do not matter.
             removed_layers: Layers that go as a whole.
         """
         if self.channels is not None:
@@ -192,7 +193,7 @@ class Inventory:
         movable = sum(n for layer, n in enumerate(self.layer_params) if layer not in self.fixed_layers)
         for _ in range(100):
             share = (low + high) / 2
-            layers = share if self.block is not None else 0.0
+            layers = share if self.layers is not None else 0.0
             removed = layers * movable + (1 - layers) * share * within
             low, high = (share, high) if removed < self.dense_params - target else (low, share)
         return high
@@ -204,12 +205,12 @@ class Inventory:
 
     def worst_layers(self, scores: Scores | None, number: int) -> tuple[int, ...]:
         """Returns the ``number`` removable layers with the lowest scores, ascending; without scores, the last ones."""
+        group = self.layers
+        assert group is not None
         layers = [layer for layer in range(len(self.layer_params)) if layer not in self.fixed_layers]
-        block = self.block
-        assert block is not None
         if scores is None:
             return tuple(layers[len(layers) - number :])
-        stay = keep_top(scores[block.name][layers], len(layers) - number)
+        stay = keep_top(scores[group.name][layers], len(layers) - number)
         return tuple(layer for place, layer in enumerate(layers) if place not in stay)
 
 
@@ -232,12 +233,20 @@ class Allocation(ABC):
     """Spreads a budget over groups. An instance holds settings only.
 
     Attributes:
-        takes_blocks: Whether whole layers may be among the units.
+        takes_layers: Whether whole layers may be among the units.
         takes_channels: Whether hidden channels may be.
     """
 
-    takes_blocks: ClassVar[bool] = False
+    takes_layers: ClassVar[bool] = False
     takes_channels: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Reads the deprecated attribute ``takes_blocks`` as ``takes_layers``."""
+        super().__init_subclass__(**kwargs)
+        if "takes_blocks" in cls.__dict__:
+            text = f"{cls.__name__}.takes_blocks is now takes_layers; the old name goes away in the next release."
+            warnings.warn(text, FutureWarning, stacklevel=2)
+            cls.takes_layers = cls.__dict__["takes_blocks"]
 
     @property
     def own_budget(self) -> bool:
@@ -246,7 +255,7 @@ class Allocation(ABC):
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether widths, or which layers go, depend on scores: by default where layers are among the units."""
-        return inventory.block is not None
+        return inventory.layers is not None
 
     @abstractmethod
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
@@ -276,9 +285,9 @@ class Allocation(ABC):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where whole layers or hidden channels are units and the allocation takes none."""
-        if inventory.block is not None and not self.takes_blocks:
+        if inventory.layers is not None and not self.takes_layers:
             raise ConfigError(
-                f"{type(self).__name__} does not say which whole layers go: leave 'blocks' out of the units, or use "
+                f"{type(self).__name__} does not say which whole layers go: leave 'layers' out of the units, or use "
                 "Uniform, Protected(Uniform) or Explicit."
             )
         self.check_channels(inventory)

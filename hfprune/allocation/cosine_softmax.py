@@ -7,6 +7,7 @@ from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
 from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import removed_units, settled
+from hfprune.plan import UNIT_KINDS
 from hfprune.utils.errors import ConfigError
 
 
@@ -107,7 +108,7 @@ class CosineSoftmax(Allocation):
                     f"{type(self).__name__} would remove {share:.0%} of {group.name}: lower share or alpha, or give a "
                     "budget in place of share."
                 )
-            step = round_to if group.kind == "mlp" else 1
+            step = round_to if UNIT_KINDS[group.kind].rounded else 1
             kept = round_width(group.num_units - number, step) if number else group.num_units
             widths.append(min(max(kept, step, group.least), group.num_units))
         return widths

@@ -24,7 +24,7 @@ class Protected(Allocation):
         ConfigError: A number is negative.
     """
 
-    takes_blocks = True
+    takes_layers = True
 
     def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
         if first < 0 or last < 0:

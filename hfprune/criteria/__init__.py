@@ -17,9 +17,9 @@ from hfprune.criteria.base import (
     check_experts,
     resolve_objective,
 )
-from hfprune.criteria.blocks import block_scores, scored_groups, with_blocks
 from hfprune.criteria.coupled_taylor import CoupledTaylor
 from hfprune.criteria.fisher import Fisher
+from hfprune.criteria.layers import layer_sums, scored_groups, with_layers
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
 from hfprune.criteria.reconstruction import Reconstruction
@@ -30,6 +30,8 @@ from hfprune.criteria.vector_taylor import VectorTaylor
 from hfprune.criteria.wanda_structured import WandaStructured
 from hfprune.criteria.weight_range import WeightRange
 from hfprune.criteria.weight_taylor import WeightTaylor
+
+with_blocks = with_layers
 
 __all__ = [
     "Activation",
@@ -57,9 +59,9 @@ __all__ = [
     "WeightCriterion",
     "WeightRange",
     "WeightTaylor",
-    "block_scores",
     "check_experts",
+    "layer_sums",
     "resolve_objective",
     "scored_groups",
-    "with_blocks",
+    "with_layers",
 ]

@@ -267,7 +267,7 @@ def check_experts(criterion: Criterion, kinds: Collection[str]) -> None:
     if "experts" in kinds and not criterion.experts:
         raise ConfigError(
             f"{type(criterion).__name__} does not score experts; ActivationTaylor, Fisher, ActivationNorm, Magnitude "
-            "and Random do. Choose one of these, or leave 'experts' out of the units, and 'blocks', which hold them."
+            "and Random do. Choose one of these, or leave 'experts' out of the units, and 'layers', which hold them."
         )
 
 

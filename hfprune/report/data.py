@@ -8,7 +8,7 @@ from typing import Any
 
 from hfprune.io.output_folder import REPORT_FILE
 from hfprune.io.save import load_importance
-from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.plan import PLAN_FILE, PruningPlan, kind_name
 from hfprune.utils.errors import ConfigError
 
 QUANTITIES = ("perplexity", "kl", "accuracy")
@@ -202,14 +202,6 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-_KINDS = {
-    "mlp": "MLP neurons",
-    "heads": "key-value heads",
-    "block": "layers",
-    "channels": "hidden channels",
-}
-
-
 def _layout(saved: Mapping[str, Any]) -> str:
     """Returns how the model was written, and how much of it is padding.
 
@@ -231,7 +223,7 @@ def _budget(budget: Mapping[str, Any]) -> str:
         parts.append(f"MLP width {budget['dense_width']:,} to {budget['width']:,}")
     for kind, found in (budget.get("kinds") or {}).items():
         if kind != "mlp" or not budget.get("width"):
-            parts.append(f"{_KINDS.get(kind, kind)} {sum(found['dense']):,} to {sum(found['kept']):,} in all")
+            parts.append(f"{kind_name(kind)} {sum(found['dense']):,} to {sum(found['kept']):,} in all")
     return "; ".join(parts)
 
 

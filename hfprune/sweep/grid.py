@@ -22,7 +22,7 @@ from hfprune.criteria import (
 )
 from hfprune.models import check_units
 from hfprune.objectives import OBJECTIVES
-from hfprune.plan import UnitKind
+from hfprune.plan import UnitKind, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -49,6 +49,10 @@ class Method:
     units: Sequence[UnitKind] = ("mlp",)
     allocation: Allocation | None = None
     compensation: Compensation | None = None
+
+    def __post_init__(self) -> None:
+        """Replaces deprecated names of unit kinds."""
+        object.__setattr__(self, "units", unit_kinds(self.units))
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
