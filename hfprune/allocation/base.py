@@ -22,6 +22,7 @@ from hfprune.models import (
 )
 from hfprune.plan import LAYERS, Group
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import Configured
 
 
 def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
@@ -229,7 +230,7 @@ class Allotment:
     exact_width: float | None = None
 
 
-class Allocation(ABC):
+class Allocation(Configured, ABC):
     """Spreads a budget over groups. An instance holds settings only.
 
     Attributes:
@@ -274,9 +275,9 @@ class Allocation(ABC):
             ConfigError: The settings do not fit the model.
         """
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns name and settings for the plan's provenance, JSON-able."""
+        return {"name": type(self).__name__, **self.settings()}
 
     def __str__(self) -> str:
         """Returns name and settings as one would write them."""

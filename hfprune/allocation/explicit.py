@@ -1,10 +1,8 @@
 """Widths that the user names, one for all layers or one for each."""
 
-from typing import Any
-
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
-from hfprune.plan import unit_kinds
+from hfprune.plan import LAYERS, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 
@@ -43,18 +41,12 @@ class Explicit(Allocation):
             layers = blocks
         if all(value is None for value in (mlp, heads, experts, layers, channels)):
             raise ConfigError("Explicit names what to keep: give mlp, heads, experts, layers or channels.")
-        self.layers = layers
-        self._named = {"mlp": mlp, "heads": heads, "experts": experts, "channels": channels}
+        self.mlp, self.heads, self.experts, self.channels, self.layers = mlp, heads, experts, channels, layers
 
     @property
     def own_budget(self) -> bool:
         """Always."""
         return True
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and widths."""
-        named = self._named | {"layers": self.layers}
-        return {"name": "Explicit"} | {key: value for key, value in named.items() if value is not None}
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether a number of layers was given, and not which."""
@@ -62,10 +54,10 @@ class Explicit(Allocation):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
-        for kind, value in (self._named | {"layers": self.layers}).items():
-            if value is not None and kind not in inventory.kinds():
+        for kind in self.settings():
+            if kind not in inventory.kinds():
                 raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
-        for kind, value in self._named.items():
+        for kind, value in self._numbers().items():
             self._widths(inventory, kind, value)
         if self.layers is not None:
             self._removed(inventory, None)
@@ -74,11 +66,15 @@ class Explicit(Allocation):
         """Returns the named widths."""
         removed = self._removed(inventory, scores) if self.layers is not None else ()
         widths = list(inventory.dense_widths())
-        for kind, value in self._named.items():
+        for kind, value in self._numbers().items():
             for number, width in self._widths(inventory, kind, value).items():
                 if inventory.groups[number].layer not in removed:
                     widths[number] = width
         return settled(inventory, widths, removed)
+
+    def _numbers(self) -> dict[str, int | list[int]]:
+        """Returns unit kind -> number or numbers of units to keep, without whole layers."""
+        return {kind: value for kind, value in self.settings().items() if kind != LAYERS}
 
     def _removed(self, inventory: Inventory, scores: Scores | None) -> tuple[int, ...]:
         layers = len(inventory.layer_params)
@@ -92,10 +88,8 @@ class Explicit(Allocation):
             raise ConfigError(f"{self} removes layers that are protected or not there, or all of {layers}.")
         return tuple(named)
 
-    def _widths(self, inventory: Inventory, kind: str, value: int | list[int] | None) -> dict[int, int]:
+    def _widths(self, inventory: Inventory, kind: str, value: int | list[int]) -> dict[int, int]:
         """Returns group number -> width."""
-        if value is None:
-            return {}
         members = inventory.numbers(kind)
         layers = len(inventory.layer_params)
         if not isinstance(value, int) and len(value) != layers:

@@ -1,7 +1,7 @@
 """One ranking of the units of all layers."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.rounding import Slot, slot
 from hfprune.allocation.uniform import settled
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 Comparable = Literal["none", "per_parameter", "mean", "standard"]
 
@@ -51,16 +52,10 @@ class GlobalRank(Allocation):
     """
 
     def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:
-        if comparable not in _COMPARABLE:
-            raise ConfigError(f"GlobalRank: comparable '{comparable}' is none of {', '.join(_COMPARABLE)}.")
+        check_choice("comparable", comparable, _COMPARABLE)
         if not 0 <= floor <= ceiling <= 1:
             raise ConfigError(f"GlobalRank: floor {floor} and ceiling {ceiling} need 0 <= floor <= ceiling <= 1.")
         self.comparable, self.floor, self.ceiling = comparable, floor, ceiling
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        settings = {"comparable": self.comparable, "floor": self.floor, "ceiling": self.ceiling}
-        return {"name": "GlobalRank", **settings}
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Always."""

@@ -1,7 +1,6 @@
 """First and last layers that stay as they are (LLM-Pruner), around any other allocation."""
 
 from dataclasses import replace
-from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.sensitivity import Sensitivity
@@ -62,7 +61,3 @@ class Protected(Allocation):
         for i, width in zip(open_to, found.widths, strict=True):
             widths[i] = width
         return replace(found, widths=tuple(widths))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        return {"name": "Protected", "first": self.first, "last": self.last, "allocation": str(self.allocation)}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
@@ -62,11 +62,6 @@ class Uniform(Allocation):
         if idle:
             pruned = ", ".join(inventory.kinds())
             raise ConfigError(f"{self} names {', '.join(idle)}, units that are not pruned: the units are {pruned}.")
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        settings = {"share": self.share, "compat": self.compat}
-        return {"name": "Uniform"} | {key: value for key, value in settings.items() if value is not None}
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the same share of every group of a kind."""

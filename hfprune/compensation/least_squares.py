@@ -1,7 +1,5 @@
 """Full least squares of a projection on its kept inputs."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,10 +46,6 @@ class LeastSquares(Compensation):
         used = moments if bias is None else moments.centred()
         new = refit(weight, used, keep, damping=self.damping)
         return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        return super().describe() | {"damping": self.damping}
 
 
 def mean_output(weight: Tensor, moments: Moments) -> Tensor:

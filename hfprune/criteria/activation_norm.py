@@ -31,10 +31,6 @@ class ActivationNorm(ActivationCriterion):
         """Returns sqrt(sum / tokens)."""
         return (sums.rows[UNITS] / sums.totals.num_tokens).sqrt()
 
-    def describe(self) -> dict[str, str]:
-        """Returns the name."""
-        return {"name": "activation_norm"}
-
 
 def squares(signal: Tensor, batch: BatchInfo) -> Tensor:
     """Returns the sum over each sequence's real tokens of the square of every channel, [B, C] float64."""

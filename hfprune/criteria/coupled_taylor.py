@@ -71,7 +71,3 @@ class CoupledTaylor(GradientCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns sum / count."""
         return sums.rows[UNITS] / sums.totals.divisor(self.weighting)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and weighting."""
-        return {"name": "coupled_taylor", "weighting": self.weighting}

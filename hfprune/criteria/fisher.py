@@ -9,7 +9,7 @@ from torch import Tensor
 from hfprune.criteria.base import UNITS, BatchInfo, GradientCriterion, LargeSums, Rows, Signal, Sums
 from hfprune.criteria.channels import unit_products
 from hfprune.plan import Group, Slice
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 
 class Fisher(GradientCriterion):
@@ -37,8 +37,7 @@ class Fisher(GradientCriterion):
     objectives = ("sampled", "cross_entropy")
 
     def __init__(self, *, reduction: Literal["per_token", "per_sequence"] = "per_token") -> None:
-        if reduction not in ("per_token", "per_sequence"):
-            raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence.")
+        check_choice("reduction", reduction, ("per_token", "per_sequence"))
         self.reduction = reduction
 
     def reads(self, part: Slice) -> Literal["input"] | None:
@@ -56,7 +55,3 @@ class Fisher(GradientCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns sum / tokens."""
         return sums.rows[UNITS] / sums.totals.num_tokens
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and reduction."""
-        return {"name": "fisher", "reduction": self.reduction}

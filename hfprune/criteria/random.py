@@ -31,7 +31,3 @@ class Random(WeightCriterion):
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
         return torch.rand(group.num_units, generator=generator, dtype=torch.float64)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and seed."""
-        return {"name": "random", "seed": str(self.seed)}

@@ -33,7 +33,3 @@ class Reconstruction(LayerwiseCriterion):
         """Returns the kept units and what each unit's loss costs."""
         (part,) = group.inputs()
         return eliminate(weight, moments, width, unit_width=part.width, damping=self.damping, step=self.step)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        return {"name": "reconstruction", "damping": str(self.damping), "step": str(self.step)}

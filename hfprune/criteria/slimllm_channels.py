@@ -31,6 +31,8 @@ class SlimLLMChannels(ActivationCriterion):
             scores above all others. The published code has 0.01 (the paper does not mention it); off by default.
     """
 
+    name = "slimllm_channels"
+
     def __init__(self, *, keep_lowest: float = 0.0) -> None:
         if not 0 <= keep_lowest < 1:
             raise ConfigError(f"keep_lowest {keep_lowest} is not a share in [0, 1).")
@@ -97,7 +99,7 @@ class SlimLLMChannels(ActivationCriterion):
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
-        return {"name": "slimllm_channels", "keep_lowest": f"{self.keep_lowest:g}"}
+        return {"name": self.name, "keep_lowest": f"{self.keep_lowest:g}"}
 
 
 def _output_size(group: Group, shapes: Sequence[Shape]) -> int:

@@ -32,6 +32,8 @@ class SlimLLMHeads(ActivationCriterion):
             does not refine.
     """
 
+    name = "slimllm_heads"
+
     def __init__(self, *, dropped: float | None = None) -> None:
         if dropped is not None and not 0 < dropped < 1:
             raise ConfigError(f"dropped {dropped} is not a share in (0, 1).")
@@ -83,8 +85,7 @@ class SlimLLMHeads(ActivationCriterion):
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
-        text = {"name": "slimllm_heads"}
-        return text | ({"dropped": f"{self.dropped:g}"} if self.dropped is not None else {})
+        return {"name": self.name} | ({"dropped": f"{self.dropped:g}"} if self.dropped is not None else {})
 
 
 def contribution_covariance(group: Group, sums: Sums) -> Tensor:

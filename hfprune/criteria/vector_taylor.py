@@ -86,7 +86,3 @@ class VectorTaylor(GradientCriterion):
         divisor = sums.totals.divisor(self.weighting)
         by_channel = [sums.rows[name].abs() / divisor for name in slice_names(group)]
         return reduce_matrices(group, by_channel, self.matrices)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        return {"name": "vector_taylor", "matrices": self.matrices, "weighting": self.weighting}

@@ -10,7 +10,7 @@ from hfprune.criteria.activation_norm import squares
 from hfprune.criteria.base import Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
 from hfprune.criteria.channels import by_unit, channels, slice_name, slice_names
 from hfprune.plan import Group, Slice
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 
 class WandaStructured(ActivationCriterion):
@@ -25,8 +25,7 @@ class WandaStructured(ActivationCriterion):
     """
 
     def __init__(self, *, projections: Literal["consumers", "all"] = "consumers") -> None:
-        if projections not in ("consumers", "all"):
-            raise ConfigError(f"Unknown projections '{projections}'. Known: consumers, all.")
+        check_choice("projections", projections, ("consumers", "all"))
         self.projections = projections
 
     def reads(self, part: Slice) -> bool:
@@ -57,7 +56,3 @@ class WandaStructured(ActivationCriterion):
                 by_channel = size[where] @ norms if part.side == "out" else size[:, where].sum(0) * norms
                 total += by_unit(group, part, by_channel).cpu()
         return total
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and projections."""
-        return {"name": "wanda_structured", "projections": self.projections}

@@ -28,7 +28,3 @@ class WeightRange(ActivationNorm):
             size = owned.amax(1) + owned.amin(1).abs()
             structure += size / size.max()
         return structure * norm
-
-    def describe(self) -> dict[str, str]:
-        """Returns the name."""
-        return {"name": "weight_range"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from hfprune.sparse.pattern import Sparsity
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import Configured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Matrix:
         return f"{self.layer}.{self.name}"
 
 
-class SparseAllocation(ABC):
+class SparseAllocation(Configured, ABC):
     """Turns one sparsity into one for each matrix.
 
     Attributes:
@@ -62,7 +63,7 @@ class SparseAllocation(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and settings, for reports."""
-        return {"name": type(self).__name__, **vars(self)}
+        return {"name": type(self).__name__, **self.settings(unset=True)}
 
 
 class UniformSparsity(SparseAllocation):
@@ -127,10 +128,6 @@ class ExplicitSparsity(SparseAllocation):
     def __init__(self, sparsities: Mapping[str, str | float]) -> None:
         self.sparsities = {pattern: str(value) for pattern, value in sparsities.items()}
         self._parsed = {pattern: Sparsity.parse(value) for pattern, value in sparsities.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and what was named."""
-        return {"name": "ExplicitSparsity", "sparsities": self.sparsities}
 
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None

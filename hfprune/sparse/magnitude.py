@@ -1,9 +1,11 @@
 """The absolute value of a weight: needs no data."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, ScoreMethod
+from hfprune.sparse.base import InputSums, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, WideScope, check_scope, drop
 
 
@@ -13,6 +15,8 @@ class MagnitudeSparsity(ScoreMethod):
     Args:
         scope: Which weights compete; ``model`` ranks all of them together, so that matrices lose different shares.
     """
+
+    presets: ClassVar[Presets] = {"magnitude": {}, "magnitude_model": {"scope": "model"}}
 
     def __init__(self, *, scope: WideScope = "matrix") -> None:
         check_scope(scope, ("row", "matrix", "model"))
@@ -38,6 +42,8 @@ class RelativeImportance(ScoreMethod):
     Args:
         scope: Which weights compete.
     """
+
+    presets: ClassVar[Presets] = {"relative_importance": {}}
 
     def __init__(self, *, scope: Scope = "matrix") -> None:
         check_scope(scope)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.magnitude import relative
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 from hfprune.sparse.permutation import Permutation, check_permutation, permute
@@ -24,6 +24,7 @@ class RIA(ScoreMethod):
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"ria": {}, "ria_assigned": {"permutation": "assigned"}}
 
     def __init__(self, *, power: float = 0.5, scope: Scope = "matrix", permutation: Permutation = "none") -> None:
         check_scope(scope)

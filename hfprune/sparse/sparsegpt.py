@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, Pruned, SparseMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, Pruned, SparseMethod
 from hfprune.sparse.pattern import Sparsity, drop
 from hfprune.utils.errors import CalibrationError, ConfigError
 
@@ -23,6 +23,7 @@ class SparseGPT(SparseMethod):
     """
 
     needs: ClassVar[Needs] = "products"
+    presets: ClassVar[Presets] = {"sparsegpt": {}}
 
     def __init__(self, *, block: int = 128, damping: float = 0.01) -> None:
         if block < 1 or not damping >= 0:

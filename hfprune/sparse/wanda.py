@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
@@ -20,6 +20,7 @@ class Wanda(ScoreMethod):
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"wanda": {}, "wanda_adaptive": {"adaptive": True}}
 
     def __init__(self, *, scope: Scope = "row", adaptive: bool = False) -> None:
         check_scope(scope)

@@ -15,7 +15,7 @@ from hfprune.models.layer_stream import Reduce
 from hfprune.models.projection import weight_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.sparse.allocation import Matrix
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod, SparseMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod, SparseMethod
 from hfprune.sparse.pattern import Sparsity, WideScope, check_scope, drop
 from hfprune.sparse.state import LayerState
 from hfprune.sparse.statistics import projections
@@ -37,6 +37,7 @@ class TaylorSparsity(ScoreMethod):
     """
 
     needs: ClassVar[Needs] = "importance"
+    presets: ClassVar[Presets] = {"taylor": {}, "taylor_cross_entropy": {"objective": "cross_entropy"}}
 
     def __init__(
         self, *, objective: str = "entropy", scope: WideScope = "row", layers_at_once: int | None = None

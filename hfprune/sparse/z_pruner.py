@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
@@ -22,6 +22,7 @@ class ZPruner(ScoreMethod):
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"z_pruner": {}}
 
     def __init__(self, *, scope: Scope = "matrix") -> None:
         check_scope(scope)
