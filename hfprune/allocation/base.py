@@ -4,7 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -230,13 +230,29 @@ class Allotment:
     exact_width: float | None = None
 
 
+class Measurements(Protocol):
+    """What an allocation can measure on the dense model and the first calibration sequences.
+
+    Results are the same on every rank. The pruning room implements it.
+    """
+
+    def kl_curves(self, shares: Sequence[float]) -> dict[str, dict[float, float]]:
+        """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone being pruned."""
+
+    def layer_cosines(self) -> dict[int, float]:
+        """Returns layer -> mean over tokens of the cosine between the layer's input and output."""
+
+
 class Allocation(Configured, ABC):
     """Spreads a budget over groups. An instance holds settings only.
 
     Attributes:
         takes_layers: Whether whole layers may be among the units.
         takes_channels: Whether hidden channels may be.
+        sequences: Calibration sequences that ``measure`` reads; of allocations that measure.
     """
+
+    sequences: int = 0
 
     takes_layers: ClassVar[bool] = False
     takes_channels: ClassVar[bool] = False
@@ -253,6 +269,19 @@ class Allocation(Configured, ABC):
     def own_budget(self) -> bool:
         """Whether the allocation says itself how much goes, so that no budget is given."""
         return False
+
+    @property
+    def measures(self) -> str:
+        """What is to be measured after calibration (``curves``, ``cosines``); empty where nothing is, or is known."""
+        return ""
+
+    def measure(self, on: Measurements) -> "Allocation":
+        """Returns the allocation with what it measured; itself where it measures nothing.
+
+        Args:
+            on: What can be measured.
+        """
+        return self
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether widths, or which layers go, depend on scores: by default where layers are among the units."""

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.sensitivity import Sensitivity
 from hfprune.allocation.uniform import Uniform
 from hfprune.utils.errors import ConfigError
 
@@ -28,8 +27,11 @@ class Protected(Allocation):
     def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
         if first < 0 or last < 0:
             raise ConfigError(f"Protected: first={first} and last={last} are numbers of layers, not negative.")
-        if isinstance(allocation, Sensitivity) and allocation.curves is None:
-            raise ConfigError("Protected: give Sensitivity its curves; within Protected it does not measure any.")
+        if allocation is not None and allocation.measures:
+            raise ConfigError(
+                f"Protected: give {type(allocation).__name__} its {allocation.measures}; within Protected it does not "
+                "measure any."
+            )
         self.first, self.last, self.allocation = first, last, allocation or Uniform()
 
     @property

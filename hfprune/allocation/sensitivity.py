@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Measurements, Scores
 from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import settled
 from hfprune.plan import PLAN_FORMAT, Group
@@ -54,6 +54,15 @@ class Sensitivity(Allocation):
         self.curves = _read(curves) if isinstance(curves, str) else {n: dict(c) for n, c in curves.items()}
         if not all(0 <= share <= 1 and kl == kl for curve in self.curves.values() for share, kl in curve.items()):
             raise ConfigError("Sensitivity: a kept share is not in [0, 1], or a KL is NaN.")
+
+    @property
+    def measures(self) -> str:
+        """``curves`` where none were given."""
+        return "curves" if self.curves is None else ""
+
+    def measure(self, on: Measurements) -> "Allocation":
+        """Returns the allocation with the curves of the model."""
+        return self if self.curves is not None else self.with_curves(on.kl_curves(self.shares))
 
     def with_curves(self, curves: Curves) -> "Sensitivity":
         """Returns the allocation that goes by curves which were measured as it says."""

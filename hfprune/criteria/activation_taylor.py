@@ -48,6 +48,19 @@ class ActivationTaylor(GradientCriterion):
 
     Raises:
         ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
+
+    Source: Molchanov et al. (2017, arXiv:1611.06440); with the entropy as the objective HFPrune (Zhu et al., 2026,
+    arXiv:2603.08083, Eq. 4).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> values, gradients = torch.tensor([[[1.0, 1.0], [2.0, 1.0]]]), torch.tensor([[[1.0, 1.0], [-1.0, 3.0]]])
+        >>> signal = Signal(input=values, grad=gradients, weight=torch.ones(2, 2))
+        >>> score_batch(ActivationTaylor(), group, [signal])
+        tensor([1.5000, 2.0000], dtype=torch.float64)
+        >>> score_batch(ActivationTaylor(reduction="signed"), group, [signal])
+        tensor([0.5000, 2.0000], dtype=torch.float64)
     """
 
     outside_layers = True

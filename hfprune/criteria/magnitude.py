@@ -1,4 +1,4 @@
-"""The norm of the weights that a unit owns: the baseline that needs no data."""
+"""Magnitude: the norm of a unit's weights, a baseline without data."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,6 +19,15 @@ class Magnitude(WeightCriterion):
 
     Args:
         norm: ``l2`` or ``l1``.
+
+    Raises:
+        ConfigError: The norm is unknown.
+
+    Example:
+        >>> from hfprune.plan import Slice
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> Magnitude().score(group, [torch.tensor([[3.0, 1.0], [4.0, 0.0]])])
+        tensor([5., 1.], dtype=torch.float64)
     """
 
     outside_layers = True

@@ -1,4 +1,4 @@
-"""Wanda's weight score, |W| times the norm of what the weight reads, added up for every unit."""
+"""Structured Wanda: its weight score, |W| times the norm of what the weight reads, added up for every unit."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -22,6 +22,21 @@ class WandaStructured(ActivationCriterion):
     Args:
         projections: ``consumers``: the columns that read the unit (``down_proj``), so that a neuron scores
             norm(a_j) sum_i abs(D_ij); ``all``: the rows that produce it as well.
+
+    Raises:
+        ConfigError: The value is unknown.
+
+    Source: the weight score of Wanda (Sun et al., 2024, arXiv:2306.11695).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+        >>> seen = [Activation(input=x, output=x @ up.T), Activation(input=a, output=a @ down.T)]
+        >>> score_batch(WandaStructured(projections="all"), group, seen, [up, down])
+        tensor([7., 5.], dtype=torch.float64)
     """
 
     def __init__(self, *, projections: Literal["consumers", "all"] = "consumers") -> None:

@@ -60,6 +60,21 @@ class WeightTaylor(GradientCriterion):
 
     Raises:
         ConfigError: An unknown value, or ``param_second`` with ``gradient="dataset"``.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627, Eq. 3 to 5).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+        >>> signals = [
+        ...     Signal(input=x, output=x @ up.T, grad=torch.tensor([[[1.0, 2.0]]]), weight=up),
+        ...     Signal(input=a, output=a, grad=torch.tensor([[[1.0, -1.0]]]), weight=down),
+        ... ]
+        >>> score_batch(WeightTaylor(), group, signals)
+        tensor([7., 8.], dtype=torch.float64)
     """
 
     def __init__(
