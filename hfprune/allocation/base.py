@@ -1,4 +1,4 @@
-"""What an allocation is: an inventory of groups and a budget in, widths out."""
+"""Allocations: widths from an inventory of groups and a budget."""
 
 import warnings
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""Layers whose output resembles their input lose more (SlimLLM)."""
+"""Cosine allocation (SlimLLM): layers whose output resembles their input lose more units."""
 
 import math
 from typing import Any, Literal
@@ -28,6 +28,13 @@ class CosineSoftmax(Allocation):
 
     Raises:
         ConfigError: A setting is out of range.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> CosineSoftmax({0: 0.95, 1: 0.85}).allot(inventory, 160, round_to=1, scores=None).widths
+        (5, 7)
     """
 
     def __init__(

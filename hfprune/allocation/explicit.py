@@ -1,4 +1,4 @@
-"""Widths that the user names, one for all layers or one for each."""
+"""Explicit allocation: given widths, one for all layers or one for each."""
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
@@ -19,6 +19,13 @@ class Explicit(Allocation):
 
     Raises:
         ConfigError: Nothing is named.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Explicit(mlp=[6, 4]).allot(inventory, 0, round_to=1, scores=None).widths
+        (6, 4)
     """
 
     takes_layers = True

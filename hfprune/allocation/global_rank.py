@@ -1,4 +1,4 @@
-"""One ranking of the units of all layers."""
+"""Global ranking: the units of all layers compete for the budget."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -49,6 +49,14 @@ class GlobalRank(Allocation):
 
     Raises:
         ConfigError: A setting is unknown or out of range; ``allot``: the ceiling removes more than the budget.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> scores = {"0.mlp": torch.arange(1.0, 9.0), "1.mlp": torch.arange(8.0) ** 2}
+        >>> GlobalRank().allot(inventory, 160, round_to=1, scores=scores).widths
+        (7, 5)
     """
 
     def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:

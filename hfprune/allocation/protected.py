@@ -1,4 +1,4 @@
-"""First and last layers that stay as they are (LLM-Pruner), around any other allocation."""
+"""Protected layers: the first and last layers keep all units (LLM-Pruner); another allocation spends the budget."""
 
 from dataclasses import replace
 
@@ -20,6 +20,15 @@ class Protected(Allocation):
 
     Raises:
         ConfigError: A number is negative.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Protected(first=1, last=0).allot(inventory, 160, round_to=1, scores=None).widths
+        (8, 4)
     """
 
     takes_layers = True

@@ -1,4 +1,6 @@
-"""From what an allocation wishes to whole units that meet a budget: coarse kinds are rounded first, fine ones fill up.
+"""Rounding: turns the fractional widths of an allocation into whole units that meet the budget.
+
+Coarse units (layers, heads) are rounded first; MLP neurons absorb the remainder.
 
 Shape legend: S slots.
 """

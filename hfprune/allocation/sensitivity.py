@@ -1,4 +1,4 @@
-"""Spends the budget where it hurts least, by measured curves of KL per removed parameter."""
+"""Sensitivity allocation: spends the budget by measured curves of KL per removed parameter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ _Piece = tuple[float, int, float, float]
 
 
 class Sensitivity(Allocation):
-    """Goes down the curve that rises least per removed parameter, until the budget is met.
+    """Removes units where the measured KL divergence increases least per removed parameter, until the budget is met.
 
     Each curve is replaced by its lower convex hull from (no unit removed, KL 0), over parameters; pieces of all hulls
     are taken in the order of their slopes. That minimises the sum of the hulls at the budget, which is the KL to the
@@ -36,6 +36,13 @@ class Sensitivity(Allocation):
 
     Raises:
         ConfigError: The file cannot be read, or a value is out of range.
+
+    Example:
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> curves = {"0.mlp": {0.5: 0.1}, "1.mlp": {0.5: 0.4}}
+        >>> Sensitivity(curves).allot(inventory, 150, round_to=1, scores=None).widths
+        (4, 7)
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The same share of every group of a kind."""
+"""Uniform allocation: the same share of every group of a kind."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,12 @@ class Uniform(Allocation):
 
     Raises:
         ConfigError: A share is out of range or names an unknown kind, or ``compat`` is given without ``share``.
+
+    Example:
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Uniform().allot(inventory, 160, round_to=1, scores=None).widths
+        (6, 6)
     """
 
     takes_layers = True

@@ -14,6 +14,14 @@ class MagnitudeSparsity(ScoreMethod):
 
     Args:
         scope: Which weights compete; ``model`` ranks all of them together, so that matrices lose different shares.
+
+    Source: the magnitude baseline of Wanda (Sun et al., 2024, arXiv:2306.11695) and SparseGPT.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> MagnitudeSparsity().prune(weight, InputSums(), Sparsity(0.5))
+        tensor([[ 0.,  0.,  0.,  0.],
+                [ 8.,  6., -5.,  7.]])
     """
 
     presets: ClassVar[Presets] = {"magnitude": {}, "magnitude_model": {"scope": "model"}}
@@ -41,6 +49,14 @@ class RelativeImportance(ScoreMethod):
 
     Args:
         scope: Which weights compete.
+
+    Source: RIA (Zhang et al., ICLR 2024).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> RelativeImportance().prune(weight, InputSums(), Sparsity(0.5))
+        tensor([[ 0.,  0.,  0.,  0.],
+                [ 8.,  6., -5.,  7.]])
     """
 
     presets: ClassVar[Presets] = {"relative_importance": {}}

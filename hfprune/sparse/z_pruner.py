@@ -19,6 +19,16 @@ class ZPruner(ScoreMethod):
 
     Args:
         scope: ``matrix`` as published; ``row`` compares the weights of one output.
+
+    Source: Bhuiyan et al. (2025, arXiv:2508.15828).
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> sums = InputSums(num_sequences=1, squares=torch.tensor([16.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+        >>> ZPruner().prune(weight, sums, Sparsity(0.5))
+        tensor([[ 0., -2.,  0.,  4.],
+                [ 8.,  0., -5.,  0.]])
     """
 
     needs: ClassVar[Needs] = "norms"
