@@ -13,7 +13,7 @@ from hfprune.allocation.sensitivity import Sensitivity, measure_curves
 from hfprune.allocation.uniform import Uniform
 from hfprune.utils.settings import discover
 
-_FOUND = discover(__name__, Allocation)
+_FOUND = discover(__name__, Allocation)  # type: ignore[type-abstract]
 globals().update(_FOUND)
 
 __all__ = [

@@ -272,7 +272,7 @@ def test_explicit_layers():
         (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, layers"),
         (lambda: Uniform(compat="llm_pruner"), "rounds a share"),
         (lambda: Protected(first=-1), "not negative"),
-        (lambda: GlobalRank(comparable="rank"), "none of none, per_parameter, mean, standard"),
+        (lambda: GlobalRank(comparable="rank"), "choose one of none, per_parameter, mean, standard"),
         (lambda: GlobalRank(floor=0.5, ceiling=0.4), "floor <= ceiling"),
         (lambda: CosineSoftmax({0: 2.0}), "not within"),
         (lambda: CosineSoftmax({0: 0.5}, num_layers=2), "num_layers 2 of 1"),
