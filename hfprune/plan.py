@@ -1,6 +1,7 @@
 """The words that all rooms share: slices, groups of units, budgets and the pruning plan."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -11,9 +12,76 @@ from typing import Any, Literal
 from hfprune.utils.errors import ConfigError, PlanError
 from hfprune.utils.files import write_text
 
-UnitKind = Literal["mlp", "heads", "experts", "blocks", "channels"]
-"""What can be removed: MLP neurons, attention heads (a key-value head with the query heads that read it), experts of
+UnitKind = Literal["mlp", "heads", "experts", "layers", "channels", "blocks"]
+"""Name of a unit kind, as in ``UNIT_KINDS``; ``blocks`` is the deprecated name of ``layers``."""
+
+LAYERS = "layers"
+"""The unit kind of whole layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindInfo:
+    """One kind of units that can be removed.
+
+    Attributes:
+        name: Name of the kind in units lists, plans and reports.
+        plural: The units in words.
+        label: The number of units in words, for example ``MLP width``.
+        per_layer: Whether each layer has a group of its own; otherwise the model has one group.
+        rounded: Whether kept numbers are multiples of ``round_to``; the other kinds are counted one by one.
+        old_name: Name of the kind in earlier versions.
+    """
+
+    name: str
+    plural: str
+    label: str
+    per_layer: bool = True
+    rounded: bool = False
+    old_name: str | None = None
+
+
+UNIT_KINDS: Mapping[str, KindInfo] = {
+    kind.name: kind
+    for kind in (
+        KindInfo(name="mlp", plural="MLP neurons", label="MLP width", rounded=True),
+        KindInfo(name="heads", plural="key-value heads", label="key-value heads"),
+        KindInfo(name="experts", plural="experts", label="experts"),
+        KindInfo(name=LAYERS, plural="layers", label="layers", per_layer=False, old_name="blocks"),
+        KindInfo(name="channels", plural="hidden channels", label="hidden size", per_layer=False, rounded=True),
+    )
+}
+"""Name -> unit kind: MLP neurons, attention heads (a key-value head with the query heads that read it), experts of
 mixture-of-experts layers, layers, hidden channels (those of the residual stream)."""
+
+_FILED = {"block": LAYERS, "blocks": LAYERS}
+"""Kinds in the plans of earlier versions -> their names now."""
+
+
+def kind_name(kind: str) -> str:
+    """Returns the units of a kind in words, also by the kind's name in files of earlier versions.
+
+    >>> kind_name("mlp"), kind_name("block")
+    ('MLP neurons', 'layers')
+    """
+    name = _FILED.get(kind, kind)
+    return UNIT_KINDS[name].plural if name in UNIT_KINDS else kind
+
+
+def unit_kinds(units: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of unit kinds; a deprecated name is replaced, with a ``FutureWarning``.
+
+    >>> unit_kinds(["mlp", "heads"])
+    ('mlp', 'heads')
+    """
+    renamed = {kind.old_name: kind.name for kind in UNIT_KINDS.values() if kind.old_name}
+    names = []
+    for unit in units:
+        if unit in renamed:
+            text = f"The unit kind '{unit}' is now '{renamed[unit]}'; the old name goes away in the next release."
+            warnings.warn(text, FutureWarning, stacklevel=3)
+        names.append(renamed.get(unit, unit))
+    return tuple(names)
+
 
 Side = Literal["out", "in"]
 """Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
@@ -52,12 +120,10 @@ class Group:
 
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
-        kind: Unit kind: ``mlp`` (MLP neurons), ``heads`` (key-value heads, each with the query heads that read it),
-            ``experts`` (of a mixture), ``block`` (whole layers), ``channels`` (hidden channels of the residual stream);
-            one group for the model of each of these two.
+        kind: Unit kind, a name of ``UNIT_KINDS``. The names in plans of earlier versions are replaced.
         num_units: Number of units in the dense model.
-        slices: What each unit owns; none for ``block``.
-        layer: Index of the layer that the units are in; None for ``block``, ``channels`` and modules without layers.
+        slices: What each unit owns; none for ``layers``.
+        layer: Index of the layer that the units are in; None for ``layers``, ``channels`` and modules without layers.
         least: Fewest units that can stay: of experts as many as a token goes through.
     """
 
@@ -67,6 +133,10 @@ class Group:
     slices: tuple[Slice, ...]
     layer: int | None = None
     least: int = 1
+
+    def __post_init__(self) -> None:
+        """Replaces the kind's name of an earlier version."""
+        object.__setattr__(self, "kind", _FILED.get(self.kind, self.kind))
 
     def inputs(self) -> tuple[Slice, ...]:
         """Returns the slices on the input side, where a unit's activation can be read."""
@@ -171,7 +241,7 @@ class PruningPlan:
 
     def removed_layers(self) -> tuple[int, ...]:
         """Returns the layers that go as a whole, ascending; what the plan says of their other units does not matter."""
-        return tuple(sorted(unit for group in self.groups if group.kind == "block" for unit in self.removed(group)))
+        return tuple(sorted(unit for group in self.groups if group.kind == LAYERS for unit in self.removed(group)))
 
     def widths(self) -> dict[str, int]:
         """Returns the number of kept units per group."""

@@ -4,15 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune.plan import Budget, Group
+from hfprune.plan import UNIT_KINDS, Budget, Group
 from hfprune.utils.errors import ConfigError
-
-_WORDS = {
-    "mlp": "MLP width",
-    "heads": "key-value heads",
-    "block": "layers",
-    "channels": "hidden size",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +24,7 @@ class KindWidths:
 
     def describe(self) -> str:
         """Returns dense and kept numbers, one where all groups have the same."""
-        return f"{_WORDS.get(self.kind, self.kind)} {_listed(self.dense)} -> {_listed(self.kept)}"
+        return f"{UNIT_KINDS[self.kind].label} {_listed(self.dense)} -> {_listed(self.kept)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

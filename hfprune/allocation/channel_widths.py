@@ -1,4 +1,4 @@
-"""How many hidden channels stay: what every other unit costs depends on it, so their number comes first."""
+"""Hidden channels: their number is chosen first, since the cost of every other unit depends on it."""
 
 import math
 from collections.abc import Sequence

@@ -1,10 +1,14 @@
-"""From what an allocation wishes to whole units that meet a budget: coarse kinds are rounded first, fine ones fill up.
+"""Rounding: turns the fractional widths of an allocation into whole units that meet the budget.
+
+Coarse units (layers, heads) are rounded first; MLP neurons absorb the remainder.
 
 Shape legend: S slots.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from hfprune.plan import UNIT_KINDS
 
 Desired = Callable[[float], Sequence[float]]
 """Position in [0, 1] -> units [S] that each slot should lose there; rises with the position."""
@@ -60,7 +64,7 @@ def slot(
         ceiling: Largest share to keep.
         least: Fewest units that can be kept, whatever the shares.
     """
-    step = min(round_to, units) if kind == "mlp" else 1
+    step = min(round_to, units) if UNIT_KINDS[kind].rounded else 1
     high = units if ceiling == 1 else max(int(ceiling * units) // step * step, step)
     high = max(high, least)
     low = min(max(-int(-floor * units // step) * step, step, least), high)

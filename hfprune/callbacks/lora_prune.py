@@ -19,7 +19,7 @@ from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
 from hfprune.io.layouts import pruned_shapes
 from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import Budget, Group, PruningPlan, UnitKind
+from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.hooks import UnitMask
 from hfprune.pruning.planner import say, versions, warn
 from hfprune.recovery.lora import LoraRecovery
@@ -76,7 +76,7 @@ class LoraPruneCallback(Callback):
         if self.lora.init == "pissa" or self.lora.dora:
             raise ConfigError("LoRAPrune reads importance from plain adapters: leave out dora and init.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
-        self.units, self.allocation = tuple(units), allocation
+        self.units, self.allocation = unit_kinds(units), allocation
         self.every, self.warmup, self.cooldown = every, warmup, cooldown
         self.stock = False
         """Whether a stock config has to describe what is left: a callback of the trainer writes it so."""

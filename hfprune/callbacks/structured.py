@@ -22,7 +22,7 @@ from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
 from hfprune.io.layouts import pruned_shapes
 from hfprune.models import Neurons, check_units, parameter_count
 from hfprune.modules.resume import keep_cut_epoch
-from hfprune.plan import Budget, UnitKind
+from hfprune.plan import Budget, UnitKind, unit_kinds
 from hfprune.pruning.planner import Planner, PruningOptions, check_scored, say, warn
 from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.recovery.lora import LoraRecovery
@@ -53,7 +53,7 @@ class TaylorImportanceCallback(Callback):
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
         round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
         units: What may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads that read it),
-            ``experts`` (of mixtures), ``blocks`` (whole layers), ``channels`` (hidden channels of the residual
+            ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the residual
             stream), or several of these.
         allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
             ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
@@ -131,10 +131,11 @@ class TaylorImportanceCallback(Callback):
             round_to=round_to,
             allocated=allocation is not None and allocation.own_budget,
         )
+        units = unit_kinds(units)
         check_units(units)
         self.options = PruningOptions(
             budget=budget,
-            units=tuple(units),
+            units=units,
             allocation=allocation,
             criterion=criterion or ActivationTaylor(),
             objective=objective,

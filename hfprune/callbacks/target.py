@@ -21,7 +21,7 @@ from hfprune.models import (
 from hfprune.models.forward import as_batch, is_packed, run_backbone, sequences, token_counts
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import Objective
-from hfprune.plan import Budget, Group, PruningPlan
+from hfprune.plan import LAYERS, Budget, Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.lora import LoraRecovery, check_lora
 from hfprune.utils.errors import ConfigError
@@ -196,7 +196,7 @@ class Target(ABC):
         groups = self.groups(model)
         keep = {g.name: tuple(range(width)) for g, width in zip(groups, resolved.widths, strict=True)}
         gone = resolved.removed_layers
-        keep |= {g.name: tuple(u for u in range(g.num_units) if u not in gone) for g in groups if g.kind == "block"}
+        keep |= {g.name: tuple(u for u in range(g.num_units) if u not in gone) for g in groups if g.kind == LAYERS}
         config = config_values(model, groups, keep) if is_supported(model) else {}
         return PruningPlan(model_class=class_name(model), groups=groups, keep=keep, config=config)
 

@@ -1,7 +1,5 @@
 """Full least squares of a projection on its kept inputs."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,6 +24,14 @@ class LeastSquares(Compensation):
 
     Raises:
         ConfigError: ``damping`` is not positive.
+
+    Source: the layer-wise reconstruction of Optimal Brain Surgeon (Hassibi and Stork, 1992), for whole units.
+
+    Example:
+        >>> moments = Moments(2, device=torch.device("cpu"))
+        >>> moments.add(torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))  # input 1 is twice input 0
+        >>> LeastSquares(damping=1e-9).fit(torch.ones(1, 2), None, moments, torch.tensor([0])).weight.round(decimals=4)
+        tensor([[3.]], dtype=torch.float64)
     """
 
     fits_inputs = True
@@ -48,10 +54,6 @@ class LeastSquares(Compensation):
         used = moments if bias is None else moments.centred()
         new = refit(weight, used, keep, damping=self.damping)
         return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        return super().describe() | {"damping": self.damping}
 
 
 def mean_output(weight: Tensor, moments: Moments) -> Tensor:

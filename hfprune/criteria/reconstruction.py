@@ -1,4 +1,4 @@
-"""Units whose loss costs the layer's output least, once the rest is fitted anew (Optimal Brain Surgeon)."""
+"""Reconstruction: greedy removal of the units whose loss changes the refitted layer output least."""
 
 from torch import Tensor
 
@@ -18,10 +18,12 @@ class Reconstruction(LayerwiseCriterion):
 
     Args:
         damping: Ridge, relative to the mean second moment.
-        step: Units removed before costs are computed anew; 1 is exact greedy elimination.
+        step: Units removed before costs are recomputed; 1 is exact greedy elimination.
 
     Raises:
         ConfigError: A value is not positive.
+
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1992), for whole units.
     """
 
     def __init__(self, *, damping: float = 0.01, step: int = 1) -> None:
@@ -33,7 +35,3 @@ class Reconstruction(LayerwiseCriterion):
         """Returns the kept units and what each unit's loss costs."""
         (part,) = group.inputs()
         return eliminate(weight, moments, width, unit_width=part.width, damping=self.damping, step=self.step)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        return {"name": "reconstruction", "damping": str(self.damping), "step": str(self.step)}

@@ -1,4 +1,4 @@
-"""Wanda's weight score, |W| times the norm of what the weight reads, added up for every unit."""
+"""Structured Wanda: its weight score, |W| times the norm of what the weight reads, added up for every unit."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -10,7 +10,7 @@ from hfprune.criteria.activation_norm import squares
 from hfprune.criteria.base import Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
 from hfprune.criteria.channels import by_unit, channels, slice_name, slice_names
 from hfprune.plan import Group, Slice
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 
 class WandaStructured(ActivationCriterion):
@@ -22,11 +22,25 @@ class WandaStructured(ActivationCriterion):
     Args:
         projections: ``consumers``: the columns that read the unit (``down_proj``), so that a neuron scores
             norm(a_j) sum_i abs(D_ij); ``all``: the rows that produce it as well.
+
+    Raises:
+        ConfigError: The value is unknown.
+
+    Source: the weight score of Wanda (Sun et al., 2024, arXiv:2306.11695).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+        >>> seen = [Activation(input=x, output=x @ up.T), Activation(input=a, output=a @ down.T)]
+        >>> score_batch(WandaStructured(projections="all"), group, seen, [up, down])
+        tensor([7., 5.], dtype=torch.float64)
     """
 
     def __init__(self, *, projections: Literal["consumers", "all"] = "consumers") -> None:
-        if projections not in ("consumers", "all"):
-            raise ConfigError(f"Unknown projections '{projections}'. Known: consumers, all.")
+        check_choice("projections", projections, ("consumers", "all"))
         self.projections = projections
 
     def reads(self, part: Slice) -> bool:
@@ -57,7 +71,3 @@ class WandaStructured(ActivationCriterion):
                 by_channel = size[where] @ norms if part.side == "out" else size[:, where].sum(0) * norms
                 total += by_unit(group, part, by_channel).cpu()
         return total
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and projections."""
-        return {"name": "wanda_structured", "projections": self.projections}

@@ -11,7 +11,7 @@ from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
 from hfprune.models.spec import ARCHITECTURES, ArchSpec, AttentionSpec
-from hfprune.plan import Group, Side, Slice
+from hfprune.plan import LAYERS, Group, Side, Slice, unit_kinds
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
@@ -37,13 +37,13 @@ def class_name(model: nn.Module) -> str:
 def find_groups(
     model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
 ) -> tuple[Group, ...]:
-    """Returns the groups of ``model``, in order: MLP neurons, heads, experts one a layer, blocks, channels one for all.
+    """Returns the groups of ``model``, in order: MLP neurons, heads, experts one a layer, layers, channels one for all.
 
     Works on the meta device, and on models that were pruned before: shapes alone are read.
 
     Args:
         model: A Hugging Face model of a known class.
-        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``blocks``, ``channels``. Their order does not matter.
+        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``layers``, ``channels``. Their order does not matter.
         spec: The table; that of the model's class if not given.
 
     Raises:
@@ -51,6 +51,7 @@ def find_groups(
         UnsupportedArchitectureError: The class is unknown, or does not take a unit kind, or its modules are not what
             the table says.
     """
+    units = unit_kinds(units)
     check_units(units)
     spec = spec or find_spec(model)
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
@@ -76,7 +77,7 @@ def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if not spec.mlp:
         raise UnsupportedArchitectureError(
             f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: choose experts, "
-            "heads or blocks, for example units=['experts']."
+            "heads or layers, for example units=['experts']."
         )
     return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
@@ -132,19 +133,19 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
             raise UnsupportedArchitectureError(
                 f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
                 "(config.mlp_only_layers, decoder_sparse_step): where layers differ so, neither experts nor layers can "
-                "be removed. Leave 'experts' and 'blocks' out of the units; heads can go."
+                "be removed. Leave 'experts' and 'layers' out of the units; heads can go."
             )
         found.append(_checked(model, spec, expert_group(model, spec, index, layer.get_submodule(table.router))))
     return found
 
 
-def _block_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if spec.position_key is not None and getattr(model.config, spec.position_key):
         raise UnsupportedArchitectureError(
             f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position: no layer "
-            "can be removed. Leave 'blocks' out of the units."
+            "can be removed. Leave 'layers' out of the units."
         )
-    return [Group(name=spec.layers, kind="block", num_units=len(find_layers(model, spec)), slices=())]
+    return [Group(name=spec.layers, kind=LAYERS, num_units=len(find_layers(model, spec)), slices=())]
 
 
 def _channel_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
@@ -155,7 +156,7 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
     "mlp": _mlp_groups,
     "heads": _head_groups,
     "experts": _expert_groups,
-    "blocks": _block_groups,
+    LAYERS: _layer_groups,
     "channels": _channel_groups,
 }
 
@@ -177,9 +178,9 @@ def unit_cost(model: nn.Module, group: Group) -> int:
     """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side); tied ones once.
 
     Raises:
-        ConfigError: The layers of a ``block`` group differ in size; see :func:`layer_params`.
+        ConfigError: The layers of a ``layers`` group differ in size; see :func:`layer_params`.
     """
-    if group.kind == "block":
+    if group.kind == LAYERS:
         sizes = layer_params(model)
         if len(set(sizes)) > 1:
             raise ConfigError(

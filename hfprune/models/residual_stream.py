@@ -40,7 +40,7 @@ def stream_table(spec: ArchSpec) -> StreamSpec:
     if spec.stream is None:
         raise UnsupportedArchitectureError(
             f"Hidden channels of {spec.model_class} cannot be removed: {spec.no_stream}. Leave 'channels' out of the "
-            "units; mlp, heads and blocks can go."
+            "units; mlp, heads and layers can go."
         )
     return spec.stream
 

@@ -8,7 +8,7 @@ from torch import nn
 from hfprune.models.experts import EXPERTS, experts_table
 from hfprune.models.groups import attention_table, find_layers, find_spec, head_shape
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
-from hfprune.plan import Group
+from hfprune.plan import LAYERS, Group
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 Kept = Mapping[str, Sequence[int]]
@@ -184,7 +184,7 @@ def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
 
 def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]:
     """Returns the layers that stay."""
-    found = [keep[group.name] for group in groups if group.kind == "block"]
+    found = [keep[group.name] for group in groups if group.kind == LAYERS]
     return list(found[0]) if found else list(range(len(find_layers(model))))
 
 

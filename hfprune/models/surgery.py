@@ -28,7 +28,7 @@ from hfprune.models.groups import (
 from hfprune.models.projection import bias_of, num_channels, weight_axis, write_channels
 from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.models.stock_config import config_values
-from hfprune.plan import Group, PruningPlan, Side
+from hfprune.plan import LAYERS, Group, PruningPlan, Side
 from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
@@ -45,7 +45,7 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     except UnsupportedArchitectureError as error:
         raise PlanError(f"The plan does not fit the model: {error}") from error
     for group in plan.groups:
-        if group.kind == "block" and (layers := len(find_layers(model))) != group.num_units:
+        if group.kind == LAYERS and (layers := len(find_layers(model))) != group.num_units:
             raise PlanError(f"The plan expects {group.num_units} layers, the model has {layers}.")
         for s in group.inputs():
             found = num_channels(modules[s.module], "in", s.parameter)

@@ -26,7 +26,7 @@ from hfprune.criteria.base import (
     WeightCriterion,
     checked_scores,
 )
-from hfprune.criteria.blocks import scored_groups
+from hfprune.criteria.layers import scored_groups
 from hfprune.models.groups import group_modules
 from hfprune.plan import Group, Slice
 from hfprune.pruning.hooks import (

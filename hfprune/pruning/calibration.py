@@ -336,7 +336,7 @@ def check_stages(target: "Target", setting: SelfDistillation, budget: Budget, al
         budget: What was asked.
         allocation: How it is spent.
     """
-    for name in ("blocks", "channels"):
+    for name in ("layers", "channels"):
         if name in target.units:
             raise ConfigError(f"distillation cuts units of every layer first: leave '{name}' out of the units.")
     if not target.known:

@@ -1,7 +1,7 @@
 """Scores of whole layers (depth): what a block changes in the residual stream, and what removing it costs.
 
-Both are functions on a model and batches that return one number per layer, [L], for groups of kind ``block``. Sequences
-are run one by one, so batching and padding make no difference.
+Both are functions on a model and batches that return one number per layer, [L], for groups of kind ``layers``.
+Sequences are run one by one, so batching and padding make no difference.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +18,17 @@ from hfprune.pruning.hooks import evaluating, hooked
 from hfprune.utils.errors import CalibrationError
 
 
-def layer_cosines(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+def layer_cosines(
+    model: nn.Module, batches: Iterable[Batch], *, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Tensor:
     """Returns c_l, the mean over tokens of cos(input, output) of every layer, [L] float64 (SlimLLM; ShortGPT).
 
     One forward pass without output head. 1 - c_l is ShortGPT's block influence: layers with a small one go first.
 
     Args:
         model: A supported Hugging Face causal LM.
-        batches: Calibration batches.
+        batches: Calibration batches, this rank's part.
+        reduce: Adds sums up over ranks.
 
     Raises:
         CalibrationError: There is no token.
@@ -45,9 +48,10 @@ def layer_cosines(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         for sequence in _sequences(batches):
             run_backbone(model, sequence)
             tokens += sequence["input_ids"].numel()
-    if not tokens:
+    sums: Tensor = reduce(torch.cat([total, torch.tensor([tokens], dtype=torch.float64)]))
+    if not sums[-1]:
         raise CalibrationError("The layers saw no token: the calibration data is empty.")
-    return total / tokens
+    return sums[:-1] / sums[-1]
 
 
 def layer_perplexities(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -234,7 +234,7 @@ def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
 
 
 _REFUSED = (
-    ("blocks", "none may go"),
+    ("layers", "none may go"),
     ("channels", "hidden channels go through all of them"),
     ("experts", "no one projection reads experts"),
 )

@@ -26,10 +26,10 @@ from hfprune.criteria import (
     check_experts,
     resolve_objective,
     scored_groups,
-    with_blocks,
+    with_layers,
 )
 from hfprune.models import class_name
-from hfprune.plan import Budget, Group, PruningPlan, UnitKind
+from hfprune.plan import Budget, Group, PruningPlan
 from hfprune.pruning.accumulator import check_criterion, weight_scores
 from hfprune.pruning.calibration import Calibration, Kept, data_summary, two_stages
 from hfprune.pruning.layerwise import LayerwiseResult, run_layerwise
@@ -61,7 +61,7 @@ def final_units(target: "Target", budget: Budget, allocation: Allocation | None,
     scored = scored_groups(target.model, groups, criterion)
 
     def select(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
-        known = with_blocks(scores, groups, scored)
+        known = with_layers(scores, groups, scored)
         resolved = target.resolve(budget, allocation, known)
         keep = kept_units(known, groups, resolved)
         gone = resolved.removed_layers
@@ -78,7 +78,7 @@ class PruningOptions:
     """What ``TaylorImportanceCallback`` was asked for, as far as it decides what is kept; see there."""
 
     budget: Budget
-    units: tuple[UnitKind, ...]
+    units: tuple[str, ...]
     allocation: Allocation | None
     criterion: Criterion
     objective: str | None
@@ -215,12 +215,12 @@ class Planner:
             return None
         scored = scored_groups(model, groups, criterion)
         if isinstance(criterion, WeightCriterion):
-            self.importance = with_blocks(weight_scores(model, scored, criterion), groups, scored)
+            self.importance = with_layers(weight_scores(model, scored, criterion), groups, scored)
             return None
         start = time.perf_counter()
         calibration, by_unit = self._calibrate(scored, resolved)
         accumulator = calibration.accumulator
-        self.importance = with_blocks(by_unit, groups, scored)
+        self.importance = with_layers(by_unit, groups, scored)
         self.convergence = calibration.history.convergence(by_unit)
         totals = accumulator.totals()
         seconds = time.perf_counter() - start

@@ -74,7 +74,7 @@ class Rounds:
                 f"--importance.rounds scores all layers again and again on the calibration data, which "
                 f"{type(criterion).__name__} does not do."
             )
-        for name in ("blocks", "channels"):
+        for name in ("layers", "channels"):
             if name in target.units:
                 raise ConfigError(f"--importance.rounds takes units of every layer: leave '{name}' out of the units.")
         if budget.allocated:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,14 @@ from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from hfprune.allocation import Allocation, Sensitivity, keep_top, measure_curves
+from hfprune.allocation import Allocation, keep_top, measure_curves
 from hfprune.models import is_supported, output_head
 from hfprune.models.forward import Batch, final_hidden, run_together, sequences
 from hfprune.models.groups import find_layers
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.plan import Group
 from hfprune.pruning.hooks import UnitMask, evaluating, hooked
+from hfprune.pruning.layer_scores import layer_cosines
 from hfprune.pruning.layerwise import share, summed
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import layer_progress
@@ -154,6 +156,37 @@ def kl_curves(
         return curves
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelMeasurements:
+    """Measurements of the dense model, on some calibration sequences.
+
+    Attributes:
+        model: The dense model.
+        groups: Groups of units within layers.
+        scores: Group name -> importance [U].
+        batches: What is measured on, this rank's part.
+        reduce: Adds sums up over ranks.
+        done: Called after each group with the number of groups that are done and of all groups.
+    """
+
+    model: Any
+    groups: Sequence[Group]
+    scores: Mapping[str, Tensor]
+    batches: Sequence[Batch]
+    reduce: Callable[[Tensor], Tensor]
+    done: Callable[[int, int], None]
+
+    def kl_curves(self, shares: Sequence[float]) -> dict[str, dict[float, float]]:
+        """Returns the curves of :func:`kl_curves`."""
+        return kl_curves(self.model, self.groups, self.scores, self.batches, shares, reduce=self.reduce, done=self.done)
+
+    def layer_cosines(self) -> dict[int, float]:
+        """Returns layer -> cosine, see :func:`hfprune.pruning.layer_scores.layer_cosines`."""
+        device = next(self.model.parameters()).device
+        found = layer_cosines(self.model, self.batches, reduce=lambda tensor: self.reduce(tensor.to(device)).cpu())
+        return dict(enumerate(found.tolist()))
+
+
 def check_curves(target: "Target", allocation: Allocation | None) -> None:
     """Raises ``ConfigError`` when curves are to be measured on what they cannot be, before it is loaded.
 
@@ -161,12 +194,13 @@ def check_curves(target: "Target", allocation: Allocation | None) -> None:
         target: What is pruned.
         allocation: How the budget is spent.
     """
-    if not isinstance(allocation, Sensitivity) or allocation.curves is not None:
+    if allocation is None or not allocation.measures:
         return
+    name = type(allocation).__name__
     if target.sharded:
-        raise ConfigError("Sensitivity measures on whole models: under FSDP2 give it curves.")
+        raise ConfigError(f"{name} measures on whole models: under FSDP2 give it {allocation.measures}.")
     if target.known and not is_supported(target.shapes()):
-        raise ConfigError("Sensitivity measures a Hugging Face model that hfprune knows; here is none.")
+        raise ConfigError(f"{name} measures a Hugging Face model that hfprune knows; here is none.")
 
 
 def measured(
@@ -188,20 +222,20 @@ def measured(
         allocation: How the budget is spent.
         seed: Seed of the loader's shuffling.
     """
-    if not isinstance(allocation, Sensitivity) or allocation.curves is not None:
+    if allocation is None or not allocation.measures:
         return allocation
     strategy = trainer.strategy
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with isolate_rng(), layer_progress(enabled=shown, text="Sensitivity") as done:
+    with isolate_rng(), layer_progress(enabled=shown, text=type(allocation).__name__) as done:
         batches = [strategy.batch_to_device(b) for b in share(trainer, seed, sequences=allocation.sequences)]
         with strategy.precision_plugin.forward_context():
-            curves = kl_curves(
-                target.model,
-                groups,
-                scores,
-                batches,
-                allocation.shares,
-                reduce=lambda tensor: summed(trainer, tensor),
-                done=done,
+            return allocation.measure(
+                ModelMeasurements(
+                    model=target.model,
+                    groups=groups,
+                    scores=scores,
+                    batches=batches,
+                    reduce=lambda tensor: summed(trainer, tensor),
+                    done=done,
+                )
             )
-    return allocation.with_curves(curves)

@@ -10,7 +10,7 @@ from typing import Any
 from hfprune.evaluation.zero_shot import MAIN_METRICS
 from hfprune.io.output_folder import REPORT_FILE
 from hfprune.io.save import load_importance
-from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.plan import PLAN_FILE, PruningPlan, kind_name
 from hfprune.utils.errors import ConfigError
 
 QUANTITIES = ("perplexity", "kl", "accuracy")
@@ -228,14 +228,6 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     return {label: text for label, text in facts.items() if text}
 
 
-_KINDS = {
-    "mlp": "MLP neurons",
-    "heads": "key-value heads",
-    "block": "layers",
-    "channels": "hidden channels",
-}
-
-
 def _layout(saved: Mapping[str, Any]) -> str:
     """Returns how the model was written, and how much of it is padding.
 
@@ -257,7 +249,7 @@ def _budget(budget: Mapping[str, Any]) -> str:
         parts.append(f"MLP width {budget['dense_width']:,} to {budget['width']:,}")
     for kind, units in (budget.get("kinds") or {}).items():
         if kind != "mlp" or not budget.get("width"):
-            parts.append(f"{_KINDS.get(kind, kind)} {sum(units['dense']):,} to {sum(units['kept']):,} in all")
+            parts.append(f"{kind_name(kind)} {sum(units['dense']):,} to {sum(units['kept']):,} in all")
     return "; ".join(parts)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 Scope = Literal["row", "matrix"]
 """Weights that compete: those of one output (``row``), or all of a matrix."""
@@ -23,8 +24,7 @@ WideScope = Literal["row", "matrix", "model"]
 
 def check_scope(scope: str, known: Sequence[str] = ("row", "matrix")) -> None:
     """Raises ``ConfigError`` unless ``scope`` is one."""
-    if scope not in known:
-        raise ConfigError(f"Unknown scope '{scope}'. Known: {', '.join(known)}.")
+    check_choice("scope", scope, known)
 
 
 @dataclass(frozen=True, slots=True)

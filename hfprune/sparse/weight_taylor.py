@@ -15,7 +15,7 @@ from hfprune.models.layer_stream import Reduce
 from hfprune.models.projection import weight_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.sparse.allocation import Matrix
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod, SparseMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod, SparseMethod
 from hfprune.sparse.pattern import Sparsity, WideScope, check_scope, drop
 from hfprune.sparse.state import LayerState
 from hfprune.sparse.statistics import projections
@@ -34,9 +34,17 @@ class TaylorSparsity(ScoreMethod):
         objective: What is differentiated: ``entropy`` or ``cross_entropy``.
         scope: Which weights compete; scores share a unit, so that ``model`` ranks all of them together.
         layers_at_once: Layers whose scores are summed in one pass over the data, 16 bytes a weight; None: all of them.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> sums = InputSums(importance=weight.abs())
+        >>> TaylorSparsity().prune(weight, sums, Sparsity(0.5))
+        tensor([[0., 0., 3., 4.],
+                [8., 0., 0., 7.]])
     """
 
     needs: ClassVar[Needs] = "importance"
+    presets: ClassVar[Presets] = {"taylor": {}, "taylor_cross_entropy": {"objective": "cross_entropy"}}
 
     def __init__(
         self, *, objective: str = "entropy", scope: WideScope = "row", layers_at_once: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune.allocation import Allocation, Sensitivity
+from hfprune.allocation import Allocation
 from hfprune.compensation import Compensation
 from hfprune.criteria import (
     ActivationTaylor,
@@ -22,7 +22,7 @@ from hfprune.criteria import (
 )
 from hfprune.models import check_units
 from hfprune.objectives import OBJECTIVES
-from hfprune.plan import UnitKind
+from hfprune.plan import UnitKind, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -50,6 +50,10 @@ class Method:
     allocation: Allocation | None = None
     compensation: Compensation | None = None
 
+    def __post_init__(self) -> None:
+        """Replaces deprecated names of unit kinds."""
+        object.__setattr__(self, "units", unit_kinds(self.units))
+
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
         if not _NAME.fullmatch(self.name) or self.name == "dense":
@@ -61,8 +65,9 @@ class Method:
             check_units(self.units)
             if self.allocation is not None and self.allocation.own_budget:
                 raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
-            if isinstance(self.allocation, Sensitivity) and self.allocation.curves is None:
-                raise ConfigError("in a sweep Sensitivity needs curves, those of a run's plan.json for example.")
+            if self.allocation is not None and self.allocation.measures:
+                name, what = type(self.allocation).__name__, self.allocation.measures
+                raise ConfigError(f"in a sweep {name} needs {what}, those of a run's plan.json for example.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:

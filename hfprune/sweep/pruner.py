@@ -68,7 +68,7 @@ class Pruner:
             check_together(method.scorer, method.compensation, method.units, method.allocation, inventory, model=model)
             check_criterion(model, inventory.groups, method.scorer)
             if method.distillation is not None:
-                if budget.provisional or inventory.block is not None:
+                if budget.provisional or inventory.layers is not None:
                     raise ConfigError("distillation needs every width before its first stage, and keeps all layers.")
                 method.distillation.first_widths(inventory.groups, budget.widths)
         except ConfigError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.criteria import LayerwiseCriterion, WeightCriterion, scored_groups, with_blocks
+from hfprune.criteria import LayerwiseCriterion, WeightCriterion, scored_groups, with_layers
 from hfprune.data.text import TextDataModule
 from hfprune.models import find_groups
 from hfprune.pruning.accumulator import weight_scores
@@ -70,7 +70,7 @@ class ScoreBook:
             self._known[key] = weight_scores(self._dense, scored, criterion)
         elif key not in self._known:
             self._calibrate(cell)
-        return with_blocks(self._known[key], groups, scored)
+        return with_layers(self._known[key], groups, scored)
 
     def first(self) -> dict[str, ByGroup]:
         """Returns method -> scores of its first cell."""

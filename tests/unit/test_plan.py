@@ -1,6 +1,7 @@
 """Plans: what they refuse, and that they survive the disk."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hfprune import TaylorImportanceCallback
+from hfprune.allocation import Explicit, Uniform
 from hfprune.models import find_groups
 from hfprune.models.surgery import apply_plan
-from hfprune.plan import Group, PruningPlan, Slice
-from hfprune.utils.errors import PlanError
+from hfprune.plan import UNIT_KINDS, Group, PruningPlan, Slice, UnitKind, unit_kinds
+from hfprune.sweep.grid import Method
+from hfprune.utils.errors import ConfigError, PlanError
 from tests.helpers.models import tiny
 
 
@@ -134,3 +138,50 @@ def test_surgery_keeps_dtype_and_trainability():
     assert gate.weight.requires_grad
     assert model.model.layers[0].mlp.intermediate_size == 5
     assert up.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        lambda: unit_kinds(["mlp", "blocks"]) == ("mlp", "layers"),
+        lambda: find_groups(tiny("llama"), ("blocks",))[0].kind == "layers",
+        lambda: Explicit(blocks=[1]).layers == [1],
+        lambda: Uniform(share={"blocks": 0.5}).share == {"layers": 0.5},
+        lambda: TaylorImportanceCallback(units=["blocks"], pruning_ratio=0.2).options.units == ("layers",),
+        lambda: Method(name="a", units=("blocks",)).units == ("layers",),
+    ],
+)
+def test_blocks_is_the_deprecated_name_of_layers(old):
+    with pytest.warns(FutureWarning, match="'blocks' is now 'layers'"):
+        assert old()
+
+
+def test_takes_blocks_is_the_deprecated_name_of_takes_layers():
+    with pytest.warns(FutureWarning, match="takes_layers"):
+        made = type("Old", (Uniform,), {"takes_blocks": False})
+    assert not made.takes_layers
+    assert Uniform.takes_layers
+
+
+def test_explicit_takes_one_of_both_names():
+    with pytest.raises(ConfigError, match="give layers alone"):
+        Explicit(blocks=2, layers=2)
+
+
+def test_plans_of_earlier_versions_are_read_without_a_warning():
+    groups = find_groups(tiny("llama"), ("layers",))
+    plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep={groups[0].name: (0, 2)}, config={})
+    old = plan.to_json().replace('"kind":"layers"', '"kind":"block"')
+    assert old != plan.to_json()
+    assert PruningPlan.from_json(old) == plan
+    assert PruningPlan.from_json(old).removed_layers() == (1,)
+
+
+def test_the_table_of_unit_kinds_is_what_annotations_and_finders_know():
+    names = {*UNIT_KINDS, *(kind.old_name for kind in UNIT_KINDS.values() if kind.old_name)}
+    assert names == set(get_args(UnitKind))
+    for name, kind in UNIT_KINDS.items():
+        model = tiny("mixtral" if name == "experts" else "llama")
+        groups = find_groups(model, (name,))
+        assert (len(groups) == model.config.num_hidden_layers) == kind.per_layer
+        assert {group.kind for group in groups} == {name}

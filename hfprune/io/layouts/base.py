@@ -75,7 +75,7 @@ Overrides = dict[int, dict[str, int]]
 def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int) -> dict[str, int] | None:
     """Returns the config keys of a unit kind with their values at ``kept`` of ``units`` units.
 
-    None for kinds that no number of a config expresses (whole blocks).
+    None for kinds that no number of a config expresses (whole layers).
 
     Args:
         config: The dense config. Heads keep their size; query and key-value heads shrink in proportion.

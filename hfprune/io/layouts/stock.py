@@ -17,7 +17,7 @@ from hfprune.io.layouts.apply import empty_copy, not_expressed
 from hfprune.io.layouts.base import LAYOUTS, Layout, kind_values
 from hfprune.io.layouts.per_layer import cut_of, dense_config, is_per_layer
 from hfprune.models import CHANNELS, EXPERTS, config_values, find_spec, surgery
-from hfprune.plan import Group, PruningPlan
+from hfprune.plan import LAYERS, Group, PruningPlan
 from hfprune.utils.errors import ConfigError
 
 
@@ -104,7 +104,7 @@ def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
     cut, dense = cut_of(model.config), dense_config(model.config)
     plan = compose(cut.plans)
     empty = empty_copy(model, dense)
-    kinds = dict.fromkeys(group.kind for group in plan.groups if group.kind != "block")
+    kinds = dict.fromkeys(group.kind for group in plan.groups if group.kind != LAYERS)
     widths = {kind: _width(empty, plan, kind) for kind in kinds}
     padded = _filled(empty, plan, widths)
     if CHANNELS in kinds:
@@ -194,7 +194,7 @@ def _filled(empty: Any, plan: PruningPlan, widths: Mapping[str, int]) -> Pruning
     keep: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         kept = plan.keep[group.name]
-        width = len(kept) if group.kind == "block" else widths.get(group.kind, group.num_units)
+        width = len(kept) if group.kind == LAYERS else widths.get(group.kind, group.num_units)
         keep[group.name] = tuple(sorted((*kept, *plan.removed(group)[: width - len(kept)])))
     config = config_values(empty, plan.groups, keep)
     return PruningPlan(model_class=plan.model_class, groups=plan.groups, keep=keep, config=config)

@@ -279,7 +279,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"units": ("blocks",)}, "holds MLP neurons and heads at zero"),
+        ({"units": ("layers",)}, "holds MLP neurons and heads at zero"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave steps between"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "says itself how much goes"),
         ({"allocation": GlobalRank()}, "waits for scores"),

@@ -126,7 +126,7 @@ def test_left_in_any_round_and_taken_up_it_keeps_the_same(folder, tmp_path, monk
     [
         ({"criterion": Magnitude()}, "which Magnitude does not do"),
         ({"criterion": Reconstruction()}, "which Reconstruction does not do"),
-        ({"units": ("mlp", "blocks")}, "leave 'blocks' out"),
+        ({"units": ("mlp", "layers")}, "leave 'layers' out"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "says how much goes"),
         ({"allocation": GlobalRank()}, "waits for scores"),
         ({"distillation": SelfDistillation(), "objective": None}, "more than one pass"),

@@ -34,7 +34,7 @@ from tests.helpers.runs import TINY_FLAGS
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-ALL = ("mlp", "heads", "blocks")
+ALL = ("mlp", "heads", "layers")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def fit(folder, importance, *callbacks, **kwargs):
     ("units", "changed"),
     [
         (["mlp", "heads"], {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}),
-        (["blocks"], {"num_hidden_layers": 2, "intermediate_size": 24}),
+        (["layers"], {"num_hidden_layers": 2, "intermediate_size": 24}),
         (["channels"], {"hidden_size": 12, "head_dim": 4, "intermediate_size": 24, "rms_norm_eps": 1e-6 * (16 / 12)}),
         (["mlp", "channels"], {"hidden_size": 12, "head_dim": 4, "intermediate_size": 21}),
     ],
@@ -92,9 +92,9 @@ def parameter_count_of(folder):
 
 
 def test_allocation_from_yaml(folder, here):
-    text = {"importance": {"units": ["mlp", "heads", "blocks"], "allocation": {
+    text = {"importance": {"units": ["mlp", "heads", "layers"], "allocation": {
         "class_path": "Protected", "init_args": {"first": 1, "last": 1, "allocation": {
-            "class_path": "Explicit", "init_args": {"blocks": [1]}}}}}}  # fmt: skip
+            "class_path": "Explicit", "init_args": {"layers": [1]}}}}}}  # fmt: skip
     Path("run.yaml").write_text(yaml.safe_dump(text))
     assert prune(folder, "--config=run.yaml") == 0
     assert AutoModelForCausalLM.from_pretrained("out/model").config.num_hidden_layers == 2
@@ -105,7 +105,7 @@ def test_allocation_from_yaml(folder, here):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "Expected a"),
+        (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected Literal['mlp', 'heads', 'experts', 'layers'"),
         (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "states one for all"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
         (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "says how much goes"),
@@ -137,7 +137,7 @@ def test_head_counts_that_no_stock_config_states(tmp_path):
 
 @pytest.mark.parametrize("criterion", [None, WeightTaylor(), Magnitude(), Random()])
 def test_layers_score_what_is_in_them(folder, criterion):
-    importance = TaylorImportanceCallback(units=("blocks",), allocation=Explicit(blocks=1), criterion=criterion)
+    importance = TaylorImportanceCallback(units=("layers",), allocation=Explicit(layers=1), criterion=criterion)
     fit(folder, importance, limit_train_batches=0)
     both = TaylorImportanceCallback(pruning_ratio=0.2, units=("mlp", "heads"), criterion=criterion)
     fit(folder, both, limit_train_batches=0)
@@ -187,7 +187,7 @@ def test_weights_are_fitted_for_heads_too(folder):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"compensation": LeastSquares(), "units": ALL}, "leave 'blocks' out"),
+        ({"compensation": LeastSquares(), "units": ALL}, "leave 'layers' out"),
         ({"compensation": LeastSquares(), "units": ("channels",)}, "go through all of them: leave 'channels' out"),
         ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores beforehand"),
@@ -202,7 +202,7 @@ def test_combinations_that_make_no_sense(folder, settings, match):
 @pytest.mark.parametrize("criterion", [None, VectorTaylor(), ActivationNorm(), Magnitude()])
 def test_channels_go_whatever_scores_them(folder, criterion):
     importance = TaylorImportanceCallback(
-        pruning_ratio=0.4, units=("mlp", "blocks", "channels"), criterion=criterion, recovery=LoraRecovery(rank=2)
+        pruning_ratio=0.4, units=("mlp", "layers", "channels"), criterion=criterion, recovery=LoraRecovery(rank=2)
     )
     module = fit(folder, importance)
     plan = module.plan

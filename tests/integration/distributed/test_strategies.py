@@ -29,7 +29,7 @@ def test_strategies_agree(undisturbed, strategy, prune_only):
 
 
 def test_heads_and_layers_under_every_strategy(folder, tmp_path):
-    settings = {"units": ["mlp", "heads", "blocks"], "pruning_ratio": 0.5}
+    settings = {"units": ["mlp", "heads", "layers"], "pruning_ratio": 0.5}
     alone = run(folder, tmp_path / "single", "single", prune_only=True, **settings)[0]
     assert sorted({len(keep) for keep in alone["keep"].values()}) == [1, 2, 17, 24]  # 24, 2: of the layer that goes
     for strategy in ("ddp", "fsdp2"):

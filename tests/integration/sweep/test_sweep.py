@@ -45,7 +45,7 @@ METHODS = [
     Method(name="refit", criterion=ActivationNorm(), compensation=LeastSquares()),
     Method(name="reconstruction", criterion=Reconstruction(), compensation=LeastSquares()),
     Method(name="global", objective="entropy", allocation=GlobalRank(), units=("mlp", "heads")),
-    Method(name="blocks", objective="entropy", units=("blocks", "mlp")),
+    Method(name="layers", objective="entropy", units=("layers", "mlp")),
 ]
 CALIBRATED = [method for method in METHODS if method.calibrated]
 SEEDED = [method for method in METHODS if method.seeded and method.name != "random"]
@@ -346,7 +346,7 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": Reconstruction(), "units": ("blocks",)}, "Method 'a': Reconstruction goes through the layers"),
+        ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction goes through the layers"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),

@@ -50,7 +50,7 @@ def made(layers, *, mlp=64, heads=8, mlp_cost=30, head_cost=700, other=5000, blo
         7 + sum(g.num_units * c for g, c in zip(groups, costs, strict=True) if g.layer == i) for i in range(layers)
     ]
     if blocks:
-        groups.append(Group(name="layers", kind="block", num_units=layers, slices=()))
+        groups.append(Group(name="layers", kind="layers", num_units=layers, slices=()))
         costs.append(0)
     total = sum(within) + other
     return Inventory(
@@ -182,7 +182,7 @@ def test_uniform_on_mlps_alone_is_the_closed_form(name, budget):
 
 
 def test_uniform_takes_the_same_share_of_every_kind():
-    found = allocate(meta("llama31_8b", ("mlp", "heads", "blocks")), Budget(pruning_ratio=0.3))
+    found = allocate(meta("llama31_8b", ("mlp", "heads", "layers")), Budget(pruning_ratio=0.3))
     shares = [1 - k.kept[0] / k.dense[0] for k in found.by_kind]
     assert max(shares) - min(shares) < 0.13  # one of eight key-value heads
     assert len(found.removed_layers) == 32 - found.by_kind[2].kept[0] > 0
@@ -250,14 +250,14 @@ def test_slimllm_shares():
 
 def test_explicit_layers():
     stock = made(4, blocks=True)
-    named = allocate(stock, OWN, Explicit(blocks=[1, 3], mlp=[10, 20, 30, 40]))
+    named = allocate(stock, OWN, Explicit(layers=[1, 3], mlp=[10, 20, 30, 40]))
     assert (named.removed_layers, named.widths[:4], named.widths[-1]) == ((1, 3), (10, 64, 30, 64), 2)
     assert not named.provisional
     scores = random_scores(stock) | {"layers": torch.tensor([3.0, 1.0, 2.0, 4.0])}
-    counted = allocate(stock, OWN, Explicit(blocks=2), scores=scores)
+    counted = allocate(stock, OWN, Explicit(layers=2), scores=scores)
     assert counted.removed_layers == (1, 2)
     assert kept_units(scores, stock.groups, counted)["layers"] == (0, 3)
-    protected = Protected(first=1, last=1, allocation=Uniform(share={"blocks": 0.5}))
+    protected = Protected(first=1, last=1, allocation=Uniform(share={"layers": 0.5}))
     assert allocate(stock, OWN, protected, scores=scores | {"layers": torch.tensor([0.0, 1, 2, 0])}).removed_layers == (
         1,
         2,
@@ -269,10 +269,10 @@ def test_explicit_layers():
     [
         (lambda: Explicit(), "names what to keep"),
         (lambda: Uniform(share=1.0), "not in"),
-        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, blocks"),
+        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, layers"),
         (lambda: Uniform(compat="llm_pruner"), "rounds a share"),
         (lambda: Protected(first=-1), "not negative"),
-        (lambda: GlobalRank(comparable="rank"), "none of none, per_parameter, mean, standard"),
+        (lambda: GlobalRank(comparable="rank"), "choose one of none, per_parameter, mean, standard"),
         (lambda: GlobalRank(floor=0.5, ceiling=0.4), "floor <= ceiling"),
         (lambda: CosineSoftmax({0: 2.0}), "not within"),
         (lambda: CosineSoftmax({0: 0.5}, num_layers=2), "num_layers 2 of 1"),
@@ -281,14 +281,14 @@ def test_explicit_layers():
         (lambda: Sensitivity({"a": {1.5: 0.1}}), "not in"),
         (lambda: allocate(made(3), Budget(pruning_ratio=0.2), Explicit(mlp=9)), "give no budget"),
         (lambda: allocate(made(3), OWN, Uniform()), "needs a budget"),
-        (lambda: allocate(made(3), OWN, Explicit(blocks=2)), "add them to --importance.units"),
+        (lambda: allocate(made(3), OWN, Explicit(layers=2)), "add them to --importance.units"),
         (lambda: allocate(made(3), OWN, Explicit(mlp=65)), "65 cannot be kept"),
         (lambda: allocate(made(3), OWN, Explicit(mlp=[1, 2])), "lists 2 numbers for 3 layers"),
         (lambda: allocate(made(3), OWN, Explicit(mlp=64)), "removes nothing"),
-        (lambda: allocate(made(3, blocks=True), OWN, Explicit(blocks=[0, 1, 2])), "or all of 3"),
-        (lambda: allocate(made(3, blocks=True), OWN, Explicit(blocks=4)), "from 1 to 3"),
+        (lambda: allocate(made(3, blocks=True), OWN, Explicit(layers=[0, 1, 2])), "or all of 3"),
+        (lambda: allocate(made(3, blocks=True), OWN, Explicit(layers=4)), "from 1 to 3"),
         (lambda: allocate(made(3), Budget(pruning_ratio=0.2), Protected(first=2, last=1)), "all of the model's 3"),
-        (lambda: allocate(made(3, blocks=True), Budget(pruning_ratio=0.2), GlobalRank()), "leave 'blocks' out"),
+        (lambda: allocate(made(3, blocks=True), Budget(pruning_ratio=0.2), GlobalRank()), "leave 'layers' out"),
         (lambda: allocate(made(3), Budget(pruning_ratio=0.2), CosineSoftmax({0: 0.5})), "no cosine for layers 1, 2"),
         (lambda: allocate(made(3), Budget(pruning_ratio=0.1), GlobalRank(ceiling=0.5)), "ceiling 0.5 alone leaves"),
         (lambda: allocate(made(3, heads=0), OWN, Uniform(share={"mlp": 0.3, "heads": 0.5})), "names heads, units that"),

@@ -17,9 +17,9 @@ MIXES = [
     ("channels",),
     ("mlp", "channels"),
     ("heads", "channels"),
-    ("blocks", "channels"),
+    ("layers", "channels"),
     ("mlp", "heads", "channels"),
-    ("mlp", "heads", "blocks", "channels"),
+    ("mlp", "heads", "layers", "channels"),
 ]
 OWN = Budget(allocated=True)
 
@@ -71,7 +71,7 @@ def test_budget_is_met_within_one_rounding_step(name, units):
         assert hidden % divisor == 0
         assert hidden % round_to == 0
         keep = {g.name: tuple(range(w)) for g, w in zip(stock.groups, found.widths, strict=True)}
-        if "blocks" not in units:
+        if "layers" not in units:
             check_stock(model, stock.groups, keep)
 
 

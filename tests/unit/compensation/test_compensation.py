@@ -58,9 +58,9 @@ def test_what_cannot_be():
     x, weight = problem()
     with pytest.raises(ConfigError, match="needs projections with a bias"):
         MeanCompensation().fit(weight, None, moments_of(x), KEEP)
-    with pytest.raises(ConfigError, match="Unknown target 'teacher'"):
+    with pytest.raises(ConfigError, match="target='teacher' is unknown"):
         LeastSquares(target="teacher")
-    with pytest.raises(ConfigError, match="Unknown tokens 'all'"):
+    with pytest.raises(ConfigError, match="tokens='all' is unknown"):
         LeastSquares(tokens="all")
     with pytest.raises(ConfigError, match="sequential=True"):
         LeastSquares(target="dense", sequential=False)

@@ -175,7 +175,7 @@ def test_overflow_is_named_and_zero_activations_are_an_error():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: WandaStructured(projections="in"), "Known: consumers, all"),
+        (lambda: WandaStructured(projections="in"), "choose one of consumers, all"),
         (lambda: SlimLLMChannels(keep_lowest=1.0), "not a share"),
         (lambda: SlimLLMHeads(dropped=0), "not a share"),
         (lambda: calibrate(toy(), SlimLLMChannels(), groups=head_groups(toy())), "kind 'heads'"),

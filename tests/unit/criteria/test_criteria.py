@@ -255,9 +255,9 @@ def test_zero_scores_and_no_tokens_are_errors():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"reduction": "tokenwise"}, "Unknown reduction"),
-        ({"weighting": "batch"}, "Unknown weighting"),
-        ({"compat": "theirs"}, "Unknown compat"),
+        ({"reduction": "tokenwise"}, "reduction='tokenwise' is unknown"),
+        ({"weighting": "batch"}, "weighting='batch' is unknown"),
+        ({"compat": "theirs"}, "compat='theirs' is unknown"),
         ({"compat": "official", "reduction": "signed"}, "per_token"),
     ],
 )

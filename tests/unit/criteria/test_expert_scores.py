@@ -115,13 +115,13 @@ def test_magnitudes_are_those_of_all_weights_however_many_are_read_at_once(monke
 
 def test_layers_are_scored_by_their_experts_and_heads():
     model = tiny("mixtral")
-    groups = find_groups(model, ("blocks",))
+    groups = find_groups(model, ("layers",))
     assert {g.kind for g in scored_groups(model, groups, ActivationTaylor())} == {"experts", "heads"}
 
 
 @pytest.mark.parametrize("criterion", [VectorTaylor(), CoupledTaylor(), WandaStructured(), WeightRange()])
 def test_other_criteria_say_that_they_cannot(criterion):
     model = tiny("mixtral")
-    for units in (("experts",), ("blocks",)):
+    for units in (("experts",), ("layers",)):
         with pytest.raises(ConfigError, match=f"{type(criterion).__name__} does not score experts"):
             scored_groups(model, find_groups(model, units), criterion)

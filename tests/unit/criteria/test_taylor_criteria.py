@@ -183,11 +183,11 @@ def test_units_whose_channels_do_not_fold_are_refused():
     ("make", "match"),
     [
         (lambda: WeightTaylor(salience="vectorize"), "vectorize is VectorTaylor"),
-        (lambda: WeightTaylor(gradient="batch"), "Known: sequence, dataset"),
+        (lambda: WeightTaylor(gradient="batch"), "choose one of sequence, dataset"),
         (lambda: WeightTaylor(salience="param_second", gradient="dataset"), "gradient='sequence' only"),
-        (lambda: VectorTaylor(matrices="median"), "Known: sum, mean, max, prod, first, second, last"),
-        (lambda: CoupledTaylor(weighting="batch"), "Unknown weighting"),
-        (lambda: Fisher(reduction="signed"), "Unknown reduction"),
+        (lambda: VectorTaylor(matrices="median"), "choose one of sum, mean, max, prod, first, second, last"),
+        (lambda: CoupledTaylor(weighting="batch"), "weighting='batch' is unknown"),
+        (lambda: Fisher(reduction="signed"), "reduction='signed' is unknown"),
         (lambda: resolve_objective(Fisher(), "entropy"), "Fisher goes with the objective sampled or cross_entropy"),
     ],
 )

@@ -31,8 +31,8 @@ from hfprune.plan import PruningPlan
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 from tests.helpers.models import MIXTURES, NAMES, configs, inventory, tiny, token_ids
 
-UNITS = [("mlp",), ("heads",), ("blocks",), ("mlp", "heads", "blocks")]
-KINDS = {"mlp": 11, "heads": 1, "block": 2}
+UNITS = [("mlp",), ("heads",), ("layers",), ("mlp", "heads", "layers")]
+KINDS = {"mlp": 11, "heads": 1, "layers": 2}
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def random_plan(model, units=("mlp",), *, widths=KINDS, differ=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for number, group in enumerate(groups):
-        more = number % 3 if differ and group.kind != "block" else 0
+        more = number % 3 if differ and group.kind != "layers" else 0
         keep[group.name] = some(group.num_units, min(widths[group.kind] + more, group.num_units), generator)
     config = config_values(model, groups, keep)
     return PruningPlan(model_class=find_spec(model).model_class, groups=groups, keep=keep, config=config)
@@ -124,7 +124,7 @@ def test_a_unit_of_heads_is_what_attention_reads_together(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_keeping_everything_is_the_identity(name):
     model, before = dense(name), dense(name)
-    plan = random_plan(model, UNITS[-1], widths={"mlp": 99, "heads": 99, "block": 99})
+    plan = random_plan(model, UNITS[-1], widths={"mlp": 99, "heads": 99, "layers": 99})
     apply_plan(model, plan)
     assert torch.equal(logits(model), logits(before))
     for key, value in plan.config.items():
@@ -279,7 +279,7 @@ def test_a_pruned_model_is_pruned_again():
     model = dense("phi3")
     apply_plan(model, random_plan(model, ("mlp", "heads"), differ=True))
     masked = copy.deepcopy(model)
-    again = random_plan(model, UNITS[-1], widths={"mlp": 7, "heads": 1, "block": 1}, seed=1)
+    again = random_plan(model, UNITS[-1], widths={"mlp": 7, "heads": 1, "layers": 1}, seed=1)
     assert [g.num_units for g in again.groups] == [11, 12, 13, 1, 2, 2, 3]
     apply_plan(model, again)
     mask_plan(masked, again)
@@ -293,7 +293,7 @@ def test_layers_that_depend_on_their_index_stay():
         model = AutoModelForCausalLM.from_config(config)
     find_groups(model, ("mlp", "heads"))
     with pytest.raises(UnsupportedArchitectureError, match="scale_attn_by_inverse_layer_idx"):
-        find_groups(model, ("blocks",))
+        find_groups(model, ("layers",))
 
 
 def test_rotary_factors_fix_the_heads_of_phi3():
@@ -308,7 +308,7 @@ def test_rotary_factors_fix_the_heads_of_phi3():
 
 @pytest.mark.parametrize("units", [(), ("mlp", "mlp"), ("neurons",)])
 def test_unit_kinds_are_checked(units):
-    with pytest.raises(ConfigError, match="give each of mlp, heads, experts, blocks, channels at most once"):
+    with pytest.raises(ConfigError, match="give each of mlp, heads, experts, layers, channels at most once"):
         find_groups(_dense("llama"), units)
 
 

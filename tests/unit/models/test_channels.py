@@ -20,7 +20,7 @@ from tests.unit.models.test_architectures import KINDS, dense, logits, random_pl
 
 OTHERS = [name for name in NAMES if name.startswith(("gpt", "opt"))]
 STREAMS = [name for name in NAMES if name not in OTHERS]
-MIXES = [("channels",), ("mlp", "heads", "blocks", "channels")]
+MIXES = [("channels",), ("mlp", "heads", "layers", "channels")]
 WIDTHS = KINDS | {"channels": 12}
 FLOAT32 = 2e-5
 """Norms compute in float32, whatever the model's type."""
@@ -137,7 +137,7 @@ def test_rotary_factors_fix_the_hidden_size_of_phi3():
 @pytest.mark.parametrize("name", OTHERS)
 def test_streams_with_layer_norms_are_refused_by_name(name):
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"LayerNorms subtract the mean.*mlp, heads and blocks can go"
+        UnsupportedArchitectureError, match=r"LayerNorms subtract the mean.*mlp, heads and layers can go"
     ):
         find_groups(dense(name), ("mlp", "channels"))
 
@@ -193,7 +193,7 @@ def test_a_pruned_model_is_pruned_again_and_generates(name):
     model = dense(name)
     apply_plan(model, plan_for(model, ("mlp", "channels"), differ=True))
     masked = copy.deepcopy(model)
-    again = plan_for(model, MIXES[-1], widths={"mlp": 7, "heads": 1, "block": 1, "channels": 8}, seed=1)
+    again = plan_for(model, MIXES[-1], widths={"mlp": 7, "heads": 1, "layers": 1, "channels": 8}, seed=1)
     apply_plan(model, again)
     mask_plan(masked, again)
     same_epsilon(model, masked)

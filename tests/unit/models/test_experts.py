@@ -69,7 +69,7 @@ def test_pruned_is_the_dense_model_whose_routers_cannot_choose_what_went(name, k
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_heads_and_layers_together(name):
     pruned, masked = tiny(name), tiny(name)
-    plan = plan_of(pruned, UNEVEN, ("experts", "heads", "blocks"), heads=(1,), block=(0, 2))
+    plan = plan_of(pruned, UNEVEN, ("experts", "heads", "layers"), heads=(1,), layers=(0, 2))
     apply_plan(pruned, plan)
     mask_plan(masked, plan)
     torch.testing.assert_close(logits(pruned), logits(masked), atol=1e-10, rtol=0)
@@ -96,7 +96,7 @@ def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
     assert head_counts(tiny(name)) == (1, 2)
     for heads in ((1,), (0, 1)):
         model = tiny(name, dtype=torch.float32)
-        plan = plan_of(model, KEEP, ("experts", "heads", "blocks"), heads=heads, block=(0, 2))
+        plan = plan_of(model, KEEP, ("experts", "heads", "layers"), heads=heads, layers=(0, 2))
         check_stock(model, plan.groups, plan.keep)
         hfprune.apply_plan(model, plan)
         model.save_pretrained(tmp_path / str(len(heads)))
@@ -152,10 +152,10 @@ def test_layers_without_a_mixture_are_refused_and_heads_are_not(name, keys):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert [g.num_units for g in find_groups(model, ("heads",))] == [2, 2, 2]
-    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*Leave 'experts' and 'blocks' out"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*Leave 'experts' and 'layers' out"):
         find_groups(model, ("experts",))
-    with pytest.raises(UnsupportedArchitectureError, match="Leave 'blocks' out|Leave 'experts' and 'blocks' out"):
-        scored_groups(model, find_groups(model, ("blocks",)), ActivationTaylor())
+    with pytest.raises(UnsupportedArchitectureError, match="Leave 'layers' out|Leave 'experts' and 'layers' out"):
+        scored_groups(model, find_groups(model, ("layers",)), ActivationTaylor())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -217,7 +217,7 @@ def test_what_does_not_go_with_mixtures_is_refused():
         apply_plan(pruned, plan_of(model))
 
 
-@pytest.mark.parametrize("units", [("experts",), ("heads",), ("blocks",)])
+@pytest.mark.parametrize("units", [("experts",), ("heads",), ("layers",)])
 def test_sharded_strategies_are_refused_whatever_the_units(units, tmp_path):
     target = find_target(PruningModule(save_tiny(tmp_path, "mixtral")), objective=None, model=None, neurons=())
     target.units = units
@@ -246,7 +246,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
     for flags, text in (
         (["--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.compensation=LeastSquares"], "no one projection reads experts"),
-        (["--importance.units=[blocks]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
+        (["--importance.units=[layers]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.criterion=Magnitude", "--pruning_ratio=0.9"], "largest possible --pruning_ratio"),
     ):
         assert main(["prune", *common, "--pruning_ratio=0.2", "--output_dir=other", *flags]) == 2

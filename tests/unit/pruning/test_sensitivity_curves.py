@@ -4,14 +4,18 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
-from hfprune.allocation import Protected, Sensitivity, keep_top
+from hfprune.allocation import CosineSoftmax, Protected, Sensitivity, keep_top
 from hfprune.criteria import ActivationNorm, Reconstruction
 from hfprune.models import class_name, find_groups
+from hfprune.models.forward import sequences
 from hfprune.models.surgery import mask_plan
 from hfprune.plan import PruningPlan
+from hfprune.pruning.layer_scores import layer_cosines
 from hfprune.pruning.sensitivity_curves import kl_curves
+from hfprune.sweep.grid import Method
 from hfprune.utils.errors import CalibrationError, ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
 
@@ -112,7 +116,7 @@ def test_a_run_measures_its_own_curves(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ("mlp", "blocks")}, "does not say which whole layers go"),
+        ({"units": ("mlp", "layers")}, "does not say which whole layers go"),
         ({"criterion": Reconstruction()}, "needs all scores"),
     ],
 )
@@ -122,9 +126,54 @@ def test_what_it_does_not_go_with(tmp_path, options, message):
         prune(folder, allocation=Sensitivity(), **options)
 
 
+def test_a_run_measures_its_own_cosines(tmp_path):
+    """The cosines are those of ``layer_cosines`` on the same sequences, and a run that is given them keeps the same."""
+    folder = save_tiny(tmp_path / "dense")
+    module, importance = prune(folder, allocation=CosineSoftmax(alpha=40.0, sequences=3))
+    said = module.plan.provenance["allocation"]
+    assert said | {"cosines": None} == {
+        "name": "CosineSoftmax", "alpha": 40.0, "sequences": 3, "cosines": None
+    }  # fmt: skip
+    assert importance.resolved.asked == "pruning_ratio=0.2, CosineSoftmax(alpha=40.0, sequences=3)"
+    assert len(set(importance.resolved.widths)) > 1
+    assert importance.resolved.params == pytest.approx(importance.resolved.target_params, rel=0.01)
+    cosines = {int(layer): value for layer, value in said["cosines"].items()}
+    again, _ = prune(folder, allocation=CosineSoftmax(cosines, alpha=40.0))
+    assert again.plan.keep == module.plan.keep
+
+    data = TextDataModule(seq_len=16, calibration_sequences=5, eval_windows=0)
+    again_callback = TaylorImportanceCallback(pruning_ratio=0.2, criterion=ActivationNorm())
+    PruneTrainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+                 enable_model_summary=False, callbacks=[again_callback]).prune(PruningModule(folder), data)  # fmt: skip
+    first = [sequence for batch in data.calibration_dataloader() for sequence in sequences(batch)][:3]
+    expected = layer_cosines(AutoModelForCausalLM.from_pretrained(folder).eval(), first)
+    assert list(cosines.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequences": 0}, "sequences=0 must be at least 1"),
+        ({"num_layers": 0}, "num_layers 0"),
+    ],
+)
+def test_cosine_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        CosineSoftmax(**settings)
+
+
+def test_more_layers_than_the_model_has_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="num_layers 4 of 3 layers"):
+        prune(save_tiny(tmp_path / "dense"), allocation=CosineSoftmax(num_layers=4))
+
+
 def test_within_another_allocation_it_needs_curves():
     with pytest.raises(ConfigError, match="give Sensitivity its curves"):
         Protected(allocation=Sensitivity())
+    with pytest.raises(ConfigError, match="give CosineSoftmax its cosines"):
+        Protected(allocation=CosineSoftmax())
+    with pytest.raises(ConfigError, match="in a sweep CosineSoftmax needs cosines"):
+        Method(name="a", objective="entropy", allocation=CosineSoftmax()).check()
 
 
 @pytest.mark.parametrize("settings", [{"shares": ()}, {"shares": (1.0,)}, {"sequences": 0}])

@@ -126,7 +126,7 @@ def test_layers_run_again_match_as_well(folder):
 
 
 def test_with_a_layer_gone(folder):
-    gone = {"units": ("blocks",), "allocation": Explicit(blocks=[1]), "criterion": Magnitude()}
+    gone = {"units": ("layers",), "allocation": Explicit(layers=[1]), "criterion": Magnitude()}
     module = fit(folder, 1.0, layers=(1, 2), **gone)
     assert len(module.causal_lm.model.layers) == 2
     with pytest.raises(ConfigError, match=r"hidden_layers \[1\] were all removed by pruning; kept: \[0, 2\]"):

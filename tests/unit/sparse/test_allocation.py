@@ -87,7 +87,7 @@ def test_names():
     for method in (MagnitudeSparsity, TaylorSparsity):
         assert method(scope="model").across
         assert not method(scope="matrix").across
-        with pytest.raises(ConfigError, match="Known: row, matrix, model"):
+        with pytest.raises(ConfigError, match="choose one of row, matrix, model"):
             method(scope="layer")
     with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
         TaylorSparsity(objective="entropi")

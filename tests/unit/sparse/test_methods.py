@@ -189,5 +189,5 @@ def test_ties_go_to_the_first():
 
 def test_unknown_scope():
     for make in (MagnitudeSparsity, RelativeImportance, RIA, ZPruner, Wanda):
-        with pytest.raises(ConfigError, match="Unknown scope 'column'"):
+        with pytest.raises(ConfigError, match="scope='column' is unknown"):
             make(scope="column")

@@ -68,7 +68,7 @@ def test_no_order_without_a_pattern():
     weight, x = problem()
     assert RIA(permutation="assigned").apply(weight, sums_of(x), Sparsity.parse(0.5)).order is None
     assert permute(scores(), Sparsity.parse("2:4"), "none") is None
-    with pytest.raises(ConfigError, match="Unknown permutation 'best'. Known: none, dealt, assigned"):
+    with pytest.raises(ConfigError, match="permutation='best' is unknown; choose one of none, dealt, assigned"):
         RIA(permutation="best")
     with pytest.raises(ConfigError, match="groups of 8 do not fill"):
         permute(scores(), Sparsity.parse("4:8"), "dealt")

@@ -182,8 +182,8 @@ def test_a_uniform_plan_is_an_ordinary_folder_in_every_layout(layout, tmp_path):
 def test_padded_is_as_wide_as_the_layers_that_stayed(tmp_path):
     """A layer that goes as a whole says nothing of widths."""
     model = tiny(dtype=torch.float64)
-    groups = find_groups(model, ("mlp", "heads", "blocks"))
-    allocation = Explicit(mlp=[11, 9, 7], blocks=[1])
+    groups = find_groups(model, ("mlp", "heads", "layers"))
+    allocation = Explicit(mlp=[11, 9, 7], layers=[1])
     found = allocate(Inventory.of(model, groups), Budget(allocated=True), allocation)
     keep = kept_units({g.name: torch.arange(g.num_units) for g in groups}, groups, found)
     config = config_values(model, groups, keep)
@@ -294,7 +294,7 @@ def test_pruned_again_recovered_evaluated_and_written_in_another_layout(folder, 
 
 @pytest.mark.parametrize(
     ("name", "units"),
-    [("llama", ("mlp",)), ("llama", ("mlp", "heads")), ("gpt2", ("mlp",)), ("gemma3", ("mlp", "blocks"))],
+    [("llama", ("mlp",)), ("llama", ("mlp", "heads")), ("gpt2", ("mlp",)), ("gemma3", ("mlp", "layers"))],
 )
 def test_a_plan_by_hand_of_equal_widths_gives_a_stock_folder(name, units, tmp_path):
     """``config={}``: what follows from the kept units is found, in memory and by ``save_pretrained``."""

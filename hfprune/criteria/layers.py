@@ -1,4 +1,4 @@
-"""Which groups are scored for the units that may go, and what their scores say of whole layers."""
+"""Groups to score, and scores of whole layers as sums over their units."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hfprune.models.residual_stream import scored_slices
 from hfprune.plan import Group
 
 
-def block_scores(scores: Mapping[str, Tensor], parts: Sequence[Group], block: Group) -> Tensor:
+def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Group) -> Tensor:
     """Returns the importance [L] float64 of each layer: the sum of the scores of its units.
 
     With ``WeightTaylor`` that is |w dw| over all weights of the layer's projections; norms and biases are left out.
@@ -20,9 +20,9 @@ def block_scores(scores: Mapping[str, Tensor], parts: Sequence[Group], block: Gr
     Args:
         scores: Group name -> importance [U].
         parts: Groups of units within layers, each with its layer.
-        block: The group of whole layers.
+        layers: The group of whole layers.
     """
-    total = torch.zeros(block.num_units, dtype=torch.float64)
+    total = torch.zeros(layers.num_units, dtype=torch.float64)
     for group in parts:
         if group.layer is not None:
             total[group.layer] += scores[group.name].double().sum().cpu()
@@ -54,7 +54,7 @@ def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Gr
     return replace(group, slices=scored_slices(find_spec(model), group, outside_layers=outside, norms=norms))
 
 
-def with_blocks(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
+def with_layers(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
     """Returns the scores of ``groups``, those of whole layers added up from what is in them.
 
     Args:
@@ -62,4 +62,4 @@ def with_blocks(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: S
         groups: The groups that may lose units.
         scored: The groups that were scored.
     """
-    return {group.name: scores[group.name] if group.slices else block_scores(scores, scored, group) for group in groups}
+    return {group.name: scores[group.name] if group.slices else layer_sums(scores, scored, group) for group in groups}
