@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfprune.models.groups import backbone, find_spec
-from hfprune.objectives.chunked import OutputHead
+from hfprune.objectives.output_head import OutputHead
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()

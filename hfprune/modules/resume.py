@@ -85,6 +85,10 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
 class Schedule:
     """Learning rate as a share of its peak: linear warm-up, then cosine decay to zero, per step of the optimizer.
 
+    ``transformers.get_cosine_schedule_with_warmup`` is not used: its first step has a learning rate of zero, it cannot
+    change its length after a resume with other batch sizes, and its cosine (``math.cos``) differs from this one in the
+    last bit for some steps, so that checkpoints would not resume to the same weights.
+
     Attributes:
         total: Steps until the rate is zero.
         warmup: Steps with a rising rate.

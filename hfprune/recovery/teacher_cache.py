@@ -3,7 +3,7 @@
 Rows are found by what they hold, not by their place: shuffling, epochs, packing and the number of processes do not
 matter, and other data add rows. The folder is that of one model, K and temperature. Files are written in one step, rows
 carry checksums; a run that was killed while it wrote goes on with the rows that are missing. How a row is kept:
-:func:`hfprune.objectives.teacher_top.rounded_top`.
+:func:`hfprune.objectives.top_k.rounded_top`.
 
 Shape legend: N supervised tokens, K the most likely tokens that are kept.
 """
@@ -28,7 +28,7 @@ from hfprune.models import output_head
 from hfprune.models.forward import Batch, final_hidden, labels_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.chunked import chunk_tokens
-from hfprune.objectives.teacher_top import KnownTop, rounded_top
+from hfprune.objectives.top_k import KnownTop, rounded_top
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import write_tensors
 
