@@ -74,9 +74,9 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
         done: What the checkpoint's run had done with the old values.
     """
     if changes:
-        told = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+        summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
         raise ConfigError(
-            f"The checkpoint's run {done} with other settings: {told}. Resume with the old ones, or leave ckpt_path "
+            f"The checkpoint's run {done} with other settings: {summary}. Resume with the old ones, or leave ckpt_path "
             "out to start a new run."
         )
 

@@ -221,9 +221,9 @@ class RecoverySteps(TokenWeighted):
             if changes:
                 rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
                 self.schedule.apply(self.trainer, **rates)
-                told = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+                summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
                 rate = self.learning_rate * self.schedule.factor(step)
-                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", told, rate)
+                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", summary, rate)
             self.resumed[-1]["changes"] = changes
         if step and not self.schedule.factor(step) and not self.trainer.fit_loop.done:
             raise ConfigError(
@@ -324,16 +324,15 @@ class RecoverySteps(TokenWeighted):
             return
         if adapters and self.trainable != "all":
             raise ConfigError(
-                f"--model.trainable {self.trainable} says which weights recovery without adapters trains, and adapters "
-                "are asked for: give --importance.recovery null, or adapt these with "
-                "--importance.recovery.target_modules."
+                f"trainable='{self.trainable}' selects weights for recovery without adapters, but adapters are "
+                f"requested: set recovery='{self.trainable}', or select projections with recovery.target_modules."
             )
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(
-                f"--trainer.precision {precision} makes all that recovery trains {precision.removesuffix('-true')}, "
-                "adapters too, and optimizer states can't decay there. Give --trainer.precision bf16-mixed, and "
-                "--model.dtype bfloat16 where the model is too large for float32: adapters stay float32."
+                f"precision='{precision}' converts all trained weights to {precision.removesuffix('-true')}, adapters "
+                "included, where optimizer states cannot decay. Set precision='bf16-mixed', and dtype='bfloat16' if "
+                "the model is too large for float32: adapters stay float32."
             )
         if adapters:
             return
@@ -341,9 +340,9 @@ class RecoverySteps(TokenWeighted):
         half = next((dtype for dtype in trained if dtype in (torch.bfloat16, torch.float16)), None)
         if half is not None:
             raise ConfigError(
-                f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states can't decay. "
-                "Load the model with --model.dtype float32 and train with --trainer.precision bf16-mixed, or train "
-                "adapters (--importance.recovery.rank 32), which are float32."
+                f"The weights to train are {str(half).removeprefix('torch.')}, whose optimizer states cannot decay. "
+                "Load the model with dtype='float32' and train with precision='bf16-mixed', or set recovery='lora': "
+                "adapters are float32."
             )
 
     def configure_optimizers(self) -> Any:
@@ -396,11 +395,11 @@ def _optimizer_class(name: str) -> Any:
     if name == "adamw":
         return torch.optim.AdamW
     if name != "adamw_8bit":
-        raise ConfigError(f"--model.optimizer '{name}' is not one of adamw, adamw_8bit.")
+        raise ConfigError(f"optimizer='{name}' is not one of adamw, adamw_8bit.")
     try:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            f"--model.optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes): {error}. Or give adamw."
+            f"optimizer='adamw_8bit' needs bitsandbytes (pip install bitsandbytes): {error}. Or set optimizer='adamw'."
         ) from error
     return bitsandbytes.optim.AdamW8bit

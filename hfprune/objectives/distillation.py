@@ -1,4 +1,4 @@
-"""Distillation that recovers: a pruned model follows the predictions of the dense one (Hinton et al., 2015, 1503.02531).
+"""Distillation that recovers: a pruned model follows the predictions of the dense one.
 
 Shape legend: T tokens, V vocabulary, K tokens that are known of a teacher.
 """

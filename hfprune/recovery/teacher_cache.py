@@ -40,8 +40,8 @@ _Row = tuple[Tensor, Tensor, Tensor]
 """Values [N, K], float16; tokens [N, K], int32; log-odds of all others [N], float32."""
 
 _STREAM = (
-    "--model.distillation.cache needs recovery data that are in memory, to compute the dense model's predictions for "
-    "all of them once: give --data.streaming false, or leave the cache out."
+    "distillation.cache needs recovery data in memory, to compute the dense model's predictions once for all rows: set "
+    "streaming=False, or remove distillation.cache."
 )
 
 
@@ -209,7 +209,7 @@ def check_cache(folder: str, data: Any) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--model.distillation.cache '{folder}' cannot be written: {error}.") from error
+        raise ConfigError(f"distillation.cache='{folder}' cannot be written: {error}.") from error
 
 
 def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:

@@ -29,7 +29,7 @@ SMALL = [
 ]  # fmt: skip
 RECOVERY = ["--data.recovery_sequences=8", "--data.validation_sequences=2", "--data.batch_size=4"]
 LORA = ["--importance.recovery.rank=2"]
-FULL = ["--importance.recovery=null", "--model.dtype=float32"]
+FULL = ["--importance.recovery=full", "--model.dtype=float32"]
 RATIO = ["--pruning_ratio=0.2"]
 
 

@@ -320,7 +320,7 @@ def test_pissa_and_dora_are_refused_where_zeros_must_stay():
         SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
     with pytest.raises(ConfigError, match="not float64"):
         add_lora(tiny(), ADAPTERS["pissa"])
-    with pytest.raises(ConfigError, match="init 'svd' is not one of default, pissa"):
+    with pytest.raises(ConfigError, match="init='svd' is not one of default, pissa"):
         LoraRecovery(init="svd")
 
 

@@ -86,7 +86,7 @@ def fit(folder, hidden, *, layers=None, again=False, **importance):
     module = PruningModule(folder, learning_rate=5e-3, distillation=settings, gradient_checkpointing=again)
     options = importance or {"pruning_ratio": 0.3}
     trainer = PruneTrainer(
-        callbacks=[TaylorImportanceCallback(recovery=None, **options)], accelerator="cpu", devices=1, logger=False,
+        callbacks=[TaylorImportanceCallback(recovery="full", **options)], accelerator="cpu", devices=1, logger=False,
         max_epochs=3, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     torch.manual_seed(0)
