@@ -227,7 +227,8 @@ class PruneTrainer(Trainer):
     @contextmanager
     def _training_or_not(self) -> Iterator[None]:
         """Turns training and validation off while a callback prunes with ``recovery="none"``, as ``prune`` does."""
-        modes = [callback.mode.word for callback in self.callbacks if hasattr(callback, "mode")]  # type: ignore[attr-defined]
+        callbacks = self.callbacks  # type: ignore[attr-defined]
+        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
         with ExitStack() as restored, warnings.catch_warnings():
             if "none" in modes:
                 off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}

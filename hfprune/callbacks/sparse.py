@@ -156,8 +156,8 @@ class SparsityCallback(Callback):
     ) -> None:
         if calibration_batches is not None and calibration_batches < 1:
             raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
-        self.mode = RecoveryMode(recovery)
-        adapters = self.mode.lora
+        self.recovery_mode = RecoveryMode(recovery)
+        adapters = self.recovery_mode.lora
         if adapters is not None and adapters.dora and keep_zeros:
             raise ConfigError(
                 "DoRA scales whole columns, and adapters that leave zeros zero do not: give --sparse.recovery.dora "
@@ -216,7 +216,7 @@ class SparsityCallback(Callback):
         """Checks the settings and what is around the callback, before any weight is loaded."""
         self._target, self._failed, self._record = self._find(pl_module), False, None
         if stage == "fit":
-            self.mode.start(trainer, pl_module)
+            self.recovery_mode.start(trainer, pl_module)
             check_trainer(trainer, pl_module, pruned=self._target.plan is not None)
             check_sparse_strategy(trainer, type(self.method).__name__)
             check_source(trainer, limit=self.calibration_batches)
@@ -233,7 +233,7 @@ class SparsityCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the strategy back as it was; what ``fit`` was to leave is there, so finished layers are not needed."""
         self._detach()
-        self.mode.end(trainer)
+        self.recovery_mode.end(trainer)
         done = stage == "fit" and not self._failed
         if done and self.state_dir is not None and trainer.is_global_zero:
             OwnFolder(self.state_dir).clear()
@@ -241,7 +241,7 @@ class SparsityCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""
         self._detach()
-        self.mode.end(trainer)
+        self.recovery_mode.end(trainer)
         self._failed = True
 
     def _detach(self) -> None:

@@ -148,8 +148,8 @@ class TaylorImportanceCallback(Callback):
             stop_when_settled=stop_when_settled,
             rounds=Rounds(number=rounds, schedule=schedule),
         )
-        self.mode = RecoveryMode(recovery)
-        self.recovery, self.checkpoint_every = self.mode.lora, checkpoint_every
+        self.recovery_mode = RecoveryMode(recovery)
+        self.recovery, self.checkpoint_every = self.recovery_mode.lora, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
         self.convergence: list[tuple[int, float]] = []
@@ -222,7 +222,7 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
-            self.mode.start(trainer, pl_module)
+            self.recovery_mode.start(trainer, pl_module)
             check_fit(trainer, self._target, self.options, recovery=self.recovery)
             resolved = self.check(pl_module)
             if resolved is not None and self._target.plan is None:
@@ -245,7 +245,7 @@ class TaylorImportanceCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the strategy back as it was; what ``fit`` was to leave is there, so its progress is not needed."""
         self._detach()
-        self.mode.end(trainer)
+        self.recovery_mode.end(trainer)
         path = _progress_path(trainer)
         if stage == "fit" and path is not None and trainer.is_global_zero and path.exists():
             trainer.strategy.remove_checkpoint(path)
@@ -255,7 +255,7 @@ class TaylorImportanceCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""
         self._detach()
-        self.mode.end(trainer)
+        self.recovery_mode.end(trainer)
 
     def _detach(self) -> None:
         if self._tap is not None:

@@ -195,7 +195,8 @@ class RunCLI(BaseCLI):
             return
         if self.trainer.world_size > 1:
             raise ConfigError(ONE_PROCESS)
-        modes = [c.mode.word for c in cast(Any, self.trainer).callbacks if hasattr(c, "mode")]
+        callbacks = cast(Any, self.trainer).callbacks
+        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
         if self.trainer.limit_train_batches == 0 or "none" in modes:
             raise ConfigError("--recover_dense tunes the dense model on the recovery data; there is no recovery here.")
         distillation = self.model.distillation

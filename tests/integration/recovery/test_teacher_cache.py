@@ -273,7 +273,7 @@ def folder(tmp_path_factory):
 def fit(folder, distillation, *callbacks, ckpt_path=None, lora=None, precision="32-true", **data):
     module = PruningModule(folder, learning_rate=5e-3, distillation=distillation)
     trainer = PruneTrainer(
-        callbacks=[TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora), *callbacks], accelerator="cpu",
+        callbacks=[TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora or "full"), *callbacks], accelerator="cpu",
         devices=1, logger=False, max_epochs=2, precision=precision, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )  # fmt: skip

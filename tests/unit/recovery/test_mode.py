@@ -73,7 +73,7 @@ def test_each_word_trains_what_it_says(folder, sparse):
 def test_none_as_a_value_means_full_and_says_so():
     with pytest.warns(FutureWarning, match="write recovery='full'"):
         callback = TaylorImportanceCallback(pruning_ratio=0.3, recovery=None)
-    assert (callback.mode.word, callback.recovery) == ("full", None)
+    assert (callback.recovery_mode.word, callback.recovery) == ("full", None)
 
 
 def test_what_is_no_word_is_refused():
@@ -102,7 +102,7 @@ def test_the_command_line_takes_the_words(folder, tmp_path, monkeypatch, flags, 
     seen = []
 
     def fit(trainer, *args, **kwargs):
-        seen.extend(c.mode for c in trainer.callbacks if isinstance(c, TaylorImportanceCallback))
+        seen.extend(c.recovery_mode for c in trainer.callbacks if isinstance(c, TaylorImportanceCallback))
         raise ConfigError("enough was seen")
 
     monkeypatch.setattr(PruneTrainer, "fit", fit)
