@@ -118,6 +118,7 @@ MODULES = {
     "hfprune.modules.steps": "hfprune.modules.training_step",
     "hfprune.modules.weighting": "hfprune.modules.token_weights",
     "hfprune.moments": "hfprune.utils.second_moments",
+    "hfprune.objectives.teacher_top": "hfprune.objectives.top_k",
     "hfprune.packed": "hfprune.models.forward",
     "hfprune.quiet": "hfprune.io.progress",
     "hfprune.reconstruction": "hfprune.utils.least_squares",

@@ -220,7 +220,20 @@ class PruneTrainer(Trainer):
                 callback.resume_from = ckpt_path
             if isinstance(callback, SparsityCallback | LoraPruneCallback):
                 callback.check(_plain(model))
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        with self._training_or_not():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @contextmanager
+    def _training_or_not(self) -> Iterator[None]:
+        """Turns training and validation off while a callback prunes with ``recovery="none"``, as ``prune`` does."""
+        callbacks = self.callbacks  # type: ignore[attr-defined]
+        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
+        with ExitStack() as restored, warnings.catch_warnings():
+            if "none" in modes:
+                off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+                restored.enter_context(_changed(self, **off))
+                warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
+            yield
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None

@@ -33,8 +33,8 @@ from hfprune.pruning.calibration import check_source, data_loader, data_summary,
 from hfprune.pruning.hooks import evaluating
 from hfprune.pruning.layerwise import summed
 from hfprune.pruning.planner import say, versions
-from hfprune.recovery.lora import LoraRecovery
 from hfprune.recovery.masked import hold_zeros, mask_adapters
+from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
 from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
 from hfprune.sparse.layer import SparseLayer
@@ -125,7 +125,9 @@ class SparsityCallback(Callback):
             a ``SparseGPT(...)`` does with its block and damping.
         allocation: How many zeros each matrix gets: the same share by default, ``OutlierWeighed()``,
             ``ExplicitSparsity({...})``.
-        recovery: LoRA settings; None trains on what the module trains.
+        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
+            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
+            :class:`~hfprune.recovery.mode.RecoveryMode`.
         keep_zeros: Zeros stay zero in recovery: adapters change the other weights only, also once merged.
         calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
             data.
@@ -144,7 +146,7 @@ class SparsityCallback(Callback):
         sparsity: str | float,
         update: SparseGPT | str | None = None,
         allocation: SparseAllocation | None = None,
-        recovery: LoraRecovery | None = None,
+        recovery: RecoverySetting = "full",
         keep_zeros: bool = True,
         calibration_batches: int | None = None,
         offload: Offload | None = None,
@@ -154,12 +156,14 @@ class SparsityCallback(Callback):
     ) -> None:
         if calibration_batches is not None and calibration_batches < 1:
             raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
-        if recovery is not None and recovery.dora and keep_zeros:
+        self.recovery_mode = RecoveryMode(recovery)
+        adapters = self.recovery_mode.lora
+        if adapters is not None and adapters.dora and keep_zeros:
             raise ConfigError(
                 "DoRA scales whole columns, and adapters that leave zeros zero do not: give --sparse.recovery.dora "
                 "false, or --sparse.keep_zeros false."
             )
-        if recovery is not None and recovery.init == "pissa" and keep_zeros:
+        if adapters is not None and adapters.init == "pissa" and keep_zeros:
             raise ConfigError(
                 "PiSSA takes singular directions out of the weights, zeros included: give --sparse.recovery.init "
                 "default, or --sparse.keep_zeros false."
@@ -169,7 +173,7 @@ class SparsityCallback(Callback):
         if isinstance(update, str) and update != "sparsegpt":
             raise ConfigError(f"Unknown update '{update}'. Known: sparsegpt.")
         self.update = SparseGPT() if isinstance(update, str) else update
-        self.allocation, self.recovery, self.keep_zeros = allocation, recovery, keep_zeros
+        self.allocation, self.recovery, self.keep_zeros = allocation, adapters, keep_zeros
         self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.model = model
@@ -212,6 +216,7 @@ class SparsityCallback(Callback):
         """Checks the settings and what is around the callback, before any weight is loaded."""
         self._target, self._failed, self._record = self._find(pl_module), False, None
         if stage == "fit":
+            self.recovery_mode.start(trainer, pl_module)
             check_trainer(trainer, pl_module, pruned=self._target.plan is not None)
             check_sparse_strategy(trainer, type(self.method).__name__)
             check_source(trainer, limit=self.calibration_batches)
@@ -228,6 +233,7 @@ class SparsityCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the strategy back as it was; what ``fit`` was to leave is there, so finished layers are not needed."""
         self._detach()
+        self.recovery_mode.end(trainer)
         done = stage == "fit" and not self._failed
         if done and self.state_dir is not None and trainer.is_global_zero:
             OwnFolder(self.state_dir).clear()
@@ -235,6 +241,7 @@ class SparsityCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""
         self._detach()
+        self.recovery_mode.end(trainer)
         self._failed = True
 
     def _detach(self) -> None:

@@ -25,7 +25,7 @@ from hfprune.modules.resume import keep_cut_epoch
 from hfprune.plan import Budget, UnitKind, unit_kinds
 from hfprune.pruning.planner import Planner, PruningOptions, check_scored, say, warn
 from hfprune.pruning.rounds import Rounds, Schedule
-from hfprune.recovery.lora import LoraRecovery
+from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.utils.errors import ConfigError
 
 PROGRESS_CHECKPOINT = "last-pruning.ckpt"
@@ -69,7 +69,9 @@ class TaylorImportanceCallback(Callback):
             ``linear``.
         compensation: Fit the projections that read pruned units anew, layer by layer on the calibration data and in
             closed form, before any training: ``LeastSquares()``, for example. None leaves the kept weights.
-        recovery: LoRA settings; None trains on what the module trains.
+        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
+            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
+            :class:`~hfprune.recovery.mode.RecoveryMode`.
         calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
             data.
         exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, whatever the batch
@@ -102,7 +104,7 @@ class TaylorImportanceCallback(Callback):
         rounds: int = 1,
         schedule: Schedule = "cubic",
         compensation: Compensation | None = None,
-        recovery: LoraRecovery | None = None,
+        recovery: RecoverySetting = "full",
         calibration_batches: int | None = None,
         exact: bool = True,
         checkpoint_every: int | None = 64,
@@ -147,7 +149,8 @@ class TaylorImportanceCallback(Callback):
             stop_when_settled=stop_when_settled,
             rounds=Rounds(number=rounds, schedule=schedule),
         )
-        self.recovery, self.checkpoint_every = recovery, checkpoint_every
+        self.recovery_mode = RecoveryMode(recovery)
+        self.recovery, self.checkpoint_every = self.recovery_mode.lora, checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.importance: dict[str, torch.Tensor] = {}
         self.convergence: list[tuple[int, float]] = []
@@ -220,6 +223,7 @@ class TaylorImportanceCallback(Callback):
         self._target = self._find(pl_module)
         self._record, self._loaded, self._phase = None, {}, "training"
         if stage == "fit":
+            self.recovery_mode.start(trainer, pl_module)
             check_fit(trainer, self._target, self.options, recovery=self.recovery)
             resolved = self.check(pl_module)
             if resolved is not None and self._target.plan is None:
@@ -242,6 +246,7 @@ class TaylorImportanceCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the strategy back as it was; what ``fit`` was to leave is there, so its progress is not needed."""
         self._detach()
+        self.recovery_mode.end(trainer)
         path = _progress_path(trainer)
         if stage == "fit" and path is not None and trainer.is_global_zero and path.exists():
             trainer.strategy.remove_checkpoint(path)
@@ -251,6 +256,7 @@ class TaylorImportanceCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the strategy back as it was."""
         self._detach()
+        self.recovery_mode.end(trainer)
 
     def _detach(self) -> None:
         if self._tap is not None:

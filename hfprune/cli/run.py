@@ -195,7 +195,9 @@ class RunCLI(BaseCLI):
             return
         if self.trainer.world_size > 1:
             raise ConfigError(ONE_PROCESS)
-        if self.trainer.limit_train_batches == 0:
+        callbacks = cast(Any, self.trainer).callbacks
+        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
+        if self.trainer.limit_train_batches == 0 or "none" in modes:
             raise ConfigError("--recover_dense tunes the dense model on the recovery data; there is no recovery here.")
         distillation = self.model.distillation
         if distillation is not None and distillation.alpha == 1:
@@ -213,6 +215,7 @@ class RunCLI(BaseCLI):
             c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)
         )
         adapters = pruning.lora if isinstance(pruning, LoraPruneCallback) else pruning.recovery
+        trainable = self.model.trainable
         del callbacks, pruning  # they hold the pruned model
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / DENSE_CHECKPOINTS
@@ -222,6 +225,7 @@ class RunCLI(BaseCLI):
         # settings, data and seed are read anew
         self.config_init = again = self.parser.instantiate_classes(config)
         self.model, self.datamodule = again.model, again.data
+        self.model.trainable = trainable
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         saving = step_checkpoint(folder, config.checkpoint_steps, save_last="link")
         self.trainer_defaults["callbacks"] = [control, saving]

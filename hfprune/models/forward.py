@@ -10,7 +10,6 @@ Shape legend: B rows, T tokens, D hidden size, N windows of W tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, class_name, find_spec
 from hfprune.models.output_head import output_head
-from hfprune.objectives import Objective, OutputHead, Term, chunked_objective, chunked_objectives
+from hfprune.objectives import Objective, Term, chunked_objective, chunked_objectives
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.objectives.teacher import HiddenPredictions, Predictions
 from hfprune.utils.compat import attention_implementation
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
@@ -197,31 +197,27 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
         objective: What to sum.
         batch: One sequence per row, padding on either side; or packed rows, see :mod:`hfprune.models.forward`.
     """
-    teacher = _teacher_hidden(model, objective, batch)
+    teacher = _teacher(model, objective, batch)
     hidden, mask = final_hidden(model, batch)
     targets, valid = objective.targets(batch["input_ids"], mask, labels_of(batch))
     every = bool(valid.all())
 
-    def counted(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else (tensor.flatten(0, 1) if every else tensor[valid])
+    def counted(tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1) if every else tensor[valid]
 
-    tokens = counted(hidden)
-    assert tokens is not None
     total = chunked_objective(
         objective,
-        tokens,
+        counted(hidden),
         output_head(model),
-        counted(targets),
-        counted(teacher),
-        teacher_head=_teacher_head(objective),
-        known=None if objective.known is None else objective.known(batch, valid),
+        None if targets is None else counted(targets),
+        None if teacher is None else teacher.at(valid),
     )
     return total, valid
 
 
 def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
-    teachers = [_teacher_hidden(model, objective, batch) for objective in objectives]
+    teachers = [_teacher(model, objective, batch) for objective in objectives]
     hidden, mask = final_hidden(model, batch)
     terms, valid, labels = [], [], labels_of(batch)
     for objective, teacher in zip(objectives, teachers, strict=True):
@@ -231,8 +227,7 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
                 objective,
                 targets=None if targets is None else targets.flatten(0, 1),
                 tokens=None if bool(counted.all()) else counted.flatten(),
-                teacher=None if teacher is None else teacher.flatten(0, 1),
-                teacher_head=_teacher_head(objective),
+                teacher=None if teacher is None else teacher.at(counted),
             )
         )
         valid.append(counted)
@@ -280,17 +275,13 @@ def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
     return mask.bool().sum(dim=1), mask == 0
 
 
-def _teacher_hidden(model: nn.Module, objective: Objective, batch: Batch) -> Tensor | None:
-    """Returns the final hidden states [B, T, D] of the objective's teacher, None where it has none."""
-    if objective.teacher is None and objective.teacher_model is None:
-        return None
-    with torch.no_grad(), (objective.teacher or nullcontext)():
-        return final_hidden(objective.teacher_model or model, batch)[0]
+def _teacher(model: nn.Module, objective: Objective, batch: Batch) -> Predictions | None:
+    """Returns what the objective's teacher predicts for a batch; None without a teacher."""
 
+    def forward(teacher: nn.Module) -> HiddenPredictions:
+        return HiddenPredictions(final_hidden(teacher, batch)[0], output_head(teacher))
 
-def _teacher_head(objective: Objective) -> OutputHead | None:
-    """Returns the output head of a teacher that is another model."""
-    return None if objective.teacher_model is None else output_head(objective.teacher_model)
+    return None if objective.teacher is None else objective.teacher.predict(model, batch, forward)
 
 
 def window_hidden(model: nn.Module, windows: Tensor, *, batch_size: int = 1) -> Tensor:

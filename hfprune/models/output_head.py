@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, find_spec
 from hfprune.models.projection import submodule
-from hfprune.objectives.chunked import OutputHead
+from hfprune.objectives.output_head import OutputHead
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()

@@ -55,7 +55,8 @@ class PruningModule(RecoverySteps):
         weight_decay: Weight decay of recovery.
         warmup_ratio: Share of the steps with a linearly rising learning rate, before the cosine decay to zero.
         distillation: Recover towards the dense model's predictions; None recovers on the text alone.
-        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs.
+        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs. The
+            callbacks' ``recovery="mlp"`` sets it.
         optimizer: ``adamw``, or ``adamw_8bit``: bitsandbytes' AdamW, which keeps its moments in 8 bits a number, not
             32 (``pip install bitsandbytes``).
         gradient_checkpointing: Recovery keeps the inputs of the layers only, and runs each again in the backward pass:
@@ -84,8 +85,8 @@ class PruningModule(RecoverySteps):
         self.objective: Objective = OBJECTIVES.get(objective)
         if learning_rate <= 0 or weight_decay < 0 or not 0 <= warmup_ratio < 1:
             raise ConfigError(
-                "Recovery needs --model.learning_rate > 0, --model.weight_decay >= 0 and --model.warmup_ratio in "
-                f"[0, 1); got {learning_rate}, {weight_decay}, {warmup_ratio}."
+                f"learning_rate={learning_rate} must be positive, weight_decay={weight_decay} >= 0 and "
+                f"warmup_ratio={warmup_ratio} in [0, 1)."
             )
         if not allow_pruned and (plan := previous_plan(path)):
             done = PruningPlan.load(plan).provenance.get("budget", {}).get("asked", "an earlier plan")
@@ -94,7 +95,7 @@ class PruningModule(RecoverySteps):
                 "true to prune it further (the budget then refers to this smaller model)."
             )
         if trainable not in ("all", "mlp"):
-            raise ConfigError(f"--model.trainable '{trainable}' is not one of all, mlp.")
+            raise ConfigError(f"trainable='{trainable}' is not one of all, mlp.")
         check_optimizer(optimizer)
         check_model(path, revision=revision)
         self.save_hyperparameters(ignore=["distillation"])
@@ -118,9 +119,13 @@ class PruningModule(RecoverySteps):
             return
         if self._mesh is not None:
             if self.distillation is not None:
-                raise ConfigError("--model.distillation needs the whole dense model beside: not under FSDP2.")
+                raise ConfigError(
+                    "distillation needs the whole dense model on every rank, which FSDP2 does not have: remove it."
+                )
             if self.optimizer_name == "adamw_8bit":
-                raise ConfigError("--model.optimizer adamw_8bit quantises whole weights' moments: not under FSDP2.")
+                raise ConfigError(
+                    "optimizer='adamw_8bit' quantises the moments of whole weights, which FSDP2 shards: set 'adamw'."
+                )
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
             loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)

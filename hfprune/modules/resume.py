@@ -74,9 +74,9 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
         done: What the checkpoint's run had done with the old values.
     """
     if changes:
-        told = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+        summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
         raise ConfigError(
-            f"The checkpoint's run {done} with other settings: {told}. Resume with the old ones, or leave ckpt_path "
+            f"The checkpoint's run {done} with other settings: {summary}. Resume with the old ones, or leave ckpt_path "
             "out to start a new run."
         )
 
@@ -84,6 +84,10 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """Learning rate as a share of its peak: linear warm-up, then cosine decay to zero, per step of the optimizer.
+
+    ``transformers.get_cosine_schedule_with_warmup`` is not used: its first step has a learning rate of zero, it cannot
+    change its length after a resume with other batch sizes, and its cosine (``math.cos``) differs from this one in the
+    last bit for some steps, so that checkpoints would not resume to the same weights.
 
     Attributes:
         total: Steps until the rate is zero.

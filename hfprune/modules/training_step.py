@@ -5,7 +5,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hfprune.io.load import load_causal_lm, load_config
 from hfprune.models.fingerprint import with_config
-from hfprune.models.forward import labels_of, objective_sum, objective_sums
+from hfprune.models.forward import objective_sum, objective_sums
 from hfprune.modules.resume import (
     FIXED,
     Schedule,
@@ -26,19 +26,12 @@ from hfprune.modules.resume import (
 )
 from hfprune.modules.token_weights import TokenWeighted
 from hfprune.objectives import OBJECTIVES, Objective
-from hfprune.objectives.teacher import TeacherDistillation
-from hfprune.objectives.teacher_top import CachedDistillation
+from hfprune.objectives.distillation import DistillationObjective
+from hfprune.objectives.teacher import CachedTopK, DenseModel, Teacher
 from hfprune.plan import PruningPlan
 from hfprune.recovery.cost import training_flops
-from hfprune.recovery.distillation import (
-    DistillationRecovery,
-    check_layers,
-    check_sizes,
-    hidden_distance,
-    layer_outputs,
-    matched_layers,
-)
-from hfprune.recovery.teacher_cache import TeacherCache, check_cache, training_rows
+from hfprune.recovery.distillation import DistillationRecovery, RecoveryLoss
+from hfprune.recovery.teacher_cache import TeacherCache, check_cache, supervised, training_rows
 from hfprune.utils.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -80,9 +73,8 @@ class RecoverySteps(TokenWeighted):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["_teacher"] = None  # not a submodule: no checkpoint holds it, no optimizer trains it
-        self.__dict__["_known"] = None
-        self.__dict__["_matched"] = None
+        self._teacher: Teacher | None = None  # not a submodule: no checkpoint holds it, no optimizer trains it
+        self._losses: list[RecoveryLoss] = []
         self._seconds = 0.0
         self._since: float | None = None
         self._saved: dict[str, Any] | None = None
@@ -126,17 +118,17 @@ class RecoverySteps(TokenWeighted):
 
     def logged_figures(self) -> tuple[str, ...]:
         """Returns the names under which training and validation log."""
-        names: tuple[str, ...] = ("train_loss", "val_loss")
         settings = self.distillation
         if settings is None:
-            return names
-        names += ("train_kl", "train_ce", "val_ce")
-        return names + (("train_hidden",) if settings.hidden else ()) + (("val_kl",) if settings.cache is None else ())
+            return ("train_loss", "val_loss")
+        added = (f"train_{loss.name}" for loss in settings.losses())
+        names = ("train_loss", "val_loss", "train_kl", "train_ce", "val_ce", *added)
+        return names if settings.cache is not None else (*names, "val_kl")
 
     def _validated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns summed cross-entropy, where tokens count, and the summed KL to a teacher that is in memory."""
         hard = OBJECTIVES.get("cross_entropy")
-        if self.__dict__["_teacher"] is None:
+        if self._teacher is None or self._teacher.model is None:
             total, valid = self.run(objective_sum, self.causal_lm, hard, batch)
             return total, valid, None
         soft = self._recovery_objective()
@@ -157,10 +149,12 @@ class RecoverySteps(TokenWeighted):
     def setup(self, stage: str) -> None:
         """Raises ``ConfigError``, before anything is run, where the teacher cannot be followed as asked."""
         settings = self.distillation
-        if stage == "fit" and settings is not None and settings.cache is not None:
+        if stage != "fit" or settings is None:
+            return
+        if settings.cache is not None:
             check_cache(settings.cache, self.trainer.datamodule)  # type: ignore[attr-defined]
-        if stage == "fit" and settings is not None and settings.hidden_layers is not None:
-            check_layers(settings.hidden_layers, load_config(self.path, revision=self.revision).num_hidden_layers)
+        for loss in settings.losses():
+            loss.check(load_config(self.path, revision=self.revision))
 
     @property
     def training_seconds(self) -> float:
@@ -169,17 +163,8 @@ class RecoverySteps(TokenWeighted):
 
     def on_train_start(self) -> None:
         """Starts the clock; loads the teacher from where the dense model came from, also in a resumed run."""
-        if self.distillation is not None and self.distillation.cache is None:
-            self.__dict__["_teacher"] = teacher = self._load_teacher()
-            if self.distillation.hidden:
-                check_sizes(self.causal_lm, teacher)
-                self.__dict__["_matched"] = matched_layers(
-                    teacher.config.num_hidden_layers,
-                    () if self.plan is None else self.plan.removed_layers(),
-                    self.distillation.hidden_layers,
-                )
-        elif self.distillation is not None:
-            self.__dict__["_known"] = self._fill_cache(self.distillation)
+        if self.distillation is not None:
+            self._start_distillation(self.distillation)
         if self.gradient_checkpointing:
             with _old_name():
                 self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -236,9 +221,9 @@ class RecoverySteps(TokenWeighted):
             if changes:
                 rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
                 self.schedule.apply(self.trainer, **rates)
-                told = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+                summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
                 rate = self.learning_rate * self.schedule.factor(step)
-                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", told, rate)
+                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", summary, rate)
             self.resumed[-1]["changes"] = changes
         if step and not self.schedule.factor(step) and not self.trainer.fit_loop.done:
             raise ConfigError(
@@ -250,7 +235,9 @@ class RecoverySteps(TokenWeighted):
         """Returns the floating-point operations of recovery so far, with adapters and teacher in place."""
         if self._since is None:  # not in training: what a checkpoint knew
             return self.training_flops
-        return training_flops(self.model, self.seen_tokens, teacher=self.__dict__["_teacher"])
+        return training_flops(
+            self.model, self.seen_tokens, teacher=None if self._teacher is None else self._teacher.model
+        )
 
     def on_train_end(self) -> None:
         """Stops the clock, counts operations, lets the teacher go."""
@@ -259,7 +246,18 @@ class RecoverySteps(TokenWeighted):
         if self.gradient_checkpointing:
             with _old_name():
                 self.causal_lm.gradient_checkpointing_disable()
-        self.__dict__["_teacher"] = self.__dict__["_known"] = None
+        self._teacher, self._losses = None, []
+
+    def _start_distillation(self, settings: DistillationRecovery) -> None:
+        """Makes the teacher and the losses of ``settings`` ready."""
+        if settings.cache is not None:
+            self._teacher = CachedTopK(self._fill_cache(settings).lookup)
+        else:
+            self._teacher = DenseModel(self._load_teacher())
+        self._losses = settings.losses()
+        removed = () if self.plan is None else self.plan.removed_layers()
+        for loss in self._losses:
+            loss.start(self.causal_lm, self._teacher.model, removed)
 
     def _load_teacher(self) -> Any:
         dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
@@ -289,28 +287,25 @@ class RecoverySteps(TokenWeighted):
         return cache
 
     def _recovery_objective(self) -> Objective:
-        teacher = self.__dict__["_teacher"]
-        if self.distillation is None:
-            return OBJECTIVES.get("cross_entropy")
         settings = self.distillation
-        if settings.cache is not None:
-            known = self.__dict__["_known"].lookup
-            return CachedDistillation(alpha=settings.alpha, temperature=settings.temperature, lookup=known)
-        return TeacherDistillation(alpha=settings.alpha, temperature=settings.temperature, teacher_model=teacher)
+        if settings is None:
+            return OBJECTIVES.get("cross_entropy")
+        assert self._teacher is not None
+        return DistillationObjective(alpha=settings.alpha, temperature=settings.temperature, teacher=self._teacher)
 
     def _recovery_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Returns recovery's loss per supervised token, the number of these, and the terms of a mixture."""
+        """Returns recovery's loss per supervised token, the number of these, and its terms by name."""
         objective = self._recovery_objective()
-        if self.distillation is None or not self.distillation.hidden:
+        with ExitStack() as stack:
+            for term in self._losses:
+                stack.enter_context(term.observing())
             loss, num_tokens = self._loss(batch, objective)
-            return loss, num_tokens, _terms(objective, num_tokens)
-        with layer_outputs(self.causal_lm) as ours, layer_outputs(self.__dict__["_teacher"]) as theirs:
-            loss, num_tokens = self._loss(batch, objective)
-        real, pairs = _mask(batch), self.__dict__["_matched"]
-        counted = OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], real, labels_of(batch))[1]
-        distance = hidden_distance([ours[i] for i, _ in pairs], [theirs[j] for _, j in pairs], counted, real)
-        terms = _terms(objective, num_tokens) | {"hidden": distance.detach() / max(num_tokens, 1)}
-        return loss + self.distillation.hidden * distance / max(num_tokens, 1), num_tokens, terms
+        terms = _terms(objective, num_tokens)
+        for term in self._losses:
+            added = term(batch, supervised(batch))
+            terms[term.name] = added.detach() / max(num_tokens, 1)
+            loss = loss + term.weight * added / max(num_tokens, 1)
+        return loss, num_tokens, terms
 
     def _loss(self, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, int]:
         total, valid = self.run(objective_sum, self.causal_lm, objective, batch)
@@ -329,16 +324,15 @@ class RecoverySteps(TokenWeighted):
             return
         if adapters and self.trainable != "all":
             raise ConfigError(
-                f"--model.trainable {self.trainable} says which weights recovery without adapters trains, and adapters "
-                "are asked for: give --importance.recovery null, or adapt these with "
-                "--importance.recovery.target_modules."
+                f"trainable='{self.trainable}' selects weights for recovery without adapters, but adapters are "
+                f"requested: set recovery='{self.trainable}', or select projections with recovery.target_modules."
             )
         precision = str(self.trainer.precision)
         if precision in ("bf16-true", "16-true"):
             raise ConfigError(
-                f"--trainer.precision {precision} makes all that recovery trains {precision.removesuffix('-true')}, "
-                "adapters too, and optimizer states can't decay there. Give --trainer.precision bf16-mixed, and "
-                "--model.dtype bfloat16 where the model is too large for float32: adapters stay float32."
+                f"precision='{precision}' converts all trained weights to {precision.removesuffix('-true')}, adapters "
+                "included, where optimizer states cannot decay. Set precision='bf16-mixed', and dtype='bfloat16' if "
+                "the model is too large for float32: adapters stay float32."
             )
         if adapters:
             return
@@ -346,9 +340,9 @@ class RecoverySteps(TokenWeighted):
         half = next((dtype for dtype in trained if dtype in (torch.bfloat16, torch.float16)), None)
         if half is not None:
             raise ConfigError(
-                f"Recovery would train {str(half).removeprefix('torch.')} weights, whose optimizer states can't decay. "
-                "Load the model with --model.dtype float32 and train with --trainer.precision bf16-mixed, or train "
-                "adapters (--importance.recovery.rank 32), which are float32."
+                f"The weights to train are {str(half).removeprefix('torch.')}, whose optimizer states cannot decay. "
+                "Load the model with dtype='float32' and train with precision='bf16-mixed', or set recovery='lora': "
+                "adapters are float32."
             )
 
     def configure_optimizers(self) -> Any:
@@ -401,11 +395,11 @@ def _optimizer_class(name: str) -> Any:
     if name == "adamw":
         return torch.optim.AdamW
     if name != "adamw_8bit":
-        raise ConfigError(f"--model.optimizer '{name}' is not one of adamw, adamw_8bit.")
+        raise ConfigError(f"optimizer='{name}' is not one of adamw, adamw_8bit.")
     try:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            f"--model.optimizer adamw_8bit needs bitsandbytes (pip install bitsandbytes): {error}. Or give adamw."
+            f"optimizer='adamw_8bit' needs bitsandbytes (pip install bitsandbytes): {error}. Or set optimizer='adamw'."
         ) from error
     return bitsandbytes.optim.AdamW8bit

@@ -15,7 +15,7 @@ from hfprune.allocation import Allocation, KeptHistory, uniform_keep
 from hfprune.allocation.convergence import Select
 from hfprune.criteria import ActivationCriterion, CalibratedCriterion, SelfDistillation
 from hfprune.objectives import OBJECTIVES
-from hfprune.objectives.distillation import Distillation
+from hfprune.objectives.self_distillation import SelfDistillationObjective
 from hfprune.plan import Budget, Group
 from hfprune.pruning.accumulator import ImportanceAccumulator
 from hfprune.pruning.hooks import UnitMask
@@ -377,6 +377,8 @@ def two_stages(
         kept = uniform_keep(run(None, saved).accumulator.scores(), groups, first)
         saved = None
     mask = UnitMask(target.model, groups, kept)
-    target.objective = Distillation(alpha=setting.alpha, temperature=setting.temperature, teacher=mask.lifted)
+    target.objective = SelfDistillationObjective(
+        alpha=setting.alpha, temperature=setting.temperature, unmasked=mask.lifted
+    )
     with mask.active():
         return run(kept, saved)

@@ -3,8 +3,9 @@
 Shape legend: B rows, T tokens, H hidden size, N real tokens of the batch.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,99 @@ from torch import Tensor, nn
 
 from hfprune.models.groups import find_layers
 from hfprune.utils.errors import ConfigError
+
+
+class RecoveryLoss(ABC):
+    """A term that recovery adds to the loss of the logits, computed from what its forward pass leaves.
+
+    ``check`` is called before any model is loaded, ``start`` when recovery begins, then ``observing`` and the call for
+    every batch. A new loss is a subclass and an entry in :meth:`DistillationRecovery.losses`.
+
+    Args:
+        weight: Factor of the term in the loss.
+
+    Attributes:
+        name: The term is logged as ``train_<name>``.
+    """
+
+    name: str
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Raises ``ConfigError`` where the term does not fit the dense model's ``config``."""
+
+    @abstractmethod
+    def start(self, student: nn.Module, teacher: nn.Module | None, removed: Collection[int]) -> None:
+        """Receives the models.
+
+        Args:
+            student: The pruned model.
+            teacher: The dense model; None where it is not in memory.
+            removed: Layers of the dense model that pruning removed.
+
+        Raises:
+            ConfigError: The term does not fit these models.
+        """
+
+    @abstractmethod
+    def observing(self) -> AbstractContextManager[None]:
+        """Returns a context around one forward pass of teacher and student."""
+
+    @abstractmethod
+    def __call__(self, batch: Mapping[str, Tensor], counted: Tensor) -> Tensor:
+        """Returns the term of the pass that was observed, summed over the tokens that count.
+
+        Args:
+            batch: ``input_ids`` [B, T] and the other tensors of the batch.
+            counted: [B, T] boolean, the supervised positions.
+        """
+
+
+class HiddenMatching(RecoveryLoss):
+    """Distance between the hidden states of the pruned and the dense model; see :func:`hidden_distance`.
+
+    Args:
+        weight: Factor of the term in the loss.
+        layers: Layers of the dense model whose outputs are compared; None for all that were kept.
+    """
+
+    name = "hidden"
+
+    def __init__(self, weight: float, layers: Collection[int] | None = None) -> None:
+        super().__init__(weight)
+        self.layers = layers
+
+    def check(self, config: Any) -> None:
+        """Raises ``ConfigError`` for layers that the dense model does not have."""
+        number = config.num_hidden_layers
+        if self.layers is not None and max(self.layers) >= number:
+            raise ConfigError(
+                f"distillation.hidden_layers names layer {max(self.layers)}; the model's {number} layers are 0 to "
+                f"{number - 1}."
+            )
+
+    def start(self, student: nn.Module, teacher: nn.Module | None, removed: Collection[int]) -> None:
+        """Matches the layers of both models."""
+        assert teacher is not None, "the settings refuse hidden together with cache"
+        check_sizes(student, teacher)
+        self._student, self._teacher = student, teacher
+        self._pairs = matched_layers(teacher.config.num_hidden_layers, removed, self.layers)  # type: ignore[union-attr, arg-type]
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Keeps the outputs of both models' layers."""
+        with layer_outputs(self._student) as pruned, layer_outputs(self._teacher) as dense:
+            self._outputs = pruned, dense
+            yield
+
+    def __call__(self, batch: Mapping[str, Tensor], counted: Tensor) -> Tensor:
+        """Returns the distance, summed over the tokens that count."""
+        (pruned, dense), self._outputs = self._outputs, ([], [])
+        matched = [pruned[i] for i, _ in self._pairs], [dense[j] for _, j in self._pairs]
+        return hidden_distance(*matched, counted, batch.get("attention_mask"))
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
@@ -49,22 +143,26 @@ class DistillationRecovery:
         """Raises ``ConfigError`` for values out of range."""
         if not 0 <= self.alpha <= 1 or not self.temperature > 0:
             raise ConfigError(
-                "--model.distillation needs alpha in [0, 1] and temperature > 0; got "
-                f"{self.alpha} and {self.temperature}."
+                f"distillation.alpha={self.alpha} must lie in [0, 1] and "
+                f"distillation.temperature={self.temperature} must be positive."
             )
         if self.hidden < 0 or (self.hidden and self.cache is not None):
             raise ConfigError(
-                f"--model.distillation.hidden {self.hidden} is a weight >= 0, and needs the dense model itself: not "
-                "with --model.distillation.cache."
+                f"distillation.hidden={self.hidden} must be a weight >= 0, and 0 with distillation.cache, which holds "
+                "no hidden states."
             )
         layers = self.hidden_layers
         if layers is not None and (not self.hidden or not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
             raise ConfigError(
-                f"--model.distillation.hidden_layers {list(layers)} should be different numbers >= 0, at least one, "
-                f"beside a weight --model.distillation.hidden > 0 (here {self.hidden})."
+                f"distillation.hidden_layers={list(layers)} must name one or more different layers >= 0, and needs "
+                f"distillation.hidden > 0 (it is {self.hidden})."
             )
         if self.top_k < 1:
-            raise ConfigError(f"--model.distillation.top_k {self.top_k} is not positive.")
+            raise ConfigError(f"distillation.top_k={self.top_k} must be positive.")
+
+    def losses(self) -> list[RecoveryLoss]:
+        """Returns the terms that are added to the loss of the logits."""
+        return [HiddenMatching(self.hidden, self.hidden_layers)] if self.hidden else []
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, for reports."""
@@ -128,7 +226,7 @@ def matched_layers(number: int, removed: Collection[int], chosen: Collection[int
 
     Args:
         number: Layers of the dense model.
-        removed: Those of them that went.
+        removed: Those of them that were removed.
         chosen: Those of them whose ends are compared; None for all.
 
     Raises:
@@ -137,19 +235,8 @@ def matched_layers(number: int, removed: Collection[int], chosen: Collection[int
     kept = [layer for layer in range(number) if layer not in removed]
     found = [(place, layer) for place, layer in enumerate(kept) if chosen is None or layer in chosen]
     if not found:
-        raise ConfigError(
-            f"--model.distillation.hidden_layers {sorted(chosen or ())} were all removed by pruning; kept: {kept}."
-        )
+        raise ConfigError(f"distillation.hidden_layers={sorted(chosen or ())} were all removed; kept layers: {kept}.")
     return found
-
-
-def check_layers(chosen: Collection[int] | None, number: int) -> None:
-    """Raises ``ConfigError`` for layers that a dense model of ``number`` layers does not have."""
-    if chosen is not None and max(chosen) >= number:
-        raise ConfigError(
-            f"--model.distillation.hidden_layers names layer {max(chosen)}; the model's {number} layers are 0 to "
-            f"{number - 1}."
-        )
 
 
 def check_sizes(pruned: nn.Module, dense: nn.Module) -> None:
@@ -157,6 +244,6 @@ def check_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     ours, theirs = (model.config.hidden_size for model in (pruned, dense))  # type: ignore[union-attr]
     if ours != theirs:
         raise ConfigError(
-            f"--model.distillation.hidden compares hidden states, and the pruned model's have {ours} channels, the "
-            f"dense one's {theirs}: leave it out, or leave 'channels' out of the units."
+            f"distillation.hidden compares hidden states, but those of the pruned model have {ours} channels and those "
+            f"of the dense model {theirs}: set it to 0, or remove 'channels' from the units."
         )

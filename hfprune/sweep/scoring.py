@@ -13,7 +13,7 @@ from hfprune.criteria import CalibratedCriterion, scored_groups
 from hfprune.models import find_groups
 from hfprune.models.forward import objective_sums, run_backbone, sequences, token_counts
 from hfprune.objectives import OBJECTIVES, Objective
-from hfprune.objectives.distillation import Distillation
+from hfprune.objectives.self_distillation import SelfDistillationObjective
 from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum, backward
 from hfprune.pruning.hooks import UnitMask
 from hfprune.sweep.grid import Method
@@ -178,6 +178,6 @@ def distilled_scores(
     first = seed_scores(model, [method], batches(), early, key=key, device=device, objective=ce)
     kept = uniform_keep(first[method.name], groups, setting.first_widths(groups, [0] * len(groups)))
     mask = UnitMask(model, groups, kept)
-    student = Distillation(alpha=setting.alpha, temperature=setting.temperature, teacher=mask.lifted)
+    student = SelfDistillationObjective(alpha=setting.alpha, temperature=setting.temperature, unmasked=mask.lifted)
     with mask.active():
         return seed_scores(model, [method], batches(), path, key=key, device=device, objective=student)

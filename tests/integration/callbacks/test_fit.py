@@ -301,13 +301,15 @@ def test_criteria_of_weights_need_no_calibration(folder, criterion, monkeypatch)
 def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     """An interrupted run, resumed from its checkpoint, ends as one that was not interrupted."""
     lora = LoraRecovery(rank=2, dropout=0.0)
-    again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora)}
-    straight, _ = fit(folder, max_epochs=2, importance=TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora))
+    again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full")}
+    straight, _ = fit(
+        folder, max_epochs=2, importance=TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full")
+    )
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     # max_epochs shapes the learning-rate schedule, so the run is stopped after its first epoch, not shortened
     fit(folder, tmp_path / "out", callbacks=[checkpoint, StopAfter(1)], max_epochs=2, **again)
     torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)
-    again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora)}
+    again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full")}
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     ckpt_path = str(tmp_path / "ckpt/last.ckpt")
     resumed, runner = fit(folder, tmp_path / "out", callbacks=[checkpoint], max_epochs=2, ckpt_path=ckpt_path, **again)
@@ -425,4 +427,4 @@ def test_other_modules_strategies_and_data_are_refused(folder):
 def test_lora_target_that_matches_nothing_is_an_error(folder):
     lora = LoraRecovery(target_modules=["q_proj", "gate_up"])
     with pytest.raises(ConfigError, match=r"'gate_up' matches no projection.*gate_proj"):
-        fit(folder, importance=TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora))
+        fit(folder, importance=TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full"))

@@ -121,7 +121,7 @@ def _lightning_environment():
 
 def test_prune_leaves_trainer_and_callback_as_they_were(folder):
     recovery = LoraRecovery(rank=2)
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=recovery)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=recovery or "full")
     trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[importance])
     before = trainer.limit_train_batches, trainer.limit_val_batches, trainer.num_sanity_val_steps
     module = PruningModule(folder)

@@ -125,7 +125,7 @@ def main(**given):
     importance = TaylorImportanceCallback(
         pruning_ratio=c["pruning_ratio"],
         units=c["units"],
-        recovery=recovery,
+        recovery=recovery or "full",
         checkpoint_every=1,
         calibration_batches=5 if c["foreign"] else None,
         exact=c["exact"],

@@ -29,7 +29,7 @@ SMALL = [
 ]  # fmt: skip
 RECOVERY = ["--data.recovery_sequences=8", "--data.validation_sequences=2", "--data.batch_size=4"]
 LORA = ["--importance.recovery.rank=2"]
-FULL = ["--importance.recovery=null", "--model.dtype=float32"]
+FULL = ["--importance.recovery=full", "--model.dtype=float32"]
 RATIO = ["--pruning_ratio=0.2"]
 
 
@@ -204,7 +204,9 @@ def fit(folder, *callbacks, ckpt_path=None, lora=True, criterion=None, **options
     module = PruningModule(folder, learning_rate=1e-3, **options)
     recovery = LoraRecovery(rank=2, dropout=0.1) if lora else None
     settings = {} if criterion is None else {"criterion": criterion}
-    importance = TaylorImportanceCallback(pruning_ratio=0.3, recovery=recovery, checkpoint_every=1, **settings)
+    importance = TaylorImportanceCallback(
+        pruning_ratio=0.3, recovery=recovery or "full", checkpoint_every=1, **settings
+    )
     trainer = PruneTrainer(
         callbacks=[importance, *callbacks], accelerator=ACCELERATOR, devices=1, logger=False, max_epochs=2,
         enable_progress_bar=False, enable_model_summary=False,

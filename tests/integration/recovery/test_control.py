@@ -44,7 +44,7 @@ def report_of(out):
     return json.loads((Path(out) / "report.json").read_text())
 
 
-MODES = {"lora": ["--importance.recovery.rank=2"], "full": ["--importance.recovery=null", "--model.dtype=float32"]}
+MODES = {"lora": ["--importance.recovery.rank=2"], "full": ["--importance.recovery=full", "--model.dtype=float32"]}
 
 
 @pytest.mark.parametrize("mode", MODES)

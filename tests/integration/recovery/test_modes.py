@@ -43,7 +43,7 @@ def fit(
     batch_size=4, **options,
 ):  # fmt: skip
     module = PruningModule(folder, learning_rate=5e-3, **options)
-    importance = pruning or TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora)
+    importance = pruning or TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora or "full")
     report = [ReportCallback(str(out), latency=False, overwrite=True)] if out else []
     trainer = PruneTrainer(
         callbacks=[*report, importance, *callbacks], accelerator="cpu", devices=1, logger=False, max_epochs=2,
@@ -159,7 +159,7 @@ def test_only_mlps_are_trained(folder):
 
 def test_half_precision_weights_are_not_trained(folder):
     """Adapters are float32 whatever is under them."""
-    with pytest.raises(ConfigError, match="--trainer.precision bf16-mixed"):
+    with pytest.raises(ConfigError, match="precision=.bf16-mixed"):
         fit(folder, dtype="bfloat16")
     module = fit(folder, dtype="bfloat16", lora=ADAPTERS["lora"])
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
@@ -168,17 +168,17 @@ def test_half_precision_weights_are_not_trained(folder):
 @pytest.mark.parametrize("lora", [None, "lora"])
 def test_a_trainer_that_makes_all_of_it_half_is_refused(folder, lora):
     """Lightning would convert adapters, too."""
-    with pytest.raises(ConfigError, match=r"precision bf16-true makes all .* adapters too"):
+    with pytest.raises(ConfigError, match=r"precision='bf16-true' converts all .* adapters included"):
         fit(folder, lora=ADAPTERS[lora] if lora else None, precision="bf16-true")
 
 
 def test_weights_that_lost_single_weights_are_not_trained_in_half_precision(folder):
-    with pytest.raises(ConfigError, match="--trainer.precision bf16-mixed"):
+    with pytest.raises(ConfigError, match="precision=.bf16-mixed"):
         fit(folder, pruning=SparsityCallback(method="magnitude", sparsity=0.5), dtype="bfloat16")
 
 
 def test_adapters_leave_no_choice_of_weights(folder):
-    with pytest.raises(ConfigError, match=r"--model\.trainable mlp .* without adapters"):
+    with pytest.raises(ConfigError, match="trainable=.mlp. .* without adapters"):
         fit(folder, lora=ADAPTERS["lora"], trainable="mlp")
 
 
@@ -187,7 +187,7 @@ def test_adapters_leave_no_choice_of_weights(folder):
 def test_targets_are_checked_before_anything_is_loaded(folder, monkeypatch, target, text, sparse):
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("the model was loaded"))
     lora = LoraRecovery(rank=2, target_modules=["q_proj", target])
-    pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora) if sparse else None
+    pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
     with pytest.raises(ConfigError, match=f"'{target}'.*{text}"):
         fit(folder, lora=lora, pruning=pruning)
 
@@ -196,7 +196,7 @@ def test_targets_are_checked_before_anything_is_loaded(folder, monkeypatch, targ
 @pytest.mark.parametrize("sparse", [False, True])
 def test_it_is_resumed_with_the_adapters_that_it_was_begun_with(folder, tmp_path, sparse):
     def begun(lora, *callbacks, **options):
-        pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora) if sparse else None
+        pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
         return fit(folder, *callbacks, lora=lora, pruning=pruning, **options)
 
     saving = {"dirpath": tmp_path / "ckpt", "save_last": True, "every_n_train_steps": 1}
@@ -241,7 +241,7 @@ def test_a_model_pruned_by_an_earlier_call_gets_its_adapters(folder, sparse):
 
 
 def test_bad_settings(folder):
-    with pytest.raises(ConfigError, match="alpha in"):
+    with pytest.raises(ConfigError, match="alpha="):
         DistillationRecovery(alpha=2.0)
     with pytest.raises(ConfigError, match="trainable"):
         PruningModule(folder, trainable="heads")
@@ -320,7 +320,7 @@ def test_pissa_and_dora_are_refused_where_zeros_must_stay():
         SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
     with pytest.raises(ConfigError, match="not float64"):
         add_lora(tiny(), ADAPTERS["pissa"])
-    with pytest.raises(ConfigError, match="init 'svd' is not one of default, pissa"):
+    with pytest.raises(ConfigError, match="init='svd' is not one of default, pissa"):
         LoraRecovery(init="svd")
 
 
@@ -336,7 +336,7 @@ def test_moments_of_8_bits_are_refused_where_weights_are_sharded(folder):
     module = PruningModule(folder)
     module.optimizer_name = "adamw_8bit"  # whether or not its library is here
     module._device_mesh = {"data_parallel": object()}
-    with pytest.raises(ConfigError, match="adamw_8bit .* not under FSDP2"):
+    with pytest.raises(ConfigError, match="adamw_8bit' quantises the moments of whole weights, which FSDP2 shards"):
         module.configure_model()
 
 

@@ -13,8 +13,9 @@ from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceC
 from hfprune.cli import main
 from hfprune.models.forward import objective_sum
 from hfprune.modules import training_step as steps
-from hfprune.objectives.teacher import TeacherDistillation
-from hfprune.objectives.teacher_top import CachedDistillation, KnownTop, rounded_top, top_kl
+from hfprune.objectives.distillation import DistillationObjective, top_kl
+from hfprune.objectives.teacher import CachedTopK, DenseModel
+from hfprune.objectives.top_k import KnownTop, rounded_top
 from hfprune.recovery import DistillationRecovery, teacher_cache
 from hfprune.recovery.teacher_cache import TeacherCache, row_names, supervised
 from hfprune.utils.errors import ConfigError
@@ -41,7 +42,9 @@ def known(teacher, k, temperature=1.0):
 @pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 1.0), (0.3, 2.0), (0.7, 0.5)])
 def test_value_and_gradient(alpha, temperature, k):
     z, teacher, labels = random_logits(0), random_logits(1), torch.tensor([1, 0, 6])
-    objective = CachedDistillation(alpha=alpha, temperature=temperature, lookup=lambda batch, valid: None)
+    objective = DistillationObjective(
+        alpha=alpha, temperature=temperature, teacher=CachedTopK(lambda batch, valid: None)
+    )
     value, grad = objective.value_and_grad(z.clone(), labels, known(teacher, k, temperature))
     for row in range(3):
         y, theirs = int(labels[row]), teacher[row].tolist()
@@ -130,8 +133,8 @@ def test_the_loss_from_disk_is_that_of_the_model_beside(tmp_path):
     cache = opened(tmp_path)
     assert cache.fill(lambda: teacher, batches()) == 3
     for batch in batches():
-        whole = TeacherDistillation(alpha=0.6, temperature=1.5, teacher_model=teacher)
-        top = CachedDistillation(alpha=0.6, temperature=1.5, lookup=opened(tmp_path).lookup)
+        whole = DistillationObjective(alpha=0.6, temperature=1.5, teacher=DenseModel(teacher))
+        top = DistillationObjective(alpha=0.6, temperature=1.5, teacher=CachedTopK(opened(tmp_path).lookup))
         losses = []
         for objective in (whole, top):
             total, valid = objective_sum(student, objective, batch)
@@ -270,7 +273,7 @@ def folder(tmp_path_factory):
 def fit(folder, distillation, *callbacks, ckpt_path=None, lora=None, precision="32-true", **data):
     module = PruningModule(folder, learning_rate=5e-3, distillation=distillation)
     trainer = PruneTrainer(
-        callbacks=[TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora), *callbacks], accelerator="cpu",
+        callbacks=[TaylorImportanceCallback(pruning_ratio=0.3, recovery=lora or "full"), *callbacks], accelerator="cpu",
         devices=1, logger=False, max_epochs=2, precision=precision, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )  # fmt: skip
@@ -327,13 +330,13 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(folder, tmp_path, c
     common = ["fit", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", "--data.seq_len=16"]
     common += ["--data.eval_windows=0", "--data.calibration_sequences=4", "--latency=false"]
     assert main([*common, "--model.distillation.cache=file/below"]) == 2
-    assert "--model.distillation.cache 'file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert "distillation.cache='file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
     streaming = ["--data.recovery=builtin", "--data.streaming=true", "--model.distillation.cache=cache"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "some words " * 20}) for _ in range(30)))
     streaming[0] = "--data.recovery=a.jsonl"
     assert main([*common, "--overwrite=true", *streaming, "--trainer.max_steps=2"]) == 2
-    assert "needs recovery data that are in memory" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ConfigError, match="top_k 0 is not positive"):
+    assert "needs recovery data in memory" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(ConfigError, match="top_k=0 must be positive"):
         DistillationRecovery(cache="x", top_k=0)
 
 

@@ -10,7 +10,7 @@ from hfprune.criteria import ActivationNorm, ActivationTaylor, CoupledTaylor, Fi
 from hfprune.models import find_groups
 from hfprune.models.forward import objective_sum
 from hfprune.models.surgery import mask_plan
-from hfprune.objectives.distillation import Distillation
+from hfprune.objectives.self_distillation import SelfDistillationObjective
 from hfprune.plan import PruningPlan
 from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum
 from hfprune.pruning.hooks import UnitMask
@@ -22,7 +22,7 @@ from tests.reference import taylor as slow
 def distilled(model, criterion, keep, *, alpha, temperature):
     groups = find_groups(model)
     mask = UnitMask(model, groups, keep)
-    objective = Distillation(alpha=alpha, temperature=temperature, teacher=mask.lifted)
+    objective = SelfDistillationObjective(alpha=alpha, temperature=temperature, unmasked=mask.lifted)
     accumulator = ImportanceAccumulator(model, groups, criterion)
     with mask.active(), accumulator.recording():
         for ids in sequences():

@@ -150,7 +150,7 @@ def test_what_cannot_be_written(tmp_path):
 def run(folder, recovery=0):
     data = TextDataModule("self", seq_len=16, calibration_sequences=4, recovery_sequences=recovery or None,
                           validation_sequences=2, batch_size=2)  # fmt: skip
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=None)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery="full")
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
     trainer = PruneTrainer(callbacks=[importance], max_epochs=1, enable_checkpointing=False, **quiet)
     module = PruningModule(str(folder))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchmetrics import MetricCollection
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -255,5 +256,23 @@ def test_damaged_cache_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigError, match="delete the file"):
         cached_reference(tmp_path, tiny(), windows)
-    with pytest.raises(ConfigError, match="not positive"):
+    with pytest.raises(ConfigError, match="top_k=0 must be positive"):
         cached_reference(tmp_path, tiny(), windows, top_k=0)
+
+
+def test_a_changed_bit_of_a_cache_is_refused_and_a_file_without_checksums_is_read(tmp_path):
+    windows = token_ids(2, 10)
+    first = cached_reference(tmp_path, tiny(), windows)
+    (file,) = tmp_path.iterdir()
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(bytes(changed))
+    with pytest.raises(ConfigError, match="are damaged: delete the file"):
+        cached_reference(tmp_path, tiny(), windows)
+    changed[-1] ^= 1
+    file.write_bytes(bytes(changed))
+    save_file(load_file(file), file)  # what earlier versions wrote
+    again = cached_reference(tmp_path, tiny(), windows)
+    assert torch.equal(again.top.logits, first.top.logits)
+    assert torch.equal(again.nll, first.nll)
+    assert again.vocab_size == first.vocab_size

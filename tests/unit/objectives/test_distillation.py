@@ -5,7 +5,9 @@ import torch
 
 from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES, OutputHead, chunked_objective
-from hfprune.objectives.distillation import Distillation, distillation_kl
+from hfprune.objectives.distillation import distillation_kl
+from hfprune.objectives.self_distillation import SelfDistillationObjective
+from hfprune.objectives.teacher import HiddenPredictions
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import tiny, token_ids
 from tests.helpers.ragged import padded
@@ -48,12 +50,12 @@ def test_mixture_equals_autograd_of_the_published_means(alpha):
         kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
         expected = expected + length * ((1 - alpha) * ce + alpha * kl)
     (grad,) = torch.autograd.grad(expected, hidden)
-    objective = Distillation(alpha=alpha, temperature=temperature)
+    objective = SelfDistillationObjective(alpha=alpha, temperature=temperature)
     targets, valid = objective.targets(ids, mask, None)
     for size in (1, 2**20):
-        total = chunked_objective(
-            objective, hidden[valid], OutputHead(weight=weight), targets[valid], teacher[valid], chunk_bytes=size
-        )
+        head = OutputHead(weight=weight)
+        predictions = HiddenPredictions(teacher, head).at(valid)
+        total = chunked_objective(objective, hidden[valid], head, targets[valid], predictions, chunk_bytes=size)
         assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
         (found,) = torch.autograd.grad(total, hidden)
         torch.testing.assert_close(found, grad, atol=1e-12, rtol=1e-12)
@@ -85,7 +87,7 @@ def test_the_teacher_is_run_without_gradients_and_in_its_context():
 
     with torch.enable_grad():
         total, valid = objective_sum(
-            model, Distillation(alpha=1, temperature=1, teacher=teacher), {"input_ids": token_ids()}
+            model, SelfDistillationObjective(alpha=1, temperature=1, unmasked=teacher), {"input_ids": token_ids()}
         )
     assert entered == [False]
     assert float(total.detach()) == pytest.approx(0, abs=1e-12)
@@ -94,5 +96,5 @@ def test_the_teacher_is_run_without_gradients_and_in_its_context():
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(-0.1, 1.0), (1.1, 1.0), (0.5, 0.0)])
 def test_settings_are_checked(alpha, temperature):
-    with pytest.raises(ConfigError, match=r"alpha in \[0, 1\] and temperature > 0"):
-        Distillation(alpha=alpha, temperature=temperature)
+    with pytest.raises(ConfigError, match="alpha=.* temperature="):
+        SelfDistillationObjective(alpha=alpha, temperature=temperature)

@@ -9,7 +9,7 @@ from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextD
 from hfprune.allocation import Explicit
 from hfprune.criteria import Magnitude
 from hfprune.recovery import DistillationRecovery
-from hfprune.recovery.distillation import check_layers, check_sizes, hidden_distance, layer_outputs, matched_layers
+from hfprune.recovery.distillation import HiddenMatching, check_sizes, hidden_distance, layer_outputs, matched_layers
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
 
@@ -86,7 +86,7 @@ def fit(folder, hidden, *, layers=None, again=False, **importance):
     module = PruningModule(folder, learning_rate=5e-3, distillation=settings, gradient_checkpointing=again)
     options = importance or {"pruning_ratio": 0.3}
     trainer = PruneTrainer(
-        callbacks=[TaylorImportanceCallback(recovery=None, **options)], accelerator="cpu", devices=1, logger=False,
+        callbacks=[TaylorImportanceCallback(recovery="full", **options)], accelerator="cpu", devices=1, logger=False,
         max_epochs=3, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -129,15 +129,15 @@ def test_with_a_layer_gone(folder):
     gone = {"units": ("layers",), "allocation": Explicit(layers=[1]), "criterion": Magnitude()}
     module = fit(folder, 1.0, layers=(1, 2), **gone)
     assert len(module.causal_lm.model.layers) == 2
-    with pytest.raises(ConfigError, match=r"hidden_layers \[1\] were all removed by pruning; kept: \[0, 2\]"):
+    with pytest.raises(ConfigError, match=r"hidden_layers=\[1\] were all removed; kept layers: \[0, 2\]"):
         fit(folder, 1.0, layers=(1,), **gone)
 
 
 @pytest.mark.parametrize("layers", [(), (0, 0), (-1,)])
 def test_layers_that_are_no_choice(layers):
-    with pytest.raises(ConfigError, match="should be different numbers >= 0"):
+    with pytest.raises(ConfigError, match="must name one or more different layers >= 0"):
         DistillationRecovery(hidden=1.0, hidden_layers=layers)
-    with pytest.raises(ConfigError, match=r"beside a weight --model.distillation.hidden > 0 \(here 0.0\)"):
+    with pytest.raises(ConfigError, match=r"needs distillation.hidden > 0 \(it is 0.0\)"):
         DistillationRecovery(hidden_layers=(1,))
 
 
@@ -145,7 +145,7 @@ def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(folder,
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="names layer 3; the model's 3 layers are 0 to 2"):
         fit(folder, 1.0, layers=(0, 3))
-    check_layers((0, 2), 3)
+    HiddenMatching(1.0, (0, 2)).check(tiny("llama").config)
 
 
 def test_removed_channels_are_refused_before_anything_is_loaded(folder, monkeypatch):
@@ -155,11 +155,11 @@ def test_removed_channels_are_refused_before_anything_is_loaded(folder, monkeypa
 
 
 def test_what_cannot_be_compared_is_refused(folder):
-    with pytest.raises(ConfigError, match="needs the dense model itself: not with --model.distillation.cache"):
+    with pytest.raises(ConfigError, match="distillation.hidden=1.0 must be .* 0 with distillation.cache"):
         DistillationRecovery(hidden=1.0, cache="somewhere")
-    with pytest.raises(ConfigError, match="is a weight >= 0"):
+    with pytest.raises(ConfigError, match="must be a weight >= 0"):
         DistillationRecovery(hidden=-1.0)
     small = tiny("llama")
     small.config.hidden_size = 8
-    with pytest.raises(ConfigError, match="16 channels, the dense one's 8"):
+    with pytest.raises(ConfigError, match="16 channels and those of the dense model 8"):
         check_sizes(tiny("llama"), small)
