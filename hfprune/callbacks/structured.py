@@ -133,11 +133,11 @@ class TaylorImportanceCallback(Callback):
             round_to=round_to,
             allocated=allocation is not None and allocation.own_budget,
         )
-        units = unit_kinds(units)
-        check_units(units)
+        kinds = unit_kinds(units)
+        check_units(kinds)
         self.options = PruningOptions(
             budget=budget,
-            units=units,
+            units=kinds,
             allocation=allocation,
             criterion=criterion or ActivationTaylor(),
             objective=objective,

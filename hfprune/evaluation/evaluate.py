@@ -20,7 +20,8 @@ from hfprune.evaluation.perplexity import (
 )
 from hfprune.evaluation.size_and_speed import Latency, Size, compare_latency, measure_latency, measure_size
 from hfprune.models import mlp_widths, output_head, parameter_count
-from hfprune.models.forward import inference, window_hidden
+from hfprune.models.contexts import inference
+from hfprune.models.forward import window_hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

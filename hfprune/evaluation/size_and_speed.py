@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hfprune.io.layouts import empty_copy, run_empty
 from hfprune.io.load import max_positions
 from hfprune.models import parameter_count
-from hfprune.models.forward import inference
+from hfprune.models.contexts import inference
 from hfprune.utils.compat import LiveBytes
 from hfprune.utils.errors import ConfigError
 
