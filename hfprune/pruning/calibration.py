@@ -328,7 +328,7 @@ class Calibration:
             number = min(len(batches), self._options.batches or len(batches))
         except (TypeError, NotImplementedError):
             return None
-        rows = getattr(batches, "batch_size", None) if self._options.exact and self._model.objective else 1
+        rows = getattr(batches, "batch_size", None) if self._options.exact and self._model.reads_tokens else 1
         return None if rows is None else -(-(number * rows - self.position) // self._communicator.world_size)
 
     def _step(self, turn: _Turn, advance: Advance) -> None:
@@ -344,7 +344,7 @@ class Calibration:
                 else:
                     _, tokens = self.accumulator.step(lambda: model.objective_sum(item, index), count=turn.counts)
         except CalibrationError as error:
-            kind = "sequence" if self._options.exact and model.objective else "batch"
+            kind = "sequence" if self._options.exact and model.reads_tokens else "batch"
             raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
         seen = model.seen_tokens(item, tokens)
         if turn.counts:

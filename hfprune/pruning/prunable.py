@@ -118,10 +118,15 @@ class Prunable(ABC):
 
     def items(self, batch: Any, *, exact: bool) -> list[Any]:
         """Returns what of ``batch`` is run at once: each sequence alone when ``exact``, and where rows are packed."""
-        if self.objective is None:
+        if not self.reads_tokens:
             return [batch]
         tensors = as_batch(batch)
         return sequences(tensors) if exact or is_packed(tensors) else [tensors]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether batches hold token ids, so that they can be split into sequences."""
+        return self.objective is not None
 
     @property
     def objective_name(self) -> str:
@@ -215,10 +220,10 @@ class PrunableModel(Prunable):
         """Returns the model."""
         return self.module
 
-    def items(self, batch: Any, *, exact: bool) -> list[Any]:
-        """Returns sequences: each alone when ``exact``."""
-        tensors = as_batch(batch)
-        return sequences(tensors) if exact or is_packed(tensors) else [tensors]
+    @property
+    def reads_tokens(self) -> bool:
+        """Always."""
+        return True
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
         """Returns the sum of the objective over the tokens that count."""

@@ -23,6 +23,8 @@ from hfprune.criteria import (
 from hfprune.models import check_units
 from hfprune.objectives import OBJECTIVES
 from hfprune.plan import UnitKind
+from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.utils.errors import ConfigError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -39,7 +41,9 @@ class Method:
         distillation: Two stages of calibration, with the dense model as the teacher.
         units: What may be removed, see ``TaylorImportanceCallback``.
         allocation: How the budget is spread over groups; the same share everywhere if not given.
-        compensation: How the projections that read pruned units are fitted anew; None leaves the kept weights.
+        compensation: How the projections that read pruned units are refitted; None leaves the kept weights.
+        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
+        schedule: How the removal is spread over the rounds.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Method:
     units: Sequence[UnitKind] = ("mlp",)
     allocation: Allocation | None = None
     compensation: Compensation | None = None
+    rounds: int = 1
+    schedule: Schedule = "cubic"
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
@@ -56,13 +62,12 @@ class Method:
             raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
         try:
             found = resolve_objective(self.scorer, self.objective)
+            CalibrationOptions(rounds=self.rounds, schedule=self.schedule, self_distillation=self.distillation)
             if self.distillation is not None:
                 self.distillation.check(self.scorer, self.objective)
             check_units(self.units)
             if self.allocation is not None and self.allocation.own_budget:
                 raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
-            if isinstance(self.allocation, Sensitivity) and self.allocation.curves is None:
-                raise ConfigError("in a sweep Sensitivity needs curves, those of a run's plan.json for example.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:
@@ -81,6 +86,21 @@ class Method:
         return None if self.distillation is not None else resolve_objective(self.scorer, self.objective)
 
     @property
+    def removal(self) -> Rounds:
+        """Number of rounds and their schedule."""
+        return Rounds(number=self.rounds, schedule=self.schedule)
+
+    @property
+    def staged(self) -> bool:
+        """Whether its scores need several passes over the calibration data, and share none with other methods."""
+        return self.distillation is not None or self.rounds > 1
+
+    @property
+    def measures(self) -> bool:
+        """Whether its allocation measures sensitivity curves on the calibration data."""
+        return isinstance(self.allocation, Sensitivity) and self.allocation.curves is None
+
+    @property
     def calibrated(self) -> bool:
         """Whether its scores come from calibration data."""
         return isinstance(self.scorer, CalibratedCriterion)
@@ -89,7 +109,7 @@ class Method:
     def seeded(self) -> bool:
         """Whether its model depends on the seed: through the data, or through random numbers."""
         layerwise = self.compensation is not None or isinstance(self.scorer, LayerwiseCriterion)
-        return self.seeded_scores or layerwise
+        return self.seeded_scores or layerwise or self.measures
 
     @property
     def seeded_scores(self) -> bool:
@@ -99,7 +119,8 @@ class Method:
     def scoring(self) -> tuple[str, ...]:
         """Returns what its scores follow from, beside model and data: methods that share it share their scores."""
         parts = (self.differentiated, sorted(self.scorer.describe().items()), self.distillation, sorted(self.units))
-        return tuple(map(str, parts))
+        steps = () if self.rounds == 1 else (self.removal, self.allocation)
+        return tuple(map(str, (*parts, *steps)))
 
     def with_seed(self, seed: int) -> Criterion:
         """Returns the criterion for one seed."""
