@@ -67,7 +67,7 @@ class Method:
                 self.distillation.check(self.scorer, self.objective)
             check_units(self.units)
             if self.allocation is not None and self.allocation.own_budget:
-                raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
+                raise ConfigError(f"{self.allocation} sets the widths itself, and a sweep sets pruning_ratios.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:
@@ -171,7 +171,7 @@ class SweepGrid:
         methods: What is compared.
         pruning_ratios: Shares of all parameters to remove.
         seeds: Seeds of the calibration data (and of random scores).
-        texts: Name -> evaluation text; what ``--data.text`` takes.
+        texts: Name -> evaluation text, as ``TextDataModule(text=...)`` takes it.
         round_to: Kept widths are multiples of this.
         task_seeds: Run the zero-shot tasks for the first so many seeds.
     """
@@ -188,19 +188,19 @@ class SweepGrid:
         for method in self.methods:
             method.check()
         listed: dict[str, Sequence[object]] = {
-            "--methods": [method.name for method in self.methods],
-            "--pruning_ratios": self.pruning_ratios,
-            "--seeds": self.seeds,
+            "methods": [method.name for method in self.methods],
+            "pruning_ratios": self.pruning_ratios,
+            "seeds": self.seeds,
         }
-        for flag, values in listed.items():
+        for name, values in listed.items():
             if not values or len(set(values)) != len(values):
-                raise ConfigError(f"{flag} must name at least one, and each once; got {list(values)}.")
+                raise ConfigError(f"{name}={list(values)} must name at least one, and each once.")
         if not self.texts:
-            raise ConfigError("--texts must name at least one evaluation text.")
+            raise ConfigError("texts={} must name at least one evaluation text.")
         if any(not _NAME.fullmatch(name) for name in self.texts):
-            raise ConfigError(f"--texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
+            raise ConfigError(f"texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
         if self.task_seeds < 1:
-            raise ConfigError(f"--task_seeds {self.task_seeds} is not positive.")
+            raise ConfigError(f"task_seeds={self.task_seeds} must be positive.")
 
     def cells(self) -> Iterator[Cell]:
         """Yields the models to make; those of the first seed first, so that a whole table exists early."""

@@ -146,7 +146,7 @@ class Sweep:
     def _windows(self, name: str) -> Windows:
         windows = self._bound(self.make_data(self.grid.seeds[0], self.grid.texts[name])).evaluation_windows()
         if windows is None:
-            raise ConfigError(f"--texts {name}: there are no evaluation windows; see --data.eval_windows.")
+            raise ConfigError(f"texts: '{name}' has no evaluation windows; see eval_windows.")
         return windows
 
     def _warn_of_overlap(self, name: str, windows: Windows, by_seed: dict[int, TextDataModule]) -> None:

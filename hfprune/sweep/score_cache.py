@@ -89,7 +89,7 @@ class ScoreBook:
         staged = cell.method.staged
         one_stage = [m for m in self._grid.methods if m.calibrated and not m.staged]
         methods = [cell.method] if staged else list({m.scoring(): m for m in reversed(one_stage)}.values())[::-1]
-        depends = [self._model_key, self.data_key(cell), {m.name: m.scoring() for m in methods}]
+        depends: list[Any] = [self._model_key, self.data_key(cell), {m.name: m.scoring() for m in methods}]
         name = f"seed{cell.seed}-{cell.method.name}" if staged else f"seed{cell.seed}"
         if cell.method.rounds > 1:
             depends += [cell.pruning_ratio, self._grid.round_to]

@@ -290,13 +290,13 @@ def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": []}, "--methods must name at least one"),
+        ({"methods": []}, r"methods=\[\] must name at least one"),
         ({"methods": METHODS[:1] * 2}, "each once"),
-        ({"pruning_ratios": []}, "--pruning_ratios"),
-        ({"seeds": [1, 1]}, "--seeds .* each once"),
-        ({"texts": {"a b": "builtin"}}, "--texts: names"),
-        ({"texts": {}}, "--texts must name"),
-        ({"task_seeds": 0}, "--task_seeds 0"),
+        ({"pruning_ratios": []}, r"pruning_ratios=\[\]"),
+        ({"seeds": [1, 1]}, "seeds=.* each once"),
+        ({"texts": {"a b": "builtin"}}, "texts: names"),
+        ({"texts": {}}, "texts={} must name"),
+        ({"task_seeds": 0}, "task_seeds=0 must be"),
     ],
 )
 def test_bad_grids(settings, message):
@@ -310,13 +310,15 @@ def test_bad_grids(settings, message):
         ({"name": "a/b", "objective": "entropy"}, "method name 'a/b'"),
         ({"name": "dense", "objective": "entropy"}, "method name 'dense'"),
         ({"name": "a"}, "needs an objective: cross_entropy, entropy"),
-        ({"name": "a", "objective": "entropie"}, "Did you mean 'entropy'"),
+        ({"name": "a", "objective": "entropy", "rounds": 0}, "rounds=0 must be positive"),
+        ({"name": "a", "criterion": CoupledTaylor(), "distillation": SelfDistillation(), "rounds": 2}, "give one of"),
+        ({"name": "a", "objective": "entropie"}, "Unknown objective 'entropie'"),
         ({"name": "a", "criterion": Magnitude(), "objective": "entropy"}, "takes no objective"),
         ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
         ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
         ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
         ({"name": "a", "objective": "entropy", "units": ["mlp", "head"]}, "Method 'a': .*head"),
-        ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "says itself how much goes"),
+        ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "sets the widths itself"),
     ],
 )
 def test_bad_methods(settings, message):
