@@ -28,10 +28,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback
-from hfprune.pruning import planner as planner_module
 from hfprune.models import find_groups
 from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
+from hfprune.pruning import planner as planner_module
 from hfprune.pruning.calibration import Calibration
 
 
