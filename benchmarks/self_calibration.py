@@ -75,7 +75,7 @@ def kept_units(args, module, name, data):
     key = data.summary()["calibration"]["sha256"]
     path = args.out / "scores" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
     methods = [Method(name="entropy", objective="entropy")]
-    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}", device=args.device)
+    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}")
     return uniform_keep(scores["entropy"], groups, found.widths), found.width
 
 

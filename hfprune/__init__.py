@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
+    from hfprune.functional import make_plan, refit, save, score
     from hfprune.io.layouts import apply_plan
     from hfprune.io.load import load
     from hfprune.models import Neurons
@@ -44,7 +45,11 @@ _HOMES = {
     "WeightTaylor": "hfprune.criteria",
     "apply_plan": "hfprune.io.layouts",
     "load": "hfprune.io.load",
+    "make_plan": "hfprune.functional",
     "mask_plan": "hfprune.models.surgery",
+    "refit": "hfprune.functional",
+    "save": "hfprune.functional",
+    "score": "hfprune.functional",
 }
 
 __all__ = [
@@ -65,7 +70,11 @@ __all__ = [
     "__version__",
     "apply_plan",
     "load",
+    "make_plan",
     "mask_plan",
+    "refit",
+    "save",
+    "score",
 ]
 
 

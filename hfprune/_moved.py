@@ -140,6 +140,16 @@ MODULES = {
 """Old module -> new module, which holds all of its names but those in ``NAMES``."""
 
 NAMES = {
+    "hfprune.callbacks.calibrate": {
+        "check_source": "hfprune.callbacks.calibration_data.check_source",
+        "data_loader": "hfprune.callbacks.calibration_data.data_loader",
+        "data_summary": "hfprune.callbacks.calibration_data.data_summary",
+    },
+    "hfprune.callbacks.planner": {
+        "PruningOptions": "hfprune.pruning.options.PruningOptions",
+        "say": "hfprune.callbacks.communicator.say",
+        "warn": "hfprune.callbacks.communicator.warn",
+    },
     "hfprune.commands": {},
     "hfprune.commands.lora_prune": {
         "FLAGS": "hfprune.cli.run.LORA_PRUNE_FLAGS",

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from hfprune.callbacks.calibration_data import check_source
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
@@ -23,9 +24,9 @@ from hfprune.models import find_spec, is_supported
 from hfprune.models.surgery import cut_optimizer_state, new_names, plan_cuts
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
-from hfprune.pruning.calibration import check_source, check_stages
+from hfprune.pruning.calibration import check_stages
 from hfprune.pruning.layerwise import check_layerwise
-from hfprune.pruning.planner import PruningOptions
+from hfprune.pruning.options import PruningOptions
 from hfprune.pruning.sensitivity_curves import check_curves
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
@@ -158,14 +159,15 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions, *, reco
     check_strategy(trainer, target, options.compensation or options.criterion)
     check_layerwise(target, options.criterion, options.compensation, options.allocation)
     check_curves(target, options.allocation)
-    if options.distillation is not None:
-        check_stages(target, options.distillation, options.budget, options.allocation)
-    options.rounds.check(target, options.budget, options.allocation, options.criterion)
+    calibration = options.calibration
+    if calibration.self_distillation is not None:
+        check_stages(target, calibration.self_distillation, options.budget, options.allocation)
+    calibration.removal.check(target, options.budget, options.allocation, options.criterion)
     target.check_recovery(recovery)
     if target.plan is None and options.calibrates:
-        check_source(trainer, limit=options.calibration_batches)
-    every, number = options.look_every, trainer.world_size
-    if options.stop_when_settled is not None and every and every % number:
+        check_source(trainer, limit=calibration.batches)
+    every, number = calibration.check_every, trainer.world_size
+    if calibration.early_stop_overlap is not None and every and every % number:
         raise ConfigError(f"--importance.look_every {every} is not a multiple of {number} processes.")
 
 

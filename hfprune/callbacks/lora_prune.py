@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
 from hfprune.callbacks.base import PruningEvents, check_trainer, listeners, needs_stock
+from hfprune.callbacks.communicator import say, warn
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
@@ -21,7 +22,7 @@ from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.hooks import UnitMask
-from hfprune.pruning.planner import say, versions, warn
+from hfprune.pruning.planner import versions
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
 

@@ -11,7 +11,7 @@ from hfprune.criteria import GradientCriterion
 from hfprune.io.checkpoint_record import Record
 from hfprune.modules import PruningModule
 from hfprune.modules.resume import data_fingerprint, differences, given_seed, refuse
-from hfprune.pruning.planner import PruningOptions
+from hfprune.pruning.options import PruningOptions
 
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
@@ -23,6 +23,8 @@ def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, 
         options: How.
         asked: The budget.
     """
+    calibration = options.calibration
+    distillation = calibration.self_distillation
     found = {
         "budget": asked,
         "round_to": options.budget.round_to,
@@ -30,12 +32,12 @@ def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, 
         "allocation": options.allocation.describe() if options.allocation else None,
         "criterion": options.criterion.describe(),
         "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
-        "distillation": asdict(options.distillation) if options.distillation else None,
-        "rounds": asdict(options.rounds),
+        "distillation": asdict(distillation) if distillation else None,
+        "rounds": asdict(calibration.removal),
         "compensation": options.compensation.describe() if options.compensation else None,
-        "calibration_batches": options.calibration_batches,
-        "exact": options.exact,
-        "stop_when_settled": options.stop_when_settled,
+        "calibration_batches": calibration.batches,
+        "exact": calibration.exact,
+        "stop_when_settled": calibration.early_stop_overlap,
         "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
         "precision": str(trainer.precision),
         "seed": given_seed(),

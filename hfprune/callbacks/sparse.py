@@ -18,7 +18,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from hfprune.callbacks.base import average_anew, check_trainer, listeners
+from hfprune.callbacks.calibration_data import check_source, data_loader, data_summary
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.communicator import LightningCommunicator, say
 from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
@@ -29,10 +31,9 @@ from hfprune.models.forward import as_batch, sequences
 from hfprune.models.groups import find_layers
 from hfprune.modules.resume import data_fingerprint, keep_cut_epoch
 from hfprune.plan import PruningPlan
-from hfprune.pruning.calibration import check_source, data_loader, data_summary, seed_data
+from hfprune.pruning.calibration import seed_data
 from hfprune.pruning.hooks import evaluating
-from hfprune.pruning.layerwise import summed
-from hfprune.pruning.planner import say, versions
+from hfprune.pruning.planner import versions
 from hfprune.recovery.masked import hold_zeros, mask_adapters
 from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
@@ -334,7 +335,9 @@ class SparsityCallback(Callback):
                 device=strategy.root_device,
                 offload=self.offload,
                 state=self._open_state(trainer, target, digest),
-                reduce=lambda tensor: summed(trainer, tensor.to(strategy.root_device)).to(tensor.device),
+                reduce=lambda tensor: (
+                    LightningCommunicator(trainer).sum(tensor.to(strategy.root_device)).to(tensor.device)
+                ),
             )
             self.layers = []
             bar = sparse_progress(len(find_layers(model)), enabled=shown)

@@ -12,7 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
 from hfprune.callbacks.base import average_anew, check_fit, cut_restored_optimizers, listeners, needs_stock
+from hfprune.callbacks.calibration_data import calibration_data
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.communicator import LightningCommunicator, say, warn
 from hfprune.callbacks.resume import check_settings, pruning_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
@@ -23,8 +25,9 @@ from hfprune.io.layouts import pruned_shapes
 from hfprune.models import Neurons, check_units, parameter_count
 from hfprune.modules.resume import keep_cut_epoch
 from hfprune.plan import Budget, UnitKind, unit_kinds
-from hfprune.pruning.planner import Planner, PruningOptions, check_scored, say, warn
-from hfprune.pruning.rounds import Rounds, Schedule
+from hfprune.pruning.options import CalibrationOptions, PruningOptions
+from hfprune.pruning.planner import Planner, check_scored
+from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.utils.errors import ConfigError
 
@@ -141,13 +144,17 @@ class TaylorImportanceCallback(Callback):
             allocation=allocation,
             criterion=criterion or ActivationTaylor(),
             objective=objective,
-            distillation=distillation,
             compensation=compensation,
-            calibration_batches=calibration_batches,
-            exact=exact,
-            look_every=look_every,
-            stop_when_settled=stop_when_settled,
-            rounds=Rounds(number=rounds, schedule=schedule),
+            calibration=CalibrationOptions(
+                batches=calibration_batches,
+                exact=exact,
+                checkpoint_every=checkpoint_every,
+                check_every=look_every,
+                early_stop_overlap=stop_when_settled,
+                rounds=rounds,
+                schedule=schedule,
+                self_distillation=distillation,
+            ),
         )
         self.recovery_mode = RecoveryMode(recovery)
         self.recovery, self.checkpoint_every = self.recovery_mode.lora, checkpoint_every
@@ -185,7 +192,7 @@ class TaylorImportanceCallback(Callback):
             return self.resolved
         self.resolved = None
         if target.known:
-            settles = self.options.stop_when_settled is not None
+            settles = self.options.calibration.early_stop_overlap is not None
             check_scored(target, self.options.criterion, settles=settles)
             self.resolved = target.resolve(self.options.budget, self.options.allocation)
         return self.resolved
@@ -302,12 +309,13 @@ class TaylorImportanceCallback(Callback):
         groups = target.groups(target.model)
         record = self._record
         self._planner = planner = Planner(
-            trainer,
             target,
+            calibration_data(trainer, target.record("calibrating", None).seed),
             self.options,
+            LightningCommunicator(trainer),
             saved=record.calibration if record is not None else None,
             save=lambda: self._save_progress(trainer),
-            save_every=self.checkpoint_every,
+            progress=trainer.progress_bar_callback is not None,
         )
         try:
             with torch.compiler.set_stance("force_eager"):  # hooks see nothing of compiled modules

@@ -123,7 +123,7 @@ def check_criterion(
         model: The dense model, or one with its shapes.
         groups: The groups that may lose units.
         criterion: How they are scored.
-        settles: Scores are made again and again, to see whether they settle.
+        settles: Whether scores are recomputed during calibration, to detect convergence.
     """
     if isinstance(criterion, LayerwiseCriterion):
         return
@@ -136,8 +136,8 @@ def check_criterion(
         criterion.check(group, shapes)
         if settles and criterion.moments(group, shapes):
             raise ConfigError(
-                f"--importance.stop_when_settled does not go with {type(criterion).__name__} as it is set: its "
-                "sums are too large to be reduced and scored again and again."
+                f"early_stop_overlap does not go with {type(criterion).__name__} as it is set: its sums are too large "
+                "to be reduced and scored several times."
             )
 
 

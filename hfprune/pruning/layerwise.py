@@ -7,12 +7,9 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from hfprune.allocation import Allocation, Inventory
@@ -20,21 +17,19 @@ from hfprune.compensation import Compensation, Fit
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.criteria.base import checked_scores
 from hfprune.models import is_supported
-from hfprune.models.forward import as_batch, run_together
-from hfprune.models.forward import sequences as split
+from hfprune.models.forward import run_together
 from hfprune.models.groups import find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
 from hfprune.models.projection import num_channels, weight_of
 from hfprune.plan import Group
-from hfprune.pruning.calibration import data_loader, seed_data
+from hfprune.pruning.calibration import CalibrationData, isolated_rng
+from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import evaluating
+from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.least_squares import reconstruction_error
 from hfprune.utils.progress import layer_progress
 from hfprune.utils.second_moments import Moments
-
-if TYPE_CHECKING:
-    from hfprune.callbacks.target import Target
 
 
 @dataclass(slots=True)
@@ -284,12 +279,12 @@ def check_together(
 
 
 def check_layerwise(
-    target: "Target", criterion: Criterion, compensation: Compensation | None, allocation: Allocation | None = None
+    model: Prunable, criterion: Criterion, compensation: Compensation | None, allocation: Allocation | None = None
 ) -> None:
     """Raises ``ConfigError`` when units or weights are to be found layer by layer and that does not fit what is pruned.
 
     Args:
-        target: What is pruned, before it is loaded.
+        model: What is pruned, before it is loaded.
         criterion: How units are chosen.
         compensation: How weights are fitted.
         allocation: How the budget is spent.
@@ -297,74 +292,48 @@ def check_layerwise(
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
     asked = type(compensation or criterion).__name__
-    if target.known and not is_supported(target.shapes()):
+    if model.known and not is_supported(model.shapes()):
         raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
-    inventory, model = (target.inventory(), target.shapes()) if target.known else (None, None)
-    check_together(criterion, compensation, target.units, allocation, inventory, model=model)
+    inventory, shapes = (model.inventory(), model.shapes()) if model.known else (None, None)
+    check_together(criterion, compensation, model.units, allocation, inventory, model=shapes)
 
 
 def run_layerwise(
-    trainer: Trainer,
-    target: "Target",
+    model: Prunable,
     groups: tuple[Group, ...],
     widths: Mapping[str, int],
+    data: CalibrationData,
+    communicator: Communicator,
     *,
-    keep: Mapping[str, tuple[int, ...]] | None,
-    criterion: LayerwiseCriterion | None,
-    compensation: Compensation | None,
-    limit: int | None,
-    seed: int,
+    keep: Mapping[str, tuple[int, ...]] | None = None,
+    criterion: LayerwiseCriterion | None = None,
+    compensation: Compensation | None = None,
+    limit: int | None = None,
+    progress: bool = False,
 ) -> LayerwiseResult:
-    """Runs the pass through the layers on the calibration data and returns what it found, the same on every rank.
+    """Runs the pass through the layers on the calibration data and returns its result, the same on every rank.
 
-    Sequence i of the data, counted over all ranks, goes to rank ``i mod world_size``. Moments are summed over the ranks
-    in floating point: with another number of processes the fitted weights may differ in their last bits.
+    Sequence i of the data, counted over all ranks, belongs to rank ``i mod world_size``. Moments are summed over the
+    ranks in floating point: with another number of processes the fitted weights may differ in their last bits.
 
     Args:
-        trainer: The trainer, in ``fit``.
-        target: What is pruned.
+        model: What is pruned, dense.
         groups: Its groups.
         widths: Kept units per group.
+        data: The calibration data.
+        communicator: The processes.
         keep: Kept units that were chosen before, or None.
         criterion: Chooses units where ``keep`` is None.
         compensation: How weights are fitted, or None.
         limit: Use at most this many batches.
-        seed: Seed of the loader's shuffling.
+        progress: Show a progress bar.
 
     Raises:
         CalibrationError: A rank has no sequence.
     """
-    strategy = trainer.strategy
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with isolate_rng(), evaluating(target.module), torch.no_grad(), layer_progress(enabled=shown) as done:
-        batches = share(trainer, seed, limit=limit)
-        work = LayerwisePass(
-            target.model,
-            groups,
-            compensation=compensation,
-            reduce=lambda tensor: summed(trainer, tensor),
-        )
-        with strategy.precision_plugin.forward_context():
+    bar = progress and communicator.rank == 0
+    with isolated_rng(), evaluating(model.module), torch.no_grad(), layer_progress(enabled=bar) as done:
+        batches = data.share(communicator, limit=limit)
+        work = LayerwisePass(model.model, groups, compensation=compensation, reduce=communicator.sum)
+        with model.forward_context():
             return work.run(batches, widths, keep=keep, criterion=criterion, done=done)
-
-
-def share(
-    trainer: Trainer, seed: int, *, limit: int | None = None, sequences: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Returns this rank's calibration sequences: sequence i, counted over all ranks, goes to rank i mod world size.
-
-    Args:
-        trainer: The trainer, in ``fit``.
-        seed: Seed of the loader's shuffling.
-        limit: Use at most this many batches.
-        sequences: Use at most this many sequences, of all ranks together.
-    """
-    seed_data(seed)
-    found = (sequence for batch in islice(data_loader(trainer), limit) for sequence in split(as_batch(batch)))
-    return list(islice(found, trainer.global_rank, sequences, trainer.world_size))
-
-
-def summed(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Returns a tensor's sum over the ranks."""
-    total: Tensor = trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
-    return total

@@ -1,13 +1,11 @@
-"""Measures how much the predictions change when a group of units shrinks."""
+"""Sensitivity curves: how much the predictions change when one group of units shrinks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from hfprune.allocation import Allocation, keep_top, measure_curves
@@ -16,14 +14,13 @@ from hfprune.models.forward import Batch, final_hidden, run_together, sequences
 from hfprune.models.groups import find_layers
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.plan import Group
+from hfprune.pruning.calibration import CalibrationData, isolated_rng
+from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import UnitMask, evaluating, hooked
 from hfprune.pruning.layer_scores import layer_cosines
-from hfprune.pruning.layerwise import share, summed
+from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import layer_progress
-
-if TYPE_CHECKING:
-    from hfprune.callbacks.target import Target
 
 
 class _Prefix:
@@ -187,55 +184,56 @@ class ModelMeasurements:
         return dict(enumerate(found.tolist()))
 
 
-def check_curves(target: "Target", allocation: Allocation | None) -> None:
+def check_curves(model: Prunable, allocation: Allocation | None) -> None:
     """Raises ``ConfigError`` when curves are to be measured on what they cannot be, before it is loaded.
 
     Args:
-        target: What is pruned.
+        model: What is pruned.
         allocation: How the budget is spent.
     """
     if allocation is None or not allocation.measures:
         return
     name = type(allocation).__name__
-    if target.sharded:
+    if model.sharded:
         raise ConfigError(f"{name} measures on whole models: under FSDP2 give it {allocation.measures}.")
-    if target.known and not is_supported(target.shapes()):
+    if model.known and not is_supported(model.shapes()):
         raise ConfigError(f"{name} measures a Hugging Face model that hfprune knows; here is none.")
 
 
 def measured(
-    trainer: Trainer,
-    target: "Target",
+    model: Prunable,
     groups: tuple[Group, ...],
     scores: Mapping[str, Tensor],
     allocation: Allocation | None,
+    data: CalibrationData,
+    communicator: Communicator,
     *,
-    seed: int,
+    progress: bool = False,
 ) -> Allocation | None:
-    """Returns ``allocation``, with curves where it is to measure them; the same on every rank.
+    """Returns ``allocation`` with what it measures on the dense model; the same on every rank.
 
     Args:
-        trainer: The trainer, in ``fit``.
-        target: What is pruned, dense still.
+        model: What is pruned, still dense.
         groups: Its groups.
         scores: Group name -> importance [U].
         allocation: How the budget is spent.
-        seed: Seed of the loader's shuffling.
+        data: The calibration data.
+        communicator: The processes.
+        progress: Show a progress bar.
     """
     if allocation is None or not allocation.measures:
         return allocation
-    strategy = trainer.strategy
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with isolate_rng(), layer_progress(enabled=shown, text=type(allocation).__name__) as done:
-        batches = [strategy.batch_to_device(b) for b in share(trainer, seed, sequences=allocation.sequences)]
-        with strategy.precision_plugin.forward_context():
+    bar = progress and communicator.rank == 0
+    with isolated_rng(), layer_progress(enabled=bar, text=type(allocation).__name__) as done:
+        batches = [model.to_device(b) for b in data.share(communicator, sequences=allocation.sequences)]
+        with model.forward_context():
             return allocation.measure(
                 ModelMeasurements(
-                    model=target.model,
+                    model=model.model,
                     groups=groups,
                     scores=scores,
                     batches=batches,
-                    reduce=lambda tensor: summed(trainer, tensor),
+                    reduce=communicator.sum,
                     done=done,
                 )
             )

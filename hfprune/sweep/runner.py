@@ -98,7 +98,7 @@ class Sweep:
         texts = {name: [cut.sha256, cut.protocol] for name, cut in windows.items()}
         cells = {"dense": self._cell("dense", texts, lambda: self._measure(dense, windows, dense=True))}
         folder = self.out / "scores"
-        book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key, device=self.device)
+        book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key)
         kept: dict[str, Kept] = {}
         for cell in self.grid.cells():
             kept[cell.name] = keep = self._keep(cell, book)
@@ -146,7 +146,7 @@ class Sweep:
     def _windows(self, name: str) -> Windows:
         windows = self._bound(self.make_data(self.grid.seeds[0], self.grid.texts[name])).evaluation_windows()
         if windows is None:
-            raise ConfigError(f"--texts {name}: there are no evaluation windows; see --data.eval_windows.")
+            raise ConfigError(f"texts: '{name}' has no evaluation windows; see eval_windows.")
         return windows
 
     def _warn_of_overlap(self, name: str, windows: Windows, by_seed: dict[int, TextDataModule]) -> None:
@@ -179,12 +179,13 @@ class Sweep:
         return again
 
     def _keep(self, cell: Cell, book: ScoreBook) -> Kept:
-        """Returns a cell's units; choosing them layer by layer takes long, so that these have a file."""
-        if not isinstance(cell.method.scorer, LayerwiseCriterion):
+        """Returns a cell's units; choosing them layer by layer or by measured curves takes long: these have a file."""
+        if not isinstance(cell.method.scorer, LayerwiseCriterion) and not cell.method.measures:
             return self.pruner.keep(cell, book.scores(cell), ())
         budget = self.pruner.budget(cell.method, cell.pruning_ratio).to_dict()
         depends = [cell.method.scoring(), self._fitted(cell, book), book.data_key(cell), budget]
-        found = self._cell(f"kept-{cell.name}", depends, lambda: self.pruner.keep(cell, {}, book.batches(cell)))
+        make = partial(self.pruner.keep, cell, book.scores(cell), book.batches(cell))
+        found = self._cell(f"kept-{cell.name}", depends, make)
         return {name: tuple(units) for name, units in found.items()}
 
     def _fitted(self, cell: Cell, book: ScoreBook) -> list[Any]:

@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hfprune.criteria import LayerwiseCriterion, WeightCriterion, scored_groups, with_layers
 from hfprune.data.text import TextDataModule
 from hfprune.models import find_groups
+from hfprune.plan import Budget
 from hfprune.pruning.accumulator import weight_scores
 from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
-from hfprune.sweep.scoring import distilled_scores, seed_scores
+from hfprune.sweep.scoring import seed_scores, staged_scores
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ class ScoreBook:
         data: Seed -> calibration data.
         folder: Where the files go.
         model_key: What tells the dense model from others.
-        device: Where to run.
     """
 
     def __init__(
@@ -43,11 +42,10 @@ class ScoreBook:
         folder: Path,
         *,
         model_key: str,
-        device: torch.device,
     ) -> None:
         self._dense, self._grid, self._data, self._folder = dense, grid, data, folder
-        self._model_key, self._device = model_key, device
-        self._known: dict[tuple[tuple[str, ...], int | None], ByGroup] = {}
+        self._model_key = model_key
+        self._known: dict[tuple[Any, ...], ByGroup] = {}
 
     def batches(self, cell: Cell) -> Iterable[Any]:
         """Returns the calibration batches of a cell's seed; none where the cell has none."""
@@ -65,7 +63,7 @@ class ScoreBook:
         groups = find_groups(self._dense, method.units)
         scored = scored_groups(self._dense, groups, method.scorer)
         criterion = method.with_seed(cell.seed or 0)
-        key = (method.scoring(), cell.seed if method.seeded_scores else None)
+        key = self._key(cell, method)
         if key not in self._known and isinstance(criterion, WeightCriterion):
             self._known[key] = weight_scores(self._dense, scored, criterion)
         elif key not in self._known:
@@ -80,22 +78,30 @@ class ScoreBook:
                 found[cell.method.name] = scores
         return found
 
+    def _key(self, cell: Cell, method: Method) -> tuple[Any, ...]:
+        """Returns what the scores of a method in a cell depend on, besides the model."""
+        ratio = cell.pruning_ratio if method.rounds > 1 else None  # the rounds before decide what is scored
+        return method.scoring(), cell.seed if method.seeded_scores else None, ratio
+
     def _calibrate(self, cell: Cell) -> None:
         """Adds the scores of a cell's seed: one pass serves all criteria that calibrate in one stage."""
         assert cell.seed is not None
-        staged = cell.method.distillation is not None
-        one_stage = [m for m in self._grid.methods if m.calibrated and m.distillation is None]
+        staged = cell.method.staged
+        one_stage = [m for m in self._grid.methods if m.calibrated and not m.staged]
         methods = [cell.method] if staged else list({m.scoring(): m for m in reversed(one_stage)}.values())[::-1]
-        key = digest([self._model_key, self.data_key(cell), {m.name: m.scoring() for m in methods}])
+        depends: list[Any] = [self._model_key, self.data_key(cell), {m.name: m.scoring() for m in methods}]
         name = f"seed{cell.seed}-{cell.method.name}" if staged else f"seed{cell.seed}"
+        if cell.method.rounds > 1:
+            depends += [cell.pruning_ratio, self._grid.round_to]
+            name = f"{name}-{cell.pruning_ratio:g}"
         path, start = self._folder / f"{name}.safetensors", time.perf_counter()
-        found = self._pass(cell, methods, path, key)
+        found = self._pass(cell, methods, path, digest(depends))
         _log.info("Scores of seed %d: %.1f s.", cell.seed, time.perf_counter() - start)
         for method in methods:
-            self._known[method.scoring(), cell.seed] = found[method.name]
+            self._known[self._key(cell, method)] = found[method.name]
 
     def _pass(self, cell: Cell, methods: list[Method], path: Path, key: str) -> Mapping[str, ByGroup]:
-        if cell.method.distillation is None:
-            return seed_scores(self._dense, methods, self.batches(cell), path, key=key, device=self._device)
-        make = partial(self.batches, cell)
-        return distilled_scores(self._dense, cell.method, make, path, key=key, device=self._device)
+        if not cell.method.staged:
+            return seed_scores(self._dense, methods, self.batches(cell), path, key=key)
+        budget = Budget(pruning_ratio=cell.pruning_ratio, round_to=self._grid.round_to)
+        return staged_scores(self._dense, cell.method, partial(self.batches, cell), path, key=key, budget=budget)

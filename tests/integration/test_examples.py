@@ -31,6 +31,14 @@ def test_example(name, tmp_path, monkeypatch):
     assert model.config.intermediate_size == 14
 
 
+def test_notebook(tmp_path, monkeypatch, capsys):
+    folder = save_tiny(tmp_path / "dense")
+    monkeypatch.setattr("sys.argv", ["notebook.py", folder, str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples/notebook.py"), run_name="__main__")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.intermediate_size == 18
+    assert "model.layers.2.mlp: 24 neurons, the top tenth holds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_process_example(strategy, tmp_path):
     """The one test of processes that Lightning launches: those of other tests are forked by ``tests.helpers.warm``."""

@@ -11,7 +11,7 @@ import torch
 import hfprune.sweep.pruner as pruner
 import hfprune.sweep.runner as runner
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule, WeightTaylor
-from hfprune.allocation import GlobalRank, Uniform
+from hfprune.allocation import GlobalRank, Sensitivity, Uniform
 from hfprune.compensation import LeastSquares, MeanCompensation
 from hfprune.criteria import (
     ActivationNorm,
@@ -26,8 +26,9 @@ from hfprune.criteria import (
 )
 from hfprune.evaluation import perplexity
 from hfprune.models import find_groups
+from hfprune.pruning.calibration import Calibration
 from hfprune.sweep import Method, Sweep, SweepGrid, scoring
-from hfprune.sweep.scoring import SharedPass, seed_scores
+from hfprune.sweep.scoring import seed_scores, shared_pass
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
 
@@ -46,6 +47,8 @@ METHODS = [
     Method(name="reconstruction", criterion=Reconstruction(), compensation=LeastSquares()),
     Method(name="global", objective="entropy", allocation=GlobalRank(), units=("mlp", "heads")),
     Method(name="layers", objective="entropy", units=("layers", "mlp")),
+    Method(name="rounds", objective="entropy", units=("mlp", "heads"), rounds=2, schedule="linear"),
+    Method(name="curves", objective="entropy", allocation=Sensitivity(sequences=2)),
 ]
 CALIBRATED = [method for method in METHODS if method.calibrated]
 SEEDED = [method for method in METHODS if method.seeded and method.name != "random"]
@@ -144,6 +147,8 @@ def test_kept_units_are_those_of_a_run_of_its_own(folder, undisturbed):
             units=method.units,
             allocation=method.allocation,
             compensation=method.compensation,
+            rounds=method.rounds,
+            schedule=method.schedule,
         )
         trainer = PruneTrainer(
             callbacks=[importance], accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
@@ -185,7 +190,7 @@ def test_interrupted_and_resumed_it_gives_the_same_table(folder, undisturbed, tm
 def test_a_finished_sweep_runs_nothing_again(folder, undisturbed, monkeypatch):
     result, out = undisturbed
     monkeypatch.setattr(runner, "measure", None)
-    monkeypatch.setattr(SharedPass, "run", None)
+    monkeypatch.setattr(Calibration, "run", None)
     assert comparable(sweep(folder, out).run()["rows"]) == comparable(result["rows"])
 
 
@@ -254,7 +259,7 @@ def test_a_damaged_cell_is_measured_again(folder, tmp_path):
 
 def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "SAVE_EVERY", 2)
-    model, device = tiny(), torch.device("cpu")
+    model = tiny()
     batches = [{"input_ids": token_ids(2, 8, seed=seed)} for seed in range(4)]  # 8 sequences
 
     def interrupted():
@@ -265,33 +270,33 @@ def test_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
     methods = [method for method in CALIBRATED if method.distillation is None]
     path = tmp_path / "seed1.safetensors"
     with pytest.raises(Stop):
-        seed_scores(model, methods, interrupted(), path, key="k", device=device)
+        seed_scores(model, methods, interrupted(), path, key="k")
     seen = []
-    step = SharedPass._step
-    monkeypatch.setattr(SharedPass, "_step", lambda self, s, p: (seen.append(p), step(self, s, p))[1])
-    found = seed_scores(model, methods, iter(batches), path, key="k", device=device)
-    assert seen == [5, 6, 7, 8]  # four of the five sequences were saved
+    step = Calibration._step
+    monkeypatch.setattr(Calibration, "_step", lambda self, t, a: (seen.append(t.index), step(self, t, a))[1])
+    found = seed_scores(model, methods, iter(batches), path, key="k")
+    assert seen == [4, 5, 6, 7]  # four of the five sequences were saved
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed1.safetensors"]
-    whole = SharedPass(model, methods, device=device)
-    whole.run(iter(batches))
-    for name, by_group in whole.scores().items():
-        assert all(torch.equal(found[name][group], score) for group, score in by_group.items())
-    again = seed_scores(model, methods, iter([]), path, key="k", device=device)
+    whole = shared_pass(model, methods, batches)
+    whole.run()
+    for method, by_group in zip(methods, whole.scores(), strict=True):
+        assert all(torch.equal(found[method.name][group], score) for group, score in by_group.items())
+    again = seed_scores(model, methods, iter([]), path, key="k")
     assert all(torch.equal(again[m][g.name], found[m][g.name]) for m in again for g in find_groups(model))
     path.write_bytes(b"damaged")
-    assert seed_scores(model, methods, iter(batches), path, key="k", device=device).keys() == found.keys()
+    assert seed_scores(model, methods, iter(batches), path, key="k").keys() == found.keys()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"methods": []}, "--methods must name at least one"),
+        ({"methods": []}, r"methods=\[\] must name at least one"),
         ({"methods": METHODS[:1] * 2}, "each once"),
-        ({"pruning_ratios": []}, "--pruning_ratios"),
-        ({"seeds": [1, 1]}, "--seeds .* each once"),
-        ({"texts": {"a b": "builtin"}}, "--texts: names"),
-        ({"texts": {}}, "--texts must name"),
-        ({"task_seeds": 0}, "--task_seeds 0"),
+        ({"pruning_ratios": []}, r"pruning_ratios=\[\]"),
+        ({"seeds": [1, 1]}, "seeds=.* each once"),
+        ({"texts": {"a b": "builtin"}}, "texts: names"),
+        ({"texts": {}}, "texts={} must name"),
+        ({"task_seeds": 0}, "task_seeds=0 must be"),
     ],
 )
 def test_bad_grids(settings, message):
@@ -305,13 +310,15 @@ def test_bad_grids(settings, message):
         ({"name": "a/b", "objective": "entropy"}, "method name 'a/b'"),
         ({"name": "dense", "objective": "entropy"}, "method name 'dense'"),
         ({"name": "a"}, "needs an objective: cross_entropy, entropy"),
-        ({"name": "a", "objective": "entropie"}, "Did you mean 'entropy'"),
+        ({"name": "a", "objective": "entropy", "rounds": 0}, "rounds=0 must be positive"),
+        ({"name": "a", "criterion": CoupledTaylor(), "distillation": SelfDistillation(), "rounds": 2}, "give one of"),
+        ({"name": "a", "objective": "entropie"}, "Unknown objective 'entropie'"),
         ({"name": "a", "criterion": Magnitude(), "objective": "entropy"}, "takes no objective"),
         ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
         ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
         ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
         ({"name": "a", "objective": "entropy", "units": ["mlp", "head"]}, "Method 'a': .*head"),
-        ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "says itself how much goes"),
+        ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "sets the widths itself"),
     ],
 )
 def test_bad_methods(settings, message):
