@@ -11,9 +11,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import nn
 
-from hfprune.callbacks.lora_prune import LoraPruneCallback
-from hfprune.callbacks.sparse import SparsityCallback
-from hfprune.callbacks.structured import TaylorImportanceCallback
+from hfprune.callbacks.base import pruning_callbacks
 from hfprune.data.text import TextDataModule
 from hfprune.evaluation.cache import cached_reference
 from hfprune.evaluation.evaluate import add_speeds, measure
@@ -215,12 +213,9 @@ class PruneTrainer(Trainer):
         if isinstance(model, PruningModule):
             model.check_loadable()
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, TaylorImportanceCallback):
-                callback.check(_plain(model))
-                callback.resume_from = ckpt_path
-            if isinstance(callback, SparsityCallback | LoraPruneCallback):
-                callback.check(_plain(model))
+        for callback in pruning_callbacks(self):
+            callback.check(_plain(model))
+            callback.resume_from = ckpt_path
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def prune(
@@ -238,11 +233,11 @@ class PruneTrainer(Trainer):
         Raises:
             ConfigError: The trainer has no callback that prunes.
         """
-        callbacks = self.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
+        found = [callback for callback in pruning_callbacks(self) if callback.before_training]
         if not found:
             raise ConfigError(
-                "prune needs a TaylorImportanceCallback or a SparsityCallback among the trainer's callbacks."
+                "prune needs a callback that prunes before training among the trainer's callbacks, such as "
+                "StructuredPruningCallback or SparsePruningCallback."
             )
         with ExitStack() as restored, warnings.catch_warnings():
             for callback in found:

@@ -1,12 +1,17 @@
-"""What the pruning callbacks share: events, checks, strategies and the optimizer state after a cut."""
+"""PruningCallback: the life that structured, sparse and LoRA pruning share in a Lightning ``fit``, and its checks."""
 
 import os
-from typing import Any
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    Callback,
     EarlyStopping,
     LearningRateFinder,
     LearningRateMonitor,
@@ -16,12 +21,18 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
+from hfprune.allocation import ResolvedBudget
+from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
+from hfprune.io.checkpoint_record import KEY, Record
+from hfprune.io.layouts import pruned_shapes
 from hfprune.models import find_spec, is_supported
 from hfprune.models.surgery import cut_optimizer_state, new_names, plan_cuts
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.modules.events import PruningEvents
+from hfprune.modules.resume import keep_cut_epoch
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import check_source, check_stages
 from hfprune.pruning.layerwise import check_layerwise
@@ -31,32 +42,245 @@ from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
 
 
-class PruningEvents:
-    """Mix into a callback to be told when a model is about to be calibrated and when it has been pruned.
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Returns the trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
-    Both run inside ``on_fit_start``, on every rank, in the order of ``trainer.callbacks``.
-    """
 
-    @property
-    def needs_stock(self) -> bool:
-        """Whether what the callback writes is described by a stock config of the model's class."""
-        return False
-
-    def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called with the dense model in place, before calibration."""
-
-    def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
-        """Called with the pruned model in place, before adapters are added and optimizers rebuilt."""
+def pruning_callbacks(trainer: Trainer) -> list["PruningCallback"]:
+    """Returns the trainer's callbacks that prune."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningCallback)]
 
 
 def listeners(trainer: Trainer) -> list[PruningEvents]:
-    """Returns the trainer's callbacks that listen."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, PruningEvents)]  # type: ignore[attr-defined]
+    """Returns the trainer's callbacks that receive the events of pruning."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningEvents)]
 
 
 def needs_stock(trainer: Trainer) -> bool:
-    """Returns whether a stock config has to describe what pruning leaves, because a callback writes it so."""
+    """Returns whether a callback of the trainer writes the pruned model with a stock config."""
     return any(listener.needs_stock for listener in listeners(trainer))
+
+
+class PruningCallback(Callback, PruningEvents, ABC):
+    """Base of the callbacks that prune a model in ``fit``.
+
+    The life of a run, in which subclasses fill in the methods in brackets:
+
+    1. ``setup``: find the model (``_find``), check trainer, settings and shapes (``_check_run``, ``check``), and route
+       the strategy's checkpoints through the callback (``_save``, ``_load``);
+    2. ``on_fit_start``: compare with the checkpoint that the run resumes from (``_begin``); without one calibrate and
+       plan (``_make_plan``), cut (``_apply``) and add the adapters of ``recovery`` (``_add_adapters``); set the
+       strategy up for the model as it is now (``_ready``);
+    3. training, which is Lightning's;
+    4. ``teardown``: restore the strategy's methods and remove the progress that was saved (``_finish``); after an
+       exception the progress stays.
+
+    Trainer, report and command line use these members, and ask for no subclass:
+
+    Attributes:
+        prunes: ``units`` (neurons, heads, layers, ...), after which the model is smaller, or single ``weights``.
+        before_training: Whether the model is pruned in ``on_fit_start``, so that ``PruneTrainer.prune`` can do it.
+        recovery: Adapters that recovery trains; None trains what the module trains.
+        importance: Group name -> scores [units], after pruning; empty where single weights are pruned.
+        orders: ``LAYER.NAME`` -> order of a projection's inputs, where a sparse method has permuted them.
+        stock: Whether a stock config has to describe the pruned model; set from the callbacks that write it.
+        resume_from: Checkpoint that ``fit`` will restore, where it is known beforehand; ``PruneTrainer`` sets it.
+
+    Further members: ``plan``, ``check``, ``check_stock``, ``expected_model`` and ``describe``.
+    """
+
+    prunes: ClassVar[Literal["units", "weights"]] = "units"
+    before_training: ClassVar[bool] = True
+
+    def __init__(self, *, recovery: LoraRecovery | None = None) -> None:
+        self.recovery = recovery
+        self.importance: dict[str, torch.Tensor] = {}
+        self.stock = False
+        self.resume_from: str | Path | None = None
+        self._target: Target | None = None
+        self._record: Record | None = None
+        self._checkpoints: CheckpointTap | None = None
+        self._settings: dict[str, Any] = {}
+        self._failed = False
+
+    # ---- what others use ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The plan that was applied to the model; None before."""
+        return None if self._target is None else self._target.plan
+
+    @property
+    def orders(self) -> dict[str, torch.Tensor]:
+        """Orders of inputs that sparse projections have."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide what is pruned, as plain data."""
+
+    @abstractmethod
+    def check(self, module: LightningModule) -> ResolvedBudget | None:
+        """Checks the settings against the shapes of ``module``'s model; loads no weights.
+
+        Args:
+            module: The module to prune.
+
+        Returns:
+            What the budget means for the model; None where it is not known yet, or there is no budget of units.
+
+        Raises:
+            ConfigError: The settings do not fit the model.
+            UnsupportedArchitectureError: hfprune does not know the model's class.
+        """
+
+    def check_stock(self, module: LightningModule) -> None:
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe the pruned model."""
+        resolved, target = self.check(module), self._find(module)
+        if resolved is not None and target.plan is None:
+            target.check_stock(resolved)
+
+    def expected_model(self, module: LightningModule) -> Any:
+        """Returns a Hugging Face model on the meta device with the shapes that pruning will leave.
+
+        None where these are not known yet, or stay as they are, and for a module that is pruned already.
+        """
+        resolved, target = self.check(module), self._find(module)
+        if resolved is None or target.plan is not None or resolved.provisional:
+            return None
+        return pruned_shapes(target.shapes(), target.outline(resolved))
+
+    # ---- what subclasses fill in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _find(self, module: LightningModule) -> Target:
+        """Returns what is pruned in ``module``."""
+
+    @abstractmethod
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
+        """Raises ``ConfigError`` where trainer, model and settings do not go together; loads no weights."""
+
+    def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
+        """Logs what will be done, at the end of ``setup``."""
+
+    def _begin(self, trainer: Trainer, target: Target) -> None:
+        """Raises ``ConfigError`` where the run resumes from a checkpoint that was pruned with other settings."""
+
+    @abstractmethod
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
+        """Calibrates and returns the plan, the same on every rank."""
+
+    def _apply(self, target: Target, plan: PruningPlan) -> None:
+        """Prunes the model."""
+        target.apply_plan(plan)
+
+    def _add_adapters(self, target: Target) -> None:
+        """Adds the adapters of ``recovery``."""
+        if self.recovery is not None:
+            target.add_lora(self.recovery)
+
+    def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
+        """Called at the end of ``on_fit_start``; ``pruned`` is false where a pruned model was resumed."""
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Removes what was kept to resume a run that has now ended; called on every rank."""
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks settings, trainer and model, before any weight is loaded."""
+        self.stock = needs_stock(trainer)
+        self._target, self._record, self._failed = self._find(pl_module), None, False
+        if stage == "fit":
+            check_trainer(trainer, pl_module, pruned=self.before_training and self._target.plan is not None)
+            self._check_run(trainer, self._target)
+            resolved = self.check(pl_module)
+            self._target.check_recovery(self.recovery)
+            self._announce(trainer, resolved)
+        self._checkpoints = CheckpointTap(
+            trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrates, prunes, adds adapters and sets the strategy up again."""
+        target = self._target
+        assert target is not None
+        self._begin(trainer, target)
+        target.check_training(adapters=self.recovery is not None)
+        pruned = target.plan is None
+        if pruned:
+            self._start(trainer, target)
+            self._prune(trainer, pl_module, target)
+            self._set_up_again(trainer)
+        elif target.lacks_adapters(self.recovery, self._record):
+            self._add_adapters(target)
+            self._set_up_again(trainer)
+        self._ready(trainer, target, pruned=pruned)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps count of epochs across resumes."""
+        count_epoch(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restores the strategy's methods and removes the progress of a run that has ended."""
+        self._detach()
+        if stage == "fit" and not self._failed:
+            self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restores the strategy's methods; progress stays, to resume from."""
+        self._detach()
+        self._failed = True
+
+    # ---- the work ----------------------------------------------------------------------------------------------------
+
+    def _start(self, trainer: Trainer, target: Target) -> None:
+        """Fixes the run's seed, on every rank the same; that of the checkpoint in a resumed run."""
+        seed = self._record.seed if self._record else torch.initial_seed() % 2**32
+        target.start(trainer.strategy.broadcast(seed))
+
+    def _prune(self, trainer: Trainer, module: LightningModule, target: Target) -> None:
+        for listener in listeners(trainer):
+            listener.on_pruning_start(trainer, module)
+        with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
+            plan = self._make_plan(trainer, target)
+        self._apply(target, plan)
+        for listener in listeners(trainer):
+            listener.on_pruning_end(trainer, module, plan)
+        self._add_adapters(target)
+
+    def _set_up_again(self, trainer: Trainer) -> None:
+        """Wraps the model as it is now, and builds optimizers, schedulers and averages for it."""
+        _average_again(trainer)
+        trainer.strategy.model = trainer.lightning_module
+        trainer.strategy.setup(trainer)
+
+    def _detach(self) -> None:
+        """Leaves strategy and model without hooks of this callback."""
+        if self._checkpoints is not None:
+            self._checkpoints.detach()
+            self._checkpoints = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Adds the pruning state to a checkpoint that is about to be written."""
+        assert self._target is not None
+        checkpoint[KEY] = replace(self._target.record("training", None), settings=self._settings).to_dict()
+        keep_cut_epoch(trainer, checkpoint)
+
+    def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds the shapes of a checkpoint that was just read, before anything is restored from it."""
+        self._record = Record.of(checkpoint)
+        if self._record is not None:
+            self._replay(trainer, self._record)
+
+    def _replay(self, trainer: Trainer, record: Record) -> None:
+        assert self._target is not None
+        self._target.replay(record)
+        _average_again(trainer)
 
 
 def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: PruningPlan, *, keep: bool) -> None:
@@ -86,11 +310,11 @@ def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: Pr
         rank_zero_warn(f"The optimizer starts afresh for {lost} parameters: its state is not of their shape.")
 
 
-def average_anew(trainer: Trainer, module: LightningModule) -> None:
-    """Lets weight averaging take its copy of the pruned model; the one it took in ``setup`` was dense."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+def _average_again(trainer: Trainer) -> None:
+    """Lets weight averaging copy the model as it is now; the copy of its own ``setup`` was of the dense one."""
+    for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging):
-            callback.setup(trainer, module, "fit")
+            callback.setup(trainer, trainer.lightning_module, "fit")
 
 
 def check_strategy(trainer: Trainer, target: Target, method: Compensation | Criterion) -> None:
@@ -145,23 +369,20 @@ def _holds_experts(target: Target) -> bool:
     return is_supported(model) and find_spec(model).experts is not None
 
 
-def check_fit(trainer: Trainer, target: Target, options: PruningOptions, *, recovery: LoraRecovery | None) -> None:
-    """Raises ``ConfigError`` where a trainer, what it prunes and how do not go together.
+def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None:
+    """Raises ``ConfigError`` where trainer, model and options of structured pruning do not go together.
 
     Args:
         trainer: Before its ``fit`` loads anything.
         target: What is pruned.
         options: How.
-        recovery: Adapters that it gets afterwards; None for none.
     """
-    check_trainer(trainer, target.module, pruned=target.plan is not None)
     check_strategy(trainer, target, options.compensation or options.criterion)
     check_layerwise(target, options.criterion, options.compensation, options.allocation)
     check_curves(target, options.allocation)
     if options.distillation is not None:
         check_stages(target, options.distillation, options.budget, options.allocation)
     options.rounds.check(target, options.budget, options.allocation, options.criterion)
-    target.check_recovery(recovery)
     if target.plan is None and options.calibrates:
         check_source(trainer, limit=options.calibration_batches)
     every, number = options.look_every, trainer.world_size
@@ -177,7 +398,7 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
         module: What it trains.
         pruned: Whether the module is pruned already.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     finder = next((c for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)
     if finder is not None and not pruned:
         raise ConfigError(
@@ -202,7 +423,7 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
 
 def _check_loggers(trainer: Trainer) -> None:
     """Raises ``ConfigError`` for a callback that finds out after calibration that there is no logger to write to."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if not trainer.loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
         raise ConfigError("LearningRateMonitor writes to a logger, and logger=False: give a logger, or leave it out.")
 
@@ -212,7 +433,7 @@ def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
 
     A callback of the user's own may log any figure: with one, unknown names are accepted.
     """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     if not isinstance(module, PruningModule):
         return
     logged = module.logged_figures()

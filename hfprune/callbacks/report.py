@@ -9,13 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch import Tensor
 
-from hfprune.callbacks.base import PruningEvents
-from hfprune.callbacks.lora_prune import LoraPruneCallback
+from hfprune.callbacks.base import PruningCallback, pruning_callbacks
 from hfprune.callbacks.snapshots import Stages
-from hfprune.callbacks.sparse import SparsityCallback
-from hfprune.callbacks.structured import TaylorImportanceCallback
 from hfprune.evaluation.evaluate import flat
 from hfprune.evaluation.table import stage_table
 from hfprune.io.layouts import LAYOUTS
@@ -40,6 +36,7 @@ from hfprune.io.save import (
 )
 from hfprune.models import parameter_count
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.modules.events import PruningEvents
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
@@ -106,12 +103,11 @@ class ReportCallback(Callback, PruningEvents):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)]
-        if not found:
+        pruning = pruning_callbacks(trainer)
+        if not pruning:
             raise ConfigError(
-                "ReportCallback reports on pruning: add a TaylorImportanceCallback, a SparsityCallback or a "
-                "LoraPruneCallback."
+                "ReportCallback needs a callback that prunes among the trainer's callbacks: StructuredPruningCallback, "
+                "SparsePruningCallback or LoraPruningCallback."
             )
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
@@ -121,8 +117,8 @@ class ReportCallback(Callback, PruningEvents):
         check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
         if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
             self._check_folder()
-        if stage == "fit" and isinstance(found[0], TaylorImportanceCallback | LoraPruneCallback):
-            self._check_layout(trainer, pl_module, found[0])
+        if stage == "fit":
+            self._check_layout(trainer, pl_module, pruning[0])
 
     def _check_folder(self) -> None:
         """Checks the output folder, once, on the process that writes; raises ``ConfigError``."""
@@ -130,17 +126,15 @@ class ReportCallback(Callback, PruningEvents):
             check_output_dir(self.output_dir, overwrite=self._unchecked)
             self._unchecked = None
 
-    def _check_layout(
-        self, trainer: Trainer, module: PruningModule, pruning: TaylorImportanceCallback | LoraPruneCallback
-    ) -> None:
+    def _check_layout(self, trainer: Trainer, module: PruningModule, pruning: PruningCallback) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
         pruning.stock = self.layout.stock  # the order of ``setup`` calls is the user's
         if self.layout.stock:
             pruning.check_stock(module)
-        planned = pruning.planned(module)
-        if planned is not None:
-            self.layout.check(planned)
+        expected = pruning.expected_model(module)
+        if expected is not None:
+            self.layout.check(expected)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
@@ -164,9 +158,10 @@ class ReportCallback(Callback, PruningEvents):
         self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
             plan.save(self.output_dir / PLAN_FILE)
-            if importance := _importance(trainer):
-                save_importance(importance, self.output_dir)
-            save_orders(_orders(trainer), self.output_dir)
+            pruning = pruning_callbacks(trainer)[0]
+            if pruning.importance:
+                save_importance(pruning.importance, self.output_dir)
+            save_orders(pruning.orders, self.output_dir)
         if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else what was recovered is all there is
             self.measured.add("pruned", pl_module, trainer)
 
@@ -277,18 +272,6 @@ def _sources(trainer: Trainer) -> dict[str, Path]:
     """Returns the files and folders that the data come from, by argument."""
     found = getattr(trainer.datamodule, "local_sources", None)  # type: ignore[attr-defined]
     return found() if callable(found) else {}
-
-
-def _importance(trainer: Trainer) -> dict[str, Tensor]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback | LoraPruneCallback)), {})
-
-
-def _orders(trainer: Trainer) -> dict[str, Tensor]:
-    """Returns the orders of inputs that sparse projections have, by ``LAYER.NAME``."""
-    found = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
-    layers = [layer for callback in found for layer in callback.layers]
-    return {f"{layer.index}.{name}": order for layer in layers for name, order in layer.orders.items()}
 
 
 def _size(model: Any) -> int:

@@ -23,27 +23,35 @@ def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, 
         options: How.
         asked: The budget.
     """
-    found = {
+    settings = describe_options(options) | {
         "budget": asked,
+        "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
+        "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
+        "precision": str(trainer.precision),
+        "seed": given_seed(),
+    }
+    if not isinstance(target.module, PruningModule):  # which compares its own
+        settings["training"] = _training_settings(trainer)
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def describe_options(options: PruningOptions) -> dict[str, Any]:
+    """Returns the options of structured pruning as plain data."""
+    return {
+        "budget": options.budget.describe(),
         "round_to": options.budget.round_to,
         "units": list(options.units),
         "allocation": options.allocation.describe() if options.allocation else None,
         "criterion": options.criterion.describe(),
-        "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
+        "objective": options.objective,
         "distillation": asdict(options.distillation) if options.distillation else None,
         "rounds": asdict(options.rounds),
         "compensation": options.compensation.describe() if options.compensation else None,
         "calibration_batches": options.calibration_batches,
         "exact": options.exact,
         "stop_when_settled": options.stop_when_settled,
-        "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
-        "precision": str(trainer.precision),
-        "seed": given_seed(),
     }
-    if not isinstance(target.module, PruningModule):  # which compares its own
-        found["training"] = _training_settings(trainer)
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
 
 
 def _training_settings(trainer: Trainer) -> dict[str, Any]:

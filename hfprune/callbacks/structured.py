@@ -1,28 +1,25 @@
-"""``TaylorImportanceCallback``: calibrates and prunes inside ``fit``, before the first training step."""
+"""StructuredPruningCallback: calibrates and removes neurons, heads, experts, layers or channels before training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
-from hfprune.callbacks.base import average_anew, check_fit, cut_restored_optimizers, listeners, needs_stock
-from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
-from hfprune.callbacks.resume import check_settings, pruning_settings, whence
+from hfprune.callbacks.base import PruningCallback, callbacks_of, check_fit, cut_restored_optimizers
+from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
-from hfprune.io.layouts import pruned_shapes
 from hfprune.models import Neurons, check_units, parameter_count
 from hfprune.modules.resume import keep_cut_epoch
-from hfprune.plan import Budget, UnitKind
+from hfprune.plan import Budget, PruningPlan, UnitKind
 from hfprune.pruning.planner import Planner, PruningOptions, check_scored, say, warn
 from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.recovery.lora import LoraRecovery
@@ -32,7 +29,7 @@ PROGRESS_CHECKPOINT = "last-pruning.ckpt"
 """Written beside the checkpoints of a ``ModelCheckpoint`` until the fit has ended; ``ckpt_path="last"`` finds it."""
 
 
-class TaylorImportanceCallback(Callback):
+class StructuredPruningCallback(PruningCallback):
     """Accumulates importance over the calibration batches in ``on_fit_start``, prunes, and hands over to recovery.
 
     After it, the strategy is set up a second time: it wraps the small model and rebuilds optimizers and schedulers, so
@@ -111,6 +108,7 @@ class TaylorImportanceCallback(Callback):
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
+        super().__init__(recovery=recovery)
         counts = {
             "calibration_batches": calibration_batches,
             "checkpoint_every": checkpoint_every,
@@ -146,23 +144,14 @@ class TaylorImportanceCallback(Callback):
             stop_when_settled=stop_when_settled,
             rounds=Rounds(number=rounds, schedule=schedule),
         )
-        self.recovery, self.checkpoint_every = recovery, checkpoint_every
+        self.checkpoint_every = checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
-        self.importance: dict[str, torch.Tensor] = {}
         self.convergence: list[tuple[int, float]] = []
         """Calibration tokens, and the share of the finally kept units that were kept after so many."""
         self.resolved: ResolvedBudget | None = None
-        self.resume_from: str | Path | None = None
-        """Checkpoint that ``fit`` will restore, where that is known beforehand (``PruneTrainer`` sets it)."""
-        self.stock = False
-        """Whether a stock config has to describe what is left: a callback of the trainer writes it so."""
-        self._target: Target | None = None
-        self._tap: CheckpointTap | None = None
         self._phase: Phase = "training"
         self._planner: Planner | None = None
-        self._record: Record | None = None
         self._loaded: dict[str, Any] = {}
-        self._settings: dict[str, Any] = {}
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -186,25 +175,9 @@ class TaylorImportanceCallback(Callback):
             self.resolved = target.resolve(self.options.budget, self.options.allocation)
         return self.resolved
 
-    def check_stock(self, module: LightningModule) -> None:
-        """Raises unless a stock config can describe what the budget will leave of ``module``'s model.
-
-        Raises:
-            UnsupportedArchitectureError: It cannot; the message says what it could.
-        """
-        resolved, target = self.check(module), self._find(module)
-        if resolved is not None and target.plan is None:
-            target.check_stock(resolved)
-
-    def planned(self, module: LightningModule) -> Any:
-        """Returns a Hugging Face model on the meta device that has the shapes which pruning will leave.
-
-        None where these are not known yet, and for a module that is pruned already.
-        """
-        resolved, target = self.check(module), self._find(module)
-        if resolved is None or target.plan is not None or resolved.provisional:
-            return None
-        return pruned_shapes(target.shapes(), target.outline(resolved))
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide which units are kept, as plain data."""
+        return describe_options(self.options)
 
     def _find(self, module: LightningModule) -> Target:
         options = self.options
@@ -213,19 +186,18 @@ class TaylorImportanceCallback(Callback):
         target.units, target.stock = options.units, self.stock
         return target
 
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
+        check_fit(trainer, target, self.options)
+
+    def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
+        assert self._target is not None
+        if resolved is not None and self._target.plan is None:
+            warn(trainer, resolved.warning)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks the budget and what is around the callback, before any weight is loaded."""
-        self.stock = needs_stock(trainer)
-        self._target = self._find(pl_module)
-        self._record, self._loaded, self._phase = None, {}, "training"
-        if stage == "fit":
-            check_fit(trainer, self._target, self.options, recovery=self.recovery)
-            resolved = self.check(pl_module)
-            if resolved is not None and self._target.plan is None:
-                warn(trainer, resolved.warning)
-        self._tap = CheckpointTap(
-            trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
-        )
+        """Checks the budget, the trainer and the model, before any weight is loaded."""
+        self._loaded, self._phase = {}, "training"
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
             path = self.resume_from or trainer.ckpt_path
             if path is not None:  # "last" and the like become a file
@@ -234,100 +206,61 @@ class TaylorImportanceCallback(Callback):
                 )
             self._record = Record.of(read_metadata(path)) if path else None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps count of epochs across resumes."""
-        count_epoch(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the strategy back as it was; what ``fit`` was to leave is there, so its progress is not needed."""
-        self._detach()
-        path = _progress_path(trainer)
-        if stage == "fit" and path is not None and trainer.is_global_zero and path.exists():
-            trainer.strategy.remove_checkpoint(path)
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the strategy back as it was."""
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._tap is not None:
-            self._tap.detach()
-            self._tap = None
-
     # ---- the work ----------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrates, prunes, adds adapters and sets the strategy up again."""
-        target = self._target
-        assert target is not None
+    def _begin(self, trainer: Trainer, target: Target) -> None:
         if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
             self._replay(trainer, self._record)
             self._set_up_again(trainer)
-        resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
-        self.resolved = resolved
-        self._settings = pruning_settings(trainer, target, self.options, resolved.asked)
+        self.resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
+        asked = self.resolved.asked
+        self._settings = pruning_settings(trainer, target, self.options, asked)
         if self._record is not None:
             check_settings(self._record, self._settings)
-        target.check_training(adapters=self.recovery is not None)
         if target.plan is not None:
-            made = target.plan.provenance["budget"]["asked"]
-            if made != resolved.asked:
-                raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {resolved.asked}.")
-            say(trainer, f"Resumed a pruned model ({resolved.asked}){whence(trainer)}: no calibration.")
-            if target.lacks_adapters(self.recovery, self._record) and self.recovery is not None:
-                target.add_lora(self.recovery)
-                self._set_up_again(trainer)
-            return
-        seed = self._record.seed if self._record else torch.initial_seed() % 2**32
-        target.start(trainer.strategy.broadcast(seed))
-        self._prune(trainer, pl_module, target, resolved)
-        self._set_up_again(trainer)
-        self._phase = "pruned"
-        self._save_progress(trainer)
-        self._phase, self._loaded = "training", {}
+            before = target.plan.provenance["budget"]["asked"]
+            if before != asked:
+                raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {asked}.")
+            say(trainer, f"Resumed a pruned model ({asked}){whence(trainer)}: no calibration.")
 
-    def _prune(self, trainer: Trainer, module: LightningModule, target: Target, resolved: ResolvedBudget) -> None:
-        for listener in listeners(trainer):
-            listener.on_pruning_start(trainer, module)
-        say(trainer, resolved.describe())
-        groups = target.groups(target.model)
-        record = self._record
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
+        assert self.resolved is not None
+        say(trainer, self.resolved.describe())
         self._planner = planner = Planner(
             trainer,
             target,
             self.options,
-            saved=record.calibration if record is not None else None,
+            saved=self._record.calibration if self._record is not None else None,
             save=lambda: self._save_progress(trainer),
             save_every=self.checkpoint_every,
         )
         try:
-            with torch.compiler.set_stance("force_eager"):  # hooks see nothing of compiled modules
-                plan, resolved = planner.plan(groups, resolved)
+            plan, self.resolved = planner.plan(target.groups(target.model), self.resolved)
         finally:
             self._planner = None
-        self.importance, self.convergence, self.resolved = planner.importance, planner.convergence, resolved
+        self.importance, self.convergence = planner.importance, planner.convergence
+        return plan
+
+    def _apply(self, target: Target, plan: PruningPlan) -> None:
+        assert self.resolved is not None
         if self._loaded:
             cut_restored_optimizers(self._loaded, target, plan, keep=self.recovery is None)
         target.apply_plan(plan)
-        found = parameter_count(target.model)
-        assert found == resolved.params, f"surgery left {found} parameters, not {resolved.params}"
-        for listener in listeners(trainer):
-            listener.on_pruning_end(trainer, module, plan)
-        if self.recovery is not None:
-            target.add_lora(self.recovery)
-        average_anew(trainer, module)
+        left = parameter_count(target.model)
+        assert left == self.resolved.params, f"surgery left {left} parameters, not {self.resolved.params}"
 
-    def _set_up_again(self, trainer: Trainer) -> None:
-        """Wraps the model as it is now, and builds optimizers and schedulers for it."""
-        trainer.strategy.model = trainer.lightning_module
-        trainer.strategy.setup(trainer)
+    def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
+        if pruned:
+            self._phase = "pruned"
+            self._save_progress(trainer)
+            self._phase, self._loaded = "training", {}
 
-    def _replay(self, trainer: Trainer, record: Record) -> None:
-        assert self._target is not None
-        self._target.replay(record)
-        average_anew(trainer, trainer.lightning_module)
+    def _finish(self, trainer: Trainer) -> None:
+        path = _progress_path(trainer)
+        if path is not None and trainer.is_global_zero and path.exists():
+            trainer.strategy.remove_checkpoint(path)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -337,7 +270,6 @@ class TaylorImportanceCallback(Callback):
             trainer.save_checkpoint(path, weights_only=True)  # optimizers have no state yet
 
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Adds the pruning state to a checkpoint that is about to be written."""
         assert self._target is not None
         calibration = self._planner.calibration if self._planner is not None else None
         phase: Phase = "calibrating" if calibration is not None else self._phase
@@ -353,7 +285,7 @@ class TaylorImportanceCallback(Callback):
                 checkpoint[name] = self._loaded[name]
         for name in ("optimizer_states", "lr_schedulers"):
             checkpoint[name] = self._loaded.get(name, [])
-        states = {c.state_key: c.state_dict() for c in trainer.callbacks}  # type: ignore[attr-defined]
+        states = {c.state_key: c.state_dict() for c in callbacks_of(trainer)}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         if (
             self._target.reloads_weights and self.options.compensation is None
@@ -361,11 +293,9 @@ class TaylorImportanceCallback(Callback):
             checkpoint["state_dict"] = {}
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Rebuilds the shapes of a checkpoint that was just read, before anything is restored from it."""
         assert self._target is not None
-        record = Record.of(checkpoint)
-        self._loaded = checkpoint
-        if record is None:
+        record, self._loaded = Record.of(checkpoint), checkpoint
+        if record is None:  # a dense checkpoint: what was known beforehand stays
             return
         self._record = record
         if record.phase != "calibrating" or self._target.plan is None:
@@ -378,3 +308,7 @@ def _progress_path(trainer: Trainer) -> Path | None:
     if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
         return None
     return Path(callback.dirpath) / PROGRESS_CHECKPOINT
+
+
+class TaylorImportanceCallback(StructuredPruningCallback):
+    """TODO."""

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
-from hfprune import LoraRecovery, PruningModule, ReportCallback, SparsityCallback
+from hfprune import LoraRecovery, PruningModule, ReportCallback, SparsePruningCallback
 from hfprune.callbacks.sparse import check_sparse_strategy
 from hfprune.io.load import load_causal_lm
 from hfprune.models.forward import sequences
@@ -41,7 +41,7 @@ def fit(
 
 
 def wanda(**kwargs):
-    return SparsityCallback(**{"method": "wanda", "sparsity": "2:4"} | kwargs)
+    return SparsePruningCallback(**{"method": "wanda", "sparsity": "2:4"} | kwargs)
 
 
 def zeros_of(model):
@@ -119,7 +119,7 @@ def test_finished_layers_wait_until_the_run_has_ended(folder, tmp_path):
     class Stopped(Exception):
         pass
 
-    class Stopping(SparsityCallback):
+    class Stopping(SparsePruningCallback):
         def _plan(self, *args):
             raise Stopped  # every layer is done
 
@@ -153,7 +153,7 @@ def test_refusals(folder):
         check_sparse_strategy(sharded, "Wanda")
     with pytest.raises(ConfigError, match="not positive"):
         wanda(calibration_batches=0)
-    with pytest.raises(ConfigError, match="needs a TaylorImportanceCallback or a SparsityCallback"):
+    with pytest.raises(ConfigError, match="needs a TaylorImportanceCallback or a SparsePruningCallback"):
         trainer().prune(PruningModule(folder), data())
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 from torch.utils.data import DataLoader
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
-from hfprune.callbacks import LoraPruneCallback, SparsityCallback
+from hfprune.callbacks import LoraPruningCallback, SparsePruningCallback
 from hfprune.cli import main
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
@@ -37,8 +37,8 @@ def data():
 def callbacks():
     return [
         TaylorImportanceCallback(pruning_ratio=0.2),
-        SparsityCallback(method="magnitude", sparsity=0.5),
-        LoraPruneCallback(pruning_ratio=0.2),
+        SparsePruningCallback(method="magnitude", sparsity=0.5),
+        LoraPruningCallback(pruning_ratio=0.2),
     ]
 
 
