@@ -15,6 +15,7 @@ _moved.install()
 
 if TYPE_CHECKING:
     from hfprune.callbacks import (
+        CalibrationOptions,
         LoraPruningCallback,
         PruningCallback,
         PruningEvents,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
     "Budget": "hfprune.plan",
+    "CalibrationOptions": "hfprune.callbacks",
     "LeastSquares": "hfprune.compensation",
     "LoraPruningCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
@@ -61,6 +63,7 @@ _HOMES = {
 __all__ = [
     "ActivationTaylor",
     "Budget",
+    "CalibrationOptions",
     "LeastSquares",
     "LoraPruningCallback",
     "LoraRecovery",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hfprune import _moved
-from hfprune.callbacks.base import PruningCallback
+from hfprune.callbacks.base import CalibrationOptions, PruningCallback
 from hfprune.callbacks.checkpointing import StepCheckpoint
 from hfprune.callbacks.lora_prune import LoraPruningCallback
 from hfprune.callbacks.report import ReportCallback
@@ -12,6 +12,7 @@ from hfprune.callbacks.structured import StructuredPruningCallback, TaylorImport
 from hfprune.modules.events import PruningEvents
 
 __all__ = [
+    "CalibrationOptions",
     "LoraPruningCallback",
     "PruningCallback",
     "PruningEvents",

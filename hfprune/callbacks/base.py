@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from hfprune.allocation import ResolvedBudget
 from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
-from hfprune.criteria import Criterion, LayerwiseCriterion
+from hfprune.criteria import Criterion, LayerwiseCriterion, SelfDistillation
 from hfprune.io.checkpoint_record import KEY, Record
 from hfprune.io.layouts import pruned_shapes
 from hfprune.models import find_spec, is_supported
@@ -37,9 +37,71 @@ from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import check_source, check_stages
 from hfprune.pruning.layerwise import check_layerwise
 from hfprune.pruning.planner import PruningOptions
+from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.pruning.sensitivity_curves import check_curves
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How units are scored on calibration data.
+
+    Attributes:
+        batches: Number of calibration batches; all if not given. Needed when the training data serve for calibration.
+        exact: Run each sequence alone, so that scores are the same bits for every batch size, padding and number of
+            processes. False runs batches as they come: faster on a GPU when sequences are short, and equal up to
+            rounding.
+        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
+            never if None.
+        check_every: Compare the kept units with those of the comparison before each time that so many sequences (or
+            batches) were scored; never if None. A multiple of the number of processes with ``early_stop_overlap``.
+        early_stop_overlap: End calibration when two comparisons in a row find this share of the kept units unchanged,
+            for example 0.99; None runs all batches.
+        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
+        schedule: How the removal is spread over the rounds: after a share x of them ``linear`` has removed x, and
+            ``cubic`` 1 - (1 - x)^3.
+        self_distillation: Scores in two stages, with the dense model as the teacher (SDMPrune).
+
+    Raises:
+        ConfigError: A value is out of range, or rounds and self-distillation are given together.
+
+    Example:
+        >>> CalibrationOptions(batches=32, early_stop_overlap=0.99).exact
+        True
+    """
+
+    batches: int | None = None
+    exact: bool = True
+    checkpoint_every: int | None = 64
+    check_every: int | None = 16
+    early_stop_overlap: float | None = None
+    rounds: int = 1
+    schedule: Schedule = "cubic"
+    self_distillation: SelfDistillation | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value on its own, and those that exclude each other."""
+        check_positive(batches=self.batches, checkpoint_every=self.checkpoint_every, check_every=self.check_every)
+        overlap = self.early_stop_overlap
+        if overlap is not None and (not 0 < overlap <= 1 or self.check_every is None):
+            raise ConfigError(f"early_stop_overlap={overlap} must be a share in (0, 1], and needs check_every.")
+        if self.removal.number > 1 and self.self_distillation is not None:
+            raise ConfigError(
+                f"rounds={self.rounds} and self_distillation both calibrate more than once: give one of the two."
+            )
+
+    @property
+    def removal(self) -> Rounds:
+        """Number of rounds and their schedule."""
+        return Rounds(number=self.rounds, schedule=self.schedule)
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises ``ConfigError`` that names the first argument which is given and not positive."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} must be positive.")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hfprune import _moved
 from hfprune.allocation import ResolvedBudget
-from hfprune.callbacks.base import PruningCallback
+from hfprune.callbacks.base import PruningCallback, check_positive
 from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
@@ -67,7 +67,7 @@ def check_sparse_strategy(trainer: Trainer, method: str) -> None:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
             f"{method} goes through the layers one at a time, which is not supported under {type(strategy).__name__}. "
-            "Use a single device or DDP; where memory is short, --sparse.offload cpu or disk."
+            "Use a single device or DDP; if memory is short, offload='cpu' or 'disk'."
         )
 
 
@@ -153,23 +153,22 @@ class SparsePruningCallback(PruningCallback):
         fresh: bool = False,
         model: str | None = None,
     ) -> None:
-        if calibration_batches is not None and calibration_batches < 1:
-            raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
+        check_positive(calibration_batches=calibration_batches)
         if recovery is not None and recovery.dora and keep_zeros:
             raise ConfigError(
-                "DoRA scales whole columns, and adapters that leave zeros zero do not: give --sparse.recovery.dora "
-                "false, or --sparse.keep_zeros false."
+                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot do: use dora=False or "
+                "keep_zeros=False."
             )
         if recovery is not None and recovery.init == "pissa" and keep_zeros:
             raise ConfigError(
-                "PiSSA takes singular directions out of the weights, zeros included: give --sparse.recovery.init "
-                "default, or --sparse.keep_zeros false."
+                "recovery with init='pissa' subtracts singular directions from the weights, zeros included: use "
+                "init='default' or keep_zeros=False."
             )
         super().__init__(recovery=recovery)
         self.method = sparse_method(method) if isinstance(method, str) else method
         self.sparsity = Sparsity.parse(sparsity)
         if isinstance(update, str) and update != "sparsegpt":
-            raise ConfigError(f"Unknown update '{update}'. Known: sparsegpt.")
+            raise ConfigError(f"update='{update}' is unknown. Known: sparsegpt.")
         self.update = SparseGPT() if isinstance(update, str) else update
         self.allocation, self.keep_zeros = allocation, keep_zeros
         self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh

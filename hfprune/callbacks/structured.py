@@ -10,7 +10,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
-from hfprune.callbacks.base import PruningCallback, callbacks_of, check_fit, cut_restored_optimizers
+from hfprune.callbacks.base import (
+    CalibrationOptions,
+    PruningCallback,
+    callbacks_of,
+    check_fit,
+    check_positive,
+    cut_restored_optimizers,
+)
 from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
@@ -21,7 +28,7 @@ from hfprune.models import Neurons, check_units, parameter_count
 from hfprune.modules.resume import keep_cut_epoch
 from hfprune.plan import Budget, PruningPlan, UnitKind
 from hfprune.pruning.planner import Planner, PruningOptions, check_scored, say, warn
-from hfprune.pruning.rounds import Rounds, Schedule
+from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
 
@@ -30,121 +37,81 @@ PROGRESS_CHECKPOINT = "last-pruning.ckpt"
 
 
 class StructuredPruningCallback(PruningCallback):
-    """Accumulates importance over the calibration batches in ``on_fit_start``, prunes, and hands over to recovery.
+    """Scores units with a criterion, removes those with the lowest scores, and hands the small model to training.
 
-    After it, the strategy is set up a second time: it wraps the small model and rebuilds optimizers and schedulers, so
-    ``global_step``, schedules and checkpoints count recovery only.
+    Scoring and surgery run in ``on_fit_start``. The strategy is then set up a second time: it wraps the small model and
+    builds optimizers and schedulers for it, so ``global_step``, schedules and checkpoints count recovery only.
 
-    It works on a ``PruningModule`` or on any LightningModule that contains one supported Hugging Face model, or neurons
-    described by ``neurons``, on a single device, under DDP, and, with a ``PruningModule``, under FSDP2
-    (``ModelParallelStrategy``).
+    The callback works on a ``PruningModule``, on any LightningModule that contains one supported Hugging Face model,
+    and on one whose neurons are described by ``neurons``; on a single device, under DDP and, with a ``PruningModule``,
+    under FSDP2 (``ModelParallelStrategy``).
 
-    With a ``ModelCheckpoint`` in the trainer, progress is saved beside its checkpoints, and ``fit(ckpt_path="last")``
+    With a ``ModelCheckpoint`` in the trainer, progress is saved with its checkpoints, and ``fit(ckpt_path="last")``
     continues within the calibration data, between pruning and recovery, or in recovery, also with another number of
     processes.
 
     Args:
-        pruning_ratio: Share of ALL parameters to remove, in (0, 1).
-        target_params: Number of parameters to keep.
-        intermediate_size: MLP width to keep.
-        mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
-        round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
-        units: What may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads that read it),
-            ``experts`` (of mixtures), ``blocks`` (whole layers), ``channels`` (hidden channels of the residual
-            stream), or several of these.
-        allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
-            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` say themselves how much goes, and
-            take the place of a budget.
-        criterion: How activations and gradients become scores; HFPrune's per-token activation Taylor by default.
-        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the wrapped model's logits. None takes the
-            criterion's own, else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of
-            your own. Criteria that read weights or activations alone take none.
-        distillation: Two stages of calibration, with the dense model as the teacher (SDMPrune); None for one.
-        rounds: Prune in so many rounds: units go a part at a time, and what is left is scored anew on the calibration
-            data before the next part goes.
-        schedule: How much of the removal is done after a share x of the rounds: ``cubic``, 1 - (1 - x)^3, or
-            ``linear``.
-        compensation: Fit the projections that read pruned units anew, layer by layer on the calibration data and in
-            closed form, before any training: ``LeastSquares()``, for example. None leaves the kept weights.
-        recovery: LoRA settings; None trains on what the module trains.
-        calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
-            data.
-        exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, whatever the batch
-            size, padding, packing or number of processes. False runs batches as they come: faster on a GPU when
-            sequences are short, and equal up to float rounding.
-        checkpoint_every: Save progress each time that about so many sequences (batches, where these are run as they
-            come) were done; None never does.
-        look_every: Look at the units that would be kept each time that so many sequences (or batches) were done, for
-            the report's convergence curve; None never does.
-        stop_when_settled: End calibration when two looks in a row find this share of the kept units unchanged since the
-            look before, for example 0.99; None runs all the data. With several processes ``look_every`` must be a
-            multiple of their number, so that every run stops at the same sequence.
+        budget: How much is removed: a share of ALL parameters in (0, 1), or a :class:`hfprune.Budget`. None where the
+            allocation sets the number of units itself (``Explicit(...)``, ``share=...``).
+        criterion: How activations, gradients or weights become one score per unit, see :mod:`hfprune.criteria`.
+        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
+            that read it), ``experts`` (of mixtures), ``blocks`` (whole layers), ``channels`` (hidden channels of the
+            residual stream).
+        allocation: How the budget is spread over the layers, see :mod:`hfprune.allocation`; by default every layer
+            loses the same share.
+        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
+            else a ``PruningModule``'s objective (entropy unless set) or, in a module of your own, the loss of its
+            ``training_step``. Criteria that read weights or activations alone have none.
+        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
+            in closed form, for example ``LeastSquares()``; None keeps their weights.
+        recovery: Adapters that recovery trains; None trains what the module trains.
+        calibration: How calibration runs.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
         neurons: Neurons of a module of your own that holds no Hugging Face model.
+
+    Raises:
+        ConfigError: A value is out of range, or arguments exclude each other.
+
+    Example:
+        >>> from hfprune.criteria import ActivationNorm
+        >>> callback = StructuredPruningCallback(
+        ...     0.2, criterion=ActivationNorm(), units=("mlp", "heads"), calibration=CalibrationOptions(batches=32)
+        ... )
+        >>> callback.describe()["budget"]
+        'pruning_ratio=0.2'
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
+        budget: Budget | float | None = None,
         *,
-        pruning_ratio: float | None = None,
-        target_params: int | None = None,
-        intermediate_size: int | None = None,
-        mlp_ratio: float | None = None,
-        round_to: int = 1,
+        criterion: Criterion,
         units: Sequence[UnitKind] = ("mlp",),
         allocation: Allocation | None = None,
-        criterion: Criterion | None = None,
         objective: str | None = None,
-        distillation: SelfDistillation | None = None,
-        rounds: int = 1,
-        schedule: Schedule = "cubic",
         compensation: Compensation | None = None,
         recovery: LoraRecovery | None = None,
-        calibration_batches: int | None = None,
-        exact: bool = True,
-        checkpoint_every: int | None = 64,
-        look_every: int | None = 16,
-        stop_when_settled: float | None = None,
+        calibration: CalibrationOptions | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
         super().__init__(recovery=recovery)
-        counts = {
-            "calibration_batches": calibration_batches,
-            "checkpoint_every": checkpoint_every,
-            "look_every": look_every,
-        }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"--importance.{name} {value} is not positive.")
-        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
-            raise ConfigError(
-                f"--importance.stop_when_settled {stop_when_settled} is a share in (0, 1], and needs look_every."
-            )
-        budget = Budget(
-            pruning_ratio=pruning_ratio,
-            target_params=target_params,
-            intermediate_size=intermediate_size,
-            mlp_ratio=mlp_ratio,
-            round_to=round_to,
-            allocated=allocation is not None and allocation.own_budget,
-        )
+        self.calibration = calibration or CalibrationOptions()
         check_units(units)
         self.options = PruningOptions(
-            budget=budget,
+            budget=_budget(budget, allocation),
             units=tuple(units),
             allocation=allocation,
-            criterion=criterion or ActivationTaylor(),
+            criterion=criterion,
             objective=objective,
-            distillation=distillation,
+            distillation=self.calibration.self_distillation,
             compensation=compensation,
-            calibration_batches=calibration_batches,
-            exact=exact,
-            look_every=look_every,
-            stop_when_settled=stop_when_settled,
-            rounds=Rounds(number=rounds, schedule=schedule),
+            calibration_batches=self.calibration.batches,
+            exact=self.calibration.exact,
+            look_every=self.calibration.check_every,
+            stop_when_settled=self.calibration.early_stop_overlap,
+            rounds=self.calibration.removal,
         )
-        self.checkpoint_every = checkpoint_every
         self.model, self.neurons = model, tuple(neurons)
         self.convergence: list[tuple[int, float]] = []
         """Calibration tokens, and the share of the finally kept units that were kept after so many."""
@@ -232,7 +199,7 @@ class StructuredPruningCallback(PruningCallback):
             self.options,
             saved=self._record.calibration if self._record is not None else None,
             save=lambda: self._save_progress(trainer),
-            save_every=self.checkpoint_every,
+            save_every=self.calibration.checkpoint_every,
         )
         try:
             plan, self.resolved = planner.plan(target.groups(target.model), self.resolved)
@@ -266,7 +233,7 @@ class StructuredPruningCallback(PruningCallback):
 
     def _save_progress(self, trainer: Trainer) -> None:
         path = _progress_path(trainer)
-        if path is not None and self.checkpoint_every is not None:
+        if path is not None and self.calibration.checkpoint_every is not None:
             trainer.save_checkpoint(path, weights_only=True)  # optimizers have no state yet
 
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -310,5 +277,118 @@ def _progress_path(trainer: Trainer) -> Path | None:
     return Path(callback.dirpath) / PROGRESS_CHECKPOINT
 
 
+def _budget(budget: Budget | float | None, allocation: Allocation | None) -> Budget:
+    """Returns the budget, with the note that the allocation decides where it does."""
+    allocated = allocation is not None and allocation.own_budget
+    if isinstance(budget, Budget):
+        return replace(budget, allocated=allocated)
+    return Budget(pruning_ratio=budget, allocated=allocated)
+
+
 class TaylorImportanceCallback(StructuredPruningCallback):
-    """TODO."""
+    """Structured pruning by first-order Taylor scores of the output entropy, with every option a keyword of its own.
+
+    The same as :class:`StructuredPruningCallback` with ``criterion=ActivationTaylor()``, HFPrune's per-token activation
+    Taylor, and, in a ``PruningModule``, the entropy objective as defaults. The groups ``budget`` and ``calibration``
+    are spelled out.
+
+    Args:
+        pruning_ratio: Share of ALL parameters to remove, in (0, 1).
+        target_params: Number of parameters to keep.
+        intermediate_size: MLP width to keep.
+        mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
+        round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
+            that read it), ``experts`` (of mixtures), ``blocks`` (whole layers), ``channels`` (hidden channels of the
+            residual stream).
+        allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
+            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` set the number of units themselves,
+            and take the place of a budget.
+        criterion: How activations and gradients become scores; ``ActivationTaylor()`` by default.
+        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
+            else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of your own. Criteria
+            that read weights or activations alone have none.
+        distillation: Scores in two stages, with the dense model as the teacher (SDMPrune); None for one stage.
+        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
+        schedule: How the removal is spread over the rounds: after a share x of them ``cubic`` has removed
+            1 - (1 - x)^3, and ``linear`` x.
+        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
+            in closed form, for example ``LeastSquares()``; None keeps their weights.
+        recovery: LoRA settings; None trains what the module trains.
+        calibration_batches: Number of calibration batches; all if not given. Needed when the training data serve for
+            calibration.
+        exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, for every batch
+            size, padding, packing and number of processes. False runs batches as they come: faster on a GPU when
+            sequences are short, and equal up to rounding.
+        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
+            never if None.
+        look_every: Compare the kept units with those of the comparison before each time that so many sequences (or
+            batches) were scored, for the report's convergence curve; never if None.
+        stop_when_settled: End calibration when two comparisons in a row find this share of the kept units unchanged,
+            for example 0.99; None runs all batches. ``look_every`` must then be a multiple of the number of processes.
+        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        neurons: Neurons of a module of your own that holds no Hugging Face model.
+
+    Example:
+        >>> TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=32).describe()["criterion"]["name"]
+        'activation_taylor'
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        pruning_ratio: float | None = None,
+        target_params: int | None = None,
+        intermediate_size: int | None = None,
+        mlp_ratio: float | None = None,
+        round_to: int = 1,
+        units: Sequence[UnitKind] = ("mlp",),
+        allocation: Allocation | None = None,
+        criterion: Criterion | None = None,
+        objective: str | None = None,
+        distillation: SelfDistillation | None = None,
+        rounds: int = 1,
+        schedule: Schedule = "cubic",
+        compensation: Compensation | None = None,
+        recovery: LoraRecovery | None = None,
+        calibration_batches: int | None = None,
+        exact: bool = True,
+        checkpoint_every: int | None = 64,
+        look_every: int | None = 16,
+        stop_when_settled: float | None = None,
+        model: str | None = None,
+        neurons: Sequence[Neurons] = (),
+    ) -> None:
+        check_positive(calibration_batches=calibration_batches, look_every=look_every)
+        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
+            raise ConfigError(f"stop_when_settled={stop_when_settled} must be a share in (0, 1], and needs look_every.")
+        budget = Budget(
+            pruning_ratio=pruning_ratio,
+            target_params=target_params,
+            intermediate_size=intermediate_size,
+            mlp_ratio=mlp_ratio,
+            round_to=round_to,
+            allocated=allocation is not None and allocation.own_budget,
+        )
+        calibration = CalibrationOptions(
+            batches=calibration_batches,
+            exact=exact,
+            checkpoint_every=checkpoint_every,
+            check_every=look_every,
+            early_stop_overlap=stop_when_settled,
+            rounds=rounds,
+            schedule=schedule,
+            self_distillation=distillation,
+        )
+        super().__init__(
+            budget,
+            criterion=criterion or ActivationTaylor(),
+            units=units,
+            allocation=allocation,
+            objective=objective,
+            compensation=compensation,
+            recovery=recovery,
+            calibration=calibration,
+            model=model,
+            neurons=neurons,
+        )

@@ -278,7 +278,7 @@ def test_calibration_ends_when_the_kept_units_have_settled(folder, share, sequen
     "settings", [{"stop_when_settled": 1.5}, {"stop_when_settled": 0.9, "look_every": None}, {"look_every": 0}]
 )
 def test_settings_of_the_look_are_checked(settings):
-    with pytest.raises(ConfigError, match=r"--importance\.(stop_when_settled|look_every)"):
+    with pytest.raises(ConfigError, match="^(stop_when_settled|look_every)="):
         TaylorImportanceCallback(pruning_ratio=0.2, **settings)
 
 
@@ -418,7 +418,7 @@ def test_other_modules_strategies_and_data_are_refused(folder):
         fit(None, module=BoringModel(), importance=importance)
     with pytest.raises(ConfigError, match="no calibration_dataloader.*calibration_batches=N"):
         fit(folder, importance=importance, datamodule=BoringDataModule())
-    with pytest.raises(ConfigError, match="prune needs a TaylorImportanceCallback"):
+    with pytest.raises(ConfigError, match="prune needs a callback that prunes before training"):
         trainer().prune(PruningModule(folder), datamodule=data())
 
 

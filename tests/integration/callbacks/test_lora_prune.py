@@ -296,7 +296,7 @@ def test_what_is_refused(folder, options, text):
 def test_the_report_comes_after(folder, tmp_path):
     module = PruningModule(folder)
     callbacks = [ReportCallback(str(tmp_path / "o")), LoraPruningCallback(pruning_ratio=0.2)]
-    with pytest.raises(ConfigError, match="give it after this one"):
+    with pytest.raises(ConfigError, match="must come after LoraPruningCallback"):
         PruneTrainer(callbacks=callbacks, logger=False, accelerator="cpu", max_epochs=1).fit(
             module, datamodule=TextDataModule(eval_windows=0, **DATA)
         )

@@ -129,7 +129,7 @@ def test_left_in_any_round_and_taken_up_it_keeps_the_same(folder, tmp_path, monk
         ({"units": ("mlp", "blocks")}, "leave 'blocks' out"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "says how much goes"),
         ({"allocation": GlobalRank()}, "waits for scores"),
-        ({"distillation": SelfDistillation(), "objective": None}, "more than one pass"),
+        ({"distillation": SelfDistillation(), "objective": None}, "calibrate more than once"),
         ({"rounds": 0}, "rounds 0 is not positive"),
         ({"schedule": "square"}, "not one of linear, cubic"),
     ],
