@@ -38,7 +38,7 @@ from hfprune.utils.files import user_path, write_json
 
 
 class Evaluation:
-    """Checks what is to be compared, before weights are loaded; ``run`` measures.
+    """Evaluation of one model, or of two to compare: checks before weights are loaded, then ``run`` measures.
 
     Args:
         module: The model to measure.
@@ -71,7 +71,7 @@ class Evaluation:
             other_vocab = load_config(self.dense, argument="dense").vocab_size
             if other_vocab != module.vocab_size:
                 raise ConfigError(
-                    f"--dense '{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
+                    f"dense='{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
                     "cannot be compared."
                 )
         if self.ckpt_path is not None:
@@ -125,9 +125,9 @@ class Evaluation:
         if dense_cache is None:
             return
         if self.dense is None:
-            raise ConfigError("--dense_cache keeps the dense model's predictions: give --dense.")
+            raise ConfigError("dense_cache stores the dense model's predictions and needs dense.")
         if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
-            raise ConfigError(f"--dense_cache '{dense_cache}' is a file, not a folder.")
+            raise ConfigError(f"dense_cache='{dense_cache}' is a file, not a folder.")
         check_writable(Path(dense_cache), "--dense_cache")
         check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
 
@@ -160,7 +160,7 @@ class Evaluation:
         return model
 
     def _warn_of_overlap(self, windows: Windows | None) -> None:
-        """Says when the evaluation text was seen in calibration or recovery, as far as the model's plan tells."""
+        """Warns when the evaluation text occurs in the calibration or recovery data that the model's plan lists."""
         plan = self._plan()
         if plan is None or windows is None:
             return
@@ -184,21 +184,27 @@ class Evaluation:
         try:
             return None if path is None else PruningPlan.load(path)
         except PlanError as error:
-            raise ConfigError(f"--model.path '{self.module.path}': {error}") from error
+            raise ConfigError(f"path='{self.module.path}': {error}") from error
 
 
 def _check_checkpoint(path: Path) -> None:
     """Raises ``ConfigError`` unless ``path`` is a checkpoint in one file that a ``PruningModule`` wrote."""
     if path.is_dir():
         raise ConfigError(
-            f"--ckpt_path '{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
+            f"ckpt_path='{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
         )
     if Record.of(read_metadata(path)) is None:
-        raise ConfigError(f"--ckpt_path '{path}' was not written by a PruningModule: it carries no pruning state.")
+        raise ConfigError(f"ckpt_path='{path}' was not written by a PruningModule: it carries no pruning state.")
 
 
 class PruneTrainer(Trainer):
-    """A ``Trainer`` that checks budgets before it loads anything, prunes without training, and evaluates."""
+    """A Lightning ``Trainer`` that checks budgets before it loads weights, prunes without training, and evaluates.
+
+    Example:
+        >>> trainer = PruneTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        >>> trainer.world_size
+        1
+    """
 
     def fit(
         self,
@@ -258,7 +264,7 @@ class PruneTrainer(Trainer):
         dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures size, perplexity, speed and zero-shot tasks of a model, beside a dense one when that is given.
+        """Measures size, perplexity, speed and zero-shot tasks of a model, and of a dense one to compare with.
 
         Args:
             model: The model to measure; one that is configured is measured as it is.
@@ -275,7 +281,7 @@ class PruneTrainer(Trainer):
             Stage name (``dense``, ``model``) -> figures.
 
         Raises:
-            ConfigError: A model, text, task or checkpoint cannot be used; most of it is said before weights are loaded.
+            ConfigError: A model, text, task or checkpoint cannot be used; most are found before weights are loaded.
         """
         return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
             latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
@@ -284,7 +290,7 @@ class PruneTrainer(Trainer):
 
 @contextmanager
 def _changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Gives attributes of ``owner`` other values within the context."""
+    """Sets attributes of ``owner`` within the context, and restores them."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)

@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from hfprune.allocation import ResolvedBudget
-from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
+from hfprune.callbacks.checkpointing import CheckpointHook, count_epoch
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion, SelfDistillation
@@ -163,7 +163,7 @@ class PruningCallback(Callback, PruningEvents, ABC):
         self.resume_from: str | Path | None = None
         self._target: Target | None = None
         self._record: Record | None = None
-        self._checkpoints: CheckpointTap | None = None
+        self._checkpoints: CheckpointHook | None = None
         self._settings: dict[str, Any] = {}
         self._failed = False
 
@@ -261,7 +261,7 @@ class PruningCallback(Callback, PruningEvents, ABC):
             resolved = self.check(pl_module)
             self._target.check_recovery(self.recovery)
             self._announce(trainer, resolved)
-        self._checkpoints = CheckpointTap(
+        self._checkpoints = CheckpointHook(
             trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
         )
 
@@ -346,30 +346,32 @@ class PruningCallback(Callback, PruningEvents, ABC):
 
 
 def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: PruningPlan, *, keep: bool) -> None:
-    """Cuts, in place, the optimizer states of a dense checkpoint, which Lightning restores after pruning.
+    """Cuts the optimizer states of a dense checkpoint in place; Lightning restores them after pruning.
 
     Args:
         checkpoint: The checkpoint that Lightning is restoring.
         target: The model, still dense, and the trainer's optimizers for it.
-        plan: What will be cut.
-        keep: False drops states and schedules with a warning: adapters will train in place of these weights.
+        plan: Units that will be removed.
+        keep: False drops states and schedules with a warning, because adapters are trained instead of these weights.
     """
     states = checkpoint.get("optimizer_states")
     if not states or not any(state["state"] for state in states):
         return
     if not keep:
-        rank_zero_warn("The checkpoint's optimizer states belong to weights that adapters now replace: dropped.")
+        rank_zero_warn(
+            "The checkpoint's optimizer states are dropped: adapters are trained instead of the weights they belong to."
+        )
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         return
     cuts = plan_cuts(target.model, plan)
-    gone = {name for name, after in new_names(target.model, plan).items() if after is None}
+    removed = {name for name, after in new_names(target.model, plan).items() if after is None}
     names = {id(p): name for name, p in target.model.named_parameters()}
     lost = 0
     for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
         order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
-        lost += cut_optimizer_state(state, order, cuts, gone=gone)
+        lost += cut_optimizer_state(state, order, cuts, gone=removed)
     if lost:
-        rank_zero_warn(f"The optimizer starts afresh for {lost} parameters: its state is not of their shape.")
+        rank_zero_warn(f"The optimizer state of {lost} parameters is reset: its shapes do not match theirs.")
 
 
 def _average_again(trainer: Trainer) -> None:
@@ -380,12 +382,12 @@ def _average_again(trainer: Trainer) -> None:
 
 
 def check_strategy(trainer: Trainer, target: Target, method: Compensation | Criterion) -> None:
-    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; looks at nothing that is loaded.
+    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; loads no weights.
 
     Args:
         trainer: The trainer.
-        target: What is pruned.
-        method: What runs layer by layer, if anything does.
+        target: The model to prune.
+        method: The compensation, else the criterion.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
@@ -396,18 +398,18 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
             )
         if "channels" in target.units:
             raise ConfigError(
-                "Hidden channels run through embedding, layers and head, which ModelParallelStrategy gathers one at a "
-                "time: leave 'channels' out of the units, or use a single device or DDP."
+                "units='channels' is not supported under ModelParallelStrategy: hidden channels run through embedding, "
+                "layers and head, which are gathered one at a time. Use a single device or DDP."
             )
         if _holds_experts(target):
             raise ConfigError(
-                "Mixtures of experts are saved in other pieces than they have in memory, which the sharded reader of "
-                "ModelParallelStrategy does not know, whatever the units: use a single device or DDP."
+                "Mixture-of-experts models are not supported under ModelParallelStrategy: their weights are stored in "
+                "other tensors than they have in memory. Use a single device or DDP."
             )
         if not target.reloads_weights:
             raise ConfigError(
-                "Under ModelParallelStrategy the pruned model must be sharded anew, and only a PruningModule knows "
-                f"how; {type(target.module).__name__} shards itself. Use a PruningModule, or DDP."
+                f"{type(target.module).__name__} shards its model itself, so that hfprune cannot shard the pruned one. "
+                "Use a PruningModule under ModelParallelStrategy, or DDP."
             )
         size = strategy.device_mesh["tensor_parallel"].size()
         if size != 1:
@@ -417,7 +419,7 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
             )
     elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
-            "TaylorImportanceCallback runs on a single device, under DDP, and under FSDP2 (ModelParallelStrategy); "
+            "Structured pruning runs on a single device, under DDP and under FSDP2 (ModelParallelStrategy); "
             f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
             "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
         )
@@ -449,28 +451,31 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None
         check_source(trainer, limit=options.calibration_batches)
     every, number = options.look_every, trainer.world_size
     if options.stop_when_settled is not None and every and every % number:
-        raise ConfigError(f"--importance.look_every {every} is not a multiple of {number} processes.")
+        raise ConfigError(
+            f"check_every={every} (look_every={every}) must be a multiple of the {number} processes, so that early "
+            "stopping ends every run at the same sequence."
+        )
 
 
 def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = False) -> None:
-    """Raises ``ConfigError`` for settings of a trainer under which pruning or recovery would not do what they say.
+    """Raises ``ConfigError`` for trainer settings that pruning or recovery does not support.
 
     Args:
         trainer: Before its ``fit`` loads anything.
-        module: What it trains.
+        module: The module that it trains.
         pruned: Whether the module is pruned already.
     """
     callbacks = callbacks_of(trainer)
     finder = next((c for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)
     if finder is not None and not pruned:
         raise ConfigError(
-            f"{type(finder).__name__} would run on the dense model with all of its weights, before pruning, and not on "
-            "what recovery trains. Prune first, then use it on a module that holds the pruned model."
+            f"{type(finder).__name__} runs before pruning, on the dense model. Prune first, then use it on a module "
+            "that holds the pruned model."
         )
     endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.limit_train_batches != 0
     if endless and isinstance(module, PruningModule):
         raise ConfigError(
-            "The learning rate of recovery decays to zero over a known number of steps: give max_epochs or max_steps."
+            "max_epochs or max_steps is needed: the learning rate decays to zero over a known number of steps."
         )
     if trainer.limit_train_batches != 0:
         _check_loggers(trainer)
@@ -478,22 +483,22 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
-            f"num_nodes={trainer.num_nodes} waits for processes on other machines, and MASTER_ADDR does not say where: "
-            "start every process with torchrun or srun, or give num_nodes=1."
+            f"num_nodes={trainer.num_nodes} needs the environment variable MASTER_ADDR: start every process with "
+            "torchrun or srun, or use num_nodes=1."
         )
 
 
 def _check_loggers(trainer: Trainer) -> None:
-    """Raises ``ConfigError`` for a callback that finds out after calibration that there is no logger to write to."""
+    """Raises ``ConfigError`` for a callback that needs a logger, before calibration; Lightning checks after it."""
     callbacks = callbacks_of(trainer)
     if not trainer.loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
-        raise ConfigError("LearningRateMonitor writes to a logger, and logger=False: give a logger, or leave it out.")
+        raise ConfigError("LearningRateMonitor needs a logger, and logger=False: set a logger, or remove the callback.")
 
 
 def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """Raises ``ConfigError`` for a callback that monitors a figure which a ``PruningModule`` will not log.
+    """Raises ``ConfigError`` for a callback that monitors a metric which a ``PruningModule`` does not log.
 
-    A callback of the user's own may log any figure: with one, unknown names are accepted.
+    Callbacks from outside may log any metric: with one of them, unknown names are accepted.
     """
     callbacks = callbacks_of(trainer)
     if not isinstance(module, PruningModule):
@@ -511,6 +516,6 @@ def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
             continue
         who = f"{type(callback).__name__}(monitor='{name}')"
         if name in logged:
-            raise ConfigError(f"{who} waits for a figure of validation, and limit_val_batches=0 leaves that out.")
+            raise ConfigError(f"{who} needs a validation metric, and limit_val_batches=0 disables validation.")
         if not own:
-            raise ConfigError(f"{who} waits for a figure that is not logged. Logged are: {', '.join(known)}.")
+            raise ConfigError(f"{who} needs a metric that is not logged. Logged are: {', '.join(known)}.")

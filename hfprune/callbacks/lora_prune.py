@@ -40,12 +40,17 @@ class LoraPruningCallback(PruningCallback):
             stock config can state where the layout needs one. Published:
             ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
         lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
-        every: Steps of the optimizer between two looks at what goes.
-        warmup: Share of the steps before anything goes.
-        cooldown: Share of the steps at the end with all of it gone.
+        every: Optimizer steps between two selections of units.
+        warmup: Share of the steps before the first selection.
+        cooldown: Share of the steps after the last one, trained at the final widths.
 
     Raises:
-        ConfigError: A value out of range, or units that cannot go one by one.
+        ConfigError: A value is out of range, or units cannot be held at zero one by one.
+
+    Example:
+        >>> callback = LoraPruningCallback(pruning_ratio=0.2, units=("mlp",), every=20)
+        >>> callback.describe()["every"], callback.recovery.rank
+        (20, 8)
     """
 
     before_training: ClassVar[bool] = False
@@ -64,17 +69,17 @@ class LoraPruningCallback(PruningCallback):
         cooldown: float = 0.1,
     ) -> None:
         if not set(units) <= {"mlp", "heads"} or not units:
-            raise ConfigError(f"LoRAPrune holds MLP neurons and heads at zero while it trains, not {list(units)}.")
+            raise ConfigError(f"units={list(units)} must be of mlp and heads, which can be held at zero.")
         if every < 1 or not 0 <= warmup < 1 or not 0 <= cooldown < 1 or warmup + cooldown >= 1:
             raise ConfigError(
                 f"LoRAPrune needs every >= 1, and warmup and cooldown that leave steps between; got {every}, {warmup}, "
                 f"{cooldown}."
             )
         if allocation is not None and allocation.own_budget:
-            raise ConfigError(f"LoRAPrune spends a budget, and {allocation} says itself how much goes.")
+            raise ConfigError(f"allocation={allocation} sets the number of units itself; a budget is needed.")
         super().__init__(recovery=lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05))
         if self.lora.init == "pissa" or self.lora.dora:
-            raise ConfigError("LoRAPrune reads importance from plain adapters: leave out dora and init.")
+            raise ConfigError("lora must be plain adapters, without dora and init: importance is read from them.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
         self.units, self.allocation = tuple(units), allocation
         self.every, self.warmup, self.cooldown = every, warmup, cooldown
@@ -186,7 +191,7 @@ class LoraPruningCallback(PruningCallback):
             self._mask(pl_module)
 
     def _choose(self, progress: float) -> None:
-        """Sets what is kept after a share of the schedule; units that were held at zero may come back."""
+        """Selects the units to keep after a share of the schedule; units that were held at zero may come back."""
         assert self._resolved is not None
         kept = {}
         for group, final in zip(self._groups, self._resolved.widths, strict=True):
@@ -210,8 +215,8 @@ class LoraPruningCallback(PruningCallback):
         step, total = _position(trainer, pl_module)
         if step < round((1 - self.cooldown) * total):
             warnings.warn(
-                f"LoRAPrune ended after {step} of {total} steps, before its schedule did: units are cut "
-                "that the adapters were not trained without.",
+                f"LoRAPrune ended after {step} of {total} steps, before the end of its schedule: the adapters were not "
+                "trained at the final widths.",
                 stacklevel=2,
             )
         self._choose(1.0)
@@ -261,10 +266,10 @@ class LoraPruningCallback(PruningCallback):
         return {"importance": self.importance, "kept": kept, "settings": self.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes mean and kept units up.
+        """Restores the mean and the kept units.
 
         Raises:
-            ConfigError: They were made with other settings.
+            ConfigError: They were computed with other settings.
         """
         before, now = state_dict["settings"], self.describe()
         changed = [name for name in now if before.get(name) != now[name]]

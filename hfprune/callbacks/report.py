@@ -1,4 +1,4 @@
-"""``ReportCallback``: measures the model at every stage, exports it, and writes what it all came to."""
+"""ReportCallback: measures the model at every stage of a run, exports it and writes the report."""
 
 import time
 from pathlib import Path
@@ -79,7 +79,7 @@ class ReportCallback(Callback, PruningEvents):
         self.layout = LAYOUTS.get(layout)
         if not self.layout.by_runs:
             raise ConfigError(
-                f"--layout {layout} is written from a saved model: leave it out here, and then run hfprune export "
+                f"layout='{layout}' is written from a saved model: use another one here, and then run hfprune export "
                 f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
             )
         self.output_dir = Path(user_path(output_dir, "output_dir"))
@@ -111,8 +111,8 @@ class ReportCallback(Callback, PruningEvents):
             )
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
-                f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
-                "own: leave it out, and save the pruned model with save_pretrained."
+                f"ReportCallback measures and exports a PruningModule, not a {type(pl_module).__name__}: remove it, "
+                "and save the pruned model with hfprune.io.save.export_model."
             )
         check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
         if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
@@ -186,7 +186,7 @@ class ReportCallback(Callback, PruningEvents):
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets the module go: Lightning gave every callback its ``log``, and the report may be added to later."""
+        """Drops the references to the module that Lightning gave the callback as ``log`` and ``log_dict``."""
         for name in ("log", "log_dict"):
             self.__dict__.pop(name, None)
 
@@ -257,14 +257,14 @@ class ReportCallback(Callback, PruningEvents):
         Console().print(stage_table(self.stages))
 
     def _log_figures(self, trainer: Trainer) -> None:
-        """Tells the loggers the figures of every stage, as ``stage/figure``."""
+        """Logs the figures of every stage, as ``stage/figure``."""
         for logger in trainer.loggers:
             for step, (name, figures) in enumerate(self.stages.items()):
                 logger.log_metrics({f"{name}/{key}": value for key, value in flat(figures).items()}, step=step)
 
 
 def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
-    """Returns what is told about the data that were used: criteria of weights do not calibrate."""
+    """Returns the provenance of the data that were used: criteria that read weights do not calibrate."""
     return {role: found for role, found in summary.items() if role != "calibration" or plan.provenance["calibration"]}
 
 

@@ -1,4 +1,4 @@
-"""The settings of a pruning run that its checkpoints carry, and that a resumed run must share."""
+"""Settings of a pruning run that its checkpoints store and a resumed run must share."""
 
 import json
 from dataclasses import asdict
@@ -15,13 +15,13 @@ from hfprune.pruning.planner import PruningOptions
 
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
-    """Returns what decides which units are kept, and with which weights, as plain data.
+    """Returns the settings that decide which units are kept, and with which weights, as plain data.
 
     Args:
         trainer: The trainer, its data set up.
-        target: What is pruned.
-        options: How.
-        asked: The budget.
+        target: The model to prune.
+        options: The options of structured pruning.
+        asked: The budget as the user gave it.
     """
     settings = describe_options(options) | {
         "budget": asked,
@@ -55,7 +55,7 @@ def describe_options(options: PruningOptions) -> dict[str, Any]:
 
 
 def _training_settings(trainer: Trainer) -> dict[str, Any]:
-    """Returns what the training of a module of one's own was given, before a checkpoint is restored into it."""
+    """Returns the optimizer settings of a user's module, before a checkpoint is restored into it."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return {
         "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -66,7 +66,7 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_settings(record: Record, now: dict[str, Any]) -> None:
-    """Raises ``ConfigError`` where a run goes on from a checkpoint with settings that its pruning did not have."""
+    """Raises ``ConfigError`` where the settings differ from those of the checkpoint that the run resumes from."""
     if record.plan is None and record.phase != "calibrating":
         return
     before, now = dict(record.settings), dict(now)
@@ -77,5 +77,5 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
 
 
 def whence(trainer: Trainer) -> str:
-    """Returns which checkpoint a trainer has resumed from, for a log line; an empty text without one."""
+    """Returns " from PATH" of the checkpoint that a trainer has resumed from, for a log line; else an empty text."""
     return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""

@@ -62,7 +62,7 @@ def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
 
 
 def check_sparse_strategy(trainer: Trainer, method: str) -> None:
-    """Raises ``ConfigError`` unless every rank holds the whole model and replaces no parameter."""
+    """Raises ``ConfigError`` unless every rank holds the whole model, as on a single device and under DDP."""
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
@@ -71,7 +71,7 @@ def check_sparse_strategy(trainer: Trainer, method: str) -> None:
         )
 
 
-def share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]], str, dict[str, int]]:
+def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]], str, dict[str, int]]:
     """Returns this rank's calibration sequences, each alone, and the digest and counts of those of all ranks.
 
     Args:
@@ -81,25 +81,25 @@ def share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]],
     Raises:
         CalibrationError: There are fewer sequences than ranks.
     """
-    mine: list[dict[str, Tensor]] = []
+    own: list[dict[str, Tensor]] = []
     digest, index, tokens = hashlib.sha256(), 0, 0
     for batch in islice(data_loader(trainer), limit):
         for sequence in sequences(as_batch(batch)):
             ids = sequence["input_ids"]
             digest.update(f"{ids.numel()} ".encode() + ids.cpu().to(torch.int64).numpy().tobytes())
             if index % trainer.world_size == trainer.global_rank:
-                mine.append({"input_ids": ids})
+                own.append({"input_ids": ids})
             index, tokens = index + 1, tokens + ids.numel()
     if index < trainer.world_size:  # every rank says so
         raise CalibrationError(
             f"Calibration has {index} sequences for {trainer.world_size} processes: each needs at least one."
         )
-    return mine, digest.hexdigest()[:16], {"sequences": index, "tokens": tokens}
+    return own, digest.hexdigest()[:16], {"sequences": index, "tokens": tokens}
 
 
 @contextmanager
-def at_home(model: nn.Module, offload: Offload | None, device: torch.device) -> Iterator[None]:
-    """Puts the model into the CPU's memory while layers visit the accelerator one at a time."""
+def _model_on_cpu(model: nn.Module, offload: Offload | None, device: torch.device) -> Iterator[None]:
+    """Keeps the model in CPU memory while its layers are moved to the accelerator one at a time."""
     if offload is None or device.type == "cpu":
         yield
         return
@@ -111,29 +111,37 @@ def at_home(model: nn.Module, offload: Offload | None, device: torch.device) -> 
 
 
 class SparsePruningCallback(PruningCallback):
-    """Prunes single weights or N:M groups of them in ``on_fit_start``, then hands over to recovery.
+    """Sets single weights, or N:M groups of them, to zero in ``on_fit_start``, then hands the model to training.
 
-    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero
-    whatever the batch size and the number of processes. It works on a ``PruningModule`` or on any LightningModule that
+    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero for
+    every batch size and number of processes. It works on a ``PruningModule`` or on any LightningModule that
     contains one supported Hugging Face model, on a single device or under DDP.
 
     Args:
         method: A method of :mod:`hfprune.sparse`, or its name: ``wanda``, ``sparsegpt``, ...
         sparsity: Share of zeros (``0.5``), or n zeros in every m consecutive inputs (``2:4``).
-        update: ``sparsegpt`` lets the weights that stay make up for those that the method dropped, after any method;
-            a ``SparseGPT(...)`` does with its block and damping.
+        update: ``sparsegpt``, or a ``SparseGPT(...)`` with its block size and damping: adjusts the remaining weights of
+            a matrix for the removed ones, after any method.
         allocation: How many zeros each matrix gets: the same share by default, ``OutlierWeighed()``,
             ``ExplicitSparsity({...})``.
         recovery: LoRA settings; None trains on what the module trains.
-        keep_zeros: Zeros stay zero in recovery: adapters change the other weights only, also once merged.
+        keep_zeros: Keep pruned weights at zero in recovery; adapters change the other weights only, also once merged.
         calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
             data.
         offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
             layer of the model at a time is on the accelerator; None keeps everything on the device.
-        state_dir: Finished layers wait here, so that the same run goes on behind the last of them; None keeps none. A
-            folder that is new, empty or of an earlier run: files of others in it are refused, and never removed.
-        fresh: Drop what an earlier run left in ``state_dir``.
+        state_dir: Folder for finished layers, from which an interrupted run continues; None keeps none. It must be new,
+            empty or of an earlier run: a folder with other files is refused, and no other file is ever removed.
+        fresh: Drop the layers of an earlier run in ``state_dir``.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+
+    Raises:
+        ConfigError: A value is out of range, the method is unknown, or arguments exclude each other.
+
+    Example:
+        >>> callback = SparsePruningCallback(method="wanda", sparsity="2:4", calibration_batches=32)
+        >>> callback.describe()["sparsity"]
+        '2:4'
     """
 
     prunes: ClassVar[Literal["units", "weights"]] = "weights"
@@ -156,8 +164,8 @@ class SparsePruningCallback(PruningCallback):
         check_positive(calibration_batches=calibration_batches)
         if recovery is not None and recovery.dora and keep_zeros:
             raise ConfigError(
-                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot do: use dora=False or "
-                "keep_zeros=False."
+                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot: use dora=False "
+                "or keep_zeros=False."
             )
         if recovery is not None and recovery.init == "pissa" and keep_zeros:
             raise ConfigError(
@@ -275,10 +283,10 @@ class SparsePruningCallback(PruningCallback):
         """Prunes layer by layer; returns the provenance of the calibration data."""
         strategy, model = trainer.strategy, target.model
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        home = at_home(model, self.offload, strategy.root_device)
+        home = _model_on_cpu(model, self.offload, strategy.root_device)
         with isolate_rng(), evaluating(target.module), torch.no_grad(), home:
             seed_data(target.record("calibrating", None).seed)
-            batches, digest, counts = share(trainer, self.calibration_batches)
+            batches, digest, counts = calibration_share(trainer, self.calibration_batches)
             work = prune_sparse(
                 model,
                 batches,
@@ -317,7 +325,7 @@ class SparsePruningCallback(PruningCallback):
             keep={},
             config={},
             provenance={
-                "budget": {"asked": f"--sparsity {self.sparsity}"},
+                "budget": {"asked": f"sparsity={self.sparsity}"},
                 "criterion": self.method.describe(),
                 "sparse": _plain(self.describe()),
                 "keep_zeros": self.keep_zeros,

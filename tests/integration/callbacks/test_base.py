@@ -58,11 +58,9 @@ def test_old_names_warn_and_mean_the_new_class(name, home):
 def test_old_names_are_class_paths():
     parser = ArgumentParser()
     parser.add_argument("--callback", type=Callback)
+    args = ["--callback=hfprune.SparsityCallback", "--callback.method=magnitude", "--callback.sparsity=2:4"]
     with pytest.warns(FutureWarning, match="SparsityCallback is now"):
-        config = parser.parse_args(
-            ["--callback=hfprune.SparsityCallback", "--callback.method=magnitude", "--callback.sparsity=2:4"]
-        )
-        callback = parser.instantiate_classes(config).callback
+        callback = parser.instantiate_classes(parser.parse_args(args)).callback
     assert isinstance(callback, SparsePruningCallback)
     assert str(callback.sparsity) == "2:4"
 

@@ -404,7 +404,7 @@ def test_failing_calibration_leaves_nothing(folder, tmp_path, monkeypatch):
 
 def test_already_pruned_model_is_refused_unless_asked(folder, tmp_path):
     fit(folder, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"already pruned \(pruning_ratio=0.2\).*--model.allow_pruned"):
+    with pytest.raises(ConfigError, match=r"already pruned \(pruning_ratio=0.2\).*allow_pruned=True"):
         PruningModule(str(tmp_path / "out/model"))
     module, _ = fit(None, module=PruningModule(str(tmp_path / "out/model"), allow_pruned=True))
     assert module.plan.provenance["budget"]["dense_params"] < parameter_count(tiny())

@@ -72,7 +72,7 @@ def test_prune_exports_what_the_engine_makes(folder, tmp_path):
     assert layer["error"] == callback.layers[1].error > 0
     assert report["plan"]["criterion"]["name"] == "Wanda"
     assert list(report["stages"]) == ["dense", "pruned"]
-    with pytest.raises(ConfigError, match=r"already pruned \(--sparsity 2:4\)"):
+    with pytest.raises(ConfigError, match=r"already pruned \(sparsity=2:4\)"):
         PruningModule(str(tmp_path / "out/model"))
 
 

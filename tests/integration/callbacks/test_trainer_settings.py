@@ -78,7 +78,7 @@ def monitored(folder, callback, *others, **kwargs):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("loss", {}, r"monitor='loss'\) waits for a figure that is not logged. Logged are: train_loss, val_loss"),
+        ("loss", {}, r"monitor='loss'\) needs a metric that is not logged. Logged are: train_loss, val_loss"),
         ("val_kl", {}, "is not logged"),
         ("val_loss", {"limit_val_batches": 0}, "a figure of validation, and limit_val_batches=0 leaves that out"),
         ("lr-AdamW", {}, "is not logged"),

@@ -314,9 +314,9 @@ def test_pissa_adapters_and_their_base_are_exported_together(folder, tmp_path):
 
 
 def test_pissa_and_dora_are_refused_where_zeros_must_stay():
-    with pytest.raises(ConfigError, match="PiSSA takes singular directions out of the weights"):
+    with pytest.raises(ConfigError, match="init='pissa' subtracts singular directions from the weights"):
         SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"])
-    with pytest.raises(ConfigError, match="DoRA scales whole columns"):  # its sizes would not have been trained
+    with pytest.raises(ConfigError, match="dora=True scales whole columns"):  # its sizes would not have been trained
         SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["dora"])
     for name in ("pissa", "dora"):
         SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
