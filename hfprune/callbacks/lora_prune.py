@@ -10,13 +10,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from hfprune import _moved
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
-from hfprune.callbacks.base import PruningCallback, callbacks_of, listeners
+from hfprune.callbacks.base import PruningCallback, listeners
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
 from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.modules.events import PruningEvents
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind
 from hfprune.pruning.hooks import UnitMask
 from hfprune.pruning.planner import say, versions, warn
@@ -132,10 +131,11 @@ class LoraPruningCallback(PruningCallback):
     def _check_run(self, trainer: Trainer, target: Target) -> None:
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(f"LoRAPrune runs on a single device or under DDP, not {type(trainer.strategy).__name__}.")
-        for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(self)]:
-            if isinstance(callback, PruningEvents) and not isinstance(callback, PruningCallback):
+        events = listeners(trainer)
+        for listener in events[: events.index(self)]:
+            if not isinstance(listener, PruningCallback):
                 raise ConfigError(
-                    f"{type(callback).__name__} must come after LoraPruningCallback among the trainer's callbacks: "
+                    f"{type(listener).__name__} must come after LoraPruningCallback among the trainer's callbacks: "
                     "both act at the end of fit, and the model has to be cut first."
                 )
 
