@@ -14,7 +14,16 @@ _moved.install()
 
 
 if TYPE_CHECKING:
-    from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
+    from hfprune.callbacks import (
+        CalibrationOptions,
+        LoraPruningCallback,
+        PruningCallback,
+        PruningEvents,
+        ReportCallback,
+        SparsePruningCallback,
+        StructuredPruningCallback,
+        TaylorImportanceCallback,
+    )
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
@@ -31,15 +40,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
     "Budget": "hfprune.plan",
+    "CalibrationOptions": "hfprune.pruning.options",
     "LeastSquares": "hfprune.compensation",
-    "LoraPruneCallback": "hfprune.callbacks",
+    "LoraPruningCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
     "Neurons": "hfprune.models",
     "PruneTrainer": "hfprune.trainer",
+    "PruningCallback": "hfprune.callbacks",
+    "PruningEvents": "hfprune.callbacks",
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
     "ReportCallback": "hfprune.callbacks",
-    "SparsityCallback": "hfprune.callbacks",
+    "SparsePruningCallback": "hfprune.callbacks",
+    "StructuredPruningCallback": "hfprune.callbacks",
     "TaylorImportanceCallback": "hfprune.callbacks",
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
@@ -55,15 +68,19 @@ _HOMES = {
 __all__ = [
     "ActivationTaylor",
     "Budget",
+    "CalibrationOptions",
     "LeastSquares",
-    "LoraPruneCallback",
+    "LoraPruningCallback",
     "LoraRecovery",
     "Neurons",
     "PruneTrainer",
+    "PruningCallback",
+    "PruningEvents",
     "PruningModule",
     "PruningPlan",
     "ReportCallback",
-    "SparsityCallback",
+    "SparsePruningCallback",
+    "StructuredPruningCallback",
     "TaylorImportanceCallback",
     "TextDataModule",
     "WeightTaylor",
@@ -88,7 +105,7 @@ if not logging.root.hasHandlers():  # as Lightning does: messages show in a scri
 def __getattr__(name: str) -> Any:
     """Imports a public name at first use."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'hfprune' has no attribute '{name}'")
+        return _moved.renamed(__name__, name)
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

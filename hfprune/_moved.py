@@ -183,6 +183,26 @@ NAMES = {
 """Old module -> its names whose home or spelling differs, with their new paths."""
 
 
+RENAMED = {
+    "LoraPruneCallback": "hfprune.callbacks.lora_prune.LoraPruningCallback",
+    "SparsityCallback": "hfprune.callbacks.sparse.SparsePruningCallback",
+}
+"""Old public name -> its new path."""
+
+
+def renamed(module: str, name: str) -> Any:
+    """Returns what an old public name stands for, with a ``FutureWarning``; called by ``__getattr__`` of modules.
+
+    Raises:
+        AttributeError: The name was never there.
+    """
+    if name not in RENAMED:
+        raise AttributeError(f"module '{module}' has no attribute '{name}'")
+    home, _, new = RENAMED[name].rpartition(".")
+    warnings.warn(f"{name} is now {new}; the old name goes away in the next release.", FutureWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), new)
+
+
 class _Names(ModuleType):
     """An old module whose names are in several places, or have other names, now."""
 

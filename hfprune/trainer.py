@@ -10,9 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from hfprune.callbacks.lora_prune import LoraPruneCallback
-from hfprune.callbacks.sparse import SparsityCallback
-from hfprune.callbacks.structured import TaylorImportanceCallback
+from hfprune.callbacks.base import pruning_callbacks
 from hfprune.data.text import TextDataModule
 from hfprune.evaluation.cache import cached_reference
 from hfprune.evaluation.evaluate import add_speeds, measure
@@ -39,7 +37,7 @@ from hfprune.utils.files import user_path, write_json
 
 
 class Evaluation:
-    """Checks what is to be compared, before weights are loaded; ``run`` measures.
+    """Evaluation of one model, or of two to compare: checks before weights are loaded, then ``run`` measures.
 
     Args:
         module: The model to measure.
@@ -72,7 +70,7 @@ class Evaluation:
             other_vocab = load_config(self.dense, argument="dense").vocab_size
             if other_vocab != module.vocab_size:
                 raise ConfigError(
-                    f"--dense '{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
+                    f"dense='{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
                     "cannot be compared."
                 )
         if self.ckpt_path is not None:
@@ -126,9 +124,9 @@ class Evaluation:
         if dense_cache is None:
             return
         if self.dense is None:
-            raise ConfigError("--dense_cache keeps the dense model's predictions: give --dense.")
+            raise ConfigError("dense_cache stores the dense model's predictions and needs dense.")
         if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
-            raise ConfigError(f"--dense_cache '{dense_cache}' is a file, not a folder.")
+            raise ConfigError(f"dense_cache='{dense_cache}' is a file, not a folder.")
         check_writable(Path(dense_cache), "dense_cache")
         check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
 
@@ -161,7 +159,7 @@ class Evaluation:
         return model
 
     def _warn_of_overlap(self, windows: Windows | None) -> None:
-        """Says when the evaluation text was seen in calibration or recovery, as far as the model's plan tells."""
+        """Warns when the evaluation text occurs in the calibration or recovery data that the model's plan lists."""
         plan = self._plan()
         if plan is None or windows is None:
             return
@@ -185,21 +183,27 @@ class Evaluation:
         try:
             return None if path is None else PruningPlan.load(path)
         except PlanError as error:
-            raise ConfigError(f"--model.path '{self.module.path}': {error}") from error
+            raise ConfigError(f"path='{self.module.path}': {error}") from error
 
 
 def _check_checkpoint(path: Path) -> None:
     """Raises ``ConfigError`` unless ``path`` is a checkpoint in one file that a ``PruningModule`` wrote."""
     if path.is_dir():
         raise ConfigError(
-            f"--ckpt_path '{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
+            f"ckpt_path='{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
         )
     if Record.of(read_metadata(path)) is None:
-        raise ConfigError(f"--ckpt_path '{path}' was not written by a PruningModule: it carries no pruning state.")
+        raise ConfigError(f"ckpt_path='{path}' was not written by a PruningModule: it carries no pruning state.")
 
 
 class PruneTrainer(Trainer):
-    """A ``Trainer`` that checks budgets before it loads anything, prunes without training, and evaluates."""
+    """A Lightning ``Trainer`` that checks budgets before it loads weights, prunes without training, and evaluates.
+
+    Example:
+        >>> trainer = PruneTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        >>> trainer.world_size
+        1
+    """
 
     def fit(
         self,
@@ -214,20 +218,16 @@ class PruneTrainer(Trainer):
         if isinstance(model, PruningModule):
             model.check_loadable()
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, TaylorImportanceCallback):
-                callback.check(_plain(model))
-                callback.resume_from = ckpt_path
-            if isinstance(callback, SparsityCallback | LoraPruneCallback):
-                callback.check(_plain(model))
+        for callback in pruning_callbacks(self):
+            callback.check(_plain(model))
+            callback.resume_from = ckpt_path
         with self._training_or_not():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     @contextmanager
     def _training_or_not(self) -> Iterator[None]:
         """Turns training and validation off while a callback prunes with ``recovery="none"``, as ``prune`` does."""
-        callbacks = self.callbacks  # type: ignore[attr-defined]
-        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
+        modes = [callback.recovery_mode.word for callback in pruning_callbacks(self)]
         with ExitStack() as restored, warnings.catch_warnings():
             if "none" in modes:
                 off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
@@ -250,11 +250,11 @@ class PruneTrainer(Trainer):
         Raises:
             ConfigError: The trainer has no callback that prunes.
         """
-        callbacks = self.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
+        found = [callback for callback in pruning_callbacks(self) if callback.before_training]
         if not found:
             raise ConfigError(
-                "prune needs a TaylorImportanceCallback or a SparsityCallback among the trainer's callbacks."
+                "prune needs a callback that prunes before training among the trainer's callbacks, such as "
+                "StructuredPruningCallback or SparsePruningCallback."
             )
         with ExitStack() as restored, warnings.catch_warnings():
             for callback in found:
@@ -275,7 +275,7 @@ class PruneTrainer(Trainer):
         dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures size, perplexity, speed and zero-shot tasks of a model, beside a dense one when that is given.
+        """Measures size, perplexity, speed and zero-shot tasks of a model, and of a dense one to compare with.
 
         Args:
             model: The model to measure; one that is configured is measured as it is.
@@ -292,7 +292,7 @@ class PruneTrainer(Trainer):
             Stage name (``dense``, ``model``) -> figures.
 
         Raises:
-            ConfigError: A model, text, task or checkpoint cannot be used; most of it is said before weights are loaded.
+            ConfigError: A model, text, task or checkpoint cannot be used; most are found before weights are loaded.
         """
         return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
             latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
@@ -301,7 +301,7 @@ class PruneTrainer(Trainer):
 
 @contextmanager
 def _changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Gives attributes of ``owner`` other values within the context."""
+    """Sets attributes of ``owner`` within the context, and restores them."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)

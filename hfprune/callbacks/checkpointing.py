@@ -1,4 +1,4 @@
-"""Checkpoints of pruning runs: their records, their layout on disk and when they are saved."""
+"""Checkpoints of pruning runs: atomic writes, the pruning state that they carry, and when they are saved."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from hfprune.utils.files import Stage, writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and moves it into place: a killed run leaves the old file or the new one.
+    """Writes a checkpoint under a temporary name, then renames it: a killed run leaves the old or the new file.
 
     Lightning's own writer stages in the system's temporary folder, from where a move to another disk is a copy.
     """
@@ -40,15 +40,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             stage.publish(swap=True)  # a sharded strategy's is a folder
 
 
-class CheckpointTap:
-    """Stands between the trainer's strategy and its checkpoints, from ``setup`` to ``teardown``.
+class CheckpointHook:
+    """Routes the checkpoints of a trainer's strategy through a callback, from ``setup`` to ``teardown``.
 
     Strategies that restore after the model was laid out (FSDP2) call no hook in time to rebuild a pruned model, and a
-    LightningModule of somebody else has none of ours: the strategy's ``load_checkpoint`` is where every one of them
-    passes.
+    user's LightningModule has no hook of hfprune; every checkpoint passes the strategy's ``load_checkpoint``.
 
     Args:
-        trainer: Whose strategy.
+        trainer: The trainer; its strategy is changed until ``detach``.
         saving: Called with every checkpoint before it is written; may add to it.
         loaded: Called with every checkpoint that was read, before anything is restored from it.
     """
@@ -65,7 +64,7 @@ class CheckpointTap:
         self._strategy.load_checkpoint = self.load  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Gives the strategy its own methods back."""
+        """Restores the strategy's own methods."""
         for name in ("save_checkpoint", "load_checkpoint"):
             self._strategy.__dict__.pop(name, None)
 
@@ -94,7 +93,7 @@ class CheckpointTap:
         return self._load(checkpoint_path, weights_only)
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
-        """Saves a folder of shards beside its target and moves it into place."""
+        """Saves a folder of shards under a temporary name, then renames it."""
         strategy = self._strategy
         with writing(target), ExitStack() as held:
             stage = held.enter_context(Stage(target)) if strategy.is_global_zero else None
@@ -120,7 +119,7 @@ def count_epoch(trainer: Trainer) -> None:
 
 
 def _folder_without_weights(path: Path) -> dict[str, Any]:
-    """Returns a sharded checkpoint that any strategy can go on from: one written before training.
+    """Returns a sharded checkpoint without weights, written before training, which every strategy can resume from.
 
     Raises:
         ConfigError: It holds shards of weights.
@@ -138,11 +137,14 @@ _OURS = re.compile(r"(last(-pruning)?|epoch=\d+-step=\d+|step-\d+)\.ckpt")
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` that waits while the batches of an accumulated step are being gathered.
+    """A ``ModelCheckpoint`` that saves nothing between the batches of an accumulated step.
 
-    Gradients that were gathered are in no checkpoint: what is saved in between would be continued without them. So a
-    validation in between, or the first batches after a resume, which still have the number of the step before, save
-    nothing.
+    Accumulated gradients are in no checkpoint, so a run that resumes from the middle of a step would lose them. This
+    concerns validation within a step, and the first batches after a resume, which still have the last step's number.
+
+    Example:
+        >>> StepCheckpoint(every_n_train_steps=100, filename="step-{step}").monitor is None
+        True
     """
 
     def on_train_batch_end(
@@ -161,12 +163,11 @@ class StepCheckpoint(ModelCheckpoint):
 class OneRun(Callback):
     """Keeps the checkpoints of one run apart from those of an earlier one in the same folder.
 
-    A new run moves what is there out of the way, so that ``ckpt_path="last"`` continues the new run, or starts it
-    again, and never brings the earlier model back. When a run has ended, files of earlier runs and of attempts that
-    were killed are removed.
+    A new run moves earlier checkpoints to a sub-folder, so that ``ckpt_path="last"`` never restores the earlier model.
+    When a run has ended, the files of earlier runs and of killed attempts are removed.
 
     Args:
-        folder: Where the run saves.
+        folder: The run's folder of checkpoints.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -174,7 +175,7 @@ class OneRun(Callback):
         self.aside = self.folder / EARLIER_CHECKPOINTS
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves what is there, where nothing is resumed."""
+        """Moves earlier checkpoints, unless the run resumes."""
         if trainer.ckpt_path is not None or not trainer.is_global_zero:
             return
         found = checkpoints_in(self.folder, links=True)
@@ -187,7 +188,7 @@ class OneRun(Callback):
             os.replace(path, target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes stale files; those under names that hfprune does not give stay."""
+        """Removes stale files; files with other names than hfprune's stay."""
         if not trainer.is_global_zero:
             return
         for path in (*checkpoints_in(self.aside, links=True), *self._stale(trainer)):
@@ -199,7 +200,7 @@ class OneRun(Callback):
             self.aside.rmdir()
 
     def _stale(self, trainer: Trainer) -> list[Path]:
-        """Returns files that attempts left behind: no callback of the run knows them."""
+        """Returns the files of killed attempts, which no callback of the run knows."""
         found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if any(not isinstance(c, StepCheckpoint) and c.dirpath == str(self.folder.absolute()) for c in found):
             return []
@@ -212,7 +213,7 @@ def checkpoints_in(folder: Path, *, links: bool = False) -> list[Path]:
     """Returns the checkpoints in ``folder``, the oldest first.
 
     Args:
-        folder: A run's.
+        folder: The folder of a run.
         links: Include symbolic links, which name one of the others.
     """
     found = [path for path in folder.glob("[!.]*.ckpt") if links or (path.exists() and not path.is_symlink())]

@@ -1,4 +1,4 @@
-"""The settings of a pruning run that its checkpoints carry, and that a resumed run must share."""
+"""Settings of a pruning run that its checkpoints store and a resumed run must share."""
 
 import json
 from dataclasses import asdict
@@ -15,41 +15,49 @@ from hfprune.pruning.options import PruningOptions
 
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
-    """Returns what decides which units are kept, and with which weights, as plain data.
+    """Returns the settings that decide which units are kept, and with which weights, as plain data.
 
     Args:
         trainer: The trainer, its data set up.
-        target: What is pruned.
-        options: How.
-        asked: The budget.
+        target: The model to prune.
+        options: The options of structured pruning.
+        asked: The budget as the user gave it.
     """
+    settings = describe_options(options) | {
+        "budget": asked,
+        "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
+        "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
+        "precision": str(trainer.precision),
+        "seed": given_seed(),
+    }
+    if not isinstance(target.module, PruningModule):  # which compares its own
+        settings["training"] = _training_settings(trainer)
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def describe_options(options: PruningOptions) -> dict[str, Any]:
+    """Returns the options of structured pruning as plain data."""
     calibration = options.calibration
     distillation = calibration.self_distillation
-    found = {
-        "budget": asked,
+    return {
+        "budget": options.budget.describe(),
         "round_to": options.budget.round_to,
         "units": list(options.units),
         "allocation": options.allocation.describe() if options.allocation else None,
         "criterion": options.criterion.describe(),
-        "objective": target.objective_name if isinstance(options.criterion, GradientCriterion) else None,
+        "objective": options.objective,
         "distillation": asdict(distillation) if distillation else None,
         "rounds": asdict(calibration.removal),
         "compensation": options.compensation.describe() if options.compensation else None,
         "calibration_batches": calibration.batches,
         "exact": calibration.exact,
         "stop_when_settled": calibration.early_stop_overlap,
-        "calibration data": data_fingerprint(trainer, "calibration") if options.calibrates else None,
-        "precision": str(trainer.precision),
-        "seed": given_seed(),
     }
-    if not isinstance(target.module, PruningModule):  # which compares its own
-        found["training"] = _training_settings(trainer)
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
 
 
 def _training_settings(trainer: Trainer) -> dict[str, Any]:
-    """Returns what the training of a module of one's own was given, before a checkpoint is restored into it."""
+    """Returns the optimizer settings of a user's module, before a checkpoint is restored into it."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return {
         "optimizer": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -60,7 +68,7 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_settings(record: Record, now: dict[str, Any]) -> None:
-    """Raises ``ConfigError`` where a run goes on from a checkpoint with settings that its pruning did not have."""
+    """Raises ``ConfigError`` where the settings differ from those of the checkpoint that the run resumes from."""
     if record.plan is None and record.phase != "calibrating":
         return
     before, now = dict(record.settings), dict(now)
@@ -71,5 +79,5 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
 
 
 def whence(trainer: Trainer) -> str:
-    """Returns which checkpoint a trainer has resumed from, for a log line; an empty text without one."""
+    """Returns " from PATH" of the checkpoint that a trainer has resumed from, for a log line; else an empty text."""
     return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""

@@ -17,7 +17,7 @@ from hfprune.recovery.lora import LoraRecovery, merge_lora
 from hfprune.utils.errors import ConfigError
 
 EXPLODED = 10.0
-"""A perplexity this many times the dense model's is said loudly."""
+"""A perplexity this many times the dense model's is reported as a warning."""
 
 
 class Stages:
@@ -29,8 +29,8 @@ class Stages:
 
     Attributes:
         stages: Stage -> figures.
-        warnings: What has to be said loudly.
-        generations: Prompts, with each stage's continuation.
+        warnings: Warnings for the report.
+        generations: Prompts, with the continuation by the model of each stage.
 
     Raises:
         ConfigError: The number of prompts is negative.
@@ -38,7 +38,7 @@ class Stages:
 
     def __init__(self, *, latency: bool, samples: int) -> None:
         if samples < 0:
-            raise ConfigError(f"The number of samples {samples} is negative.")
+            raise ConfigError(f"samples={samples} must not be negative.")
         self._latency, self.samples = latency, samples
         self.stages: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
@@ -141,7 +141,7 @@ class Stages:
 
 
 def _training(module: PruningModule, trainer: Trainer) -> dict[str, Any]:
-    """Returns what training the model has taken."""
+    """Returns steps, tokens, FLOPs and seconds of the training."""
     return {
         "optimizer_steps": trainer.global_step,
         "supervised_tokens": module.trained_tokens,
@@ -160,17 +160,17 @@ def windows_of(trainer: Trainer) -> Windows | None:
 
 
 STAGE = "dense_tuned"
-"""What its figures are called in reports."""
+"""Name of the stage of the tuned dense model in reports."""
 
 
-ONE_PROCESS = "The dense control is tuned by one process: leave out --recover_dense, or give --trainer.devices 1."
+ONE_PROCESS = "The dense control is tuned by one process: use devices=1, or recover_dense=False."
 
 
 class DenseControl(Callback):
     """Tunes a dense ``PruningModule`` as recovery tunes a pruned one, and measures it.
 
-    That a pruned and recovered model beats the dense one means nothing when the dense one has not seen the same data.
-    Give it to a trainer of its own, with the settings, data and seed of the pruned run.
+    A fair comparison with a recovered model needs a dense model that was trained on the same data. Use the callback in
+    a trainer of its own, with the settings, data and seed of the pruned run.
 
     Args:
         recovery: The adapters of the pruned run; None trains the weights themselves.

@@ -12,7 +12,8 @@ from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
+from hfprune.callbacks import LoraPruningCallback, ReportCallback, SparsePruningCallback, TaylorImportanceCallback
+from hfprune.callbacks.base import pruning_callbacks
 from hfprune.callbacks.checkpointing import OneRun, StepCheckpoint
 from hfprune.callbacks.snapshots import ONE_PROCESS, STAGE, DenseControl
 from hfprune.cli.base import BaseCLI
@@ -195,8 +196,7 @@ class RunCLI(BaseCLI):
             return
         if self.trainer.world_size > 1:
             raise ConfigError(ONE_PROCESS)
-        callbacks = cast(Any, self.trainer).callbacks
-        modes = [callback.recovery_mode.word for callback in callbacks if hasattr(callback, "recovery_mode")]
+        modes = [callback.recovery_mode.word for callback in pruning_callbacks(self.trainer)]
         if self.trainer.limit_train_batches == 0 or "none" in modes:
             raise ConfigError("--recover_dense tunes the dense model on the recovery data; there is no recovery here.")
         distillation = self.model.distillation
@@ -211,12 +211,9 @@ class RunCLI(BaseCLI):
         config: Namespace = self.config
         callbacks = cast(Any, self.trainer).callbacks
         report = next(c for c in callbacks if isinstance(c, ReportCallback))
-        pruning = next(
-            c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)
-        )
-        adapters = pruning.lora if isinstance(pruning, LoraPruneCallback) else pruning.recovery
+        adapters = pruning_callbacks(self.trainer)[0].recovery
         trainable = self.model.trainable
-        del callbacks, pruning  # they hold the pruned model
+        del callbacks  # they hold the pruned model
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / DENSE_CHECKPOINTS
         if config.ckpt_path is None:
@@ -272,7 +269,7 @@ class SparseCLI(RunCLI):
 
     def classes(self) -> dict[str, type[Any]]:
         """Returns the classes that take the groups of options."""
-        return super().classes() | {"sparse": SparsityCallback}
+        return super().classes() | {"sparse": SparsePruningCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the method, the output folder and the sparsity callback."""
@@ -289,7 +286,7 @@ class SparseCLI(RunCLI):
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
         )
-        parser.add_lightning_class_args(SparsityCallback, "sparse")
+        parser.add_lightning_class_args(SparsePruningCallback, "sparse")
         for name in ("method", "sparsity", "update"):
             parser.link_arguments(name, f"sparse.{name}")
         parser.link_arguments("output_dir", "sparse.state_dir", compute_fn=_state_dir)
@@ -329,13 +326,13 @@ class LoraPruneCLI(RunCLI):
 
     def classes(self) -> dict[str, type[Any]]:
         """Returns the classes that take the groups of options."""
-        return super().classes() | {"lora_prune": LoraPruneCallback}
+        return super().classes() | {"lora_prune": LoraPruningCallback}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the budget, the output folder and the callback."""
         parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
-        parser.add_lightning_class_args(LoraPruneCallback, "lora_prune")
+        parser.add_lightning_class_args(LoraPruningCallback, "lora_prune")
         for name in ("pruning_ratio", "target_params", "round_to"):
             kind, text = BUDGET[name]
             parser.add_argument(f"--{name}", type=kind | None, default=1 if name == "round_to" else None, help=text)

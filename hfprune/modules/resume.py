@@ -1,4 +1,4 @@
-"""What a checkpoint says about the recovery that wrote it, and what a resumed run may change."""
+"""Resuming recovery: the settings that checkpoints store, those that a resumed run may change, and the schedule."""
 
 import math
 import os
@@ -43,7 +43,7 @@ def recovery_settings(module: Any) -> dict[str, Any]:
 
 
 def data_fingerprint(trainer: Trainer, role: str) -> Any:
-    """Returns what distinguishes the data of ``role`` from others, None when the datamodule does not describe it."""
+    """Returns the hash of the data of ``role``, or their source and seed; None when the datamodule has no summary."""
     summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
     found = summary().get(role) if callable(summary) else None
     if not isinstance(found, dict):
@@ -71,7 +71,7 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
 
     Args:
         changes: Setting -> [old, new].
-        done: What the checkpoint's run had done with the old values.
+        done: ``calibrated``, ``pruned`` or ``trained``.
     """
     if changes:
         summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
@@ -115,7 +115,7 @@ class Schedule:
         return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
 
     def apply(self, trainer: Trainer, *, learning_rate: float, weight_decay: float) -> None:
-        """Gives the restored optimizers and schedulers a new peak rate and weight decay, and the rate of this step."""
+        """Sets a new peak rate and weight decay in restored optimizers and schedulers, and the rate of this step."""
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             rate = learning_rate * self.factor(scheduler.last_epoch)
@@ -135,7 +135,7 @@ def _total_steps(trainer: Trainer, offset: int) -> int:
     estimated = trainer.estimated_stepping_batches
     if math.isinf(estimated):
         raise ConfigError(
-            "The learning rate decays to zero over a known number of steps: give max_epochs or max_steps."
+            "max_epochs or max_steps is needed: the learning rate decays to zero over a known number of steps."
         )
     if not offset:
         return max(int(estimated), 1)
@@ -147,7 +147,7 @@ def _total_steps(trainer: Trainer, offset: int) -> int:
 
 
 def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) -> int:
-    """Returns the schedule's offset after a resume: what was trained counts by epochs, not by steps of another size.
+    """Returns the schedule's offset after a resume: earlier steps count by epochs, also when an epoch has other steps.
 
     Args:
         saved: ``steps_per_epoch`` and ``offset`` of the run that wrote the checkpoint.
@@ -162,7 +162,7 @@ def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) 
 
 
 def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Lets a checkpoint of an epoch that was cut off continue that epoch.
+    """Changes the checkpoint of an interrupted epoch so that a resumed run continues that epoch.
 
     Where ``max_steps``, ``max_time`` or a callback ends training within an epoch, Lightning counts the epoch as done
     before checkpoints are written: a resumed run would begin the next one.

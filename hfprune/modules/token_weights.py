@@ -6,6 +6,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from hfprune.modules.events import PruningEvents
+
 _SCALE = 1024.0
 """Sums of losses are divided by this, so that their gradients are about as large as those of means (for float16)."""
 
@@ -17,7 +19,7 @@ class TokenWeighted(LightningModule):
     batch would count more than one of a long batch. So each batch's mean is turned back into a sum for the backward
     pass, and before the optimizer steps its gradients are divided by the number of tokens of all its batches on all
     ranks, which is known only then. A ``training_step`` returns the mean over its tokens and calls ``weigh`` with
-    their number. Callbacks with a method ``on_gradients_ready(trainer, module)`` are then called.
+    their number. The ``on_gradients_ready`` hooks of callbacks run then.
     """
 
     def __init__(self) -> None:
@@ -62,5 +64,5 @@ class TokenWeighted(LightningModule):
                     parameter.grad.mul_(factor)
         self._step_tokens = self._step_seen = 0
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_gradients_ready"):
+            if isinstance(callback, PruningEvents):
                 callback.on_gradients_ready(trainer, self)

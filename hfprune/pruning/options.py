@@ -24,16 +24,20 @@ class CalibrationOptions:
     """How units are scored on calibration data.
 
     Attributes:
-        batches: Number of calibration batches; all if not given.
+        batches: Number of calibration batches; all if not given. Needed when the training data serve for calibration.
         exact: Run each sequence alone, so that scores are the same bits for every batch size, padding and number of
-            processes.
-        checkpoint_every: Save progress each time that about so many sequences were scored; never if None.
-        check_every: Compare the kept units with those of the comparison before each time that so many sequences were
-            scored; never if None.
-        early_stop_overlap: End calibration when two comparisons in a row find this share of the kept units unchanged.
+            processes. False runs batches as they come: faster on a GPU when sequences are short, and equal up to
+            rounding.
+        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
+            never if None.
+        check_every: Compare the kept units with those of the comparison before each time that so many sequences (or
+            batches) were scored; never if None. A multiple of the number of processes with ``early_stop_overlap``.
+        early_stop_overlap: End calibration when two comparisons in a row find this share of the kept units unchanged,
+            for example 0.99; None runs all batches.
         rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
-        schedule: How the removal is spread over the rounds, ``linear`` or ``cubic``.
-        self_distillation: Scores in two stages, with the dense model as the teacher.
+        schedule: How the removal is spread over the rounds: after a share x of them ``linear`` has removed x, and
+            ``cubic`` 1 - (1 - x)^3.
+        self_distillation: Scores in two stages, with the dense model as the teacher (SDMPrune).
 
     Raises:
         ConfigError: A value is out of range, or rounds and self-distillation are given together.

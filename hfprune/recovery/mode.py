@@ -44,7 +44,7 @@ class RecoveryMode:
             warnings.warn(
                 "recovery=None trains all weights; write recovery='full'. From the next release on it is an error.",
                 FutureWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             setting = "full"
         if isinstance(setting, str) and setting not in get_args(RecoveryWord):

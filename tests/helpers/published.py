@@ -6,10 +6,10 @@ import shlex
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hfprune import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
+from hfprune import LoraPruningCallback, ReportCallback, SparsePruningCallback, TaylorImportanceCallback
 from hfprune.modules import PruningModule
 
-PRUNING = (TaylorImportanceCallback, LoraPruneCallback, SparsityCallback)
+PRUNING = (TaylorImportanceCallback, LoraPruningCallback, SparsePruningCallback)
 
 CONFIGS = {
     "llama-2-7b": LlamaConfig(

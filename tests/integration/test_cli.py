@@ -156,7 +156,7 @@ def test_sparse_prune_round_trip(dense, capsys):
         (["--method=wanda", "--sparsity=1.2"], "not in [0, 1)"),
         (["--method=wanda", "--sparsity=2:5"], "16 inputs, which groups of 5 do not fill"),
         (["--method=sparsegpt", "--sparsity=0.5", "--update=sparsegpt"], "SparseGPT updates them itself"),
-        (["--method=wanda", "--sparsity=0.5", "--update=obc"], "Unknown update 'obc'. Known: sparsegpt"),
+        (["--method=wanda", "--sparsity=0.5", "--update=obc"], "update='obc' is unknown. Known: sparsegpt"),
         (["--method=wanda", "--sparsity=0.5", "--pruning_ratio=0.2"], "pruning_ratio"),
     ],
 )
@@ -405,7 +405,7 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
         (["--output=folder"], "--output 'folder' is a folder"),
         (["--output=empty.txt/eval.json"], "'empty.txt/eval.json' cannot be written"),
-        (["--dense_cache=cache"], "--dense_cache keeps the dense model's predictions: give --dense"),
+        (["--dense_cache=cache"], "dense_cache stores the dense model's predictions and needs dense"),
         (["--dense=./nowhere/at/all"], "--dense './nowhere/at/all' does not exist"),
         (["--num_fewshot=3"], "--num_fewshot belongs to zero-shot tasks"),
         (["--share_prefixes=true"], "--share_prefixes belongs to zero-shot tasks"),

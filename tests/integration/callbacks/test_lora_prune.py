@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hfprune import LoraPruneCallback, LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TextDataModule
+from hfprune import LoraPruningCallback, LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TextDataModule
 from hfprune.allocation import Explicit, GlobalRank, Protected, Uniform
 from hfprune.cli import main
 from hfprune.criteria.lora_gradient import unit_importance, weight_importance
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
 def fit(folder, *callbacks, out=None, ckpt_path=None, data=None, trainer=None, dtype="float64", **options):
     module = PruningModule(folder, dtype=dtype, learning_rate=5e-3)
     settings = {"pruning_ratio": 0.25, "lora": LORA, "every": 2} | options
-    pruning = LoraPruneCallback(**settings)
+    pruning = LoraPruningCallback(**settings)
     report = [ReportCallback(str(out), latency=False, overwrite=True)] if out else []
     found = PruneTrainer(**{
         "callbacks": [pruning, *report, *callbacks], "accelerator": "cpu", "devices": 1, "logger": False,
@@ -282,7 +282,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
         ({"units": ("layers",)}, "holds MLP neurons and heads at zero"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave steps between"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "says itself how much goes"),
-        ({"allocation": GlobalRank()}, "waits for scores"),
+        ({"allocation": GlobalRank()}, "needs scores to set widths"),
         ({"lora": LoraRecovery(rank=2, dora=True)}, "plain adapters"),
         ({"lora": LoraRecovery(rank=2, target_modules=["q_proj"])}, "would have none: add them to target_modules"),
         ({"pruning_ratio": 0.99}, "largest possible --pruning_ratio"),
@@ -295,8 +295,8 @@ def test_what_is_refused(folder, options, text):
 
 def test_the_report_comes_after(folder, tmp_path):
     module = PruningModule(folder)
-    callbacks = [ReportCallback(str(tmp_path / "o")), LoraPruneCallback(pruning_ratio=0.2)]
-    with pytest.raises(ConfigError, match="give it after this one"):
+    callbacks = [ReportCallback(str(tmp_path / "o")), LoraPruningCallback(pruning_ratio=0.2)]
+    with pytest.raises(ConfigError, match="must come after LoraPruningCallback"):
         PruneTrainer(callbacks=callbacks, logger=False, accelerator="cpu", max_epochs=1).fit(
             module, datamodule=TextDataModule(eval_windows=0, **DATA)
         )

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 from torch.utils.data import DataLoader
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule
-from hfprune.callbacks import LoraPruneCallback, SparsityCallback
+from hfprune.callbacks import LoraPruningCallback, SparsePruningCallback
 from hfprune.cli import main
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
@@ -37,8 +37,8 @@ def data():
 def callbacks():
     return [
         TaylorImportanceCallback(pruning_ratio=0.2),
-        SparsityCallback(method="magnitude", sparsity=0.5),
-        LoraPruneCallback(pruning_ratio=0.2),
+        SparsePruningCallback(method="magnitude", sparsity=0.5),
+        LoraPruningCallback(pruning_ratio=0.2),
     ]
 
 
@@ -78,7 +78,7 @@ def monitored(folder, callback, *others, **kwargs):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("loss", {}, r"monitor='loss'\) waits for a figure that is not logged. Logged are: train_loss, val_loss"),
+        ("loss", {}, r"monitor='loss'\) needs a metric that is not logged. Logged are: train_loss, val_loss"),
         ("val_kl", {}, "is not logged"),
         ("val_loss", {"limit_val_batches": 0}, "a figure of validation, and limit_val_batches=0 leaves that out"),
         ("lr-AdamW", {}, "is not logged"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hfprune import (
-    LoraPruneCallback,
+    LoraPruningCallback,
     LoraRecovery,
     PruneTrainer,
     PruningModule,
@@ -28,7 +28,7 @@ def main(**kwargs):
     out.mkdir(parents=True, exist_ok=True)
     distillation = None
     if c["way"] == "lora_prune":
-        pruning = LoraPruneCallback(pruning_ratio=0.25, lora=LORA, every=1)
+        pruning = LoraPruningCallback(pruning_ratio=0.25, lora=LORA, every=1)
     else:
         pruning = TaylorImportanceCallback(pruning_ratio=0.25, recovery=LORA)
         distillation = DistillationRecovery(cache=c["cache"], top_k=8)

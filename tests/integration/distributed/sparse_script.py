@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from hfprune import LoraRecovery, PruneTrainer, PruningModule, SparsityCallback, TextDataModule
+from hfprune import LoraRecovery, PruneTrainer, PruningModule, SparsePruningCallback, TextDataModule
 from hfprune.sparse.state import LayerState
 from tests.integration.distributed.fit_script import strategy
 
@@ -57,7 +57,7 @@ def main(**kwargs):
     out.mkdir(parents=True, exist_ok=True)
     if "layers" in c["die"]:
         die_after(c["die"]["layers"])
-    callback = SparsityCallback(
+    callback = SparsePruningCallback(
         state_dir=out / "layers", recovery=LoraRecovery(rank=2) if c["lora"] else None, **c["sparse"]
     )
     callbacks = [callback, DieInStep(out / "checkpoints", c["die"].get("step"))] if c["lora"] else [callback]

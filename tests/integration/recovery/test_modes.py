@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
-from hfprune.callbacks import SparsityCallback
+from hfprune.callbacks import SparsePruningCallback
 from hfprune.callbacks.checkpointing import StepCheckpoint
 from hfprune.evaluation.perplexity import perplexity
 from hfprune.models import find_groups
@@ -174,7 +174,7 @@ def test_a_trainer_that_makes_all_of_it_half_is_refused(folder, lora):
 
 def test_weights_that_lost_single_weights_are_not_trained_in_half_precision(folder):
     with pytest.raises(ConfigError, match="precision=.bf16-mixed"):
-        fit(folder, pruning=SparsityCallback(method="magnitude", sparsity=0.5), dtype="bfloat16")
+        fit(folder, pruning=SparsePruningCallback(method="magnitude", sparsity=0.5), dtype="bfloat16")
 
 
 def test_adapters_leave_no_choice_of_weights(folder):
@@ -187,7 +187,7 @@ def test_adapters_leave_no_choice_of_weights(folder):
 def test_targets_are_checked_before_anything_is_loaded(folder, monkeypatch, target, text, sparse):
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("the model was loaded"))
     lora = LoraRecovery(rank=2, target_modules=["q_proj", target])
-    pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
+    pruning = SparsePruningCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
     with pytest.raises(ConfigError, match=f"'{target}'.*{text}"):
         fit(folder, lora=lora, pruning=pruning)
 
@@ -196,7 +196,7 @@ def test_targets_are_checked_before_anything_is_loaded(folder, monkeypatch, targ
 @pytest.mark.parametrize("sparse", [False, True])
 def test_it_is_resumed_with_the_adapters_that_it_was_begun_with(folder, tmp_path, sparse):
     def begun(lora, *callbacks, **options):
-        pruning = SparsityCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
+        pruning = SparsePruningCallback(method="magnitude", sparsity=0.5, recovery=lora or "full") if sparse else None
         return fit(folder, *callbacks, lora=lora, pruning=pruning, **options)
 
     saving = {"dirpath": tmp_path / "ckpt", "save_last": True, "every_n_train_steps": 1}
@@ -213,7 +213,9 @@ def test_it_is_resumed_with_the_adapters_that_it_was_begun_with(folder, tmp_path
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_model_pruned_by_an_earlier_call_gets_its_adapters(folder, sparse):
     pruning = (
-        SparsityCallback(method="magnitude", sparsity=0.5) if sparse else TaylorImportanceCallback(pruning_ratio=0.3)
+        SparsePruningCallback(method="magnitude", sparsity=0.5)
+        if sparse
+        else TaylorImportanceCallback(pruning_ratio=0.3)
     )
 
     def trainer():
@@ -312,12 +314,12 @@ def test_pissa_adapters_and_their_base_are_exported_together(folder, tmp_path):
 
 
 def test_pissa_and_dora_are_refused_where_zeros_must_stay():
-    with pytest.raises(ConfigError, match="PiSSA takes singular directions out of the weights"):
-        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"])
-    with pytest.raises(ConfigError, match="DoRA scales whole columns"):  # its sizes would not have been trained
-        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["dora"])
+    with pytest.raises(ConfigError, match="init='pissa' subtracts singular directions from the weights"):
+        SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["pissa"])
+    with pytest.raises(ConfigError, match="dora=True scales whole columns"):  # its sizes would not have been trained
+        SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS["dora"])
     for name in ("pissa", "dora"):
-        SparsityCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
+        SparsePruningCallback(method="wanda", sparsity=0.5, recovery=ADAPTERS[name], keep_zeros=False)
     with pytest.raises(ConfigError, match="not float64"):
         add_lora(tiny(), ADAPTERS["pissa"])
     with pytest.raises(ConfigError, match="init='svd' is not one of default, pissa"):

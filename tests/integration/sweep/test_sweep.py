@@ -11,7 +11,7 @@ import torch
 import hfprune.sweep.pruner as pruner
 import hfprune.sweep.runner as runner
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback, TextDataModule, WeightTaylor
-from hfprune.allocation import GlobalRank, Sensitivity, Uniform
+from hfprune.allocation import CosineSoftmax, GlobalRank, Sensitivity, Uniform
 from hfprune.compensation import LeastSquares, MeanCompensation
 from hfprune.criteria import (
     ActivationNorm,
@@ -49,6 +49,7 @@ METHODS = [
     Method(name="layers", objective="entropy", units=("layers", "mlp")),
     Method(name="rounds", objective="entropy", units=("mlp", "heads"), rounds=2, schedule="linear"),
     Method(name="curves", objective="entropy", allocation=Sensitivity(sequences=2)),
+    Method(name="cosines", objective="entropy", allocation=CosineSoftmax(sequences=2)),
 ]
 CALIBRATED = [method for method in METHODS if method.calibrated]
 SEEDED = [method for method in METHODS if method.seeded and method.name != "random"]

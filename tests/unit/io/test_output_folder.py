@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 
 from hfprune import apply_plan
-from hfprune.callbacks import ReportCallback, SparsityCallback
+from hfprune.callbacks import ReportCallback, SparsePruningCallback
 from hfprune.cli import main
 from hfprune.io import save as export
 from hfprune.io import save as saved
@@ -123,7 +123,7 @@ def test_state_of_layers_is_dropped_without_what_others_added(tmp_path):
     state = LayerState(tmp_path / "layers", {"a": 1})
     state.save("layer-00000", {"w": torch.ones(1)}, {})
     (tmp_path / "layers" / "mine").write_text("mine")
-    callback = SparsityCallback(method="wanda", sparsity=0.5, state_dir=tmp_path / "layers")
+    callback = SparsePruningCallback(method="wanda", sparsity=0.5, state_dir=tmp_path / "layers")
 
     class Trainer:
         is_global_zero = True

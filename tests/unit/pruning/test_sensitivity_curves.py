@@ -15,7 +15,6 @@ from hfprune.models.surgery import mask_plan
 from hfprune.plan import PruningPlan
 from hfprune.pruning.layer_scores import layer_cosines
 from hfprune.pruning.sensitivity_curves import kl_curves
-from hfprune.sweep.grid import Method
 from hfprune.utils.errors import CalibrationError, ConfigError
 from tests.helpers.models import save_tiny, tiny, token_ids
 
@@ -172,8 +171,6 @@ def test_within_another_allocation_it_needs_curves():
         Protected(allocation=Sensitivity())
     with pytest.raises(ConfigError, match="give CosineSoftmax its cosines"):
         Protected(allocation=CosineSoftmax())
-    with pytest.raises(ConfigError, match="in a sweep CosineSoftmax needs cosines"):
-        Method(name="a", objective="entropy", allocation=CosineSoftmax()).check()
 
 
 @pytest.mark.parametrize("settings", [{"shares": ()}, {"shares": (1.0,)}, {"sequences": 0}])

@@ -9,7 +9,7 @@ from hfprune import (
     LoraRecovery,
     PruneTrainer,
     PruningModule,
-    SparsityCallback,
+    SparsePruningCallback,
     TaylorImportanceCallback,
     TextDataModule,
 )
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 def fit(folder, recovery, *, prune=False, sparse=False):
     callback = (
-        SparsityCallback(method="magnitude", sparsity=0.5, recovery=recovery)
+        SparsePruningCallback(method="magnitude", sparsity=0.5, recovery=recovery)
         if sparse
         else TaylorImportanceCallback(pruning_ratio=0.3, criterion=Magnitude(), recovery=recovery)
     )
