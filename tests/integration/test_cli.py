@@ -189,7 +189,7 @@ def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
         (["--pruning_ratio=0.2", "--output_dir=busy"], "'busy' is not empty"),
         (["--pruning_ratio=0.2", "--output_dir=short.txt"], "is a file"),
         (["--pruning_ratio=0.2", "--config=typo.yaml"], "'modle.path' is not accepted. Did you mean 'model.path'?"),
-        (["--pruning_ratio=0.2", "--config=missing.yaml"], "does not exist"),
+        (["--pruning_ratio=0.2", "--config=missing.yaml"], "there is no such file"),
         (["--pruning_ratio=0.2", "--config=broken.yaml"], "Problems parsing config"),
         (["--pruning_ratio=0.2", "--trainer.strategy=fsdp"], "requires a GPU"),
         (["--pruning_ratio=0.2", "--trainer.precision=8"], "--trainer.precision 8: expected"),
@@ -474,7 +474,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path, monkeypatch):
     """The command in a config's header runs that config; here up to the point where models would be loaded."""
-    from hfprune.cli.launch import command_class
+    from hfprune.cli.launch import CLASSES
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
     words = header[0].removeprefix("#").split()
@@ -483,5 +483,5 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
     flags = [f"--config={path}"]
-    cli = command_class(command, flags)(command, flags)
+    cli = CLASSES[command](command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hfprune.cli import main
-from hfprune.cli.launch import command_class
+from hfprune.cli.launch import CLASSES
 from tests.helpers.models import save_tiny
 from tests.helpers.published import CONFIGS, command_of, resolved, unchecked
 
@@ -26,7 +26,7 @@ def parse(monkeypatch, tmp_path):
     unchecked(monkeypatch)
 
     def parsed(command, *flags):
-        return command_class(command, flags)(command, [*flags, f"--output_dir={tmp_path / 'out'}"])
+        return CLASSES[command](command, [*flags, f"--output_dir={tmp_path / 'out'}"])
 
     return parsed
 

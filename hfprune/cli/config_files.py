@@ -1,6 +1,10 @@
-"""Which of several values of a flag counts: the command line over files, a later budget over an earlier one."""
+"""Config files: the configs of the package by name, and the precedence of flags over files.
+
+A flag on the command line takes precedence over a file, and a later budget over an earlier one.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,6 +12,9 @@ from typing import Any
 import yaml
 
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.spelling import nearest
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 BUDGETS = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
 """Flags of which one is given."""
@@ -15,6 +22,81 @@ ALLOCATION = "importance.allocation"
 """Stands for an allocation that says itself how much goes, and so takes the place of a budget."""
 GROUPS = ("trainer", "model", "data", "importance", "sparse", "lora_prune")
 """Groups of flags, which a file of their own may hold."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the configs of the package: name (``quickstart``, ``methods/fisher``) -> file.
+
+    An installed wheel has them in ``hfprune/configs``, a checkout in ``configs`` beside the package.
+
+    >>> "quickstart" in shipped_configs()
+    True
+    """
+    installed = _PACKAGE / "configs"
+    folder = installed if installed.is_dir() else _PACKAGE.parent / "configs"
+    files = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
+def config_path(config: str) -> str:
+    """Returns the file that ``config`` names.
+
+    Args:
+        config: A YAML file, the name of a config of the package (``methods/fisher``; ``configs/`` in front and
+            ``.yaml`` behind may be there or not), or YAML text. A file takes precedence.
+
+    Raises:
+        ConfigError: There is no such file and no config of this name.
+    """
+    if Path(config).expanduser().is_file():
+        return str(Path(config).expanduser())
+    if _is_mapping(config):
+        return config
+    known = shipped_configs()
+    name = config.removeprefix("configs/").removesuffix(".yaml")
+    if name in known:
+        return str(known[name])
+    near = _near(name, known)
+    guess = f"Did you mean {' or '.join(repr(other) for other in near)}?" if near else "'hfprune --help' lists them."
+    raise ConfigError(f"config='{config}': there is no such file, and no config of the package has this name. {guess}")
+
+
+def with_config_paths(args: Sequence[str]) -> list[str]:
+    """Returns a command line in which each ``--config`` names a file.
+
+    Args:
+        args: The command line, without the command.
+
+    Raises:
+        ConfigError: A config is neither a file nor a name.
+    """
+    found = list(args)
+    for i, arg in enumerate(found):
+        if arg.startswith("--config="):
+            found[i] = f"--config={config_path(arg.removeprefix('--config='))}"
+        elif i and found[i - 1] == "--config":
+            found[i] = config_path(arg)
+    return found
+
+
+def _near(name: str, known: dict[str, Path]) -> list[str]:
+    """Returns the names that ``name`` may stand for: the same last part, a misspelling, or the same folder."""
+    folder, _, last = name.rpartition("/")
+    same = [other for other in known if last and other.rpartition("/")[2] == last]
+    if same:
+        return same
+    spelled = nearest(name, known)
+    ends = {other.rpartition("/")[2]: other for other in known}
+    close = [spelled] if spelled else get_close_matches(name, known, n=3, cutoff=0.75)
+    close = close or [ends[end] for end in get_close_matches(last, ends, n=3, cutoff=0.75)]
+    return close or [other for other in known if folder and other.rpartition("/")[0] == folder]
+
+
+def _is_mapping(text: str) -> bool:
+    try:
+        return isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
 
 
 def config_files(args: Sequence[str]) -> list[str]:
@@ -36,11 +118,13 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_files(args: Sequence[str]) -> None:
-    """Raises ``ConfigError`` where a file has a group of options that is none: the parser passes over these."""
+    """Raises ``ConfigError`` for groups of options that the parser ignores: without a mapping, or empty."""
     for path in config_files(args):
         for name, value in read_config(path).items():
             if name in GROUPS and not isinstance(value, Mapping | str):
                 raise ConfigError(f"--config {path}: '{name}' is {value!r}, and takes a mapping of options.")
+            if name == "lora_prune" and not value:
+                raise ConfigError(f"--config {path}: '{name}' is empty. State one of its options, such as every: 10.")
 
 
 def settled(args: Sequence[str], flags: Collection[str]) -> list[str]:
