@@ -46,7 +46,6 @@ class BaseCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
-        self.config = Namespace()
         super().__init__(
             PruningModule,
             TextDataModule,
@@ -133,7 +132,9 @@ class BaseCLI(LightningCLI):
         except HFPruneError as error:
             parser = getattr(self, "parser", None)
             flags = () if parser is None else (action.dest for action in parser_actions(parser))
-            text = with_flags(str(error), settings_of(self.config, flags, without=self.unused_groups()))
+            text = with_flags(
+                str(error), settings_of(getattr(self, "config", None), flags, without=self.unused_groups())
+            )
             if text != str(error):
                 error.args = (text,)
             raise

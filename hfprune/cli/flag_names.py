@@ -47,11 +47,13 @@ def with_flags(text: str, settings: Mapping[str, Any]) -> str:
     return _ARGUMENT.sub(replaced, text)
 
 
-def settings_of(config: Namespace, flags: Iterable[str] = (), *, without: Collection[str] = ()) -> dict[str, Any]:
+def settings_of(
+    config: Namespace | None, flags: Iterable[str] = (), *, without: Collection[str] = ()
+) -> dict[str, Any]:
     """Returns every flag of a command with its value, those of nested classes included.
 
     Args:
-        config: What was parsed, empty before that.
+        config: The parsed options, None before parsing.
         flags: Flags of the parser; None is the value of those that ``config`` does not have.
         without: Groups that the command does not use.
     """
@@ -64,13 +66,13 @@ def settings_of(config: Namespace, flags: Iterable[str] = (), *, without: Collec
 
 
 def _leaves(config: Any, flag: str) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(config).items():
+    for name, value in vars(config).items() if isinstance(config, Namespace) else ():
         inner = f"{flag}{name}"
         if not isinstance(value, Namespace):
             yield inner, value
         elif "class_path" in value:
             yield inner, value["class_path"]
-            yield from _leaves(value.get("init_args") or Namespace(), f"{inner}.")
+            yield from _leaves(value.get("init_args"), f"{inner}.")
         else:
             yield from _leaves(value, f"{inner}.")
 

@@ -251,6 +251,7 @@ def check(cases, dense, tmp_path, monkeypatch, capsys):
     return refused
 
 
+@pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")  # Lightning takes null
 def test_broken_files_are_one_line(dense, tmp_path, monkeypatch, capsys, stopped):
     """A sample of all keys of all files, each broken in one way; nothing of the output folder is touched."""
     monkeypatch.chdir(tmp_path)
@@ -258,6 +259,7 @@ def test_broken_files_are_one_line(dense, tmp_path, monkeypatch, capsys, stopped
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")
 def test_every_key_broken_in_every_way_is_one_line(dense, tmp_path, monkeypatch, capsys, stopped):
     monkeypatch.chdir(tmp_path)
     assert check(MUTATIONS, dense, tmp_path, monkeypatch, capsys) > len(MUTATIONS) // 2
