@@ -26,7 +26,7 @@ _MEANT = {
     "output": ("output_dir", "out", "output_path", "output_file"),
     "data.calibration": ("calibration_data", "calibration_dataset", "calib_data", "dataset"),
 }
-"""Flag -> names that other tools give it. What a name means counts here, not how it is spelled."""
+"""Flag -> names of the same option in other tools."""
 
 
 def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
@@ -34,8 +34,8 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     text = " ".join(str(error).split())
     if "cannot represent an object" in text:  # an enumeration among the defaults of a class
         return (
-            "A class that was given has a default which no file of options can hold, as Timer has: give it in Python. "
-            "For a limit of time there is --trainer.max_time."
+            "A class has a default that no config file can hold (Timer has one): use it in Python. "
+            "--trainer.max_time limits the time."
         )
     known = {name.lstrip("-") for action in parser_actions(parser) for name in (*action.option_strings, action.dest)}
     for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
@@ -93,7 +93,7 @@ def _guess(*near: str | None) -> str:
 
 
 def _of_class(text: str) -> str | None:
-    """Returns what is wrong with the options of a class, of the innermost one that is at fault."""
+    """Returns the error in the options of a class, of the innermost class that has one."""
     key = re.search(r'Parser key "([\w.]+)"', text)
     ends = " - Expected a | - Problem with | - Not a valid | - Import path |$"
     found = re.findall(rf"Problem with given class_path '([\w.]+)': (.*?)(?={ends})", text)
@@ -122,12 +122,12 @@ def _of_value(text: str) -> str | None:
         return f"--{value[1]} {class_path_of(value[3])}: {failed}"
     extra = _besideclass_path_of(value[3])
     if extra:
-        return f"--{value[1]}: '{extra}' is not accepted beside class_path: options of the class stand in init_args."
+        return f"--{value[1]}: '{extra}' is not accepted next to class_path: options of the class belong in init_args."
     return f"--{value[1]} {value[3]}: expected {_kinds(value[2])}."
 
 
 def _of_group(text: str) -> str | None:
-    """Returns which flag was meant where a model is given in the place of a file of options."""
+    """Returns the flag for a model that was given in place of a config file."""
     found = re.match(r"""Parser key "model": Unable to load config ['"]([^'"]*)['"]""", text)
     return f"--model takes a YAML file of options: give --model.path {found[1]}." if found else None
 
@@ -184,7 +184,7 @@ def class_path_of(value: str) -> str:
 
 
 def _besideclass_path_of(value: str) -> str | None:
-    """Returns a key that stands beside ``class_path`` and has no place there."""
+    """Returns a key next to ``class_path`` that is not allowed there."""
     try:
         given = ast.literal_eval(value)
     except (ValueError, SyntaxError):

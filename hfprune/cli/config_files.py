@@ -17,11 +17,11 @@ from hfprune.utils.spelling import nearest
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 BUDGETS = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
-"""Flags of which one is given."""
+"""Flags of which exactly one is given."""
 ALLOCATION = "importance.allocation"
-"""Stands for an allocation that says itself how much goes, and so takes the place of a budget."""
+"""An allocation that sets the number of units itself, and so replaces a budget."""
 GROUPS = ("trainer", "model", "data", "importance", "sparse", "lora_prune")
-"""Groups of flags, which a file of their own may hold."""
+"""Groups of flags; each may have a file of its own."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -107,7 +107,7 @@ def config_files(args: Sequence[str]) -> list[str]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Returns what a YAML file holds; nothing where it cannot be read: what is wrong with it, the parser says."""
+    """Returns the options in a YAML file, empty if it cannot be read: the parser reports the reason."""
     if not Path(path).is_file():
         return {}
     try:
@@ -128,11 +128,11 @@ def check_files(args: Sequence[str]) -> None:
 
 
 def settled(args: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Returns the arguments in an order in which what is said on the command line counts, with one budget left.
+    """Returns the arguments in the order of their precedence, with one budget.
 
-    Values of files come first: of ``--config``, then of a group's own file. A budget on the command line takes the
-    place of a file's, and a later file's that of an earlier one. Two budgets of one source are left for the parser to
-    refuse.
+    Later arguments win: files of ``--config`` come first, then files of a group, then flags. A budget on the command
+    line replaces that of a file, and a later file that of an earlier one. Two budgets of one source are left for the
+    parser to refuse.
 
     Args:
         args: The command line.
@@ -187,7 +187,7 @@ def _of_flags(args: Sequence[str]) -> set[str]:
 
 
 def _spends(allocation: Any) -> bool:
-    """Returns whether an allocation, as YAML writes it, says itself how much goes."""
+    """Returns whether an allocation, as written in YAML, sets the number of units itself."""
     if isinstance(allocation, str):
         return allocation.rpartition(".")[2] == "Explicit"
     if not isinstance(allocation, Mapping):

@@ -20,10 +20,10 @@ from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import tidy, write_text
 
 ENDS = ("--trainer.max_steps", "--trainer.max_time")
-"""Flags that ended a run, which the command that goes on with it should not have."""
+"""Flags that ended a run: the command that continues it is shown without them."""
 
 STAGES = ("dense/", "pruned/", "recovered/")
-"""Columns of figures that are logged again when a run has ended."""
+"""Prefixes of the columns that are logged again at the end of a run."""
 
 _log = logging.getLogger("hfprune")
 
@@ -73,7 +73,7 @@ def where(path: str) -> str:
 
 
 def how_to_resume(folder: Path) -> str | None:
-    """Returns the command that goes on from the newest checkpoint in ``folder``, None where there is none."""
+    """Returns the command that continues from the newest checkpoint in ``folder``, None where there is none."""
     found = newest(folder)
     if found is None:
         return None
@@ -95,7 +95,7 @@ def _command() -> str:
 
 
 def check_unfinished(out: Path) -> None:
-    """Raises ``ConfigError`` for a folder that holds a run which was not finished: it says how to go on with it."""
+    """Raises ``ConfigError`` for a folder with an unfinished run; the message says how to continue it."""
     advice = how_to_resume(out / CHECKPOINT_FOLDER)
     if advice is not None and not (out / REPORT_FILE).exists():
         raise ConfigError(
