@@ -4,7 +4,6 @@ Public names are loaded at first use, so that importing the package (and ``hfpru
 """
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from hfprune import _moved
@@ -93,13 +92,6 @@ __all__ = [
     "save",
     "score",
 ]
-
-
-_logger = logging.getLogger("hfprune")
-if not logging.root.hasHandlers():  # as Lightning does: messages show in a script that configures no logging
-    _logger.addHandler(logging.StreamHandler())
-    _logger.setLevel(logging.INFO)
-    _logger.propagate = False
 
 
 def __getattr__(name: str) -> Any:

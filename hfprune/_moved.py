@@ -151,12 +151,6 @@ NAMES = {
         "warn": "hfprune.callbacks.communicator.warn",
     },
     "hfprune.commands": {},
-    "hfprune.commands.lora_prune": {
-        "FLAGS": "hfprune.cli.run.LORA_PRUNE_FLAGS",
-    },
-    "hfprune.commands.sparse": {
-        "FLAGS": "hfprune.cli.run.SPARSE_FLAGS",
-    },
     "hfprune.data.layouts": {
         "Layout": "hfprune.data.formats.RowFormat",
     },

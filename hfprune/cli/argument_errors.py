@@ -1,6 +1,7 @@
 """One-line errors of the argument parser: the flag, the reason and the nearest valid name."""
 
 import ast
+import importlib
 import inspect
 import re
 import sys
@@ -12,6 +13,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.criteria import Criterion
+from hfprune.utils.compat import parser_actions
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
 
@@ -24,7 +26,7 @@ _MEANT = {
     "output": ("output_dir", "out", "output_path", "output_file"),
     "data.calibration": ("calibration_data", "calibration_dataset", "calib_data", "dataset"),
 }
-"""Flag -> names that other tools give it. What a name means counts here, not how it is spelled."""
+"""Flag -> names of the same option in other tools."""
 
 
 def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
@@ -32,13 +34,13 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     text = " ".join(str(error).split())
     if "cannot represent an object" in text:  # an enumeration among the defaults of a class
         return (
-            "A class that was given has a default which no file of options can hold, as Timer has: give it in Python. "
-            "For a limit of time there is --trainer.max_time."
+            "A class has a default that no config file can hold (Timer has one): use it in Python. "
+            "--trainer.max_time limits the time."
         )
-    known = {name.lstrip("-") for action in parser._actions for name in (*action.option_strings, action.dest)}
+    known = {name.lstrip("-") for action in parser_actions(parser) for name in (*action.option_strings, action.dest)}
     for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
         if (unknown := re.search(pattern, text)) and "class_path" not in text:
-            return text + _guess(meant(unknown[1], known))
+            return text + _guess(*meant(unknown[1], known))
     return _of_class(text) or _of_value(text) or _of_group(text) or text
 
 
@@ -65,42 +67,44 @@ def not_built(error: Exception, cause: BaseException) -> str:
     return f"{name} cannot be built: {' '.join(lines[0].split())}{' ' + hint if hint else ''}"
 
 
-def meant(name: str, known: set[str]) -> str | None:
-    """Returns the flag that an unknown one stands for, None where it may be any of several.
+def meant(name: str, known: set[str]) -> list[str]:
+    """Returns the flags that an unknown one may stand for, the most likely first and at most three.
 
-    A misspelling, another tool's name, or the last part of one dotted flag.
+    A misspelling, another tool's name, or the last part of a dotted flag.
 
-    >>> meant("ratio", {"pruning_ratio", "mlp_ratio"}), meant("units", {"importance.units", "seed"})
-    ('pruning_ratio', 'importance.units')
+    >>> meant("ratio", {"pruning_ratio", "mlp_ratio"}), meant("units", {"importance.units", "lora_prune.units", "seed"})
+    (['pruning_ratio'], ['importance.units', 'lora_prune.units'])
     """
     plain = name.replace("-", "_")
     for flag, others in _MEANT.items():
         if plain in others and flag in known:
-            return flag
-    tails = sorted(flag for flag in known if flag.endswith(f".{plain}"))
+            return [flag]
+    tails = sorted((flag.count("."), flag) for flag in known if flag.endswith(f".{plain}"))
     if tails:
-        short = [flag for flag in tails if flag.count(".") == tails[0].count(".")]
-        return tails[0] if len(tails) == 1 or (len(short) == 1 and tails[0] in short) else None
-    return nearest(plain, known)
+        short = [flag for dots, flag in tails if dots == tails[0][0]]
+        return short if len(short) <= 3 else []
+    near = nearest(plain, known)
+    return [near] if near else []
 
 
-def _guess(near: str | None) -> str:
-    return f". Did you mean '{near}'?" if near else ""
+def _guess(*near: str | None) -> str:
+    names = " or ".join(f"'{name}'" for name in near if name)
+    return f". Did you mean {names}?" if names else ""
 
 
 def _of_class(text: str) -> str | None:
-    """Returns what is wrong with the options of a class, of the innermost one that is at fault."""
+    """Returns the error in the options of a class, of the innermost class that has one."""
     key = re.search(r'Parser key "([\w.]+)"', text)
     ends = " - Expected a | - Problem with | - Not a valid | - Import path |$"
     found = re.findall(rf"Problem with given class_path '([\w.]+)': (.*?)(?={ends})", text)
     if key is None or not found:
         return None
     path, reason = found[-1]
+    if failed := import_error(path):
+        return f"--{key[1]} {path}: {failed}"
     name = path.rpartition(".")[2]
     if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted", reason):
         return f"--{key[1]}: {name} has no option '{option[1]}'" + _guess(nearest(option[1], _options(path)))
-    if re.search(r"has no attribute '\w+'$", reason) and reason.startswith("module "):
-        return f"--{key[1]} {path}: there is no such class" + _guess(nearest(name, _concrete(Criterion)))
     if re.fullmatch(r"'\w+' object has no attribute '\w+'", reason):
         reason = "init_args is not a mapping of options"
     if wrong := re.match(r'Parser key "([\w.]+)": (.*)', reason):
@@ -114,14 +118,16 @@ def _of_value(text: str) -> str | None:
     if value is None:
         plain = re.fullmatch(r'Parser key "([\w.]+)": (Expected a .*)', text)
         return f"--{plain[1]} {_short(plain[2])}" if plain else None
-    extra = _beside_class_path(value[3])
+    if failed := import_error(class_path_of(value[3])):
+        return f"--{value[1]} {class_path_of(value[3])}: {failed}"
+    extra = _besideclass_path_of(value[3])
     if extra:
-        return f"--{value[1]}: '{extra}' is not accepted beside class_path: options of the class stand in init_args."
+        return f"--{value[1]}: '{extra}' is not accepted next to class_path: options of the class belong in init_args."
     return f"--{value[1]} {value[3]}: expected {_kinds(value[2])}."
 
 
 def _of_group(text: str) -> str | None:
-    """Returns which flag was meant where a model is given in the place of a file of options."""
+    """Returns the flag for a model that was given in place of a config file."""
     found = re.match(r"""Parser key "model": Unable to load config ['"]([^'"]*)['"]""", text)
     return f"--model takes a YAML file of options: give --model.path {found[1]}." if found else None
 
@@ -146,8 +152,39 @@ def _kinds(listed: str) -> str:
     return " or ".join({"Sequence": "a list"}.get(kind, kind) for kind in kinds) or listed.removeprefix("typing.")
 
 
-def _beside_class_path(value: str) -> str | None:
-    """Returns a key that stands beside ``class_path`` and has no place there."""
+def import_error(path: str) -> str | None:
+    """Returns why a class cannot be imported, None for a class that can and for a name without a module.
+
+    >>> import_error("hfprune.criteria.Magnitude"), import_error("Magnitude")
+    (None, None)
+    >>> import_error("no_such_project.MyCriterion")
+    "there is no module 'no_such_project' in the current folder or among the installed packages"
+    """
+    module, _, name = path.rpartition(".")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
+        return None
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return f"there is no module '{error.name}' in the current folder or among the installed packages"
+        return f"'{module}' cannot be imported: {error}"
+    except Exception as error:  # importing runs the user's code
+        return f"'{module}' cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    if hasattr(found, name):
+        return None
+    classes = {other for other, value in vars(found).items() if inspect.isclass(value)}
+    return "there is no such class" + _guess(nearest(name, classes))
+
+
+def class_path_of(value: str) -> str:
+    """Returns the class that a value names: by its path alone, or as ``class_path`` of a mapping."""
+    stated = re.search(r"class_path['\"]?\s*[:=]\s*['\"]?([\w.]+)", value)
+    return stated[1] if stated else value
+
+
+def _besideclass_path_of(value: str) -> str | None:
+    """Returns a key next to ``class_path`` that is not allowed there."""
     try:
         given = ast.literal_eval(value)
     except (ValueError, SyntaxError):

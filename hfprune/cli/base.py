@@ -1,15 +1,19 @@
-"""What every command's parser has, and errors in one line."""
+"""Base class of the commands: the common parser, and errors in one line that name flags."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from hfprune.cli.argument_errors import check_nulls, first_cause, not_built, one_line, refused
-from hfprune.cli.precedence import check_files, settled
+from hfprune.cli.config_files import check_files, settled, with_config_paths
+from hfprune.cli.flag_names import settings_of, with_flags
 from hfprune.data import TextDataModule
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
+from hfprune.utils.compat import parser_actions
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import user_path
 
@@ -21,13 +25,24 @@ _PATHS: tuple[str, ...] = (
     "dense",
     "dense_cache",
     "output",
+    "trainer.default_root_dir",
 )
-_PATHS += ("trainer.default_root_dir",)
-"""Flags that name files or folders outside ``--data``: a leading ``~`` is the home folder, in YAML, too."""
+"""Flags outside ``--data`` that name files or folders: a leading ``~`` is the home folder, in YAML as well."""
 
 
 class BaseCLI(LightningCLI):
-    """A LightningCLI for one command: a flat parser, classes built, nothing run."""
+    """A LightningCLI for one command: a flat parser without subcommands; classes are instantiated, nothing is run.
+
+    Args:
+        command: Name of the command.
+        args: The command line without it.
+
+    Raises:
+        ConfigError: The command line cannot be used as given.
+    """
+
+    given: Namespace
+    """What the command line and its files give, without defaults."""
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
@@ -53,20 +68,21 @@ class BaseCLI(LightningCLI):
         raise NotImplementedError
 
     def advice(self) -> str | None:
-        """Returns what to do after an interruption, None where there is nothing to say."""
+        """Returns what to do after an interruption, None by default."""
         return None
 
     def instantiate_classes(self) -> None:
         """Builds the classes; raises ``ConfigError`` in one line where one cannot be built as given."""
-        try:
-            super().instantiate_classes()
-        except HFPruneError:
-            raise
-        except Exception as error:  # classes of the command line may be anybody's
-            cause = first_cause(error)
-            if isinstance(cause, HFPruneError):
-                raise cause from error
-            raise ConfigError(refused(str(error)) or not_built(error, cause)) from error
+        with self.naming_flags():
+            try:
+                super().instantiate_classes()
+            except HFPruneError:
+                raise
+            except Exception as error:  # classes of the command line may be anybody's
+                cause = first_cause(error)
+                if isinstance(cause, HFPruneError):
+                    raise cause from error
+                raise ConfigError(refused(str(error)) or not_built(error, cause)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
         """Builds the trainer; raises ``ConfigError`` in one line where Lightning refuses a flag or the environment."""
@@ -91,17 +107,41 @@ class BaseCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` alone; raises ``ConfigError`` in one line for what the parser refuses."""
-        check_files(args)
-        try:
-            self.config = parser.parse_args(settled(args, {action.dest for action in parser._actions}))
-        except ArgumentError as error:
-            raise ConfigError(one_line(error, parser)) from error
-        for name in _PATHS:
-            if isinstance(value := self.config.get(name), str):
-                self.config[name] = user_path(value, f"--{name}")
-        plain = {action.dest: action.default for action in parser._actions if "." not in action.dest}
+        actions = parser_actions(parser)
+        with self.naming_flags():
+            args = with_config_paths(args)
+            check_files(args)
+            args = settled(args, {action.dest for action in actions})
+            try:
+                self.config = parser.parse_args(args)
+                self.given = parser.parse_args(args, defaults=False)
+            except ArgumentError as error:
+                raise ConfigError(one_line(error, parser)) from error
+            for name in _PATHS:
+                if isinstance(value := self.config.get(name), str):
+                    self.config[name] = user_path(value, name)
+        plain = {action.dest: action.default for action in actions if "." not in action.dest}
         plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
         check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})
+
+    @contextmanager
+    def naming_flags(self) -> Iterator[None]:
+        """Lets errors of the library name the flags of this command in place of Python arguments."""
+        try:
+            yield
+        except HFPruneError as error:
+            parser = getattr(self, "parser", None)
+            flags = () if parser is None else (action.dest for action in parser_actions(parser))
+            text = with_flags(
+                str(error), settings_of(getattr(self, "config", None), flags, without=self.unused_groups())
+            )
+            if text != str(error):
+                error.args = (text,)
+            raise
+
+    def unused_groups(self) -> set[str]:
+        """Returns the groups of options that this run does not use."""
+        return set()
 
     def classes(self) -> dict[str, type[Any]]:
         """Returns the classes that take the groups of options."""

@@ -1,10 +1,13 @@
 """The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
 
+import logging
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from hfprune.cli.configs import shipped_configs
+from hfprune.cli.config_files import shipped_configs
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -72,7 +75,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> None:
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
-    launch(command, args)
+    with _messages(), _current_folder():
+        launch(command, args)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Prints the messages of hfprune to stderr, unless the process has configured logging itself."""
+    logger = logging.getLogger("hfprune")
+    if logging.root.hasHandlers() or logger.handlers:
+        yield
+        return
+    handler, level, propagate = logging.StreamHandler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Lets ``class_path: my_project.MyCriterion`` name a class in the current folder, after installed packages."""
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _unknown(command: str) -> str:

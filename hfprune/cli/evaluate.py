@@ -1,4 +1,4 @@
-"""``evaluate``, and the flags of zero-shot tasks."""
+"""``hfprune evaluate``, and the flags of zero-shot tasks."""
 
 from typing import cast
 
@@ -12,10 +12,10 @@ from hfprune.utils.errors import ConfigError
 
 
 class EvaluateCLI(BaseCLI):
-    """``evaluate``."""
+    """Command ``evaluate``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what ``PruneTrainer.evaluate`` and ``ZeroShotTasks`` take; a pruned model is welcome here."""
+        """Adds the arguments of ``PruneTrainer.evaluate`` and ``ZeroShotTasks``; the model may be a pruned one."""
         parser.add_argument("--dense", type=str | None, default=None, help="dense model to compare with")
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="Lightning checkpoint of --model.path to measure"
@@ -52,20 +52,20 @@ def add_task_arguments(parser: LightningArgumentParser) -> None:
         default=None,
         help="lm-eval tasks, separated by commas; paper10, llmpruner7 and zpruner5 are the papers' lists",
     )
-    parser.add_argument("--limit", type=int | None, default=None, help="items per task: the first so many")
+    parser.add_argument("--limit", type=int | None, default=None, help="number of items per task, the first ones")
     parser.add_argument(
-        "--num_fewshot", type=int | None, default=None, help="examples in the prompt (default: what each task says)"
+        "--num_fewshot", type=int | None, default=None, help="examples in the prompt (default: each task's own number)"
     )
     parser.add_argument(
         "--task_data", type=str | None, default=None, help="folder of released data sets, for offline use"
     )
-    parser.add_argument("--include_path", type=str | None, default=None, help="folder of task files of your own")
+    parser.add_argument("--include_path", type=str | None, default=None, help="folder of your own task files")
     parser.add_argument("--task_batch_size", type=int, default=8, help="requests per forward pass")
     parser.add_argument(
         "--share_prefixes",
         type=bool | None,
         default=None,
-        help="run what answers share once; false: lm-eval's own model class (default: share on the CPU)",
+        help="compute the shared prefix of answers once; false: lm-eval's own model class (default: share on the CPU)",
     )
 
 

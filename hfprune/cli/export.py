@@ -1,4 +1,4 @@
-"""``export``."""
+"""``hfprune export``: a model that hfprune wrote, in another layout."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
         type=str,
         default="uniform",
         help="how the model is written: uniform (loads anywhere; the same number of units in every layer), per_layer "
-        "(loads with hfprune), padded (loads anywhere; narrower layers are filled up with zeros), bitmask (by export "
-        "alone; loads with hfprune; zeros of sparse models take no space)",
+        "(loads with hfprune), padded (loads anywhere; narrower layers are padded with zeros), bitmask (only "
+        "with export; loads with hfprune; zeros of sparse models take no space)",
     )
 
 
 class ExportCLI(BaseCLI):
-    """``export``: a model that hfprune wrote, in another layout."""
+    """Command ``export``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the layout and the output folder; a pruned model is what is wanted here."""
+        """Adds the layout and the output folder; the model is a pruned one."""
         parser.add_argument("--output_dir", type=str, required=True, help="receives config, weights, tokenizer, plan")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace what is there")
         add_layout_argument(parser)
@@ -41,7 +41,7 @@ class ExportCLI(BaseCLI):
         module, layout, target = self.model, self.config.layout, Path(self.config.output_dir)
         plan = previous_plan(module.path)
         if plan is None:
-            raise ConfigError(f"--model.path '{module.path}' has no plan.json: it is no model that hfprune wrote.")
+            raise ConfigError(f"--model.path '{module.path}' has no plan.json: hfprune did not write this model.")
         check_apart(target, {"model.path": module.path}, names=None)
         module.check_loadable()
         LAYOUTS.get(layout).check(module.meta_model())

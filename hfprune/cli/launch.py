@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from hfprune.cli.base import BaseCLI
-from hfprune.cli.configs import with_config_paths
 from hfprune.cli.evaluate import EvaluateCLI
 from hfprune.cli.export import ExportCLI
-from hfprune.cli.run import LORA_PRUNE_FLAGS, SPARSE_FLAGS, LoraPruneCLI, RunCLI, SparseCLI, asks_for
+from hfprune.cli.run import RunCLI
 from hfprune.cli.sweep import SweepCLI
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, HFPruneError
 
 CLASSES: dict[str, type[BaseCLI]] = {
     "fit": RunCLI,
@@ -31,48 +30,43 @@ CLASSES: dict[str, type[BaseCLI]] = {
 """Command -> its LightningCLI."""
 
 
-def command_class(command: str, args: Sequence[str]) -> type[BaseCLI]:
-    """Returns the LightningCLI of ``command``; ``fit`` and ``prune`` have others for methods of another kind."""
-    if command in ("fit", "prune") and asks_for(args, SPARSE_FLAGS):
-        return SparseCLI
-    if command == "fit" and asks_for(args, LORA_PRUNE_FLAGS):
-        return LoraPruneCLI
-    return CLASSES[command]
-
-
 def launch(command: str, args: list[str]) -> None:
     """Parses ``args`` for ``command`` and runs it.
 
     Raises:
         HFPruneError: Bad input, in one line; Lightning's own complaints included.
     """
-    if not sys.warnoptions:
-        _quieten()
     try:
-        args = with_config_paths(args)
-        cli = command_class(command, args)(command, args)
-        try:
-            with _terminable(cli):
-                cli.run()
-        except (SystemExit, KeyboardInterrupt) as error:
-            if cli.trainer.interrupted or isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(cli.advice() or "") from error  # Lightning turns Ctrl-C into exit status 1
-            raise
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits over them
+        with _quiet():
+            cli = CLASSES[command](command, args)
+            with cli.naming_flags():
+                _run(cli)
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (AttributeError, TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
-        callback = _refusing(error)
+        callback = None if isinstance(error, HFPruneError) else _refusing(error)
         if callback is None:
             raise
         raise ConfigError(f"{callback} cannot be used here: {str(error).partition('HINT:')[0]}") from error
 
 
-def _refusing(error: Exception) -> str | None:
-    """Returns the callback or logger of Lightning's that raised ``error``; None where other code did.
+def _run(cli: BaseCLI) -> None:
+    """Runs a command; an interruption says how to continue."""
+    try:
+        with _terminable(cli):
+            cli.run()
+    except (SystemExit, KeyboardInterrupt) as error:
+        if cli.trainer.interrupted or isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(cli.advice() or "") from error  # Lightning turns Ctrl-C into exit status 1
+        raise
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits with a group
 
-    Many of them find out only when they are called that a module or a run does not have what they need.
+
+def _refusing(error: Exception) -> str | None:
+    """Returns the callback or logger of Lightning that raised ``error``, None where other code did.
+
+    Many of them check only when they are called whether a module or a run has what they need.
     """
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -86,7 +80,7 @@ def _refusing(error: Exception) -> str | None:
 
 @contextmanager
 def _terminable(cli: BaseCLI) -> Iterator[None]:
-    """Lets SIGTERM end a command as Ctrl-C does; in the training loop Lightning waits for the end of the step."""
+    """Lets SIGTERM end a command as Ctrl-C does; in the training loop Lightning completes the step first."""
 
     def stop(signum: int, frame: Any) -> None:
         if not cli.trainer.received_sigterm:
@@ -102,13 +96,27 @@ def _terminable(cli: BaseCLI) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _quieten() -> None:
-    """Hides what a user of the command line can do nothing about, and prints other warnings as one line."""
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {' '.join(str(message).split())}\n"
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
-        warnings.filterwarnings("ignore", message=text)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Prints warnings as one line and hides those that a user of the command line cannot act on.
 
-
-__all__ = ["CLASSES", "BaseCLI", "command_class"]
+    The settings of ``warnings`` and of Lightning's loggers are restored afterwards. With ``python -W`` nothing is
+    changed.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, formatwarning = [logger.level for logger in loggers], warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {' '.join(str(message).split())}\n"
+        for text in (".*does not have many workers.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
+            warnings.filterwarnings("ignore", message=text)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            warnings.formatwarning = formatwarning
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,21 +1,29 @@
-"""Which checkpoint a command goes on from, and which command goes on from a checkpoint."""
+"""Resuming a run: its checkpoint, the command that continues it, and a log that spans all attempts."""
 
+import csv
+import io
 import logging
 import shlex
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks.checkpointing import checkpoints_in
 from hfprune.io.checkpoint_record import KEY, read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, REPORT_FILE
 from hfprune.modules.resume import steps_per_epoch
 from hfprune.utils.errors import ConfigError
-from hfprune.utils.files import tidy
+from hfprune.utils.files import tidy, write_text
 
 ENDS = ("--trainer.max_steps", "--trainer.max_time")
-"""Flags that ended a run, which the command that goes on with it should not have."""
+"""Flags that ended a run: the command that continues it is shown without them."""
+
+STAGES = ("dense/", "pruned/", "recovered/")
+"""Prefixes of the columns that are logged again at the end of a run."""
 
 _log = logging.getLogger("hfprune")
 
@@ -65,7 +73,7 @@ def where(path: str) -> str:
 
 
 def how_to_resume(folder: Path) -> str | None:
-    """Returns the command that goes on from the newest checkpoint in ``folder``, None where there is none."""
+    """Returns the command that continues from the newest checkpoint in ``folder``, None where there is none."""
     found = newest(folder)
     if found is None:
         return None
@@ -87,7 +95,7 @@ def _command() -> str:
 
 
 def check_unfinished(out: Path) -> None:
-    """Raises ``ConfigError`` for a folder that holds a run which was not finished: it says how to go on with it."""
+    """Raises ``ConfigError`` for a folder with an unfinished run; the message says how to continue it."""
     advice = how_to_resume(out / CHECKPOINT_FOLDER)
     if advice is not None and not (out / REPORT_FILE).exists():
         raise ConfigError(
@@ -100,3 +108,52 @@ def planned_steps(trainer: Trainer) -> int | None:
     """Returns the optimizer's steps in all epochs of ``fit``, None where their number is not known."""
     per_epoch, epochs = steps_per_epoch(trainer), trainer.max_epochs
     return None if per_epoch is None or epochs is None or epochs < 1 else per_epoch * epochs
+
+
+class KeptCSVLogger(CSVLogger):
+    """A ``CSVLogger`` in ``FOLDER/logs`` that keeps what earlier attempts of the same run logged there.
+
+    Args:
+        folder: Of the run.
+        from_step: Step that the run is resumed from: rows of earlier steps stay, later ones are logged again. None
+            for a new run, which begins a new log.
+    """
+
+    def __init__(self, folder: str | Path, *, from_step: int | None) -> None:
+        super().__init__(folder, name="", version="logs")
+        self._from_step = from_step
+        self._earlier = from_step is not None
+
+    @property
+    def experiment(self) -> Any:
+        """The writer of ``metrics.csv``."""
+        if not self._earlier or self._from_step is None:
+            return super().experiment
+        self._earlier = False  # rows of earlier attempts are read once
+        path = Path(self.log_dir) / "metrics.csv"
+        rows = _rows(path, self._from_step) if path.is_file() else []
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+            writer = super().experiment
+        if rows:
+            keys = list(rows[0])
+            text = io.StringIO(newline="")
+            table = csv.DictWriter(text, fieldnames=keys)
+            table.writeheader()
+            table.writerows(rows)
+            write_text(path, text.getvalue())
+            writer.metrics_keys = keys
+        return writer
+
+
+def _rows(path: Path, step: int) -> list[dict[str, str]]:
+    """Returns the rows of a log that a run resumed at ``step`` does not write again."""
+    with path.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    return [
+        row
+        for row in found
+        if (row.get("step") or "").isdigit()
+        and int(row["step"]) < step
+        and not any(value and key.startswith(STAGES) for key, value in row.items())
+    ]

@@ -1,4 +1,4 @@
-"""``hfprune fit`` and ``hfprune prune``: structured, sparse and LoRA pruning."""
+"""``hfprune fit`` and ``hfprune prune``: one parser for structured, sparse and LoRA pruning."""
 
 import gc
 import logging
@@ -7,55 +7,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from hfprune.callbacks import LoraPruningCallback, ReportCallback, SparsePruningCallback, TaylorImportanceCallback
-from hfprune.callbacks.base import pruning_callbacks
+from hfprune.callbacks import PruningCallback, ReportCallback
 from hfprune.callbacks.checkpointing import OneRun, StepCheckpoint
 from hfprune.callbacks.snapshots import ONE_PROCESS, STAGE, DenseControl
 from hfprune.cli.base import BaseCLI
-from hfprune.cli.csv_logger import KeptCSVLogger
 from hfprune.cli.export import add_layout_argument
-from hfprune.cli.precedence import config_files, read_config
-from hfprune.cli.resume import check_unfinished, how_to_resume, newest, planned_steps, resume_from
+from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
+from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.io.checkpoint_record import read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
-from hfprune.recovery import LoraRecovery
-from hfprune.sparse import METHODS, SparseGPT, SparseMethod
 from hfprune.trainer import PruneTrainer
+from hfprune.utils.compat import instantiate
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import tidy
-
-
-@contextmanager
-def without_traces(folders: Sequence[Path]) -> Iterator[None]:
-    """Removes folders that were made within and are empty still, where the command is refused.
-
-    Loggers make theirs before anything is checked. Only empty folders go, and none that was there before.
-
-    Args:
-        folders: The folders, inner ones first.
-    """
-    made = [folder for folder in folders if not folder.exists()]
-    try:
-        yield
-    except HFPruneError:
-        for folder in made:
-            with suppress(OSError):  # it is not there, or something is in it
-                folder.rmdir()
-        raise
-
-
-BUDGET: dict[str, tuple[type, str]] = {
-    "pruning_ratio": (float, "share of ALL parameters to remove, in (0, 1)"),
-    "target_params": (int, "number of parameters to keep"),
-    "intermediate_size": (int, "MLP width to keep"),
-    "mlp_ratio": (float, "MLP width to keep / hidden size (the HFPrune script's flag)"),
-    "round_to": (int, "kept widths are multiples of this; 64 or 128 for fast kernels"),
-}
 
 _log = logging.getLogger("hfprune")
 
@@ -64,6 +34,10 @@ class RunCLI(BaseCLI):
     """``fit`` and ``prune``."""
 
     resumed_from: str | None = None
+    kind: Kind
+    """The kind of pruning, known after parsing."""
+    pruning: PruningCallback | None
+    """The callback that prunes."""
 
     def defaults(self) -> dict[str, Any]:
         """Returns defaults of the Trainer's arguments."""
@@ -71,41 +45,42 @@ class RunCLI(BaseCLI):
 
     def classes(self) -> dict[str, type[Any]]:
         """Returns the classes that take the groups of options."""
-        return super().classes() | {"importance": TaylorImportanceCallback}
+        return super().classes() | {kind.group: kind.callback for kind in KINDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the budget, the output folder and the importance callback."""
+        """Adds the output folder and the flags of every kind of pruning; ``fit`` has those of recovery as well."""
         parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
-        for name, (kind, text) in BUDGET.items():
-            parser.add_argument(f"--{name}", type=kind | None, default=1 if name == "round_to" else None, help=text)
-        parser.add_lightning_class_args(TaylorImportanceCallback, "importance")
-        for name in BUDGET:
-            parser.link_arguments(name, f"importance.{name}")
-        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
-        add_layout_argument(parser)
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
         )
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        add_layout_argument(parser)
+        add_kinds(parser, self.command)
         if self.command == "fit":
-            parser.set_defaults({"importance.recovery": LoraRecovery()})
-            self.add_fit_arguments(parser)
+            parser.add_argument(
+                "--recover_dense",
+                type=bool,
+                default=False,
+                help="afterwards tune the dense model on the same data as well, and add it to the report",
+            )
+            parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
+            parser.add_argument(
+                "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
+            )
 
-    def add_fit_arguments(self, parser: LightningArgumentParser) -> None:
-        """Adds what only ``fit`` has, whatever prunes."""
-        parser.add_argument(
-            "--recover_dense",
-            type=bool,
-            default=False,
-            help="afterwards tune the dense model on the same data, too, and report it beside",
-        )
-        parser.add_argument("--merge_adapters", type=bool, default=True, help="merge the LoRA adapters at export")
-        parser.add_argument(
-            "--checkpoint_steps", type=PositiveInt, default=100, help="steps of recovery between checkpoints"
-        )
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses ``args`` and selects the kind of pruning that they ask for."""
+        super().parse_arguments(parser, args)
+        self.kind = selected(self.given, self.command)
+
+    def unused_groups(self) -> set[str]:
+        """Returns the groups of options that this run does not use."""
+        chosen = getattr(self, "kind", None)
+        return {kind.group for kind in KINDS if chosen not in (kind, None)}
 
     def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
-        """Builds the trainer with the report and, for ``fit``, checkpoints in the output folder."""
+        """Builds the trainer with the pruning callback, the report and checkpoints in the output folder."""
         config: Namespace = self.config
         out = Path(config.output_dir)
         if config.trainer.barebones:
@@ -114,7 +89,8 @@ class RunCLI(BaseCLI):
                 "not run in it. Leave it out."
             )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
-        callbacks: list[Any] = [self.report(out)]
+        self.pruning = self.kind.build(self.config_init)
+        callbacks: list[Any] = [self.pruning, self.report(out)]
         self.resumed_from = resume_from(config.ckpt_path, folder)
         if config.trainer.enable_checkpointing is not False:
             callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
@@ -134,30 +110,40 @@ class RunCLI(BaseCLI):
             trainer.callbacks[:0] = of_run  # type: ignore[attr-defined]
         return trainer
 
-    def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
+    def report(self, out: Path) -> ReportCallback:
         """Returns the callback that measures, exports and reports into ``out``.
 
         Raises:
             ConfigError: The folder holds results, or checkpoints of a run that could go on.
         """
         config: Namespace = self.config
-        if not overwrite and not config.overwrite and config.ckpt_path is None:
+        overwrite = config.overwrite
+        if self.kind is SPARSE:
+            self._check_zeros()
+            overwrite = overwrite or _holds_layers_only(out)
+        if not overwrite and config.ckpt_path is None:
             check_unfinished(out)
         return ReportCallback(
             str(out),
-            overwrite=overwrite or config.overwrite or config.ckpt_path is not None,
+            overwrite=overwrite or config.ckpt_path is not None,
             latency=config.latency,
             merge_adapters=config.get("merge_adapters", True),
-            layout=config.get("layout", "uniform"),
+            layout=config.layout,
             config=self.plain_config(),
         )
 
-    def plain_config(self) -> dict[str, Any]:
-        """Returns the configuration as plain data."""
-        import yaml
+    def _check_zeros(self) -> None:
+        """Raises ``ConfigError`` for adapters that are not merged into weights whose zeros stay."""
+        if not self.config.get("merge_adapters", True) and self.config.sparse.keep_zeros:
+            raise ConfigError(
+                "--merge_adapters false keeps adapters that would fill the zeros: give --sparse.keep_zeros false, or "
+                "merge them."
+            )
 
-        dumped: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, format="yaml", skip_link_targets=False))
-        return dumped
+    def plain_config(self) -> dict[str, Any]:
+        """Returns the configuration as plain data, without the options of the other kinds of pruning."""
+        dumped: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        return {name: value for name, value in dumped.items() if name not in self.unused_groups()}
 
     def run(self) -> None:
         """Runs the command."""
@@ -167,18 +153,18 @@ class RunCLI(BaseCLI):
         else:
             self._check_control()
             out = Path(self.config.output_dir)
-            with without_traces([out / "logs", out]):
+            with _without_traces([out / "logs", out]):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resumed_from)
             if self.config.recover_dense:
                 self._recover_dense()
-            self._tell_next()
+            self._log_next()
 
     def advice(self) -> str | None:
-        """Returns which command goes on with a run that was interrupted; None where there is nothing to go on from."""
+        """Returns the command that continues an interrupted run, None without a checkpoint."""
         return how_to_resume(Path(self.config.output_dir) / CHECKPOINT_FOLDER)
 
-    def _tell_next(self) -> None:
-        """Says how to train on: a run that ended within its schedule has more to do."""
+    def _log_next(self) -> None:
+        """Logs how to continue the recovery: a run that ended within its schedule has steps left."""
         schedule = getattr(self.model, "schedule", None)
         advice = self.advice()
         trainer = self.trainer
@@ -191,19 +177,19 @@ class RunCLI(BaseCLI):
             _log.info("To train on, give more --trainer.max_epochs. %s", advice)
 
     def _check_control(self) -> None:
-        """Raises ``ConfigError`` where the dense model cannot be tuned beside, before anything is run."""
+        """Raises ``ConfigError`` where ``--recover_dense`` cannot be served, before anything is run."""
         if not self.config.recover_dense:
             return
         if self.trainer.world_size > 1:
             raise ConfigError(ONE_PROCESS)
-        modes = [callback.recovery_mode.word for callback in pruning_callbacks(self.trainer)]
-        if self.trainer.limit_train_batches == 0 or "none" in modes:
+        assert self.pruning is not None
+        if self.trainer.limit_train_batches == 0 or self.pruning.recovery_mode.word == "none":
             raise ConfigError("--recover_dense tunes the dense model on the recovery data; there is no recovery here.")
         distillation = self.model.distillation
         if distillation is not None and distillation.alpha == 1:
             raise ConfigError(
-                "--recover_dense with --model.distillation would let the dense model follow its own predictions, which "
-                "changes nothing. Leave it out, or give --model.distillation.alpha < 1."
+                "--recover_dense with --model.distillation trains the dense model on its own predictions, which "
+                "changes nothing. Remove it, or give --model.distillation.alpha < 1."
             )
 
     def _recover_dense(self) -> None:
@@ -211,23 +197,23 @@ class RunCLI(BaseCLI):
         config: Namespace = self.config
         callbacks = cast(Any, self.trainer).callbacks
         report = next(c for c in callbacks if isinstance(c, ReportCallback))
-        adapters = pruning_callbacks(self.trainer)[0].recovery
-        trainable = self.model.trainable
+        assert self.pruning is not None
+        adapters, trainable = self.pruning.recovery, self.model.trainable
+        self.pruning = None
         del callbacks  # they hold the pruned model
         seed_everything(self.model.run_seed, workers=True, verbose=False)
         folder = Path(config.output_dir) / CHECKPOINT_FOLDER / DENSE_CHECKPOINTS
         if config.ckpt_path is None:
             for path in folder.glob("*.ckpt"):
                 path.unlink()
-        # settings, data and seed are read anew
-        self.config_init = again = self.parser.instantiate_classes(config)
+        # new objects: the first run has changed the state of module and data
+        self.config_init = again = instantiate(self.parser, config)
         self.model, self.datamodule = again.model, again.data
         self.model.trainable = trainable
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         saving = step_checkpoint(folder, config.checkpoint_steps, save_last="link")
         self.trainer_defaults["callbacks"] = [control, saving]
-        settings = dict(again.trainer) | {"logger": False}
-        self.trainer = self._instantiate_trainer(settings, [])
+        self.trainer = super().instantiate_trainer(logger=False)
         gc.collect()  # the pruned model and its optimizer go before the dense model comes
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=newest(folder))
         _warn_if_unequal(report, control.figures)
@@ -241,105 +227,40 @@ def step_checkpoint(folder: Path, steps: int, **kwargs: Any) -> StepCheckpoint:
 
 
 def _warn_if_unequal(report: ReportCallback, control: dict[str, Any]) -> None:
-    """Says in the report where dense and pruned model were not tuned alike: one of them was stopped by something."""
+    """Adds a warning to the report when the dense and the recovered model took different numbers of steps or tokens."""
     recovered = report.stages.get("recovered", {})
     for name in ("optimizer_steps", "supervised_tokens"):
-        ours, theirs = recovered.get(name, 0), control[name]
-        if ours != theirs:
+        of_recovered, of_dense = recovered.get(name, 0), control[name]
+        if of_recovered != of_dense:
             text = (
-                f"{STAGE} is no control of recovered: {theirs:,} {name.replace('_', ' ')} against {ours:,}. Something "
-                "other than the data has ended one of them, --trainer.max_time or early stopping."
+                f"{STAGE} is not comparable with recovered: {of_dense:,} {name.replace('_', ' ')}, the recovered model "
+                f"{of_recovered:,}. One of the runs was stopped early (--trainer.max_time or early stopping)."
             )
             report.measured.warnings.append(text)
-            logging.getLogger("hfprune").warning(text)
+            _log.warning(text)
             return
 
 
-SPARSE_FLAGS = ("method", "sparsity")
+def _holds_layers_only(out: Path) -> bool:
+    """Returns whether a folder holds nothing but the finished layers of a sparse run, which a new run continues."""
+    tidy(out)
+    return out.is_dir() and {path.name for path in out.iterdir()} <= {STATE_FOLDER, CHECKPOINT_FOLDER}
 
 
-def asks_for(args: Sequence[str], flags: Sequence[str]) -> bool:
-    """Returns whether flags of a kind are among ``args``, or in a YAML file that these name."""
-    names = [arg.removeprefix("--").split("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
-    return any(name in flags for name in (*names, *(key for path in config_files(args) for key in read_config(path))))
+@contextmanager
+def _without_traces(folders: Sequence[Path]) -> Iterator[None]:
+    """Removes the empty folders that a refused command has created: loggers create theirs before anything is checked.
 
+    Folders that existed before, and folders with files, are kept.
 
-class SparseCLI(RunCLI):
-    """``fit`` and ``prune`` with a sparse method."""
-
-    def classes(self) -> dict[str, type[Any]]:
-        """Returns the classes that take the groups of options."""
-        return super().classes() | {"sparse": SparsePruningCallback}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the method, the output folder and the sparsity callback."""
-        parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
-        names = f"a name ({', '.join(METHODS)}), or a class of hfprune.sparse with options of its own"
-        parser.add_argument("--method", type=SparseMethod | str, required=True, help=names)
-        parser.add_argument(
-            "--sparsity", type=str | float, required=True, help="share of zeros (0.5), or n zeros in every m (2:4)"
-        )
-        parser.add_argument(
-            "--update", type=SparseGPT | str | None, default=None, help="sparsegpt: what stays makes up for what goes"
-        )
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
-        )
-        parser.add_lightning_class_args(SparsePruningCallback, "sparse")
-        for name in ("method", "sparsity", "update"):
-            parser.link_arguments(name, f"sparse.{name}")
-        parser.link_arguments("output_dir", "sparse.state_dir", compute_fn=_state_dir)
-        parser.link_arguments(("overwrite", "ckpt_path"), "sparse.fresh", compute_fn=_fresh)
-        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
-        if self.command == "fit":
-            parser.set_defaults({"sparse.recovery": LoraRecovery()})
-            self.add_fit_arguments(parser)
-
-    def report(self, out: Path, *, overwrite: bool = False) -> ReportCallback:
-        """Returns the report; a folder that holds nothing but finished layers is one to go on in."""
-        config = self.config
-        if not config.get("merge_adapters", True) and config.sparse.keep_zeros:
-            raise ConfigError(
-                "--merge_adapters false keeps adapters that would fill the zeros: give --sparse.keep_zeros false, or "
-                "merge them."
-            )
-        tidy(out)
-        going_on = out.is_dir() and {path.name for path in out.iterdir()} <= {STATE_FOLDER, CHECKPOINT_FOLDER}
-        return super().report(out, overwrite=overwrite or going_on)
-
-
-def _state_dir(output_dir: str) -> str:
-    return str(Path(output_dir) / STATE_FOLDER)
-
-
-def _fresh(overwrite: bool, ckpt_path: str | None) -> bool:
-    """Returns whether finished layers are dropped: a run that is resumed goes on behind them."""
-    return overwrite and ckpt_path is None
-
-
-LORA_PRUNE_FLAGS = ("lora_prune",)
-
-
-class LoraPruneCLI(RunCLI):
-    """``fit`` with gradual pruning."""
-
-    def classes(self) -> dict[str, type[Any]]:
-        """Returns the classes that take the groups of options."""
-        return super().classes() | {"lora_prune": LoraPruningCallback}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the budget, the output folder and the callback."""
-        parser.add_argument("--output_dir", type=str, required=True, help="receives model/, report.json, checkpoints/")
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the results of an earlier run")
-        parser.add_lightning_class_args(LoraPruningCallback, "lora_prune")
-        for name in ("pruning_ratio", "target_params", "round_to"):
-            kind, text = BUDGET[name]
-            parser.add_argument(f"--{name}", type=kind | None, default=1 if name == "round_to" else None, help=text)
-            parser.link_arguments(name, f"lora_prune.{name}")
-        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
-        add_layout_argument(parser)
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="checkpoint to resume from, or 'last': the newest"
-        )
-        self.add_fit_arguments(parser)
+    Args:
+        folders: The folders, inner ones first.
+    """
+    missing = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except HFPruneError:
+        for folder in missing:
+            with suppress(OSError):  # it is not there, or something is in it
+                folder.rmdir()
+        raise

@@ -1,4 +1,4 @@
-"""``sweep``."""
+"""``hfprune sweep``: a grid of methods, ratios and seeds in one table."""
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
@@ -15,7 +15,7 @@ from hfprune.utils.errors import ConfigError
 
 
 class SweepCLI(BaseCLI):
-    """``sweep``."""
+    """Command ``sweep``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the grid, the output folder and the tasks."""
@@ -24,7 +24,7 @@ class SweepCLI(BaseCLI):
             "--methods",
             type=list[Method] | None,
             default=None,
-            help="what is compared (default: entropy, cross_entropy, magnitude, random)",
+            help="methods to compare (default: entropy, cross_entropy, magnitude, random)",
         )
         parser.add_argument("--pruning_ratios", type=list[float], default=[0.2, 0.3], help="shares of ALL parameters")
         parser.add_argument("--seeds", type=list[int], default=[42], help="seeds of the calibration data")
@@ -68,6 +68,6 @@ class SweepCLI(BaseCLI):
         Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
 
     def make_data(self, seed: int, text: str | None) -> TextDataModule:
-        """Returns the data of ``--data`` for a seed, with an evaluation text, or with none."""
+        """Returns the data module of ``--data`` for a seed and an evaluation text; None leaves evaluation out."""
         given = self.config.data.as_dict() | {"seed": seed, "text": text}
         return TextDataModule(**given | ({"eval_windows": 0} if text is None else {}))

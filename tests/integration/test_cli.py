@@ -99,7 +99,7 @@ def test_prune_evaluate_round_trip(dense, capsys):
     assert stages["dense"]["fidelity"]["kl"] == pytest.approx(0, abs=1e-9)
     assert stages["model"]["fidelity"]["kl"] > 0
     assert stages["model"]["width"] == 12
-    assert "perplexity" in capsys.readouterr().out
+    assert "Perplexity" in capsys.readouterr().out
 
 
 def test_fit_resumes_from_last(dense):
@@ -179,17 +179,17 @@ def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
         (["--pruning_ratio=0.2", "--importance.criterion=Wnada"], "expected ActivationNorm or ActivationTaylor or"),
         (["--pruning_ratio=0.2", "--model.objective=entropi"], "Did you mean 'entropy'?"),
         (["--pruning_ratio=0.2", "--model.path=nowhere/at/all"], "does not exist"),
-        (["--pruning_ratio=0.2", "--data.calibration=missing.jsonl"], "calibration='missing.jsonl' does not exist"),
+        (["--pruning_ratio=0.2", "--data.calibration=missing.jsonl"], "--data.calibration 'missing.jsonl' does not exist"),
         (["--pruning_ratio=0.2", "--data.calibration=nothing.txt"], "holds no text"),
         (["--pruning_ratio=0.2", "--data.calibration=short.txt"], "too short"),
         (["--pruning_ratio=0.2", "--data.calibration=picture.png"], "not read. Known: .txt"),
         (["--pruning_ratio=0.2", "--data.calibration=tokens.safetensors"], "tokens are those of another tokenizer"),
         (["--pruning_ratio=0.2", "--data.seq_len=1000"], "1000 tokens are more than the 64 positions"),
-        (["--pruning_ratio=0.2", "--data.calibration_batch_size=0"], "calibration_batch_size=0 must be positive"),
+        (["--pruning_ratio=0.2", "--data.calibration_batch_size=0"], "--data.calibration_batch_size 0 must be positive"),
         (["--pruning_ratio=0.2", "--output_dir=busy"], "'busy' is not empty"),
         (["--pruning_ratio=0.2", "--output_dir=short.txt"], "is a file"),
         (["--pruning_ratio=0.2", "--config=typo.yaml"], "'modle.path' is not accepted. Did you mean 'model.path'?"),
-        (["--pruning_ratio=0.2", "--config=missing.yaml"], "does not exist"),
+        (["--pruning_ratio=0.2", "--config=missing.yaml"], "there is no such file"),
         (["--pruning_ratio=0.2", "--config=broken.yaml"], "Problems parsing config"),
         (["--pruning_ratio=0.2", "--trainer.strategy=fsdp"], "requires a GPU"),
         (["--pruning_ratio=0.2", "--trainer.precision=8"], "--trainer.precision 8: expected"),
@@ -474,7 +474,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_parses_and_names_its_command(path, monkeypatch):
     """The command in a config's header runs that config; here up to the point where models would be loaded."""
-    from hfprune.cli.launch import command_class
+    from hfprune.cli.launch import CLASSES
 
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "hfprune " in line]
     words = header[0].removeprefix("#").split()
@@ -483,5 +483,5 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
     flags = [f"--config={path}"]
-    cli = command_class(command, flags)(command, flags)
+    cli = CLASSES[command](command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

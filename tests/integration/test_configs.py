@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hfprune.cli import main
-from hfprune.cli.launch import command_class
+from hfprune.cli.launch import CLASSES
 from tests.helpers.models import save_tiny
 from tests.helpers.published import CONFIGS, command_of, resolved, unchecked
 
@@ -26,7 +26,7 @@ def parse(monkeypatch, tmp_path):
     unchecked(monkeypatch)
 
     def parsed(command, *flags):
-        return command_class(command, flags)(command, [*flags, f"--output_dir={tmp_path / 'out'}"])
+        return CLASSES[command](command, [*flags, f"--output_dir={tmp_path / 'out'}"])
 
     return parsed
 
@@ -251,6 +251,7 @@ def check(cases, dense, tmp_path, monkeypatch, capsys):
     return refused
 
 
+@pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")  # Lightning takes null
 def test_broken_files_are_one_line(dense, tmp_path, monkeypatch, capsys, stopped):
     """A sample of all keys of all files, each broken in one way; nothing of the output folder is touched."""
     monkeypatch.chdir(tmp_path)
@@ -258,6 +259,7 @@ def test_broken_files_are_one_line(dense, tmp_path, monkeypatch, capsys, stopped
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*max_epochs. was not set")
 def test_every_key_broken_in_every_way_is_one_line(dense, tmp_path, monkeypatch, capsys, stopped):
     monkeypatch.chdir(tmp_path)
     assert check(MUTATIONS, dense, tmp_path, monkeypatch, capsys) > len(MUTATIONS) // 2

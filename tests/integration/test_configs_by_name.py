@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hfprune.cli import main
-from hfprune.cli.configs import config_path, shipped_configs, with_config_paths
+from hfprune.cli.config_files import config_path, shipped_configs, with_config_paths
 from hfprune.utils.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

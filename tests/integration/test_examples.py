@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hfprune.cli.configs import with_config_paths
+from hfprune.cli.config_files import with_config_paths
 from hfprune.cli.entry import COMMANDS
 from tests.helpers.models import save_tiny
 from tests.helpers.published import resolved, unchecked
@@ -60,14 +60,14 @@ def documented_commands():
 
 @pytest.mark.parametrize(("page", "line"), list(documented_commands()))
 def test_documented_commands_are_resolved(page, line, monkeypatch):
-    from hfprune.cli.launch import command_class
+    from hfprune.cli.launch import CLASSES
 
     monkeypatch.chdir(ROOT)
     unchecked(monkeypatch)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
     flags = with_config_paths(flags)
-    cli = command_class(command, flags)(command, flags)
+    cli = CLASSES[command](command, flags)
     if command in ("fit", "prune"):
         resolved(cli, "smollm2-135m", layout=False)
 

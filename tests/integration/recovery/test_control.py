@@ -159,7 +159,7 @@ def test_runs_of_unequal_length_are_said_to_be_no_control(folder, tmp_path, monk
     more = ["--ckpt_path=last", "--recover_dense=true", "--trainer.limit_train_batches=2"]
     assert fit(folder, "out", *MODES["lora"], *more) == 0
     (warning,) = report_of("out")["warnings"]
-    assert "dense_tuned is no control of recovered: 2 optimizer steps against 3." in warning
+    assert "dense_tuned is not comparable with recovered: 2 optimizer steps, the recovered model 3." in warning
     assert warning in caplog.text
 
 
@@ -168,7 +168,7 @@ def test_runs_of_unequal_length_are_said_to_be_no_control(folder, tmp_path, monk
     [
         (["--trainer.devices=2", "--trainer.strategy=ddp"], "tuned by one process"),
         (["--trainer.limit_train_batches=0"], "there is no recovery here"),
-        (["--model.distillation.alpha=1.0"], "follow its own predictions"),
+        (["--model.distillation.alpha=1.0"], "on its own predictions"),
     ],
 )
 def test_what_it_cannot_control_is_refused_at_once(folder, tmp_path, monkeypatch, capsys, flags, text):

@@ -1,14 +1,24 @@
 """Private APIs of other libraries: a failure here names the release that changed one."""
 
 import inspect
+from argparse import ArgumentParser as PlainParser
 
 import huggingface_hub
 import pytest
 import transformers
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.hub import cached_file
 
-from hfprune.utils.compat import attention_implementation, cached_file_or_none, is_repo_id
+from hfprune.recovery import LoraRecovery
+from hfprune.utils.compat import (
+    attention_implementation,
+    cached_file_or_none,
+    instantiate,
+    is_repo_id,
+    parser_actions,
+)
 
 VERSION = f"transformers {transformers.__version__}, huggingface_hub {huggingface_hub.__version__}"
 
@@ -41,3 +51,16 @@ def test_a_config_without_an_attention_runs_the_eager_one():
 )
 def test_hub_ids_are_told_from_paths_by_their_form(text, expected):
     assert is_repo_id(text) is expected, VERSION
+
+
+@pytest.mark.parametrize("kind", [PlainParser, ArgumentParser, LightningArgumentParser])
+def test_argparse_lists_its_options(kind):
+    parser = kind()
+    parser.add_argument("--given", type=int)
+    assert [action.dest for action in parser_actions(parser)][-1] == "given"
+
+
+def test_jsonargparse_instantiates_the_classes_of_a_configuration():
+    parser = ArgumentParser()
+    parser.add_class_arguments(LoraRecovery, "recovery")
+    assert instantiate(parser, parser.parse_args(["--recovery.rank=3"])).recovery == LoraRecovery(rank=3)

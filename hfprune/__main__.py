@@ -1,4 +1,4 @@
-"""``python -m hfprune.cli``."""
+"""``python -m hfprune COMMAND`` is ``hfprune COMMAND``."""
 
 import sys
 
