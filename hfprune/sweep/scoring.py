@@ -43,7 +43,8 @@ def shared_pass(
         groups = scored_groups(model, find_groups(model, method.units), method.scorer)
         name = method.differentiated
         scorers.append(Scorer(method.scorer, groups, objective or (None if name is None else OBJECTIVES.get(name))))
-    data, options = CalibrationData(batches=lambda: batches), CalibrationOptions(checkpoint_every=SAVE_EVERY)
+    data = CalibrationData(batches=lambda: batches)
+    options = CalibrationOptions(checkpoint_every=SAVE_EVERY, check_every=None)  # no budget: nothing to compare
     return Calibration(PrunableModel(model), scorers, data, options, LocalCommunicator())
 
 

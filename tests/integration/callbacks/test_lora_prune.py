@@ -232,7 +232,7 @@ def test_gradients_that_overflowed_are_left_out(tmp_path):
 
 
 def test_a_run_that_ends_before_its_schedule_says_so(folder):
-    with pytest.warns(UserWarning, match=r"ended after 3 of 10 steps, before its schedule did"):
+    with pytest.warns(UserWarning, match=r"ended after 3 of 10 steps, before the end of its schedule"):
         fit(folder, StopEarly(3))
 
 
@@ -279,9 +279,9 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"units": ("layers",)}, "holds MLP neurons and heads at zero"),
+        ({"units": ("layers",)}, "must be of mlp and heads, which can be held at zero"),
         ({"warmup": 0.6, "cooldown": 0.5}, "leave steps between"),
-        ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "says itself how much goes"),
+        ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "sets the number of units itself"),
         ({"allocation": GlobalRank()}, "needs scores to set widths"),
         ({"lora": LoraRecovery(rank=2, dora=True)}, "plain adapters"),
         ({"lora": LoraRecovery(rank=2, target_modules=["q_proj"])}, "would have none: add them to target_modules"),
@@ -303,7 +303,7 @@ def test_the_report_comes_after(folder, tmp_path):
 
 
 def test_adapters_are_checked_like_those_of_other_recovery(folder, monkeypatch):
-    with pytest.raises(ConfigError, match=r"precision bf16-true makes all .* adapters too"):
+    with pytest.raises(ConfigError, match=r"precision='bf16-true' converts all .* adapters included"):
         fit(folder, trainer={"precision": "bf16-true"})
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="'c_fc' matches no projection"):
