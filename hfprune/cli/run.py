@@ -25,13 +25,13 @@ from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE
 from hfprune.recovery import LoraRecovery
 from hfprune.sparse import METHODS, SparseGPT, SparseMethod
 from hfprune.trainer import PruneTrainer
-from hfprune.utils.errors import ConfigError, HFPruneError
+from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import tidy
 
 
 @contextmanager
 def without_traces(folders: Sequence[Path]) -> Iterator[None]:
-    """Removes folders that were made within and are empty still, where the command is refused.
+    """Removes folders that were made within and are empty still, where the command fails.
 
     Loggers make theirs before anything is checked. Only empty folders go, and none that was there before.
 
@@ -41,7 +41,7 @@ def without_traces(folders: Sequence[Path]) -> Iterator[None]:
     made = [folder for folder in folders if not folder.exists()]
     try:
         yield
-    except HFPruneError:
+    except Exception:  # a callback of Lightning's refuses with errors of its own
         for folder in made:
             with suppress(OSError):  # it is not there, or something is in it
                 folder.rmdir()
@@ -111,6 +111,11 @@ class RunCLI(BaseCLI):
             raise ConfigError(
                 "--trainer.barebones true measures the training loop alone: callbacks that prune, save and report do "
                 "not run in it. Leave it out."
+            )
+        if config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+            raise ConfigError(
+                "--trainer.max_epochs null without --trainer.max_steps would train for Lightning's 1000 epochs: give one "
+                "of the two a number."
             )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         callbacks: list[Any] = [self.report(out)]
