@@ -114,8 +114,8 @@ class RunCLI(BaseCLI):
             )
         if config.trainer.max_epochs is None and config.trainer.max_steps == -1:
             raise ConfigError(
-                "--trainer.max_epochs null without --trainer.max_steps would train for Lightning's 1000 epochs: give one "
-                "of the two a number."
+                "--trainer.max_epochs null without --trainer.max_steps would train for Lightning's 1000 epochs: give "
+                "one of the two a number."
             )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         callbacks: list[Any] = [self.report(out)]
