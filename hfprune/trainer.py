@@ -215,12 +215,12 @@ class PruneTrainer(Trainer):
         weights_only: bool | None = None,
     ) -> None:
         """Calibrates, prunes and recovers; arguments as in Lightning."""
-        if isinstance(model, PruningModule):
-            model.check_loadable()
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
         for callback in pruning_callbacks(self):
             callback.check(_plain(model))
             callback.resume_from = ckpt_path
+        if isinstance(model, PruningModule):
+            model.check_loadable()
         with self._training_or_not():
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 

@@ -7,11 +7,12 @@ from typing import Any
 from lightning import Trainer
 
 from hfprune.callbacks.target import Target
-from hfprune.criteria import GradientCriterion
+from hfprune.criteria import GradientCriterion, SelfDistillation
 from hfprune.io.checkpoint_record import Record
 from hfprune.modules import PruningModule
 from hfprune.modules.resume import data_fingerprint, differences, given_seed, refuse
 from hfprune.pruning.options import PruningOptions
+from hfprune.pruning.rounds import Rounds
 
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
@@ -73,9 +74,19 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
         return
     before, now = dict(record.settings), dict(now)
     trained, trains = before.pop("training", {}), now.pop("training", {})
-    refuse(differences(before, now), "calibrated" if record.phase == "calibrating" else "pruned")
+    changes = {name: [_named(name, value) for value in pair] for name, pair in differences(before, now).items()}
+    refuse(changes, "calibrated" if record.phase == "calibrating" else "pruned")
     if record.phase == "training":  # the restored optimizer would keep the old values
         refuse(differences(trained, trains), "trained")
+
+
+def _named(setting: str, value: Any) -> Any:
+    """Returns a value of a setting for a message: with the name of its class, or as that class says it."""
+    if value is None:
+        return None
+    if setting == "distillation":
+        return {"name": SelfDistillation.__name__, **value}
+    return str(Rounds(**value)) if setting == "rounds" else value
 
 
 def whence(trainer: Trainer) -> str:

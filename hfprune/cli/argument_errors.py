@@ -28,15 +28,20 @@ _MEANT = {
 }
 """Flag -> names of the same option in other tools."""
 
+_NOT_PLAIN = "cannot represent an object"
+"""What YAML says of an enumeration among the defaults of a class."""
+
+_IN_PYTHON = (
+    "A class that was given has a default which no file of options can hold, as Timer has: give it in Python. For a "
+    "limit of time there is --trainer.max_time."
+)
+
 
 def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     """Returns the parser's complaint in one line, with the nearest option when one is not known."""
     text = " ".join(str(error).split())
-    if "cannot represent an object" in text:  # an enumeration among the defaults of a class
-        return (
-            "A class has a default that no config file can hold (Timer has one): use it in Python. "
-            "--trainer.max_time limits the time."
-        )
+    if _NOT_PLAIN in text:
+        return _IN_PYTHON
     known = {name.lstrip("-") for action in parser_actions(parser) for name in (*action.option_strings, action.dest)}
     for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
         if (unknown := re.search(pattern, text)) and "class_path" not in text:
@@ -47,6 +52,8 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
 def refused(text: str) -> str | None:
     """Returns why a nested class refused its options when it was made, None where ``text`` says something else."""
     text = " ".join(text.split())
+    if _NOT_PLAIN in text:
+        return _IN_PYTHON
     found = re.search(r"^Does not validate against any of the Union subtypes .*?Errors: - (.*?) - Expected a ", text)
     return found[1] if found else None
 

@@ -58,7 +58,7 @@ def config_path(config: str) -> str:
         return str(known[name])
     near = _near(name, known)
     guess = f"Did you mean {' or '.join(repr(other) for other in near)}?" if near else "'hfprune --help' lists them."
-    raise ConfigError(f"config='{config}': there is no such file, and no config of the package has this name. {guess}")
+    raise ConfigError(f"config='{config}' does not exist, and no config of the package has this name. {guess}")
 
 
 def with_config_paths(args: Sequence[str]) -> list[str]:

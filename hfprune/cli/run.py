@@ -24,7 +24,7 @@ from hfprune.io.checkpoint_record import read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.compat import instantiate
-from hfprune.utils.errors import ConfigError, HFPruneError
+from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import tidy
 
 _log = logging.getLogger("hfprune")
@@ -87,6 +87,11 @@ class RunCLI(BaseCLI):
             raise ConfigError(
                 "--trainer.barebones true measures the training loop alone: callbacks that prune, save and report do "
                 "not run in it. Leave it out."
+            )
+        if config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+            raise ConfigError(
+                "--trainer.max_epochs null without --trainer.max_steps would train for Lightning's 1000 epochs: give "
+                "one of the two a number."
             )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         self.pruning = self.kind.build(self.config_init)
@@ -259,7 +264,7 @@ def _without_traces(folders: Sequence[Path]) -> Iterator[None]:
     missing = [folder for folder in folders if not folder.exists()]
     try:
         yield
-    except HFPruneError:
+    except Exception:  # callbacks of Lightning refuse with errors of their own
         for folder in missing:
             with suppress(OSError):  # it is not there, or something is in it
                 folder.rmdir()

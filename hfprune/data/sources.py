@@ -25,6 +25,7 @@ SELF = "self"
 """Text that the model itself writes, see :mod:`hfprune.data.self_generated`."""
 
 KNOWN = f"{', '.join(TYPES)}; text and tables also as {', '.join(COMPRESSED)}"
+_LONGEST_SHOWN = 1024
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 _SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}
 _SPLIT_WORD = re.compile(r"(?<![a-z])(training|train|testing|test|validation|valid|val|dev)(?![a-z])")
@@ -67,7 +68,7 @@ def find_place(source: str, argument: str = "source", split: str = "train") -> P
     """
     if source in (BUILTIN, SELF):
         return Place(kind="name", name=source)
-    where, source = f"{argument}='{source[:80]}'", user_path(source, argument)
+    where, source = f"{argument}='{_shown(source)}'", user_path(source, argument)
     try:
         return _local(source, where, split) or _remote(source, where)
     except ConfigError:
@@ -85,6 +86,11 @@ def same_source(source: str) -> str:
         return str(path.resolve()) if path.exists() else str(path)
     except (OSError, ValueError):
         return source
+
+
+def _shown(source: str) -> str:
+    """Returns a source for messages: a path in full, the beginning of what is too long to be one."""
+    return source if len(source) <= _LONGEST_SHOWN else f"{source[:80]}..."
 
 
 def _local(source: str, where: str, split: str) -> Place | None:

@@ -74,11 +74,21 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
         done: ``calibrated``, ``pruned`` or ``trained``.
     """
     if changes:
-        summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
+        summary = "; ".join(f"{name} {_words(old)} -> {_words(new)}" for name, (old, new) in changes.items())
         raise ConfigError(
             f"The checkpoint's run {done} with other settings: {summary}. Resume with the old ones, or leave ckpt_path "
             "out to start a new run."
         )
+
+
+def _words(value: Any) -> str:
+    """Returns a setting for a message: settings of a class as ``Name(option=value)``, ``none`` for None."""
+    if value is None:
+        return "none"
+    if not isinstance(value, Mapping):
+        return str(value)
+    options = ", ".join(f"{name}={option!r}" for name, option in value.items() if name != "name")
+    return f"{value.get('name', '')}({options})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,7 +70,7 @@ def prune_sparse(
 
     Raises:
         ConfigError: A pattern does not fit a projection, or settings exclude each other; nothing was changed.
-        CalibrationError: There is no token, or activations are not finite; the message names the projection.
+        CalibrationError: There is no token, or weights or activations are not finite; the message names the projection.
     """
     work = SparsePass(model, batches, method, sparsity, allocation=allocation, update=update, reduce=reduce)
     return work.run(device=device or next(model.parameters()).device, offload=offload, state=state)
@@ -231,6 +231,8 @@ class SparsePass:
     def _matrix(self, module: nn.Module, sums: InputSums, sparsity: Sparsity, name: str) -> Pruned:
         """Prunes one projection."""
         weight = weight_of(module).detach()
+        if not bool(weight.isfinite().all()):
+            raise CalibrationError(f"{name}: weights are not finite.")
         try:
             found = self._method.apply(weight, sums, sparsity)
             new = found.weight

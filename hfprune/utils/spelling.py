@@ -6,7 +6,7 @@ from collections.abc import Iterable
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that ``name`` is a misspelling of, None where none is close.
 
-    Close is one edit in five letters, at least one: an insertion, a deletion, a substitution, or two neighbours
+    Close is one edit in four letters, at least one: an insertion, a deletion, a substitution, or two neighbours
     exchanged. Case and hyphens do not count.
 
     >>> nearest("prnue", ["fit", "prune"]), nearest("ratio", ["mlp_ratio"]), nearest("SeedOss", ["Opt"])
@@ -14,7 +14,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """
     plain = _plain(name)
     ranked = sorted((edits(plain, _plain(other)), other) for other in known)
-    return ranked[0][1] if ranked and ranked[0][0] <= max(1, len(plain) // 5) < len(plain) else None
+    return ranked[0][1] if ranked and ranked[0][0] <= max(1, len(plain) // 4) < len(plain) else None
 
 
 def edits(a: str, b: str) -> int:

@@ -55,7 +55,7 @@ def test_files_of_the_user_take_precedence():
     ],
 )
 def test_unknown_names_are_refused_with_near_ones(name, near, capsys):
-    with pytest.raises(ConfigError, match="there is no such file") as refusal:
+    with pytest.raises(ConfigError, match="does not exist, and no config of the package has this name") as refusal:
         config_path(name)
     assert near in str(refusal.value)
     assert main(["fit", f"--config={name}", "--output_dir=out"]) == 2

@@ -47,7 +47,7 @@ def run(ways, folder, **kwargs):
     ],
 )
 def test_the_status_is_that_of_the_process_that_failed(ways, status, tmp_path):
-    done = run(ways, tmp_path, grace=0.1)
+    done = run(ways, tmp_path, grace=0.1 if "hang" in ways else warm.GRACE)  # a busy machine ends the others late
     assert done.returncode == status
     assert ("ValueError: said by a child" in done.stderr) == ("raise" in ways)
     if set(ways) == {"end"}:

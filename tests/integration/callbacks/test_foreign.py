@@ -134,8 +134,7 @@ def test_hugging_face_model_inside_with_everything_beside(tmp_path):
     callbacks[0] = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=3)
     callbacks[3], callbacks[5] = EMAWeightAveraging(decay=0.5), Watch()
     callbacks[4] = ModelCheckpoint(dirpath=tmp_path / "ckpt", monitor="val/loss", save_last=True)
-    resumed = trainer(*callbacks, max_epochs=2)
-    callbacks[2].on_train_start = lambda *a: None  # wants a logger
+    resumed = trainer(*callbacks, max_epochs=2, logger=CSVLogger(tmp_path, name="resumed", version=""))
     resumed.fit(again, ckpt_path=str(tmp_path / "ckpt/last.ckpt"))
     assert again.net["lm"].config.intermediate_size == 14
 

@@ -161,7 +161,7 @@ def test_activations_that_are_not_finite_leave_no_model(folder, tmp_path):
     module = PruningModule(folder)
     module.configure_model()
     with torch.no_grad():
-        module.model.model.layers[1].input_layernorm.weight[0] = torch.inf
+        module.model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
     with pytest.raises(CalibrationError, match="layer 1: activations are not finite"):
         fit(folder, wanda(), prune=True, module=module)
 

@@ -149,6 +149,11 @@ def test_paths_are_checked_by_name_alone(tmp_path):
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):
         check_source(str(tmp_path / "x.png"), "--data.text")
+    deep = tmp_path.joinpath(*["folder"] * 20)
+    deep.mkdir(parents=True)
+    (deep / "wiki_test.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"text='.*/wiki_tset.txt' does not exist. Did you mean '.*/wiki_test.txt'"):
+        check_source(str(deep / "wiki_tset.txt"), "--data.text")
     for hub in ("wikitext", "allenai/c4", "allenai/c4:en", "allenai/c4:en:validation"):
         check_source(hub, "--data.text")
 
@@ -175,7 +180,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 
 
 def test_a_name_too_long_for_the_file_system():
-    with pytest.raises(ConfigError, match="text='a{80}' cannot be looked up: File name too long"):
+    with pytest.raises(ConfigError, match=r"text='a{80}\.\.\.' cannot be looked up: File name too long"):
         check_source("a" * 5000, "text")
 
 

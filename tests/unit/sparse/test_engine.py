@@ -99,6 +99,15 @@ def test_patterns_that_do_not_fit_change_nothing():
 def test_activations_that_are_not_finite_are_named():
     model = tiny()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
-    with pytest.raises(CalibrationError, match=r"mlp.down_proj of layer 1: activations are not finite"):
+        model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
+    with pytest.raises(CalibrationError, match=r"mlp.gate_proj of layer 1: activations are not finite"):
         list(prune_sparse(model, BATCHES, Wanda(), HALF))
+
+
+@pytest.mark.parametrize("method", [MagnitudeSparsity(), Wanda(), SparseGPT()])
+def test_weights_that_are_not_finite_are_named(method):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(CalibrationError, match=r"mlp.up_proj of layer 1: weights are not finite"):
+        list(prune_sparse(model, BATCHES, method, HALF))
