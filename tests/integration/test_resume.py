@@ -163,7 +163,7 @@ def test_other_batch_size_keeps_the_share_of_the_schedule(fit, monkeypatch):
         ("--importance.objective=cross_entropy", "objective entropy -> cross_entropy"),
         ("--importance.compensation=LeastSquares", "compensation none -> LeastSquares("),
         ("--importance.exact=false", "exact True -> False"),
-        ("--pruning_ratio=0.3", "budget pruning_ratio=0.2 -> pruning_ratio=0.3"),
+        ("--pruning_ratio=0.3", "budget --pruning_ratio 0.2 -> --pruning_ratio 0.3"),
         ("--importance.recovery.rank=3", "rank=3"),
         ("--model.distillation.alpha=0.5", "distillation none -> "),
         ("--seed_everything=7", "seed 42 -> 7"),

@@ -47,14 +47,14 @@ def callbacks():
 def test_finders_are_refused(folder, finder, index):
     module = PruningModule(folder)
     trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[finder(), callbacks()[index]])
-    with pytest.raises(ConfigError, match=f"{finder.__name__} would run on the dense model"):
+    with pytest.raises(ConfigError, match=f"{finder.__name__} runs before pruning, on the dense model"):
         trainer.fit(module, datamodule=data())
     assert module.model is None
 
 
 def test_endless_schedule_is_refused(folder):
     trainer = PruneTrainer(**QUIET, max_epochs=-1, max_time="00:00:00:10", callbacks=[callbacks()[0]])
-    with pytest.raises(ConfigError, match="give max_epochs or max_steps"):
+    with pytest.raises(ConfigError, match="max_epochs or max_steps is needed"):
         trainer.fit(PruningModule(folder), datamodule=data())
 
 
@@ -62,7 +62,7 @@ def test_endless_schedule_is_refused(folder):
 def test_rates_need_a_logger(folder, index):
     module = PruningModule(folder)
     trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[LearningRateMonitor(), callbacks()[index]])
-    with pytest.raises(ConfigError, match="LearningRateMonitor writes to a logger"):
+    with pytest.raises(ConfigError, match="LearningRateMonitor needs a logger"):
         trainer.fit(module, datamodule=data())
     assert module.model is None
 
@@ -80,7 +80,7 @@ def monitored(folder, callback, *others, **kwargs):
     [
         ("loss", {}, r"monitor='loss'\) needs a metric that is not logged. Logged are: train_loss, val_loss"),
         ("val_kl", {}, "is not logged"),
-        ("val_loss", {"limit_val_batches": 0}, "a figure of validation, and limit_val_batches=0 leaves that out"),
+        ("val_loss", {"limit_val_batches": 0}, "needs a validation metric, and limit_val_batches=0 disables"),
         ("lr-AdamW", {}, "is not logged"),
     ],
 )
@@ -109,7 +109,7 @@ def test_other_machines_that_nothing_names_are_refused(folder, monkeypatch):
     trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[callbacks()[0]])
     monkeypatch.setattr(type(trainer), "num_nodes", 2)
     monkeypatch.setattr(trainer.strategy, "cluster_environment", _lightning_environment(), raising=False)
-    with pytest.raises(ConfigError, match="num_nodes=2 waits for processes"):
+    with pytest.raises(ConfigError, match="num_nodes=2 needs the environment variable MASTER_ADDR"):
         trainer.fit(PruningModule(folder), datamodule=data())
 
 
