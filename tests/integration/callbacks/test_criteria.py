@@ -143,11 +143,7 @@ def test_distillation_is_taken_up_in_either_stage(folder, tmp_path, monkeypatch,
     with pytest.raises(Stop):
         distilled_plan(folder, checkpoints=tmp_path)
     path = str(tmp_path / "last-pruning.ckpt")
-<<<<<<< HEAD
     with pytest.raises(ConfigError, match=DISTILLED):
-=======
-    with pytest.raises(ConfigError, match="calibrated with other settings: distillation"):
->>>>>>> m1
         prune(folder, CoupledTaylor(), 3, "left", dtype="float64", objective="cross_entropy", ckpt_path=path)
     found, plan = distilled_plan(folder, ckpt_path=path)
     assert stop.count == 2 * len(LENGTHS)  # nothing was run twice
