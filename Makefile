@@ -22,7 +22,7 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## prune and recover the embedded model: about 10 minutes on two cores
-	$(BIN)/python -m hfprune.embedded
+	$(BIN)/python -m hfprune.io.demo_model
 	$(BIN)/hfprune fit --config configs/quickstart.yaml --overwrite true
 
 test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
@@ -38,11 +38,11 @@ test-transformers4: $(STAMP)  ## exports as releases of transformers 4 read them
 	  --no-deps --target $(OLD)/$$v transformers==$$v tokenizers==$${pair##*:} huggingface_hub==0.36.0 \
 	  numpy==1.26.4 || exit 1; done
 	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* | paste -sd:) \
-	  $(BIN)/python -m pytest -m slow tests/test_compat.py --timeout 1800
+	  $(BIN)/python -m pytest -m slow tests/integration/test_transformers4.py --timeout 1800
 
 # The default tests with other versions of the dependencies, each in an environment of its own: the lower bounds of setup.cfg,
 # and the newest that its ranges allow. Old releases warn of what newer ones deprecate, so there deprecations are no errors.
-LOWEST_TESTS ?= tests/allocation tests/criteria tests/layouts tests/test_plan.py tests/test_shipped.py
+LOWEST_TESTS ?= tests/unit/allocation tests/unit/criteria tests/unit/io/layouts tests/unit/test_plan.py tests/integration/test_configs_by_name.py
 test-lowest:  ## tests with the lower bounds of the dependencies, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet torch==2.6.0 $(TORCH_FLAGS)
@@ -69,11 +69,11 @@ check: $(STAMP)  ## linters, types, import contracts, spelling
 	$(BIN)/codespell
 
 links: $(STAMP)  ## relative links and anchors of the Markdown files
-	$(BIN)/python -m pytest tests/test_links.py
+	$(BIN)/python -m pytest tests/unit/test_links.py
 
 wheel: $(STAMP)  ## build the wheel into dist/, and test one outside the repository
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	$(BIN)/python -m pytest -m slow tests/test_shipped.py --timeout 600
+	$(BIN)/python -m pytest -m slow tests/integration/test_configs_by_name.py --timeout 600
 
 format: $(STAMP)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

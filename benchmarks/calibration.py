@@ -27,11 +27,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import backbone, find_groups, output_head
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
 from hfprune.criteria import ActivationTaylor
-from hfprune.loading import load_causal_lm
+from hfprune.io.load import load_causal_lm
+from hfprune.models import backbone, find_groups, output_head
 from hfprune.objectives import OBJECTIVES, chunked_objective
+from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum
 
 
 def entropy_sum(model, ids):

@@ -20,9 +20,6 @@ from pathlib import Path
 import torch
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
-from hfprune.causal import objective_sum, run_backbone, token_counts
 from hfprune.compensation import LeastSquares, OutputRegression
 from hfprune.criteria import (
     ActivationCriterion,
@@ -37,11 +34,14 @@ from hfprune.criteria import (
     WeightRange,
     WeightTaylor,
 )
-from hfprune.layerwise import LayerwisePass
-from hfprune.loading import load_causal_lm
+from hfprune.io.load import load_causal_lm
+from hfprune.models import find_groups
+from hfprune.models.forward import objective_sum, run_backbone, token_counts
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.distillation import Distillation
-from hfprune.recording import UnitMask
+from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum
+from hfprune.pruning.hooks import UnitMask
+from hfprune.pruning.layerwise import LayerwisePass
 
 VARIANTS = {
     "entropy": (ActivationTaylor(), "entropy"),

@@ -19,11 +19,11 @@ import time
 import torch
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.loading import load_causal_lm, load_tokenizer
+from hfprune.io.load import load_causal_lm, load_tokenizer
+from hfprune.models import find_groups
 from hfprune.sweep import Method
-from hfprune.sweep.scoring import SharedPass
+from hfprune.sweep.scoring import shared_pass
 
 METHODS = [Method(name=name, objective=name) for name in ("entropy", "cross_entropy")]
 
@@ -35,9 +35,9 @@ def timed(function):
 
 
 def calibrate(model, methods, batches):
-    shared = SharedPass(model, methods, device=torch.device("cpu"))
-    shared.run(iter(batches))
-    return shared.scores()
+    shared = shared_pass(model, methods, batches)
+    shared.run()
+    return {method.name: scores for method, scores in zip(methods, shared.scores(), strict=True)}
 
 
 def sweep(args):

@@ -1,4 +1,4 @@
-"""Calibration of a large model on one GPU, each part next to a bare pass of the same model in the same run.
+"""Calibration of a large model on one GPU, each part beside a bare pass of the same model in the same run.
 
     python benchmarks/gpu.py --results gpu.jsonl                    # Llama-2-7B's shapes, random weights, bfloat16
     python benchmarks/gpu.py --toy --results toy.jsonl              # a tiny model on the CPU: does the script run?
@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hfprune.arch import backbone, find_groups, output_head, parameter_count
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
-from hfprune.causal import run_backbone
 from hfprune.compensation import LeastSquares
 from hfprune.criteria import ActivationNorm, ActivationTaylor
-from hfprune.curves import kl_curves
-from hfprune.layerwise import LayerwisePass
+from hfprune.models import backbone, find_groups, output_head, parameter_count
+from hfprune.models.forward import run_backbone
 from hfprune.objectives import OBJECTIVES, chunked_objective
+from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum
+from hfprune.pruning.layerwise import LayerwisePass
+from hfprune.pruning.sensitivity_curves import kl_curves
 
 COLUMNS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SHAPES = {

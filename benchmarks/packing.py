@@ -12,9 +12,9 @@ import argparse
 import statistics
 import time
 
-from hfprune.causal import objective_sum
 from hfprune.data import TextDataModule
-from hfprune.loading import load_causal_lm, load_tokenizer, max_positions
+from hfprune.io.load import load_causal_lm, load_tokenizer, max_positions
+from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
 from hfprune.recovery import LoraRecovery
 from hfprune.recovery.lora import add_lora

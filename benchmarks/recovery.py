@@ -35,11 +35,11 @@ from lightning import Trainer, seed_everything
 from safetensors.torch import load_file, save_file
 
 from hfprune import LoraRecovery, PruningModule, TextDataModule
-from hfprune.arch import output_head
+from hfprune.evaluation.evaluate import measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.stage import measure
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.loading import load_causal_lm
+from hfprune.io.load import load_causal_lm
+from hfprune.models import output_head
 from hfprune.recovery import DistillationRecovery
 from hfprune.recovery.lora import add_lora
 

@@ -18,20 +18,19 @@ from pathlib import Path
 import torch
 
 from hfprune.allocation import resolve, uniform_keep
-from hfprune.arch import class_name, find_groups, find_spec, parameter_count, unit_cost
 from hfprune.data import TextDataModule
-from hfprune.data.written import SelfText, author_of
+from hfprune.data.self_generated import SelfText, author_of
+from hfprune.evaluation.evaluate import measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.stage import measure
-from hfprune.files import write_json
-from hfprune.loading import load_causal_lm
+from hfprune.io.load import load_causal_lm
+from hfprune.models import class_name, find_groups, find_spec, parameter_count, unit_cost
+from hfprune.models.surgery import apply_plan
 from hfprune.modules import PruningModule
-from hfprune.plan import PruningPlan
-from hfprune.surgery import apply_plan
+from hfprune.plan import Budget, PruningPlan
 from hfprune.sweep import Method
-from hfprune.sweep.compare import overlap
+from hfprune.sweep.results import overlap
 from hfprune.sweep.scoring import seed_scores
-from hfprune.types import Budget
+from hfprune.utils.files import write_json
 
 
 def bound(args, module, source, *, seed=42, **kwargs):
@@ -76,7 +75,7 @@ def kept_units(args, module, name, data):
     key = data.summary()["calibration"]["sha256"]
     path = args.out / "scores" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
     methods = [Method(name="entropy", objective="entropy")]
-    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}", device=args.device)
+    scores = seed_scores(dense, methods, batches, path, key=f"{module.fingerprint} {key}")
     return uniform_keep(scores["entropy"], groups, found.widths), found.width
 
 

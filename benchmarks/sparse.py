@@ -33,10 +33,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfprune import PruningModule, TextDataModule
-from hfprune.causal import sequences
 from hfprune.evaluation.perplexity import perplexity
-from hfprune.layerwise import prune_sparse
+from hfprune.models.forward import sequences
 from hfprune.sparse import OutlierWeighed, SparseGPT, Sparsity, sparse_method
+from hfprune.sparse.engine import prune_sparse
 
 NAMES = (
     "magnitude", "magnitude_model", "relative_importance", "wanda", "wanda_adaptive", "sparsegpt", "ria",

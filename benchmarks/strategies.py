@@ -28,11 +28,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from hfprune import PruneTrainer, PruningModule, TaylorImportanceCallback
-from hfprune.arch import find_groups
-from hfprune.callbacks import importance as callback_module
-from hfprune.callbacks.calibrate import Calibration
-from hfprune.causal import objective_sum
+from hfprune.models import find_groups
+from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
+from hfprune.pruning import planner as planner_module
+from hfprune.pruning.calibration import Calibration
 
 
 class Tokens(L.LightningDataModule):
@@ -53,16 +53,16 @@ class Timed(Calibration):
     seconds = 0.0
     go = staticmethod(lambda: None)
 
-    def run(self, **kwargs):
+    def run(self, *args, **kwargs):
         Timed.go()
         start = time.perf_counter()
-        result = super().run(**kwargs)
+        result = super().run(*args, **kwargs)
         Timed.seconds = time.perf_counter() - start
         return result
 
 
 def calibrate(model, args, *, count, devices=1):
-    callback_module.Calibration = Timed
+    planner_module.Calibration = Timed
     trainer = PruneTrainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False, max_epochs=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

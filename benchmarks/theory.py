@@ -15,16 +15,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum
-from hfprune.causal import objective_sum
 from hfprune.criteria import ActivationTaylor, Fisher
 from hfprune.data import TextDataModule
-from hfprune.loading import load_causal_lm, load_tokenizer
+from hfprune.io.load import load_causal_lm, load_tokenizer
+from hfprune.models import find_groups
+from hfprune.models.forward import objective_sum
 from hfprune.objectives import OBJECTIVES
-from hfprune.recording import UnitMask
+from hfprune.pruning.accumulator import ImportanceAccumulator, ObjectiveSum
+from hfprune.pruning.hooks import UnitMask
 from hfprune.report.style import BLUE, MUTED, RED, new_figure, styled
-from hfprune.sweep.compare import rank_correlation
+from hfprune.sweep.results import rank_correlation
 
 SCORES = {
     "entropy": (ActivationTaylor(), "entropy"),

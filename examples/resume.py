@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from hfprune import LoraRecovery, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
-from hfprune.calibration import ImportanceAccumulator
+from hfprune.pruning.accumulator import ImportanceAccumulator
 
 
 class Interrupted(Exception):  # noqa: N818  # an event, no error

@@ -4,77 +4,103 @@ Public names are loaded at first use, so that importing the package (and ``hfpru
 """
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
+from hfprune import _moved
 from hfprune.version import __version__
 
+_moved.install()
+
+
 if TYPE_CHECKING:
-    from hfprune.arch import Neurons
-    from hfprune.callbacks import LoraPruneCallback, ReportCallback, SparsityCallback, TaylorImportanceCallback
+    from hfprune.callbacks import (
+        CalibrationOptions,
+        LoraPruningCallback,
+        PruningCallback,
+        PruningEvents,
+        ReportCallback,
+        SparsePruningCallback,
+        StructuredPruningCallback,
+        TaylorImportanceCallback,
+    )
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
     from hfprune.data import TextDataModule
-    from hfprune.layouts import apply_plan
-    from hfprune.loading import load
+    from hfprune.functional import make_plan, refit, save, score
+    from hfprune.io.layouts import apply_plan
+    from hfprune.io.load import load
+    from hfprune.models import Neurons
+    from hfprune.models.surgery import mask_plan
     from hfprune.modules import PruningModule
-    from hfprune.plan import PruningPlan
+    from hfprune.plan import Budget, PruningPlan
     from hfprune.recovery import LoraRecovery
-    from hfprune.surgery import mask_plan
     from hfprune.trainer import PruneTrainer
-    from hfprune.types import Budget
 
 _HOMES = {
     "ActivationTaylor": "hfprune.criteria",
-    "Budget": "hfprune.types",
+    "Budget": "hfprune.plan",
+    "CalibrationOptions": "hfprune.pruning.options",
     "LeastSquares": "hfprune.compensation",
-    "LoraPruneCallback": "hfprune.callbacks",
+    "LoraPruningCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
-    "Neurons": "hfprune.arch",
+    "Neurons": "hfprune.models",
     "PruneTrainer": "hfprune.trainer",
+    "PruningCallback": "hfprune.callbacks",
+    "PruningEvents": "hfprune.callbacks",
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
     "ReportCallback": "hfprune.callbacks",
-    "SparsityCallback": "hfprune.callbacks",
+    "SparsePruningCallback": "hfprune.callbacks",
+    "StructuredPruningCallback": "hfprune.callbacks",
     "TaylorImportanceCallback": "hfprune.callbacks",
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
-    "apply_plan": "hfprune.layouts",
-    "load": "hfprune.loading",
-    "mask_plan": "hfprune.surgery",
+    "apply_plan": "hfprune.io.layouts",
+    "load": "hfprune.io.load",
+    "make_plan": "hfprune.functional",
+    "mask_plan": "hfprune.models.surgery",
+    "refit": "hfprune.functional",
+    "save": "hfprune.functional",
+    "score": "hfprune.functional",
 }
 
 __all__ = [
     "ActivationTaylor",
     "Budget",
+    "CalibrationOptions",
     "LeastSquares",
-    "LoraPruneCallback",
+    "LoraPruningCallback",
     "LoraRecovery",
     "Neurons",
     "PruneTrainer",
+    "PruningCallback",
+    "PruningEvents",
     "PruningModule",
     "PruningPlan",
     "ReportCallback",
-    "SparsityCallback",
+    "SparsePruningCallback",
+    "StructuredPruningCallback",
     "TaylorImportanceCallback",
     "TextDataModule",
     "WeightTaylor",
     "__version__",
     "apply_plan",
     "load",
+    "make_plan",
     "mask_plan",
+    "refit",
+    "save",
+    "score",
 ]
-
-
-_logger = logging.getLogger("hfprune")
-if not logging.root.hasHandlers():  # as Lightning does: messages show in a script that configures no logging
-    _logger.addHandler(logging.StreamHandler())
-    _logger.setLevel(logging.INFO)
-    _logger.propagate = False
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name at first use."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'hfprune' has no attribute '{name}'")
+        return _moved.renamed(__name__, name)
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

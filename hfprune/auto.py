@@ -5,7 +5,7 @@
 ``trust_remote_code``. Everything else of hfprune that reads models imports this.
 """
 
-from hfprune.layouts.bitmask_auto import BitmaskEntry, BitmaskForCausalLM
-from hfprune.layouts.per_layer import HFPruneConfig, HFPruneForCausalLM
+from hfprune.io.layouts.bitmask import BitmaskConfig, BitmaskForCausalLM
+from hfprune.io.layouts.per_layer import HFPruneForCausalLM, PerLayerConfig
 
-__all__ = ["BitmaskEntry", "BitmaskForCausalLM", "HFPruneConfig", "HFPruneForCausalLM"]
+__all__ = ["BitmaskConfig", "BitmaskForCausalLM", "HFPruneForCausalLM", "PerLayerConfig"]

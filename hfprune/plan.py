@@ -1,16 +1,194 @@
-"""The pruning plan: which units stay, where they came from, as a file that can be applied again."""
+"""The words that all rooms share: slices, groups of units, budgets and the pruning plan."""
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hfprune.errors import PlanError
-from hfprune.files import write_text
-from hfprune.types import Group, Slice
+from hfprune.utils.errors import ConfigError, PlanError
+from hfprune.utils.files import write_text
+
+UnitKind = Literal["mlp", "heads", "experts", "layers", "channels", "blocks"]
+"""Name of a unit kind, as in ``UNIT_KINDS``; ``blocks`` is the deprecated name of ``layers``."""
+
+LAYERS = "layers"
+"""The unit kind of whole layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindInfo:
+    """One kind of units that can be removed.
+
+    Attributes:
+        name: Name of the kind in units lists, plans and reports.
+        plural: The units in words.
+        label: The number of units in words, for example ``MLP width``.
+        per_layer: Whether each layer has a group of its own; otherwise the model has one group.
+        rounded: Whether kept numbers are multiples of ``round_to``; the other kinds are counted one by one.
+        old_name: Name of the kind in earlier versions.
+    """
+
+    name: str
+    plural: str
+    label: str
+    per_layer: bool = True
+    rounded: bool = False
+    old_name: str | None = None
+
+
+UNIT_KINDS: Mapping[str, KindInfo] = {
+    kind.name: kind
+    for kind in (
+        KindInfo(name="mlp", plural="MLP neurons", label="MLP width", rounded=True),
+        KindInfo(name="heads", plural="key-value heads", label="key-value heads"),
+        KindInfo(name="experts", plural="experts", label="experts"),
+        KindInfo(name=LAYERS, plural="layers", label="layers", per_layer=False, old_name="blocks"),
+        KindInfo(name="channels", plural="hidden channels", label="hidden size", per_layer=False, rounded=True),
+    )
+}
+"""Name -> unit kind: MLP neurons, attention heads (a key-value head with the query heads that read it), experts of
+mixture-of-experts layers, layers, hidden channels (those of the residual stream)."""
+
+_FILED = {"block": LAYERS, "blocks": LAYERS}
+"""Kinds in the plans of earlier versions -> their names now."""
+
+
+def kind_name(kind: str) -> str:
+    """Returns the units of a kind in words, also by the kind's name in files of earlier versions.
+
+    >>> kind_name("mlp"), kind_name("block")
+    ('MLP neurons', 'layers')
+    """
+    name = _FILED.get(kind, kind)
+    return UNIT_KINDS[name].plural if name in UNIT_KINDS else kind
+
+
+def unit_kinds(units: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of unit kinds; a deprecated name is replaced, with a ``FutureWarning``.
+
+    >>> unit_kinds(["mlp", "heads"])
+    ('mlp', 'heads')
+    """
+    renamed = {kind.old_name: kind.name for kind in UNIT_KINDS.values() if kind.old_name}
+    names = []
+    for unit in units:
+        if unit in renamed:
+            text = f"The unit kind '{unit}' is now '{renamed[unit]}'; the old name goes away in the next release."
+            warnings.warn(text, FutureWarning, stacklevel=3)
+        names.append(renamed.get(unit, unit))
+    return tuple(names)
+
+
+Side = Literal["out", "in"]
+"""Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """The channels that each unit of a group owns on one side of one projection.
+
+    Unit ``j`` owns channels ``offset + j * width`` up to ``offset + (j + 1) * width``. Scoring, masking and surgery all
+    read this table, so they cannot disagree on what a unit is.
+
+    Attributes:
+        module: Qualified name of the projection, relative to the Hugging Face model; an embedding or a norm where the
+            units are hidden channels.
+        side: ``out`` or ``in`` channels.
+        offset: First channel (fused projections hold several blocks side by side).
+        width: Channels per unit.
+        parameter: Attribute of the module that holds the weights; experts have several.
+    """
+
+    module: str
+    side: Side
+    offset: int = 0
+    width: int = 1
+    parameter: str = "weight"
+
+    def channels(self, units: Iterable[int]) -> list[int]:
+        """Returns the channels that ``units`` own, in the order of the units."""
+        return [self.offset + unit * self.width + k for unit in units for k in range(self.width)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Units that share one index: the gate, up and down projections of one layer, for example.
+
+    Attributes:
+        name: Unique name, for example ``model.layers.3.mlp``.
+        kind: Unit kind, a name of ``UNIT_KINDS``. The names in plans of earlier versions are replaced.
+        num_units: Number of units in the dense model.
+        slices: What each unit owns; none for ``layers``.
+        layer: Index of the layer that the units are in; None for ``layers``, ``channels`` and modules without layers.
+        least: Fewest units that can stay: of experts as many as a token goes through.
+    """
+
+    name: str
+    kind: str
+    num_units: int
+    slices: tuple[Slice, ...]
+    layer: int | None = None
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        """Replaces the kind's name of an earlier version."""
+        object.__setattr__(self, "kind", _FILED.get(self.kind, self.kind))
+
+    def inputs(self) -> tuple[Slice, ...]:
+        """Returns the slices on the input side, where a unit's activation can be read."""
+        return tuple(s for s in self.slices if s.side == "in")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How far to go: exactly one of the first four fields, or none where the allocation says how much goes.
+
+    Attributes:
+        pruning_ratio: Share of ALL parameters to remove, in (0, 1); tied weights count once.
+        target_params: Number of parameters to keep.
+        intermediate_size: MLP width to keep in every layer.
+        mlp_ratio: MLP width to keep as a multiple of the hidden size, truncated as in the HFPrune script.
+        round_to: Kept MLP widths and hidden sizes are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast
+            kernels). Heads and layers are counted one by one.
+        allocated: The allocation says how much goes, and none of the four is given.
+    """
+
+    pruning_ratio: float | None = None
+    target_params: int | None = None
+    intermediate_size: int | None = None
+    mlp_ratio: float | None = None
+    round_to: int = 1
+    allocated: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ``ConfigError`` when not exactly one target is given or a value is out of range."""
+        names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.allocated and given:
+            raise ConfigError(f"The allocation says how much goes: leave out --{given[0]}, or choose another one.")
+        if not self.allocated and len(given) != 1:
+            found = "none was" if not given else " and ".join(f"--{name}" for name in given) + " were"
+            raise ConfigError(f"Give exactly one of {', '.join('--' + n for n in names)}; {found} given.")
+        if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
+            raise ConfigError(
+                f"--pruning_ratio {self.pruning_ratio} is not between 0 and 1 (both excluded): it is the share of all "
+                "parameters to remove, for example 0.2."
+            )
+        for name in ("target_params", "intermediate_size", "mlp_ratio", "round_to"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name} {value} is not positive.")
+
+    def describe(self) -> str:
+        """Returns the budget as the user typed it, for example ``pruning_ratio=0.2``."""
+        names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        return ", ".join(given if self.round_to == 1 else [*given, f"round_to={self.round_to}"])
+
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = "hfprune-plan"
@@ -63,7 +241,7 @@ class PruningPlan:
 
     def removed_layers(self) -> tuple[int, ...]:
         """Returns the layers that go as a whole, ascending; what the plan says of their other units does not matter."""
-        return tuple(sorted(unit for group in self.groups if group.kind == "block" for unit in self.removed(group)))
+        return tuple(sorted(unit for group in self.groups if group.kind == LAYERS for unit in self.removed(group)))
 
     def widths(self) -> dict[str, int]:
         """Returns the number of kept units per group."""

@@ -1,4 +1,4 @@
-"""``PruneTrainer``: Lightning's Trainer with ``prune`` and ``evaluate`` beside ``fit``."""
+"""The Lightning trainer of hfprune: ``fit``, ``prune`` and ``evaluate``."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,21 +6,204 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, LightningModule, Trainer
+from torch import nn
 
-from hfprune.callbacks.importance import TaylorImportanceCallback
-from hfprune.callbacks.lora_prune import LoraPruneCallback
-from hfprune.callbacks.sparse import SparsityCallback
+from hfprune.callbacks.base import pruning_callbacks
 from hfprune.data.text import TextDataModule
-from hfprune.errors import ConfigError
+from hfprune.evaluation.cache import cached_reference
+from hfprune.evaluation.evaluate import add_speeds, measure
+from hfprune.evaluation.fidelity import DenseReference, Reference, TopKReference
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.perplexity import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.evaluator import Evaluation
+from hfprune.io.checkpoint_record import Record, read_metadata
+from hfprune.io.load import (
+    check_model,
+    check_weight_files,
+    load_causal_lm,
+    load_config,
+    predicts_badly_without_bos,
+    previous_plan,
+)
+from hfprune.io.output_folder import check_apart
+from hfprune.io.save import check_output_file, check_writable, command_line
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.paths import user_path
+from hfprune.plan import PruningPlan
+from hfprune.report.table import show, stage_table
+from hfprune.utils.errors import ConfigError, PlanError
+from hfprune.utils.files import user_path, write_json
+
+
+class Evaluation:
+    """Evaluation of one model, or of two to compare: checks before weights are loaded, then ``run`` measures.
+
+    Args:
+        module: The model to measure.
+        data: Its ``text`` is the evaluation text.
+        device: Where to run.
+        dense: Folder or hub id of the dense model to compare with.
+        ckpt_path: Lightning checkpoint to restore into ``module``.
+
+    Raises:
+        ConfigError: The dense model has another vocabulary, or the checkpoint is not one that can be measured.
+    """
+
+    def __init__(
+        self,
+        module: PruningModule,
+        data: TextDataModule,
+        *,
+        device: torch.device,
+        dense: str | None = None,
+        ckpt_path: str | Path | None = None,
+    ) -> None:
+        self.module, self.data, self.device = module, data, device
+        self.dense = None if dense is None else user_path(dense, "dense")
+        self.ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
+        self.warnings: list[str] = []
+        module.check_loadable()
+        if self.dense is not None:
+            check_model(self.dense, argument="dense")
+            check_weight_files(self.dense, argument="dense")
+            other_vocab = load_config(self.dense, argument="dense").vocab_size
+            if other_vocab != module.vocab_size:
+                raise ConfigError(
+                    f"dense='{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
+                    "cannot be compared."
+                )
+        if self.ckpt_path is not None:
+            _check_checkpoint(Path(self.ckpt_path))
+
+    def run(
+        self,
+        *,
+        latency: bool = True,
+        zero_shot: ZeroShotTasks | None = None,
+        dense_cache: str | None = None,
+        output: str | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
+        module, data = self.module, self.data
+        dense_cache = None if dense_cache is None else user_path(dense_cache, "dense_cache")
+        output = None if output is None else user_path(output, "output")
+        self._check_outputs(dense_cache, output)
+        limits: dict[str, Any] = {"vocab_size": module.vocab_size, "max_positions": module.max_positions}
+        data.bind(module.tokenizer, **limits, needs_bos=predicts_badly_without_bos(module.config))
+        windows = data.evaluation_windows()
+        if zero_shot is not None:
+            zero_shot.load()
+        models, reference = self._load(windows, dense_cache)
+        self._warn_of_overlap(windows)
+        stages = {}
+        for name, model in models.items():
+            folder = self.dense if name == "dense" else (None if self.ckpt_path else module.path)
+            settings: dict[str, Any] = {"reference": reference, "latency": False, "folder": folder}
+            if name == "dense" and isinstance(reference, DenseReference):
+                settings["hidden"] = reference.hidden
+            elif name == "dense" and isinstance(reference, TopKReference):
+                settings["known"] = reference.of_dense()
+            stages[name] = measure(model, windows, **settings).to_dict()
+            if zero_shot is not None:
+                stages[name]["zero_shot"] = zero_shot.run(model, module.tokenizer).to_dict()
+        if latency:
+            add_speeds(stages, models)
+        if output is not None:
+            facts = {"command": command_line(), "model": module.path, "dense": self.dense}
+            facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}
+            write_json(Path(output), {**facts, "warnings": self.warnings, "stages": stages})
+        show(stage_table(stages))
+        return stages
+
+    def _check_outputs(self, dense_cache: str | None, output: str | None) -> None:
+        """Raises ``ConfigError`` where results could not be written: before anything is read."""
+        if output is not None:
+            check_output_file(output, "output")
+            check_apart(Path(output), self._sources(), argument="output", names=None)
+        if dense_cache is None:
+            return
+        if self.dense is None:
+            raise ConfigError("dense_cache stores the dense model's predictions and needs dense.")
+        if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
+            raise ConfigError(f"dense_cache='{dense_cache}' is a file, not a folder.")
+        check_writable(Path(dense_cache), "dense_cache")
+        check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
+
+    def _sources(self) -> dict[str, str | Path | None]:
+        """Returns the model and data folders that nothing is written into, by argument."""
+        return {"model.path": self.module.path, "dense": self.dense, **self.data.local_sources()}
+
+    def _load(self, windows: Windows | None, dense_cache: str | None) -> tuple[dict[str, Any], Reference | None]:
+        """Returns the models by stage, the dense one first, and the dense one's predictions."""
+        models: dict[str, Any] = {}
+        reference: Reference | None = None
+        if self.dense is not None:
+            dense = load_causal_lm(self.dense, dtype=self.module.dtype_name, argument="dense").to(self.device)
+            models["dense"] = dense
+            if windows is not None and dense_cache is not None:
+                reference = cached_reference(dense_cache, dense, windows)
+            elif windows is not None:
+                reference = DenseReference.collect(dense, windows, copy_head=False)
+        models["model"] = self._model().to(self.device)
+        return models, reference
+
+    def _model(self) -> nn.Module:
+        self.module.configure_model()
+        if self.ckpt_path is not None:
+            checkpoint = torch.load(self.ckpt_path, map_location="cpu", weights_only=True)
+            self.module.on_load_checkpoint(checkpoint)
+            self.module.load_state_dict(checkpoint["state_dict"])
+            self.module.unwrap()
+        model: nn.Module = self.module.causal_lm
+        return model
+
+    def _warn_of_overlap(self, windows: Windows | None) -> None:
+        """Warns when the evaluation text occurs in the calibration or recovery data that the model's plan lists."""
+        plan = self._plan()
+        if plan is None or windows is None:
+            return
+        for role in ("calibration", "recovery"):
+            seen = (plan.provenance.get(role) or {}).get("data") or {}
+            if "ngrams" not in seen:
+                continue
+            share = Sketch.from_text(seen["ngrams"]).share_of(windows.ids.tolist())
+            if share >= SUSPICIOUS:
+                text = (
+                    f"{share:.0%} of the evaluation text's 13-grams occur in the text of the model's {role} "
+                    f"('{seen['source']}'): its figures look better than they are."
+                )
+                self.warnings.append(text)
+                warnings.warn(text, stacklevel=2)
+
+    def _plan(self) -> PruningPlan | None:
+        if self.module.plan is not None:
+            return self.module.plan
+        path = previous_plan(self.module.path)
+        try:
+            return None if path is None else PruningPlan.load(path)
+        except PlanError as error:
+            raise ConfigError(f"path='{self.module.path}': {error}") from error
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raises ``ConfigError`` unless ``path`` is a checkpoint in one file that a ``PruningModule`` wrote."""
+    if path.is_dir():
+        raise ConfigError(
+            f"ckpt_path='{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
+        )
+    if Record.of(read_metadata(path)) is None:
+        raise ConfigError(f"ckpt_path='{path}' was not written by a PruningModule: it carries no pruning state.")
 
 
 class PruneTrainer(Trainer):
-    """A ``Trainer`` that checks budgets before it loads anything, prunes without training, and evaluates."""
+    """A Lightning ``Trainer`` that checks budgets before it loads weights, prunes without training, and evaluates.
+
+    Example:
+        >>> trainer = PruneTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        >>> trainer.world_size
+        1
+    """
 
     def fit(
         self,
@@ -33,15 +216,24 @@ class PruneTrainer(Trainer):
     ) -> None:
         """Calibrates, prunes and recovers; arguments as in Lightning."""
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, TaylorImportanceCallback):
-                callback.check(_plain(model))
-                callback.resume_from = ckpt_path
-            if isinstance(callback, SparsityCallback | LoraPruneCallback):
-                callback.check(_plain(model))
+        for callback in pruning_callbacks(self):
+            callback.check(_plain(model))
+            callback.resume_from = ckpt_path
         if isinstance(model, PruningModule):
             model.check_loadable()
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        with self._training_or_not():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @contextmanager
+    def _training_or_not(self) -> Iterator[None]:
+        """Turns training and validation off while a callback prunes with ``recovery="none"``, as ``prune`` does."""
+        modes = [callback.recovery_mode.word for callback in pruning_callbacks(self)]
+        with ExitStack() as restored, warnings.catch_warnings():
+            if "none" in modes:
+                off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+                restored.enter_context(_changed(self, **off))
+                warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
+            yield
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
@@ -58,11 +250,11 @@ class PruneTrainer(Trainer):
         Raises:
             ConfigError: The trainer has no callback that prunes.
         """
-        callbacks = self.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback)]
+        found = [callback for callback in pruning_callbacks(self) if callback.before_training]
         if not found:
             raise ConfigError(
-                "prune needs a TaylorImportanceCallback or a SparsityCallback among the trainer's callbacks."
+                "prune needs a callback that prunes before training among the trainer's callbacks, such as "
+                "StructuredPruningCallback or SparsePruningCallback."
             )
         with ExitStack() as restored, warnings.catch_warnings():
             for callback in found:
@@ -83,7 +275,7 @@ class PruneTrainer(Trainer):
         dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures size, perplexity, speed and zero-shot tasks of a model, beside a dense one when that is given.
+        """Measures size, perplexity, speed and zero-shot tasks of a model, and of a dense one to compare with.
 
         Args:
             model: The model to measure; one that is configured is measured as it is.
@@ -100,7 +292,7 @@ class PruneTrainer(Trainer):
             Stage name (``dense``, ``model``) -> figures.
 
         Raises:
-            ConfigError: A model, text, task or checkpoint cannot be used; most of it is said before weights are loaded.
+            ConfigError: A model, text, task or checkpoint cannot be used; most are found before weights are loaded.
         """
         return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
             latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
@@ -109,7 +301,7 @@ class PruneTrainer(Trainer):
 
 @contextmanager
 def _changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Gives attributes of ``owner`` other values within the context."""
+    """Sets attributes of ``owner`` within the context, and restores them."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)

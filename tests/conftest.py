@@ -1,8 +1,6 @@
 """Shared fixtures. No test touches the network."""
 
-import logging
 import os
-import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -22,15 +20,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def _global_state():
     """Every test starts from the same seed and leaves torch's global settings as it found them."""
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels, formatwarning = [logger.level for logger in loggers], warnings.formatwarning
     torch.manual_seed(0)
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # the command line sets them; DDP seeds itself anew from them
         os.environ.pop(name, None)
-    warnings.formatwarning = formatwarning  # the command line replaces it, and quietens Lightning
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
 

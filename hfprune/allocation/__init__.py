@@ -1,27 +1,26 @@
-"""Which units stay: budget to widths, scores to kept units."""
+"""Allocations: numbers of units to keep per group, for a budget; and the units with the largest scores.
+
+Each allocation is one file of this package, and its class is found there; nothing else lists it.
+"""
+
+from typing import Any
 
 from hfprune.allocation.allocate import allocate, kept_units
-from hfprune.allocation.base import Allocation, Allotment, Inventory
-from hfprune.allocation.budget import resolve, resolve_shares
-from hfprune.allocation.cosine_softmax import CosineSoftmax
-from hfprune.allocation.explicit import Explicit
-from hfprune.allocation.global_rank import GlobalRank
-from hfprune.allocation.history import KeptHistory
-from hfprune.allocation.keep import keep_top, uniform_keep
-from hfprune.allocation.protected import Protected
-from hfprune.allocation.resolved import ResolvedBudget
+from hfprune.allocation.base import Allocation, Allotment, Inventory, keep_top, uniform_keep
+from hfprune.allocation.budget import ResolvedBudget, resolve, resolve_shares
+from hfprune.allocation.convergence import KeptHistory
 from hfprune.allocation.sensitivity import Sensitivity, measure_curves
 from hfprune.allocation.uniform import Uniform
+from hfprune.utils.settings import discover
+
+_FOUND = discover(__name__, Allocation)  # type: ignore[type-abstract]
+globals().update(_FOUND)
 
 __all__ = [
     "Allocation",
     "Allotment",
-    "CosineSoftmax",
-    "Explicit",
-    "GlobalRank",
     "Inventory",
     "KeptHistory",
-    "Protected",
     "ResolvedBudget",
     "Sensitivity",
     "Uniform",
@@ -32,4 +31,10 @@ __all__ = [
     "resolve",
     "resolve_shares",
     "uniform_keep",
+    *(name for name in _FOUND if name not in ("Sensitivity", "Uniform")),
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Raises ``AttributeError``; tells type checkers that the package has the classes of its modules."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

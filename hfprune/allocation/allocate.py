@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.budget import resolve
-from hfprune.allocation.keep import keep_top
-from hfprune.allocation.resolved import KindWidths, ResolvedBudget, common
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
+from hfprune.allocation.budget import KindWidths, ResolvedBudget, common, resolve
 from hfprune.allocation.uniform import Uniform
-from hfprune.errors import ConfigError
-from hfprune.types import Budget, Group
+from hfprune.plan import LAYERS, Budget, Group
+from hfprune.utils.errors import ConfigError
 
 
 def allocate(
@@ -66,7 +64,7 @@ def kept_units(scores: Scores, groups: Sequence[Group], resolved: ResolvedBudget
     """
     kept = {}
     for group, width in zip(groups, resolved.widths, strict=True):
-        if group.kind == "block":
+        if group.kind == LAYERS:
             kept[group.name] = tuple(i for i in range(group.num_units) if i not in resolved.removed_layers)
         else:
             whole = width == group.num_units
@@ -88,7 +86,7 @@ def _check_budget(inventory: Inventory, budget: Budget, allocation: Allocation) 
         if inventory.kinds() != ("mlp",) or type(allocation) is not Uniform or not same:
             raise ConfigError(
                 f"{budget.describe()} is one MLP width for all layers and says nothing of other units or widths. Give "
-                "--pruning_ratio or --target_params, or Explicit(mlp=..., heads=..., blocks=...)."
+                "--pruning_ratio or --target_params, or Explicit(mlp=..., heads=..., layers=...)."
             )
 
 
@@ -132,8 +130,7 @@ def _asked(inventory: Inventory, budget: Budget, allocation: Allocation | None) 
     """Returns budget, units and allocation in the user's words."""
     parts = [budget.describe()]
     if inventory.kinds() != ("mlp",):
-        names = {"block": "blocks"}
-        parts.append(f"units={'+'.join(names.get(kind, kind) for kind in inventory.kinds())}")
+        parts.append(f"units={'+'.join(inventory.kinds())}")
     parts.append(str(allocation) if allocation is not None else "")
     return ", ".join(part for part in parts if part)
 

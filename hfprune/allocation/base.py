@@ -1,14 +1,15 @@
-"""What there is to spend a budget on, and the contract of whoever spends it."""
+"""Allocations: widths from an inventory of groups and a budget."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from hfprune.allocation.keep import keep_top
-from hfprune.arch import (
+from hfprune.models import (
     CHANNELS,
     channel_cost,
     find_spec,
@@ -19,8 +20,28 @@ from hfprune.arch import (
     per_channel,
     unit_cost,
 )
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.plan import LAYERS, Group
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import Configured
+
+
+def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
+    """Returns the ``width`` units with the largest scores, ascending; equal scores: the lower index stays.
+
+    >>> keep_top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
+    (1, 2)
+    """
+    order = torch.sort(scores.cpu(), descending=True, stable=True).indices
+    return tuple(sorted(order[:width].tolist()))
+
+
+def uniform_keep(
+    scores: Mapping[str, Tensor], groups: Sequence[Group], widths: int | Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the kept units of every group, at one width or at a width for each."""
+    listed = [widths] * len(groups) if isinstance(widths, int) else widths
+    return {group.name: keep_top(scores[group.name], width) for group, width in zip(groups, listed, strict=True)}
+
 
 Scores = Mapping[str, Tensor]
 """Group name -> importance [U]."""
@@ -31,7 +52,7 @@ class ChannelCosts:
     """What goes with one hidden channel, all other units being there.
 
     Attributes:
-        per_unit: Parameters of one unit of each group, 0 for ``block`` and ``channels`` groups.
+        per_unit: Parameters of one unit of each group, 0 for ``layers`` and ``channels`` groups.
         per_layer: Parameters of each layer.
         per_model: Parameters of the model.
         step: A stock config states hidden sizes that are multiples of this, one for every query head or 1.
@@ -65,7 +86,7 @@ class Inventory:
 
     Attributes:
         groups: The groups of the dense model.
-        costs: Parameters that one unit of each group owns, 0 for ``block`` groups; no parameter belongs to two units,
+        costs: Parameters that one unit of each group owns, 0 for ``layers`` groups; no parameter belongs to two units,
             but for those that belong to a hidden channel, too.
         dense_params: Parameters of the dense model, tied weights once.
         hidden_size: Hidden size of the model.
@@ -99,7 +120,7 @@ class Inventory:
         counts = head_counts(model) if stock and heads else ()
         return cls(
             groups=groups,
-            costs=tuple(0 if group.kind == "block" else unit_cost(model, group) for group in groups),
+            costs=tuple(0 if group.kind == LAYERS else unit_cost(model, group) for group in groups),
             dense_params=parameter_count(model),
             hidden_size=model.config.hidden_size,
             layer_params=layer_params(model),
@@ -108,9 +129,9 @@ class Inventory:
         )
 
     @property
-    def block(self) -> Group | None:
+    def layers(self) -> Group | None:
         """The group of whole layers, None where layers are no units."""
-        return next((group for group in self.groups if group.kind == "block"), None)
+        return next((group for group in self.groups if group.kind == LAYERS), None)
 
     @property
     def stream(self) -> int:
@@ -151,7 +172,7 @@ class Inventory:
         """Returns the parameters of the model with ``widths`` units left per group and some layers gone.
 
         Args:
-            widths: Kept units per group; those of removed layers and of the ``block`` group do not matter.
+            widths: Kept units per group; those of removed layers and of the ``layers`` group do not matter.
             removed_layers: Layers that go as a whole.
         """
         if self.channels is not None:
@@ -173,7 +194,7 @@ class Inventory:
         movable = sum(n for layer, n in enumerate(self.layer_params) if layer not in self.fixed_layers)
         for _ in range(100):
             share = (low + high) / 2
-            layers = share if self.block is not None else 0.0
+            layers = share if self.layers is not None else 0.0
             removed = layers * movable + (1 - layers) * share * within
             low, high = (share, high) if removed < self.dense_params - target else (low, share)
         return high
@@ -185,12 +206,12 @@ class Inventory:
 
     def worst_layers(self, scores: Scores | None, number: int) -> tuple[int, ...]:
         """Returns the ``number`` removable layers with the lowest scores, ascending; without scores, the last ones."""
+        group = self.layers
+        assert group is not None
         layers = [layer for layer in range(len(self.layer_params)) if layer not in self.fixed_layers]
-        block = self.block
-        assert block is not None
         if scores is None:
             return tuple(layers[len(layers) - number :])
-        stay = keep_top(scores[block.name][layers], len(layers) - number)
+        stay = keep_top(scores[group.name][layers], len(layers) - number)
         return tuple(layer for place, layer in enumerate(layers) if place not in stay)
 
 
@@ -209,25 +230,62 @@ class Allotment:
     exact_width: float | None = None
 
 
-class Allocation(ABC):
+class Measurements(Protocol):
+    """What an allocation can measure on the dense model and the first calibration sequences.
+
+    Results are the same on every rank. The pruning room implements it.
+    """
+
+    def kl_curves(self, shares: Sequence[float]) -> dict[str, dict[float, float]]:
+        """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone being pruned."""
+
+    def layer_cosines(self) -> dict[int, float]:
+        """Returns layer -> mean over tokens of the cosine between the layer's input and output."""
+
+
+class Allocation(Configured, ABC):
     """Spreads a budget over groups. An instance holds settings only.
 
     Attributes:
-        takes_blocks: Whether whole layers may be among the units.
+        takes_layers: Whether whole layers may be among the units.
         takes_channels: Whether hidden channels may be.
+        sequences: Calibration sequences that ``measure`` reads; of allocations that measure.
     """
 
-    takes_blocks: ClassVar[bool] = False
+    sequences: int = 0
+
+    takes_layers: ClassVar[bool] = False
     takes_channels: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Reads the deprecated attribute ``takes_blocks`` as ``takes_layers``."""
+        super().__init_subclass__(**kwargs)
+        if "takes_blocks" in cls.__dict__:
+            text = f"{cls.__name__}.takes_blocks is now takes_layers; the old name goes away in the next release."
+            warnings.warn(text, FutureWarning, stacklevel=2)
+            cls.takes_layers = cls.__dict__["takes_blocks"]
 
     @property
     def own_budget(self) -> bool:
         """Whether the allocation says itself how much goes, so that no budget is given."""
         return False
 
+    @property
+    def measures(self) -> str:
+        """What is to be measured after calibration (``curves``, ``cosines``); empty where nothing is, or is known."""
+        return ""
+
+    def measure(self, on: Measurements) -> "Allocation":
+        """Returns the allocation with what it measured; itself where it measures nothing.
+
+        Args:
+            on: What can be measured.
+        """
+        return self
+
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether widths, or which layers go, depend on scores: by default where layers are among the units."""
-        return inventory.block is not None
+        return inventory.layers is not None
 
     @abstractmethod
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
@@ -246,9 +304,9 @@ class Allocation(ABC):
             ConfigError: The settings do not fit the model.
         """
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns name and settings for the plan's provenance, JSON-able."""
+        return {"name": type(self).__name__, **self.settings()}
 
     def __str__(self) -> str:
         """Returns name and settings as one would write them."""
@@ -257,9 +315,9 @@ class Allocation(ABC):
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where whole layers or hidden channels are units and the allocation takes none."""
-        if inventory.block is not None and not self.takes_blocks:
+        if inventory.layers is not None and not self.takes_layers:
             raise ConfigError(
-                f"{type(self).__name__} does not say which whole layers go: leave 'blocks' out of the units, or use "
+                f"{type(self).__name__} does not say which whole layers go: leave 'layers' out of the units, or use "
                 "Uniform, Protected(Uniform) or Explicit."
             )
         self.check_channels(inventory)

@@ -1,13 +1,14 @@
-"""Layers whose output resembles their input lose more (SlimLLM)."""
+"""Cosine allocation (SlimLLM): layers whose output resembles their input lose more units."""
 
 import math
 from typing import Any, Literal
 
-from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Measurements, Scores
 from hfprune.allocation.budget import round_width
-from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import removed_units, settled
-from hfprune.errors import ConfigError
+from hfprune.plan import UNIT_KINDS
+from hfprune.utils.errors import ConfigError
 
 
 class CosineSoftmax(Allocation):
@@ -17,57 +18,122 @@ class CosineSoftmax(Allocation):
     SlimLLM (Guo et al., 2025, arXiv:2505.22689): on LLaMA-7B ``share=0.25, num_layers=26, alpha=10``.
 
     Args:
-        cosines: Layer -> mean over tokens of the cosine between the layer's input and output on the dense model.
+        cosines: Layer -> mean over tokens of the cosine between the layer's input and output on the dense model. None:
+            measured after calibration, by one forward pass of the first ``sequences`` sequences of its data.
         alpha: How much more layers with larger cosines lose.
         num_layers: n; all layers if not given. Equal cosines: the lower layer.
         share: r. None: the r that meets the budget; a layer then loses at most all but one step of its units.
         compat: ``slimllm`` rounds r_l U as Python's ``round`` does; None to the nearest. Needs ``share``.
+        sequences: Number of sequences to measure on.
 
     Raises:
         ConfigError: A setting is out of range.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> CosineSoftmax({0: 0.95, 1: 0.85}).allot(inventory, 160, round_to=1, scores=None).widths
+        (5, 7)
     """
 
     def __init__(
         self,
-        cosines: dict[int, float],
+        cosines: dict[int, float] | None = None,
         *,
         alpha: float = 10.0,
         num_layers: int | None = None,
         share: float | None = None,
         compat: Literal["slimllm"] | None = None,
+        sequences: int = 16,
     ) -> None:
-        if not all(-1.001 <= value <= 1.001 for value in cosines.values()):
+        if cosines is not None and not all(-1.001 <= value <= 1.001 for value in cosines.values()):
             raise ConfigError("CosineSoftmax: a cosine is not within [-1, 1].")
-        if num_layers is not None and not 0 < num_layers <= len(cosines):
-            raise ConfigError(f"CosineSoftmax: num_layers {num_layers} of {len(cosines)} layers.")
+        if num_layers is not None and not 0 < num_layers <= (num_layers if cosines is None else len(cosines)):
+            raise ConfigError(f"CosineSoftmax: num_layers {num_layers} of {len(cosines or ())} layers.")
+        if sequences < 1:
+            raise ConfigError(f"CosineSoftmax: sequences={sequences} must be at least 1.")
         if share is not None and not 0 < share < 1:
             raise ConfigError(f"CosineSoftmax: share {share} is not in (0, 1).")
         if compat not in (None, "slimllm") or (compat and share is None):
             raise ConfigError(f"CosineSoftmax: compat '{compat}' is slimllm, and rounds a share.")
-        self.cosines, self.alpha, self.share, self.compat = dict(cosines), alpha, share, compat
-        self.num_layers = num_layers or len(cosines)
+        self.cosines = None if cosines is None else dict(cosines)
+        self.alpha, self.share, self.compat, self.sequences = alpha, share, compat, sequences
+        self.num_layers = num_layers or (None if cosines is None else len(cosines))
+        self.measured = False
 
     @property
     def own_budget(self) -> bool:
         """Whether a share was given."""
         return self.share is not None
 
+    @property
+    def measures(self) -> str:
+        """``cosines`` where none were given."""
+        return "cosines" if self.cosines is None else ""
+
+    def measure(self, on: Measurements) -> Allocation:
+        """Returns the allocation with the cosines of the model's layers."""
+        if self.cosines is not None:
+            return self
+        found = self._with(on.layer_cosines())
+        found.measured, found.num_layers = True, self.num_layers  # described as it was asked for
+        return found
+
+    def _with(self, cosines: dict[int, float]) -> "CosineSoftmax":
+        return CosineSoftmax(
+            cosines,
+            alpha=self.alpha,
+            num_layers=self.num_layers,
+            share=self.share,
+            compat=self.compat,
+            sequences=self.sequences,
+        )
+
+    def needs_scores(self, inventory: Inventory) -> bool:
+        """Returns whether widths wait for the cosines, which are measured after the scores."""
+        return self.cosines is None or super().needs_scores(inventory)
+
+    def check(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` where ``num_layers`` is more than the model has, too."""
+        super().check(inventory)
+        if self.num_layers is not None and self.num_layers > len(inventory.layer_params) > 0:
+            raise ConfigError(f"CosineSoftmax: num_layers {self.num_layers} of {len(inventory.layer_params)} layers.")
+
     def describe(self) -> dict[str, Any]:
         """Returns name and settings; cosines to six digits."""
+        found = self._settings()
+        if self.cosines is not None:
+            found["cosines"] = {str(layer): round(value, 6) for layer, value in self.cosines.items()}
+        return {"name": "CosineSoftmax"} | found
+
+    def _settings(self) -> dict[str, Any]:
         settings = {"alpha": self.alpha, "num_layers": self.num_layers, "share": self.share, "compat": self.compat}
-        cosines = {str(layer): round(value, 6) for layer, value in self.cosines.items()}
-        return {"name": "CosineSoftmax"} | {k: v for k, v in settings.items() if v is not None} | {"cosines": cosines}
+        if self.cosines is None or self.measured:
+            settings["sequences"] = self.sequences
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def __str__(self) -> str:
+        """Returns name and settings, without cosines that are or were measured."""
+        if self.cosines is None or self.measured:
+            return f"CosineSoftmax({', '.join(f'{name}={value}' for name, value in self._settings().items())})"
+        return super().__str__()
 
     def weights(self) -> dict[int, float]:
         """Returns n softmax(alpha c) of each layer, 0 for those that stay; the mean over the n layers is 1."""
-        order = sorted(self.cosines, key=lambda layer: (-self.cosines[layer], layer))[: self.num_layers]
-        top = max(self.cosines.values())
-        powers = {layer: math.exp(self.alpha * (self.cosines[layer] - top)) for layer in order}
+        cosines = self.cosines or {}
+        number = self.num_layers or len(cosines)
+        order = sorted(cosines, key=lambda layer: (-cosines[layer], layer))[:number]
+        top = max(cosines.values())
+        powers = {layer: math.exp(self.alpha * (cosines[layer] - top)) for layer in order}
         total = sum(powers.values())
-        return {layer: self.num_layers * powers.get(layer, 0.0) / total for layer in self.cosines}
+        return {layer: number * powers.get(layer, 0.0) / total for layer in cosines}
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the widths that the cosines give."""
+        """Returns the widths that the cosines give; those of equal cosines until they are measured."""
+        if self.cosines is None:
+            equal = self._with(dict.fromkeys(range(len(inventory.layer_params)), 0.0))
+            return equal.allot(inventory, target, round_to=round_to, scores=scores)
         layers = {group.layer for group in inventory.groups}
         if not layers <= set(self.cosines):
             missing = sorted(str(layer) for layer in layers - set(self.cosines))
@@ -107,7 +173,7 @@ class CosineSoftmax(Allocation):
                     f"{type(self).__name__} would remove {share:.0%} of {group.name}: lower share or alpha, or give a "
                     "budget in place of share."
                 )
-            step = round_to if group.kind == "mlp" else 1
+            step = round_to if UNIT_KINDS[group.kind].rounded else 1
             kept = round_width(group.num_units - number, step) if number else group.num_units
             widths.append(min(max(kept, step, group.least), group.num_units))
         return widths

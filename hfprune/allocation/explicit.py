@@ -1,10 +1,9 @@
-"""Widths that the user names, one for all layers or one for each."""
-
-from typing import Any
+"""Explicit allocation: given widths, one for all layers or one for each."""
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
+from hfprune.plan import LAYERS, unit_kinds
+from hfprune.utils.errors import ConfigError
 
 
 class Explicit(Allocation):
@@ -14,14 +13,22 @@ class Explicit(Allocation):
         mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
         heads: Key-value heads to keep, likewise.
         experts: Experts to keep, likewise.
-        blocks: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
+        layers: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
         channels: Number of hidden channels to keep: the hidden size.
+        blocks: Deprecated name of ``layers``.
 
     Raises:
         ConfigError: Nothing is named.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Explicit(mlp=[6, 4]).allot(inventory, 0, round_to=1, scores=None).widths
+        (6, 4)
     """
 
-    takes_blocks = True
+    takes_layers = True
     takes_channels = True
 
     def __init__(
@@ -30,64 +37,66 @@ class Explicit(Allocation):
         mlp: int | list[int] | None = None,
         heads: int | list[int] | None = None,
         experts: int | list[int] | None = None,
-        blocks: int | list[int] | None = None,
+        layers: int | list[int] | None = None,
         channels: int | None = None,
+        blocks: int | list[int] | None = None,
     ) -> None:
-        if all(value is None for value in (mlp, heads, experts, blocks, channels)):
-            raise ConfigError("Explicit names what to keep: give mlp, heads, experts, blocks or channels.")
-        self.blocks = blocks
-        self._named = {"mlp": mlp, "heads": heads, "experts": experts, "channels": channels}
+        if blocks is not None:
+            if layers is not None:
+                raise ConfigError("Explicit: blocks is the old name of layers; give layers alone.")
+            unit_kinds(["blocks"])
+            layers = blocks
+        if all(value is None for value in (mlp, heads, experts, layers, channels)):
+            raise ConfigError("Explicit names what to keep: give mlp, heads, experts, layers or channels.")
+        self.mlp, self.heads, self.experts, self.channels, self.layers = mlp, heads, experts, channels, layers
 
     @property
     def own_budget(self) -> bool:
         """Always."""
         return True
 
-    def describe(self) -> dict[str, Any]:
-        """Returns name and widths."""
-        named = self._named | {"blocks": self.blocks}
-        return {"name": "Explicit"} | {key: value for key, value in named.items() if value is not None}
-
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether a number of layers was given, and not which."""
-        return isinstance(self.blocks, int)
+        return isinstance(self.layers, int)
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
-        for kind, value in (self._named | {"block": self.blocks}).items():
-            if value is not None and kind not in inventory.kinds():
+        for kind in self.settings():
+            if kind not in inventory.kinds():
                 raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
-        for kind, value in self._named.items():
+        for kind, value in self._numbers().items():
             self._widths(inventory, kind, value)
-        if self.blocks is not None:
+        if self.layers is not None:
             self._removed(inventory, None)
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the named widths."""
-        removed = self._removed(inventory, scores) if self.blocks is not None else ()
+        removed = self._removed(inventory, scores) if self.layers is not None else ()
         widths = list(inventory.dense_widths())
-        for kind, value in self._named.items():
+        for kind, value in self._numbers().items():
             for number, width in self._widths(inventory, kind, value).items():
                 if inventory.groups[number].layer not in removed:
                     widths[number] = width
         return settled(inventory, widths, removed)
 
+    def _numbers(self) -> dict[str, int | list[int]]:
+        """Returns unit kind -> number or numbers of units to keep, without whole layers."""
+        return {kind: value for kind, value in self.settings().items() if kind != LAYERS}
+
     def _removed(self, inventory: Inventory, scores: Scores | None) -> tuple[int, ...]:
         layers = len(inventory.layer_params)
-        if isinstance(self.blocks, int):
+        if isinstance(self.layers, int):
             least = max(len(inventory.fixed_layers), 1)
-            if not least <= self.blocks <= layers:
+            if not least <= self.layers <= layers:
                 raise ConfigError(f"{self}: from {least} to {layers} layers can be kept.")
-            return inventory.worst_layers(scores, layers - self.blocks)
-        named = sorted(set(self.blocks or ()))
+            return inventory.worst_layers(scores, layers - self.layers)
+        named = sorted(set(self.layers or ()))
         if len(named) >= layers or any(not 0 <= layer < layers or layer in inventory.fixed_layers for layer in named):
             raise ConfigError(f"{self} removes layers that are protected or not there, or all of {layers}.")
         return tuple(named)
 
-    def _widths(self, inventory: Inventory, kind: str, value: int | list[int] | None) -> dict[int, int]:
+    def _widths(self, inventory: Inventory, kind: str, value: int | list[int]) -> dict[int, int]:
         """Returns group number -> width."""
-        if value is None:
-            return {}
         members = inventory.numbers(kind)
         layers = len(inventory.layer_params)
         if not isinstance(value, int) and len(value) != layers:

@@ -1,15 +1,16 @@
-"""One ranking of the units of all layers."""
+"""Global ranking: the units of all layers compete for the budget."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.fill import Slot, slot
+from hfprune.allocation.rounding import Slot, slot
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 Comparable = Literal["none", "per_parameter", "mean", "standard"]
 
@@ -48,19 +49,21 @@ class GlobalRank(Allocation):
 
     Raises:
         ConfigError: A setting is unknown or out of range; ``allot``: the ceiling removes more than the budget.
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> scores = {"0.mlp": torch.arange(1.0, 9.0), "1.mlp": torch.arange(8.0) ** 2}
+        >>> GlobalRank().allot(inventory, 160, round_to=1, scores=scores).widths
+        (7, 5)
     """
 
     def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:
-        if comparable not in _COMPARABLE:
-            raise ConfigError(f"GlobalRank: comparable '{comparable}' is none of {', '.join(_COMPARABLE)}.")
+        check_choice("comparable", comparable, _COMPARABLE)
         if not 0 <= floor <= ceiling <= 1:
             raise ConfigError(f"GlobalRank: floor {floor} and ceiling {ceiling} need 0 <= floor <= ceiling <= 1.")
         self.comparable, self.floor, self.ceiling = comparable, floor, ceiling
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        settings = {"comparable": self.comparable, "floor": self.floor, "ceiling": self.ceiling}
-        return {"name": "GlobalRank", **settings}
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Always."""

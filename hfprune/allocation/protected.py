@@ -1,12 +1,10 @@
-"""First and last layers that stay as they are (LLM-Pruner), around any other allocation."""
+"""Protected layers: the first and last layers keep all units (LLM-Pruner); another allocation spends the budget."""
 
 from dataclasses import replace
-from typing import Any
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.sensitivity import Sensitivity
 from hfprune.allocation.uniform import Uniform
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 
 class Protected(Allocation):
@@ -22,15 +20,27 @@ class Protected(Allocation):
 
     Raises:
         ConfigError: A number is negative.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
+
+    Example:
+        >>> from hfprune.plan import Group
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Protected(first=1, last=0).allot(inventory, 160, round_to=1, scores=None).widths
+        (8, 4)
     """
 
-    takes_blocks = True
+    takes_layers = True
 
     def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
         if first < 0 or last < 0:
             raise ConfigError(f"Protected: first={first} and last={last} are numbers of layers, not negative.")
-        if isinstance(allocation, Sensitivity) and allocation.curves is None:
-            raise ConfigError("Protected: give Sensitivity its curves; within Protected it does not measure any.")
+        if allocation is not None and allocation.measures:
+            raise ConfigError(
+                f"Protected: give {type(allocation).__name__} its {allocation.measures}; within Protected it does not "
+                "measure any."
+            )
         self.first, self.last, self.allocation = first, last, allocation or Uniform()
 
     @property
@@ -62,7 +72,3 @@ class Protected(Allocation):
         for i, width in zip(open_to, found.widths, strict=True):
             widths[i] = width
         return replace(found, widths=tuple(widths))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        return {"name": "Protected", "first": self.first, "last": self.last, "allocation": str(self.allocation)}

@@ -1,4 +1,4 @@
-"""Spends the budget where it hurts least, by measured curves of KL per removed parameter."""
+"""Sensitivity allocation: spends the budget by measured curves of KL per removed parameter."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -6,12 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.fill import fill, slot
+from hfprune.allocation.base import Allocation, Allotment, Inventory, Measurements, Scores
+from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import settled
-from hfprune.errors import ConfigError
-from hfprune.plan import PLAN_FORMAT
-from hfprune.types import Group
+from hfprune.plan import PLAN_FORMAT, Group
+from hfprune.utils.errors import ConfigError
 
 Curves = Mapping[str, Mapping[float, float]]
 """Group name -> kept share of its units -> KL to the dense model, nats per token, that group alone being pruned so."""
@@ -21,7 +20,7 @@ _Piece = tuple[float, int, float, float]
 
 
 class Sensitivity(Allocation):
-    """Goes down the curve that rises least per removed parameter, until the budget is met.
+    """Removes units where the measured KL divergence increases least per removed parameter, until the budget is met.
 
     Each curve is replaced by its lower convex hull from (no unit removed, KL 0), over parameters; pieces of all hulls
     are taken in the order of their slopes. That minimises the sum of the hulls at the budget, which is the KL to the
@@ -37,6 +36,13 @@ class Sensitivity(Allocation):
 
     Raises:
         ConfigError: The file cannot be read, or a value is out of range.
+
+    Example:
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> curves = {"0.mlp": {0.5: 0.1}, "1.mlp": {0.5: 0.4}}
+        >>> Sensitivity(curves).allot(inventory, 150, round_to=1, scores=None).widths
+        (4, 7)
     """
 
     def __init__(
@@ -55,6 +61,15 @@ class Sensitivity(Allocation):
         self.curves = _read(curves) if isinstance(curves, str) else {n: dict(c) for n, c in curves.items()}
         if not all(0 <= share <= 1 and kl == kl for curve in self.curves.values() for share, kl in curve.items()):
             raise ConfigError("Sensitivity: a kept share is not in [0, 1], or a KL is NaN.")
+
+    @property
+    def measures(self) -> str:
+        """``curves`` where none were given."""
+        return "curves" if self.curves is None else ""
+
+    def measure(self, on: Measurements) -> "Allocation":
+        """Returns the allocation with the curves of the model."""
+        return self if self.curves is not None else self.with_curves(on.kl_curves(self.shares))
 
     def with_curves(self, curves: Curves) -> "Sensitivity":
         """Returns the allocation that goes by curves which were measured as it says."""

@@ -1,17 +1,17 @@
-"""The same share of every group of a kind."""
+"""Uniform allocation: the same share of every group of a kind."""
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.budget import round_width
-from hfprune.allocation.fill import Slot, slot
-from hfprune.allocation.hidden import with_channels
-from hfprune.arch import CHANNELS, EXPERTS
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.allocation.channel_widths import with_channels
+from hfprune.allocation.rounding import Slot, slot
+from hfprune.models import CHANNELS
+from hfprune.plan import LAYERS, UNIT_KINDS, Group, unit_kinds
+from hfprune.utils.errors import ConfigError
 
 Compat = Literal["llm_pruner", "slimllm"]
 
@@ -26,25 +26,34 @@ class Uniform(Allocation):
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
-            (``mlp``, ``heads``, ``blocks``, ``channels``), 0 where none is given.
+            (``mlp``, ``heads``, ``experts``, ``layers``, ``channels``), 0 where none is given.
         compat: Rounding of ``share``. None: nearest, ties remove less. ``llm_pruner``: C - int(C (1 - share)) of a
             group's C channels, and as many whole heads as these fill. ``slimllm``: Python's ``round(share U)``.
 
     Raises:
         ConfigError: A share is out of range or names an unknown kind, or ``compat`` is given without ``share``.
+
+    Example:
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> Uniform().allot(inventory, 160, round_to=1, scores=None).widths
+        (6, 6)
     """
 
-    takes_blocks = True
+    takes_layers = True
     takes_channels = True
 
     def __init__(self, *, share: float | dict[str, float] | None = None, compat: Compat | None = None) -> None:
-        shares = share if isinstance(share, Mapping) else dict.fromkeys(_KINDS, share or 0.0)
-        if not set(shares) <= set(_KINDS) or not all(0 <= value < 1 for value in shares.values()):
-            raise ConfigError(f"Uniform: share {share} is not in [0, 1), or not for kinds among {', '.join(_KINDS)}.")
+        if isinstance(share, Mapping):
+            share = dict(zip(unit_kinds(share), share.values(), strict=True))
+        shares = share if isinstance(share, dict) else dict.fromkeys(UNIT_KINDS, share or 0.0)
+        if not set(shares) <= set(UNIT_KINDS) or not all(0 <= value < 1 for value in shares.values()):
+            known = ", ".join(UNIT_KINDS)
+            raise ConfigError(f"Uniform: share {share} is not in [0, 1), or not for kinds among {known}.")
         if compat is not None and (compat not in _COMPAT or share is None):
             raise ConfigError(f"Uniform: compat '{compat}' is one of {', '.join(_COMPAT)}, and rounds a share.")
         self.share, self.compat = share, compat
-        self._shares = {kind: shares.get(name, 0.0) for name, kind in _KINDS.items()}
+        self._shares = {kind: shares.get(kind, 0.0) for kind in UNIT_KINDS}
 
     @property
     def own_budget(self) -> bool:
@@ -54,17 +63,11 @@ class Uniform(Allocation):
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` where a share is given for units that are not pruned."""
         super().check(inventory)
-        names = {kind: name for name, kind in _KINDS.items()}
         named = self.share if isinstance(self.share, Mapping) else {}
-        idle = sorted(name for name, share in named.items() if share and _KINDS[name] not in inventory.kinds())
+        idle = sorted(kind for kind, share in named.items() if share and kind not in inventory.kinds())
         if idle:
-            pruned = ", ".join(names[kind] for kind in inventory.kinds())
+            pruned = ", ".join(inventory.kinds())
             raise ConfigError(f"{self} names {', '.join(idle)}, units that are not pruned: the units are {pruned}.")
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        settings = {"share": self.share, "compat": self.compat}
-        return {"name": "Uniform"} | {key: value for key, value in settings.items() if value is not None}
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the same share of every group of a kind."""
@@ -76,28 +79,27 @@ class Uniform(Allocation):
 
     def _by_share(self, inventory: Inventory, *, round_to: int, scores: Scores | None) -> Allotment:
         removed: tuple[int, ...] = ()
-        if inventory.block is not None:
-            number = removed_units(inventory.block, self._shares["block"], self.compat)
+        if inventory.layers is not None:
+            number = removed_units(inventory.layers, self._shares[LAYERS], self.compat)
             removed = inventory.worst_layers(scores, min(number, _most_layers(inventory)))
         widths = list(inventory.dense_widths())
         for number, group in enumerate(inventory.groups):
-            if group.kind != "block" and group.layer not in removed:
+            if group.kind != LAYERS and group.layer not in removed:
                 kept = group.num_units - removed_units(group, self._shares[group.kind], self.compat)
-                step = round_to if group.kind in ("mlp", CHANNELS) else 1
+                step = round_to if UNIT_KINDS[group.kind].rounded else 1
                 if group.kind == CHANNELS and inventory.channels is not None and self.compat is None:
                     step = math.lcm(step, inventory.channels.step)
                 widths[number] = min(max(round_width(kept, step), step, group.least), group.num_units)
         return settled(inventory, widths, removed)
 
 
-_KINDS = {"mlp": "mlp", "heads": "heads", "experts": EXPERTS, "blocks": "block", "channels": CHANNELS}
 _COMPAT = ("llm_pruner", "slimllm")
 
 
 def removed_units(group: Group, share: float, compat: str | None) -> int:
     """Returns how many units of ``group`` a share of them is; see :class:`Uniform`.
 
-    >>> from hfprune.types import Slice
+    >>> from hfprune.plan import Slice
     >>> heads = Group(name="a", kind="heads", num_units=32, slices=(Slice(module="k", side="out", width=128),))
     >>> [removed_units(heads, 0.6, how) for how in (None, "llm_pruner", "slimllm")]
     [19, 19, 19]
@@ -116,7 +118,7 @@ def settled(
 ) -> Allotment:
     """Returns the allotment of these widths, with the number of layers that stay in its place."""
     left = len(inventory.layer_params) - len(removed)
-    found = [left if g.kind == "block" else width for g, width in zip(inventory.groups, widths, strict=True)]
+    found = [left if g.kind == LAYERS else width for g, width in zip(inventory.groups, widths, strict=True)]
     return Allotment(widths=tuple(found), removed_layers=tuple(removed), exact_width=exact)
 
 
@@ -132,7 +134,7 @@ def _free_layers(inventory: Inventory) -> int:
 def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
     """Returns the allotment that meets the budget with shares as equal as whole layers and heads allow."""
     share = inventory.common_share(target)
-    layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.block is not None else (0,)
+    layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.layers is not None else (0,)
     near = [number for number in layers if abs(number - share * _free_layers(inventory)) < 1]
     found: list[tuple[_Distance, Allotment]] = []
     for numbers in (near, layers):
@@ -151,7 +153,7 @@ def _at(
 ) -> tuple[_Distance, Allotment]:
     """Returns the best allotment with ``number`` layers gone."""
     removed = inventory.worst_layers(scores, number) if number else ()
-    members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != "block"}
+    members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != LAYERS}
     kinds = sorted((k for k in members if members[k]), key=lambda k: -max(inventory.costs[i] for i in members[k]))
     tolerance, found = _half_step(inventory, round_to), []
     for chosen in product(*(_widths_of(inventory, k, members[k], round_to) for k in kinds[:-1])):
@@ -161,7 +163,7 @@ def _at(
                 widths[i] = width
         if kinds:
             exact = _fill_last(inventory, target, members[kinds[-1]], removed, widths, round_to)
-        away = abs(number / _free_layers(inventory) - share) if inventory.block is not None else 0.0
+        away = abs(number / _free_layers(inventory) - share) if inventory.layers is not None else 0.0
         away += sum(_share_away(inventory, members[kind], widths, share) for kind in kinds)
         error = abs(inventory.params(widths, removed) - target)
         allotment = settled(inventory, widths, removed, exact if kinds and kinds[-1] == "mlp" else None)
@@ -218,7 +220,7 @@ def _half_step(inventory: Inventory, round_to: int) -> float:
     steps = {}
     for kind in inventory.kinds():
         members = inventory.numbers(kind)
-        if kind == "block":
+        if kind == LAYERS:
             steps[kind] = max(inventory.layer_params)
         else:
             steps[kind] = sum(inventory.costs[i] * _slot(inventory, i, round_to).step for i in members)

@@ -1,17 +1,29 @@
-"""Lightning callbacks: when things happen. What happens is computed elsewhere."""
+"""Callbacks: pruning and its report inside a Lightning ``fit``."""
 
-from hfprune.callbacks.events import PruningEvents
-from hfprune.callbacks.importance import TaylorImportanceCallback
-from hfprune.callbacks.lora_prune import LoraPruneCallback
+from typing import Any
+
+from hfprune import _moved
+from hfprune.callbacks.base import PruningCallback
+from hfprune.callbacks.checkpointing import StepCheckpoint
+from hfprune.callbacks.lora_prune import LoraPruningCallback
 from hfprune.callbacks.report import ReportCallback
-from hfprune.callbacks.saving import StepCheckpoint
-from hfprune.callbacks.sparse import SparsityCallback
+from hfprune.callbacks.sparse import SparsePruningCallback
+from hfprune.callbacks.structured import StructuredPruningCallback, TaylorImportanceCallback
+from hfprune.modules.events import PruningEvents
+from hfprune.pruning.options import CalibrationOptions
 
 __all__ = [
-    "LoraPruneCallback",
+    "CalibrationOptions",
+    "LoraPruningCallback",
+    "PruningCallback",
     "PruningEvents",
     "ReportCallback",
-    "SparsityCallback",
+    "SparsePruningCallback",
     "StepCheckpoint",
+    "StructuredPruningCallback",
     "TaylorImportanceCallback",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.renamed(__name__, name)

@@ -1,22 +1,26 @@
-"""Checkpoints: written in one step, carrying the pruning state, and read before Lightning restores anything."""
+"""Checkpoints of pruning runs: atomic writes, the pruning state that they carry, and when they are saved."""
 
+import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
-from hfprune.checkpoints import KEY, read_metadata
-from hfprune.errors import ConfigError, OutputError
-from hfprune.files import Stage, writing
+from hfprune.io.checkpoint_record import KEY, read_metadata
+from hfprune.io.output_folder import EARLIER_CHECKPOINTS
+from hfprune.utils.errors import ConfigError, OutputError
+from hfprune.utils.files import Stage, writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its target and moves it into place: a killed run leaves the old file or the new one.
+    """Writes a checkpoint under a temporary name, then renames it: a killed run leaves the old or the new file.
 
     Lightning's own writer stages in the system's temporary folder, from where a move to another disk is a copy.
     """
@@ -36,15 +40,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             stage.publish(swap=True)  # a sharded strategy's is a folder
 
 
-class CheckpointTap:
-    """Stands between the trainer's strategy and its checkpoints, from ``setup`` to ``teardown``.
+class CheckpointHook:
+    """Routes the checkpoints of a trainer's strategy through a callback, from ``setup`` to ``teardown``.
 
     Strategies that restore after the model was laid out (FSDP2) call no hook in time to rebuild a pruned model, and a
-    LightningModule of somebody else has none of ours: the strategy's ``load_checkpoint`` is where every one of them
-    passes.
+    user's LightningModule has no hook of hfprune; every checkpoint passes the strategy's ``load_checkpoint``.
 
     Args:
-        trainer: Whose strategy.
+        trainer: The trainer; its strategy is changed until ``detach``.
         saving: Called with every checkpoint before it is written; may add to it.
         loaded: Called with every checkpoint that was read, before anything is restored from it.
     """
@@ -61,7 +64,7 @@ class CheckpointTap:
         self._strategy.load_checkpoint = self.load  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Gives the strategy its own methods back."""
+        """Restores the strategy's own methods."""
         for name in ("save_checkpoint", "load_checkpoint"):
             self._strategy.__dict__.pop(name, None)
 
@@ -90,7 +93,7 @@ class CheckpointTap:
         return self._load(checkpoint_path, weights_only)
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
-        """Saves a folder of shards beside its target and moves it into place."""
+        """Saves a folder of shards under a temporary name, then renames it."""
         strategy = self._strategy
         with writing(target), ExitStack() as held:
             stage = held.enter_context(Stage(target)) if strategy.is_global_zero else None
@@ -116,7 +119,7 @@ def count_epoch(trainer: Trainer) -> None:
 
 
 def _folder_without_weights(path: Path) -> dict[str, Any]:
-    """Returns a sharded checkpoint that any strategy can go on from: one written before training.
+    """Returns a sharded checkpoint without weights, written before training, which every strategy can resume from.
 
     Raises:
         ConfigError: It holds shards of weights.
@@ -128,3 +131,94 @@ def _folder_without_weights(path: Path) -> dict[str, Any]:
             "(ModelParallelStrategy(save_distributed_checkpoint=False) writes files that every strategy resumes.)"
         )
     return checkpoint
+
+
+_OURS = re.compile(r"(last(-pruning)?|epoch=\d+-step=\d+|step-\d+)\.ckpt")
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A ``ModelCheckpoint`` that saves nothing between the batches of an accumulated step.
+
+    Accumulated gradients are in no checkpoint, so a run that resumes from the middle of a step would lose them. This
+    concerns validation within a step, and the first batches after a resume, which still have the last step's number.
+
+    Example:
+        >>> StepCheckpoint(every_n_train_steps=100, filename="step-{step}").monitor is None
+        True
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves as a ``ModelCheckpoint`` does, after a step."""
+        if not _within_step(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves as a ``ModelCheckpoint`` does, after a step."""
+        if not _within_step(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+
+class OneRun(Callback):
+    """Keeps the checkpoints of one run apart from those of an earlier one in the same folder.
+
+    A new run moves earlier checkpoints to a sub-folder, so that ``ckpt_path="last"`` never restores the earlier model.
+    When a run has ended, the files of earlier runs and of killed attempts are removed.
+
+    Args:
+        folder: The run's folder of checkpoints.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.aside = self.folder / EARLIER_CHECKPOINTS
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves earlier checkpoints, unless the run resumes."""
+        if trainer.ckpt_path is not None or not trainer.is_global_zero:
+            return
+        found = checkpoints_in(self.folder, links=True)
+        if found:
+            self.aside.mkdir(exist_ok=True)
+        for path in found:
+            target = self.aside / path.name
+            if target.is_dir() and not target.is_symlink():
+                trainer.strategy.remove_checkpoint(target)
+            os.replace(path, target)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes stale files; files with other names than hfprune's stay."""
+        if not trainer.is_global_zero:
+            return
+        for path in (*checkpoints_in(self.aside, links=True), *self._stale(trainer)):
+            if path.is_symlink():
+                path.unlink()
+            elif _OURS.fullmatch(path.name):
+                trainer.strategy.remove_checkpoint(path)
+        if self.aside.is_dir() and not any(self.aside.iterdir()):
+            self.aside.rmdir()
+
+    def _stale(self, trainer: Trainer) -> list[Path]:
+        """Returns the files of killed attempts, which no callback of the run knows."""
+        found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if any(not isinstance(c, StepCheckpoint) and c.dirpath == str(self.folder.absolute()) for c in found):
+            return []
+        known = {Path(p).resolve() for c in found for p in (c.best_model_path, c.last_model_path) if p}
+        every = checkpoints_in(self.folder)
+        return [path for path in every if path.resolve() not in known and path.resolve() != every[-1].resolve()]
+
+
+def checkpoints_in(folder: Path, *, links: bool = False) -> list[Path]:
+    """Returns the checkpoints in ``folder``, the oldest first.
+
+    Args:
+        folder: The folder of a run.
+        links: Include symbolic links, which name one of the others.
+    """
+    found = [path for path in folder.glob("[!.]*.ckpt") if links or (path.exists() and not path.is_symlink())]
+    return sorted(found, key=lambda path: path.lstat().st_mtime)
+
+
+def _within_step(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._should_accumulate()

@@ -1,34 +1,30 @@
-"""``LoraPruneCallback``: gradual pruning while adapters are trained, cut at the end (LoRAPrune)."""
+"""LoraPruningCallback: gradual pruning while adapters are trained, cut at the end (LoRAPrune)."""
 
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
 
+from hfprune import _moved
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
-from hfprune.arch import class_name
-from hfprune.callbacks.checks import check_trainer
-from hfprune.callbacks.events import PruningEvents, listeners, needs_stock
-from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.planner import say, versions, warn
+from hfprune.callbacks.base import PruningCallback, listeners
+from hfprune.callbacks.communicator import say, warn
 from hfprune.callbacks.target import Target
-from hfprune.errors import ConfigError
-from hfprune.layouts import pruned_shapes
+from hfprune.callbacks.user_module import find_target
+from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
+from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import PruningPlan
-from hfprune.recording import UnitMask
+from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
+from hfprune.pruning.hooks import UnitMask
+from hfprune.pruning.planner import versions
 from hfprune.recovery.lora import LoraRecovery
-from hfprune.recovery.lora_importance import DECAY, adapted, unit_importance
-from hfprune.types import Budget, Group, UnitKind
+from hfprune.utils.errors import ConfigError
 
 
-class LoraPruneCallback(Callback):
+class LoraPruningCallback(PruningCallback):
     """Prunes a ``PruningModule`` while its adapters are trained (LoRAPrune, Zhang et al., 2023, arXiv:2305.18403).
 
     Every optimizer step adds to a running mean of importance, S <- 0.9 S + 0.1 s, from the gradients of the adapters
@@ -44,13 +40,20 @@ class LoraPruneCallback(Callback):
             stock config can state where the layout needs one. Published:
             ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
         lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
-        every: Steps of the optimizer between two looks at what goes.
-        warmup: Share of the steps before anything goes.
-        cooldown: Share of the steps at the end with all of it gone.
+        every: Optimizer steps between two selections of units.
+        warmup: Share of the steps before the first selection.
+        cooldown: Share of the steps after the last one, trained at the final widths.
 
     Raises:
-        ConfigError: A value out of range, or units that cannot go one by one.
+        ConfigError: A value is out of range, or units cannot be held at zero one by one.
+
+    Example:
+        >>> callback = LoraPruningCallback(pruning_ratio=0.2, units=("mlp",), every=20)
+        >>> callback.describe()["every"], callback.recovery.rank
+        (20, 8)
     """
+
+    before_training: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -66,28 +69,37 @@ class LoraPruneCallback(Callback):
         cooldown: float = 0.1,
     ) -> None:
         if not set(units) <= {"mlp", "heads"} or not units:
-            raise ConfigError(f"LoRAPrune holds MLP neurons and heads at zero while it trains, not {list(units)}.")
+            raise ConfigError(f"units={list(units)} must be of mlp and heads, which can be held at zero.")
         if every < 1 or not 0 <= warmup < 1 or not 0 <= cooldown < 1 or warmup + cooldown >= 1:
             raise ConfigError(
                 f"LoRAPrune needs every >= 1, and warmup and cooldown that leave steps between; got {every}, {warmup}, "
                 f"{cooldown}."
             )
         if allocation is not None and allocation.own_budget:
-            raise ConfigError(f"LoRAPrune spends a budget, and {allocation} says itself how much goes.")
-        self.lora = lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05)
+            raise ConfigError(f"allocation={allocation} sets the number of units itself; a budget is needed.")
+        super().__init__(recovery=lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05))
         if self.lora.init == "pissa" or self.lora.dora:
-            raise ConfigError("LoRAPrune reads importance from plain adapters: leave out dora and init.")
+            raise ConfigError("lora must be plain adapters, without dora and init: importance is read from them.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
-        self.units, self.allocation = tuple(units), allocation
+        self.units, self.allocation = unit_kinds(units), allocation
         self.every, self.warmup, self.cooldown = every, warmup, cooldown
-        self.stock = False
-        """Whether a stock config has to describe what is left: a callback of the trainer writes it so."""
-        self.importance: dict[str, Tensor] = {}
         self._kept: dict[str, tuple[int, ...]] | None = None
         self._groups: tuple[Group, ...] = ()
         self._resolved: ResolvedBudget | None = None
         self._masks = ExitStack()
         self._step = 0
+
+    @property
+    def lora(self) -> LoraRecovery:
+        """The adapters that are trained."""
+        assert self.recovery is not None
+        return self.recovery
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide which units are kept, as plain data."""
+        widths = None if self._resolved is None else list(self._resolved.widths)
+        schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
+        return {"units": list(self.units), "widths": widths, **schedule}
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -98,59 +110,55 @@ class LoraPruneCallback(Callback):
             ConfigError: It is not a ``PruningModule``, the budget is impossible for it, or its widths wait for scores.
             UnsupportedArchitectureError: No table describes the class, or no stock config what would be left.
         """
-        if not isinstance(module, PruningModule):
-            raise ConfigError(f"LoraPruneCallback prunes a PruningModule, not a {type(module).__name__}.")
         target = self._find(module)
         shapes = target.shapes()
         self._groups = self._groups or target.groups(shapes)
-        found = target.resolve(self.budget, self.allocation)
-        if found.provisional:
-            raise ConfigError(f"LoRAPrune needs every width before it starts, and {self.allocation} waits for scores.")
-        return found
-
-    def check_stock(self, module: LightningModule) -> None:
-        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what will be left."""
-        self._find(module).check_stock(self.check(module))
-
-    def planned(self, module: PruningModule) -> Any:
-        """Returns what will be left of ``module``'s model, on the meta device."""
-        return pruned_shapes(module.meta_model(), self._find(module).outline(self.check(module)))
+        resolved = target.resolve(self.budget, self.allocation)
+        if resolved.provisional:
+            raise ConfigError(
+                f"allocation={self.allocation} needs scores to set widths; LoraPruningCallback needs them before it "
+                "starts."
+            )
+        self._resolved = resolved
+        return resolved
 
     def _find(self, module: LightningModule) -> Target:
-        found = find_target(module, objective=None, model=None, neurons=())
-        found.units, found.stock = self.units, self.stock
-        return found
+        if not isinstance(module, PruningModule):
+            raise ConfigError(f"LoraPruningCallback prunes a PruningModule, not a {type(module).__name__}.")
+        target = find_target(module, objective=None, model=None, neurons=())
+        target.units, target.stock = self.units, self.stock
+        return target
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks settings and strategy before any weight is loaded."""
-        if stage != "fit":
-            return
-        check_trainer(trainer, pl_module)
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(f"LoRAPrune runs on a single device or under DDP, not {type(trainer.strategy).__name__}.")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, PruningEvents) for callback in callbacks[: callbacks.index(self)]):
-            raise ConfigError("ReportCallback exports what LoraPruneCallback has cut: give it after this one.")
-        self.stock = needs_stock(trainer)
-        self._resolved = self.check(pl_module)
-        self._find(pl_module).check_recovery(self.lora)
-        say(trainer, self._resolved.describe())
-        warn(trainer, self._resolved.warning)
+        events = listeners(trainer)
+        for listener in events[: events.index(self)]:
+            if not isinstance(listener, PruningCallback):
+                raise ConfigError(
+                    f"{type(listener).__name__} must come after LoraPruningCallback among the trainer's callbacks: "
+                    "both act at the end of fit, and the model has to be cut first."
+                )
+
+    def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
+        assert resolved is not None
+        say(trainer, resolved.describe())
+        warn(trainer, resolved.warning)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model, adds adapters and sets the strategy up for them."""
         assert isinstance(pl_module, PruningModule)
-        target = self._find(pl_module)
+        target = self._target
+        assert target is not None
         target.check_training(adapters=True)
-        if target.lacks_adapters(self.lora, None):
+        if target.lacks_adapters(self.lora, self._record):
             for listener in listeners(trainer):
                 listener.on_pruning_start(trainer, pl_module)
-            target.start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
-            pl_module.add_lora(self.lora)
-            trainer.strategy.model = trainer.lightning_module
-            trainer.strategy.setup(trainer)
+            self._start(trainer, target)
+            self._add_adapters(target)
+            self._set_up_again(trainer)
         missing = adapted(pl_module.causal_lm, self._groups)
         if missing:
             raise ConfigError(
@@ -159,22 +167,20 @@ class LoraPruneCallback(Callback):
             )
         self._mask(pl_module)
 
-    def on_gradients_ready(self, trainer: Trainer, module: PruningModule) -> None:
-        """Adds to the running mean; called before every step of the optimizer, with the gradients that it will see.
-
-        Gradients that overflowed, whose step a gradient scaler leaves out, are left out here, too.
-        """
-        found = {group.name: unit_importance(module.causal_lm, group) for group in self._groups}
-        if not all(bool(now.isfinite().all()) for now in found.values()):
+    def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the step's importance to the running mean; skips steps whose gradients are not finite."""
+        assert isinstance(pl_module, PruningModule)
+        scores = {group.name: unit_importance(pl_module.causal_lm, group) for group in self._groups}
+        if not all(bool(now.isfinite().all()) for now in scores.values()):
             return
-        for name, now in found.items():
+        for name, now in scores.items():
             before = self.importance.get(name)
             self.importance[name] = (1 - DECAY) * now if before is None else DECAY * before + (1 - DECAY) * now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes more units away, where it is time."""
+        """Chooses more units to hold at zero, every ``every`` steps of the schedule."""
         assert isinstance(pl_module, PruningModule)
         step, total = _position(trainer, pl_module)
         if step == self._step:  # batches of one step are still being gathered
@@ -186,7 +192,7 @@ class LoraPruneCallback(Callback):
             self._mask(pl_module)
 
     def _choose(self, progress: float) -> None:
-        """Sets what is kept after a share of the schedule; units that were held at zero may come back."""
+        """Selects the units to keep after a share of the schedule; units that were held at zero may come back."""
         assert self._resolved is not None
         kept = {}
         for group, final in zip(self._groups, self._resolved.widths, strict=True):
@@ -210,23 +216,17 @@ class LoraPruneCallback(Callback):
         step, total = _position(trainer, pl_module)
         if step < round((1 - self.cooldown) * total):
             warnings.warn(
-                f"LoRAPrune ended after {step} of {total} steps, before its schedule did: units are cut "
-                "that the adapters were not trained without.",
+                f"LoRAPrune ended after {step} of {total} steps, before the end of its schedule: the adapters were not "
+                "trained at the final widths.",
                 stacklevel=2,
             )
         self._choose(1.0)
         self._masks.close()
-        kept = dict(self._kept or {})
         pl_module.unwrap(merge=True)
-        target = self._find(pl_module)
-        plan = PruningPlan(
-            model_class=class_name(target.model),
-            groups=self._groups,
-            keep=kept,
-            config=target.config_keys(kept),
-            provenance=self._provenance(target, trainer),
-        )
-        pl_module.apply_plan(plan)
+        target = self._target
+        assert target is not None
+        plan = self._make_plan(trainer, target)
+        self._apply(target, plan)
         for listener in listeners(trainer):
             listener.on_pruning_end(trainer, pl_module, plan)
 
@@ -245,33 +245,38 @@ class LoraPruneCallback(Callback):
             "warnings": [self._resolved.warning] if self._resolved.warning else [],
         }
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the masks off."""
+    def _detach(self) -> None:
         self._masks.close()
+        super()._detach()
 
-    def _settings(self) -> dict[str, Any]:
-        resolved = None if self._resolved is None else list(self._resolved.widths)
-        schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
-        return {"units": list(self.units), "widths": resolved, **schedule}
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
+        kept = dict(self._kept or {})
+        return PruningPlan(
+            model_class=class_name(target.model),
+            groups=self._groups,
+            keep=kept,
+            config=target.config_keys(kept),
+            provenance=self._provenance(target, trainer),
+        )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the running mean, what is kept, and the settings."""
         kept = None if self._kept is None else dict(self._kept)
-        return {"importance": self.importance, "kept": kept, "settings": self._settings()}
+        return {"importance": self.importance, "kept": kept, "settings": self.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes mean and kept units up.
+        """Restores the mean and the kept units.
 
         Raises:
-            ConfigError: They were made with other settings.
+            ConfigError: They were computed with other settings.
         """
-        before, now = state_dict["settings"], self._settings()
+        before, now = state_dict["settings"], self.describe()
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
-            told = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
-            raise ConfigError(f"The checkpoint's LoRAPrune run had other settings: {told}. Resume with the same ones.")
+            text = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
+            raise ConfigError(f"The checkpoint's LoRAPrune run had other settings: {text}. Resume with the same ones.")
         self.importance = dict(state_dict["importance"])
         kept = state_dict["kept"]
         self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}
@@ -282,3 +287,7 @@ def _position(trainer: Trainer, module: PruningModule) -> tuple[int, int]:
     schedule = module.schedule
     assert schedule is not None, "recovery trains"
     return trainer.global_step + schedule.offset, schedule.total
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.renamed(__name__, name)

@@ -1,4 +1,4 @@
-"""``ReportCallback``: measures the model at every stage, exports it, and writes what it all came to."""
+"""ReportCallback: measures the model at every stage of a run, exports it and writes the report."""
 
 import time
 from pathlib import Path
@@ -9,31 +9,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch import Tensor
 
-from hfprune.arch import parameter_count
-from hfprune.callbacks.events import PruningEvents
-from hfprune.callbacks.importance import TaylorImportanceCallback
-from hfprune.callbacks.lora_prune import LoraPruneCallback
-from hfprune.callbacks.planner import versions
-from hfprune.callbacks.sparse import SparsityCallback
-from hfprune.callbacks.stages import Stages
-from hfprune.errors import ConfigError
-from hfprune.evaluation.stage import flat
-from hfprune.evaluation.table import stage_table
-from hfprune.export import (
-    check_output_dir,
-    check_shards,
-    command_line,
-    export_model,
-    export_sharded,
-    save_importance,
-)
-from hfprune.files import replaced_folder, write_json
-from hfprune.layerwise.saved import count_saved, load_orders, save_orders
-from hfprune.layouts import LAYOUTS
-from hfprune.modules.causal_lm import PruningModule
-from hfprune.outputs import (
+from hfprune.callbacks.base import PruningCallback, pruning_callbacks
+from hfprune.callbacks.snapshots import Stages
+from hfprune.evaluation.evaluate import flat
+from hfprune.io.layouts import LAYOUTS
+from hfprune.io.load_sharded import whole
+from hfprune.io.output_folder import (
     ADAPTER_FOLDER,
     FIGURES_FOLDER,
     MODEL_FOLDER,
@@ -42,11 +24,25 @@ from hfprune.outputs import (
     RESULTS,
     check_apart,
 )
-from hfprune.paths import user_path
+from hfprune.io.save import (
+    check_output_dir,
+    check_shards,
+    command_line,
+    export_model,
+    export_sharded,
+    save_importance,
+    saved_line,
+)
+from hfprune.models import parameter_count
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.modules.events import PruningEvents
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
-from hfprune.saved import saved_line
-from hfprune.sharding import whole
+from hfprune.report.table import show, stage_table
+from hfprune.sparse.state import count_saved, load_orders, save_orders
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import replaced_folder, user_path, write_json
 
 
 class ReportCallback(Callback, PruningEvents):
@@ -63,7 +59,7 @@ class ReportCallback(Callback, PruningEvents):
         merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
         config: The run's configuration, copied into the report.
         samples: Prompts from the evaluation text that every stage's model continues, for the report; 0 for none.
-        layout: How ``model/`` is written, see :func:`hfprune.export.export_model`.
+        layout: How ``model/`` is written, see :func:`hfprune.io.save.export_model`.
 
     Raises:
         ConfigError: The folder is not empty, or cannot be written, or the layout is unknown.
@@ -83,7 +79,7 @@ class ReportCallback(Callback, PruningEvents):
         self.layout = LAYOUTS.get(layout)
         if not self.layout.by_runs:
             raise ConfigError(
-                f"--layout {layout} is written from a saved model: leave it out here, and then run hfprune export "
+                f"layout='{layout}' is written from a saved model: use another one here, and then run hfprune export "
                 f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
             )
         self.output_dir = Path(user_path(output_dir, "output_dir"))
@@ -107,23 +103,22 @@ class ReportCallback(Callback, PruningEvents):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        found = [c for c in callbacks if isinstance(c, TaylorImportanceCallback | SparsityCallback | LoraPruneCallback)]
-        if not found:
+        pruning = pruning_callbacks(trainer)
+        if not pruning:
             raise ConfigError(
-                "ReportCallback reports on pruning: add a TaylorImportanceCallback, a SparsityCallback or a "
-                "LoraPruneCallback."
+                "ReportCallback needs a callback that prunes among the trainer's callbacks: StructuredPruningCallback, "
+                "SparsePruningCallback or LoraPruningCallback."
             )
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(
-                f"ReportCallback measures and exports a PruningModule; {type(pl_module).__name__} is a module of your "
-                "own: leave it out, and save the pruned model with save_pretrained."
+                f"ReportCallback measures and exports a PruningModule, not a {type(pl_module).__name__}: remove it, "
+                "and save the pruned model with hfprune.io.save.export_model."
             )
         check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
         if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
             self._check_folder()
-        if stage == "fit" and isinstance(found[0], TaylorImportanceCallback | LoraPruneCallback):
-            self._check_layout(trainer, pl_module, found[0])
+        if stage == "fit":
+            self._check_layout(trainer, pl_module, pruning[0])
 
     def _check_folder(self) -> None:
         """Checks the output folder, once, on the process that writes; raises ``ConfigError``."""
@@ -131,17 +126,15 @@ class ReportCallback(Callback, PruningEvents):
             check_output_dir(self.output_dir, overwrite=self._unchecked)
             self._unchecked = None
 
-    def _check_layout(
-        self, trainer: Trainer, module: PruningModule, pruning: TaylorImportanceCallback | LoraPruneCallback
-    ) -> None:
+    def _check_layout(self, trainer: Trainer, module: PruningModule, pruning: PruningCallback) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
         pruning.stock = self.layout.stock  # the order of ``setup`` calls is the user's
         if self.layout.stock:
             pruning.check_stock(module)
-        planned = pruning.planned(module)
-        if planned is not None:
-            self.layout.check(planned)
+        expected = pruning.expected_model(module)
+        if expected is not None:
+            self.layout.check(expected)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the stages measured so far, so that a resumed run reports them."""
@@ -165,9 +158,10 @@ class ReportCallback(Callback, PruningEvents):
         self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
             plan.save(self.output_dir / PLAN_FILE)
-            if importance := _importance(trainer):
-                save_importance(importance, self.output_dir)
-            save_orders(_orders(trainer), self.output_dir)
+            pruning = pruning_callbacks(trainer)[0]
+            if pruning.importance:
+                save_importance(pruning.importance, self.output_dir)
+            save_orders(pruning.orders, self.output_dir)
         if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else what was recovered is all there is
             self.measured.add("pruned", pl_module, trainer)
 
@@ -186,13 +180,13 @@ class ReportCallback(Callback, PruningEvents):
         if not trainer.is_global_zero:
             return
         self._write_report(trainer, pl_module, saved, recovery)
-        Console().print(stage_table(self.stages))
+        show(stage_table(self.stages))
         for warning in self.measured.warnings:
             Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets the module go: Lightning gave every callback its ``log``, and the report may be added to later."""
+        """Drops the references to the module that Lightning gave the callback as ``log`` and ``log_dict``."""
         for name in ("log", "log_dict"):
             self.__dict__.pop(name, None)
 
@@ -260,17 +254,17 @@ class ReportCallback(Callback, PruningEvents):
         for item, other in zip(self.measured.generations, measured.generations, strict=True):
             item["texts"][name] = other["texts"][name]
         self._show()
-        Console().print(stage_table(self.stages))
+        show(stage_table(self.stages))
 
     def _log_figures(self, trainer: Trainer) -> None:
-        """Tells the loggers the figures of every stage, as ``stage/figure``."""
+        """Logs the figures of every stage, as ``stage/figure``."""
         for logger in trainer.loggers:
             for step, (name, figures) in enumerate(self.stages.items()):
                 logger.log_metrics({f"{name}/{key}": value for key, value in flat(figures).items()}, step=step)
 
 
 def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
-    """Returns what is told about the data that were used: criteria of weights do not calibrate."""
+    """Returns the provenance of the data that were used: criteria that read weights do not calibrate."""
     return {role: found for role, found in summary.items() if role != "calibration" or plan.provenance["calibration"]}
 
 
@@ -278,18 +272,6 @@ def _sources(trainer: Trainer) -> dict[str, Path]:
     """Returns the files and folders that the data come from, by argument."""
     found = getattr(trainer.datamodule, "local_sources", None)  # type: ignore[attr-defined]
     return found() if callable(found) else {}
-
-
-def _importance(trainer: Trainer) -> dict[str, Tensor]:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((c.importance for c in callbacks if isinstance(c, TaylorImportanceCallback | LoraPruneCallback)), {})
-
-
-def _orders(trainer: Trainer) -> dict[str, Tensor]:
-    """Returns the orders of inputs that sparse projections have, by ``LAYER.NAME``."""
-    found = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
-    layers = [layer for callback in found for layer in callback.layers]
-    return {f"{layer.index}.{name}": order for layer in layers for name, order in layer.orders.items()}
 
 
 def _size(model: Any) -> int:

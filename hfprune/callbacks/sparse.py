@@ -1,68 +1,153 @@
-"""``SparsityCallback``: makes weights zero inside ``fit``, layer by layer, before the first training step."""
+"""SparsePruningCallback: sets single weights, or N:M groups of them, to zero, one layer at a time."""
 
+import hashlib
 import json
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 
-from hfprune.arch import class_name, find_spec
-from hfprune.arch.groups import find_layers
-from hfprune.callbacks.calibrate import check_source, data_summary, seed_data
-from hfprune.callbacks.carry_over import average_anew
-from hfprune.callbacks.checkpointing import CheckpointTap, count_epoch
-from hfprune.callbacks.checks import check_trainer
-from hfprune.callbacks.events import listeners
-from hfprune.callbacks.foreign import find_target
-from hfprune.callbacks.layerwise import summed
-from hfprune.callbacks.planner import say, versions
-from hfprune.callbacks.progress import sparse_progress
-from hfprune.callbacks.settings import check_settings, whence
-from hfprune.callbacks.sparse_run import at_home, check_sparse_strategy, share, sparsity_summary
+from hfprune import _moved
+from hfprune.allocation import ResolvedBudget
+from hfprune.callbacks.base import PruningCallback, check_positive
+from hfprune.callbacks.calibration_data import check_source, data_loader, data_summary
+from hfprune.callbacks.communicator import LightningCommunicator, say
+from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
-from hfprune.checkpoints import KEY, Record
-from hfprune.errors import ConfigError
-from hfprune.files import OwnFolder
-from hfprune.fingerprint import fingerprint
-from hfprune.layerwise import LayerState, Offload, SparseLayer, check_sparse, prune_sparse
-from hfprune.modules.resuming import data_fingerprint, keep_cut_epoch
+from hfprune.callbacks.user_module import find_target
+from hfprune.io.checkpoint_record import Record
+from hfprune.models import class_name, find_spec
+from hfprune.models.fingerprint import fingerprint
+from hfprune.models.forward import as_batch, sequences
+from hfprune.models.groups import find_layers
+from hfprune.modules.resume import data_fingerprint
 from hfprune.plan import PruningPlan
-from hfprune.recording import evaluating
-from hfprune.recovery.lora import LoraRecovery
+from hfprune.pruning.calibration import seed_data
+from hfprune.pruning.hooks import evaluating
+from hfprune.pruning.planner import versions
 from hfprune.recovery.masked import hold_zeros, mask_adapters
+from hfprune.recovery.mode import RecoverySetting
 from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
+from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
+from hfprune.sparse.layer import SparseLayer
+from hfprune.sparse.state import LayerState
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.files import OwnFolder
+from hfprune.utils.progress import sparse_progress
 
 
-class SparsityCallback(Callback):
-    """Prunes single weights or N:M groups of them in ``on_fit_start``, then hands over to recovery.
+def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
+    """Returns zeros and weights in all, and by layer and matrix, as plain data."""
+    found = [
+        {
+            "layer": layer.index,
+            "error": layer.error,
+            "matrices": {
+                name: {"asked": m.sparsity, "weights": m.weights, "zeros": m.zeros, "permuted": m.permuted}
+                for name, m in layer.matrices.items()
+            },
+        }
+        for layer in layers
+    ]
+    every = [matrix for layer in layers for matrix in layer.matrices.values()]
+    weights, zeros = sum(m.weights for m in every), sum(m.zeros for m in every)
+    return {"weights": weights, "zeros": zeros, "achieved": zeros / max(weights, 1), "layers": found}
 
-    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero
-    whatever the batch size and the number of processes. It works on a ``PruningModule`` or on any LightningModule that
+
+def check_sparse_strategy(trainer: Trainer, method: str) -> None:
+    """Raises ``ConfigError`` unless every rank holds the whole model, as on a single device and under DDP."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigError(
+            f"{method} goes through the layers one at a time, which is not supported under {type(strategy).__name__}. "
+            "Use a single device or DDP; if memory is short, offload='cpu' or 'disk'."
+        )
+
+
+def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]], str, dict[str, int]]:
+    """Returns this rank's calibration sequences, each alone, and the digest and counts of those of all ranks.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        limit: Use at most this many batches.
+
+    Raises:
+        CalibrationError: There are fewer sequences than ranks.
+    """
+    own: list[dict[str, Tensor]] = []
+    digest, index, tokens = hashlib.sha256(), 0, 0
+    for batch in islice(data_loader(trainer), limit):
+        for sequence in sequences(as_batch(batch)):
+            ids = sequence["input_ids"]
+            digest.update(f"{ids.numel()} ".encode() + ids.cpu().to(torch.int64).numpy().tobytes())
+            if index % trainer.world_size == trainer.global_rank:
+                own.append({"input_ids": ids})
+            index, tokens = index + 1, tokens + ids.numel()
+    if index < trainer.world_size:  # every rank says so
+        raise CalibrationError(
+            f"Calibration has {index} sequences for {trainer.world_size} processes: each needs at least one."
+        )
+    return own, digest.hexdigest()[:16], {"sequences": index, "tokens": tokens}
+
+
+@contextmanager
+def _model_on_cpu(model: nn.Module, offload: Offload | None, device: torch.device) -> Iterator[None]:
+    """Keeps the model in CPU memory while its layers are moved to the accelerator one at a time."""
+    if offload is None or device.type == "cpu":
+        yield
+        return
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)
+
+
+class SparsePruningCallback(PruningCallback):
+    """Sets single weights, or N:M groups of them, to zero in ``on_fit_start``, then hands the model to training.
+
+    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero for
+    every batch size and number of processes. It works on a ``PruningModule`` or on any LightningModule that
     contains one supported Hugging Face model, on a single device or under DDP.
 
     Args:
         method: A method of :mod:`hfprune.sparse`, or its name: ``wanda``, ``sparsegpt``, ...
         sparsity: Share of zeros (``0.5``), or n zeros in every m consecutive inputs (``2:4``).
-        update: ``sparsegpt`` lets the weights that stay make up for those that the method dropped, after any method;
-            a ``SparseGPT(...)`` does with its block and damping.
+        update: ``sparsegpt``, or a ``SparseGPT(...)`` with its block size and damping: adjusts the remaining weights of
+            a matrix for the removed ones, after any method.
         allocation: How many zeros each matrix gets: the same share by default, ``OutlierWeighed()``,
             ``ExplicitSparsity({...})``.
-        recovery: LoRA settings; None trains on what the module trains.
-        keep_zeros: Zeros stay zero in recovery: adapters change the other weights only, also once merged.
+        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
+            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
+            :class:`~hfprune.recovery.mode.RecoveryMode`.
+        keep_zeros: Keep pruned weights at zero in recovery; adapters change the other weights only, also once merged.
         calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
             data.
         offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
             layer of the model at a time is on the accelerator; None keeps everything on the device.
-        state_dir: Finished layers wait here, so that the same run goes on behind the last of them; None keeps none. A
-            folder that is new, empty or of an earlier run: files of others in it are refused, and never removed.
-        fresh: Drop what an earlier run left in ``state_dir``.
+        state_dir: Folder for finished layers, from which an interrupted run continues; None keeps none. It must be new,
+            empty or of an earlier run: a folder with other files is refused, and no other file is ever removed.
+        fresh: Drop the layers of an earlier run in ``state_dir``.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+
+    Raises:
+        ConfigError: A value is out of range, the method is unknown, or arguments exclude each other.
+
+    Example:
+        >>> callback = SparsePruningCallback(method="wanda", sparsity="2:4", calibration_batches=32)
+        >>> callback.describe()["sparsity"]
+        '2:4'
     """
+
+    prunes: ClassVar[Literal["units", "weights"]] = "weights"
 
     def __init__(  # noqa: PLR0913
         self,
@@ -71,7 +156,7 @@ class SparsityCallback(Callback):
         sparsity: str | float,
         update: SparseGPT | str | None = None,
         allocation: SparseAllocation | None = None,
-        recovery: LoraRecovery | None = None,
+        recovery: RecoverySetting = "full",
         keep_zeros: bool = True,
         calibration_batches: int | None = None,
         offload: Offload | None = None,
@@ -79,37 +164,39 @@ class SparsityCallback(Callback):
         fresh: bool = False,
         model: str | None = None,
     ) -> None:
-        if calibration_batches is not None and calibration_batches < 1:
-            raise ConfigError(f"--sparse.calibration_batches {calibration_batches} is not positive.")
-        if recovery is not None and recovery.dora and keep_zeros:
+        check_positive(calibration_batches=calibration_batches)
+        super().__init__(recovery=recovery)
+        adapters = self.recovery
+        if adapters is not None and adapters.dora and keep_zeros:
             raise ConfigError(
-                "DoRA scales whole columns, and adapters that leave zeros zero do not: give --sparse.recovery.dora "
-                "false, or --sparse.keep_zeros false."
+                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot: use dora=False "
+                "or keep_zeros=False."
             )
-        if recovery is not None and recovery.init == "pissa" and keep_zeros:
+        if adapters is not None and adapters.init == "pissa" and keep_zeros:
             raise ConfigError(
-                "PiSSA takes singular directions out of the weights, zeros included: give --sparse.recovery.init "
-                "default, or --sparse.keep_zeros false."
+                "recovery with init='pissa' subtracts singular directions from the weights, zeros included: use "
+                "init='default' or keep_zeros=False."
             )
         self.method = sparse_method(method) if isinstance(method, str) else method
         self.sparsity = Sparsity.parse(sparsity)
         if isinstance(update, str) and update != "sparsegpt":
-            raise ConfigError(f"Unknown update '{update}'. Known: sparsegpt.")
+            raise ConfigError(f"update='{update}' is unknown. Known: sparsegpt.")
         self.update = SparseGPT() if isinstance(update, str) else update
-        self.allocation, self.recovery, self.keep_zeros = allocation, recovery, keep_zeros
+        self.allocation, self.keep_zeros = allocation, keep_zeros
         self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh
         self.state_dir = None if state_dir is None else Path(state_dir)
         self.model = model
         self.layers: list[SparseLayer] = []
-        """What became of each layer, after pruning."""
-        self._target: Target | None = None
-        self._record: Record | None = None
-        self._tap: CheckpointTap | None = None
-        self._failed = False
-        self._held: list[Any] = []
+        """The error and the zeros of each layer, after pruning."""
+        self._hooks: list[Any] = []
 
-    def settings(self) -> dict[str, Any]:
-        """Returns what decides which weights become zero, as plain data."""
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        """Orders of inputs that sparse projections have, by ``LAYER.NAME``."""
+        return {f"{layer.index}.{name}": order for layer in self.layers for name, order in layer.orders.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide which weights become zero, as plain data."""
         return {
             "method": self.method.describe(),
             "sparsity": str(self.sparsity),
@@ -119,8 +206,8 @@ class SparsityCallback(Callback):
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
-    def check(self, module: LightningModule) -> None:
-        """Raises unless the settings fit ``module``'s model, whose shapes alone are read.
+    def check(self, module: LightningModule) -> ResolvedBudget | None:
+        """Checks the settings against the shapes of ``module``'s model; returns None, for there is no budget of units.
 
         Raises:
             ConfigError: They do not.
@@ -131,119 +218,79 @@ class SparsityCallback(Callback):
             model = target.shapes()
             find_spec(model)
             check_sparse(model, self.method, self.sparsity, self.allocation, self.update)
+        return None
+
+    def check_stock(self, module: LightningModule) -> None:
+        """Accepts every model: its shapes stay."""
 
     def _find(self, module: LightningModule) -> Target:
         return find_target(module, objective="entropy", model=self.model, neurons=())
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks the settings and what is around the callback, before any weight is loaded."""
-        self._target, self._failed, self._record = self._find(pl_module), False, None
-        if stage == "fit":
-            check_trainer(trainer, pl_module, pruned=self._target.plan is not None)
-            check_sparse_strategy(trainer, type(self.method).__name__)
-            check_source(trainer, limit=self.calibration_batches)
-            self.check(pl_module)
-            self._target.check_recovery(self.recovery)
-            if self.state_dir is not None:
-                OwnFolder(self.state_dir).check("state_dir")
-        self._tap = CheckpointTap(trainer, saving=lambda c: self._save(trainer, c), loaded=self._load)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps count of epochs across resumes."""
-        count_epoch(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the strategy back as it was; what ``fit`` was to leave is there, so finished layers are not needed."""
-        self._detach()
-        done = stage == "fit" and not self._failed
-        if done and self.state_dir is not None and trainer.is_global_zero:
-            OwnFolder(self.state_dir).clear()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the strategy back as it was."""
-        self._detach()
-        self._failed = True
-
-    def _detach(self) -> None:
-        for handle in self._held:
-            handle.remove()
-        self._held = []
-        if self._tap is not None:
-            self._tap.detach()
-            self._tap = None
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
+        check_sparse_strategy(trainer, type(self.method).__name__)
+        check_source(trainer, limit=self.calibration_batches)
+        if self.state_dir is not None:
+            OwnFolder(self.state_dir).check("state_dir")
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        assert self._target is not None
-        settings = {"calibration data": data_fingerprint(trainer, "calibration")}
-        checkpoint[KEY] = replace(self._target.record("training", None), settings=settings).to_dict()
-        keep_cut_epoch(trainer, checkpoint)
+        self._settings = _data_settings(trainer)
+        super()._save(trainer, checkpoint)
 
-    def _load(self, checkpoint: dict[str, Any]) -> None:
+    def _replay(self, trainer: Trainer, record: Record) -> None:
         assert self._target is not None
-        self._record = record = Record.of(checkpoint)
-        if record is not None:
-            self._target.replay(record)
-            if self.keep_zeros:
-                mask_adapters(self._target.model)
+        super()._replay(trainer, record)
+        if self.keep_zeros:
+            mask_adapters(self._target.model)
 
     # ---- the work ----------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prunes, adds adapters and sets the strategy up again."""
-        target = self._target
-        assert target is not None
-        target.check_training(adapters=self.recovery is not None)
-        if target.plan is not None:
-            made = target.plan.provenance.get("sparse")
-            if made != _plain(self.settings()):
-                raise ConfigError(f"The checkpoint was pruned with {made}; this run asks for {self.settings()}.")
-            if self._record is not None:
-                check_settings(self._record, {"calibration data": data_fingerprint(trainer, "calibration")})
-            say(trainer, f"Resumed a sparse model{whence(trainer)}: no calibration.")
-            anew = target.lacks_adapters(self.recovery, self._record)
-            if anew:
-                self._adapt(target)
-        else:
-            target.start(trainer.strategy.broadcast(torch.initial_seed() % 2**32))
-            self._prune(trainer, pl_module, target)
-            anew = True
-        if anew:
-            trainer.strategy.model = trainer.lightning_module
-            trainer.strategy.setup(trainer)
-        if self.keep_zeros:
-            self._held = hold_zeros(target.model)
+    def _begin(self, trainer: Trainer, target: Target) -> None:
+        if target.plan is None:
+            return
+        before = target.plan.provenance.get("sparse")
+        if before != _plain(self.describe()):
+            raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {self.describe()}.")
+        if self._record is not None:
+            check_settings(self._record, _data_settings(trainer))
+        say(trainer, f"Resumed a sparse model{whence(trainer)}: no calibration.")
 
-    def _prune(self, trainer: Trainer, module: LightningModule, target: Target) -> None:
-        for listener in listeners(trainer):
-            listener.on_pruning_start(trainer, module)
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
         start = time.perf_counter()
-        with torch.compiler.set_stance("force_eager"):  # hooks see nothing of compiled modules
-            plan = self._plan(trainer, target, self._layers(trainer, target))
+        plan = self._plan(trainer, target, self._layers(trainer, target))
         weights, zeros = plan.provenance["sparsity"]["weights"], plan.provenance["sparsity"]["zeros"]
         seconds = time.perf_counter() - start
         say(trainer, f"Made {zeros:,} of {weights:,} weights zero ({zeros / weights:.2%}) in {seconds:.1f} s.")
-        target.apply_plan(plan)
-        for listener in listeners(trainer):
-            listener.on_pruning_end(trainer, module, plan)
-        self._adapt(target)
-        average_anew(trainer, module)
+        return plan
 
-    def _adapt(self, target: Target) -> None:
-        if self.recovery is not None:
-            target.add_lora(self.recovery)
-            if self.keep_zeros:
-                mask_adapters(target.model)
+    def _add_adapters(self, target: Target) -> None:
+        super()._add_adapters(target)
+        if self.recovery is not None and self.keep_zeros:
+            mask_adapters(target.model)
+
+    def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
+        if self.keep_zeros:
+            self._hooks = hold_zeros(target.model)
+
+    def _detach(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+        super()._detach()
+
+    def _finish(self, trainer: Trainer) -> None:
+        if self.state_dir is not None and trainer.is_global_zero:
+            OwnFolder(self.state_dir).clear()
 
     def _layers(self, trainer: Trainer, target: Target) -> dict[str, Any]:
-        """Prunes layer by layer; returns what is told about the calibration data."""
+        """Prunes layer by layer; returns the provenance of the calibration data."""
         strategy, model = trainer.strategy, target.model
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        home = at_home(model, self.offload, strategy.root_device)
+        home = _model_on_cpu(model, self.offload, strategy.root_device)
         with isolate_rng(), evaluating(target.module), torch.no_grad(), home:
             seed_data(target.record("calibrating", None).seed)
-            batches, digest, counts = share(trainer, self.calibration_batches)
+            batches, digest, counts = calibration_share(trainer, self.calibration_batches)
             work = prune_sparse(
                 model,
                 batches,
@@ -254,7 +301,9 @@ class SparsityCallback(Callback):
                 device=strategy.root_device,
                 offload=self.offload,
                 state=self._open_state(trainer, target, digest),
-                reduce=lambda tensor: summed(trainer, tensor.to(strategy.root_device)).to(tensor.device),
+                reduce=lambda tensor: (
+                    LightningCommunicator(trainer).sum(tensor.to(strategy.root_device)).to(tensor.device)
+                ),
             )
             self.layers = []
             bar = sparse_progress(len(find_layers(model)), enabled=shown)
@@ -272,19 +321,19 @@ class SparsityCallback(Callback):
             return None
         model = {"model": fingerprint(target.model), "precision": str(trainer.precision), "data": digest}
         writer, broadcast = trainer.is_global_zero, trainer.strategy.broadcast
-        return LayerState(self.state_dir, self.settings() | model, fresh=self.fresh, writer=writer, broadcast=broadcast)
+        return LayerState(self.state_dir, self.describe() | model, fresh=self.fresh, writer=writer, broadcast=broadcast)
 
     def _plan(self, trainer: Trainer, target: Target, calibration: dict[str, Any]) -> PruningPlan:
-        """Returns a plan that removes no unit and says what became zero."""
+        """Returns a plan that removes no unit and lists the zeros."""
         plan = PruningPlan(
             model_class=class_name(target.model),
             groups=(),
             keep={},
             config={},
             provenance={
-                "budget": {"asked": f"--sparsity {self.sparsity}"},
+                "budget": {"asked": f"sparsity={self.sparsity}"},
                 "criterion": self.method.describe(),
-                "sparse": _plain(self.settings()),
+                "sparse": _plain(self.describe()),
                 "keep_zeros": self.keep_zeros,
                 "sparsity": sparsity_summary(self.layers),
                 "model": target.describe(),
@@ -297,7 +346,15 @@ class SparsityCallback(Callback):
         return shared
 
 
+def _data_settings(trainer: Trainer) -> dict[str, Any]:
+    return {"calibration data": data_fingerprint(trainer, "calibration")}
+
+
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns settings as they come back from JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.renamed(__name__, name)

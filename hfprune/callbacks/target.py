@@ -1,86 +1,37 @@
-"""What ``TaylorImportanceCallback`` works on: the model inside a LightningModule, its groups, its objective."""
+"""Targets: the model inside a LightningModule that a callback prunes, its groups and its objective."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import partial
+from abc import abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
-from hfprune.arch import (
-    check_stock,
-    class_name,
-    config_values,
-    find_groups,
-    is_supported,
-    parameter_count,
-    pruned_count,
-)
-from hfprune.calibration import ObjectiveSum
-from hfprune.causal import as_batch, is_packed, run_backbone, sequences, token_counts
-from hfprune.checkpoints import Phase, Record
-from hfprune.errors import ConfigError
+from hfprune.io.checkpoint_record import Phase, Record
+from hfprune.models import find_groups, is_supported
+from hfprune.models.forward import run_backbone
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import Objective
-from hfprune.plan import PruningPlan
+from hfprune.plan import Group, PruningPlan
+from hfprune.pruning.accumulator import ObjectiveSum
+from hfprune.pruning.prunable import Prunable
 from hfprune.recovery.lora import LoraRecovery, check_lora
-from hfprune.types import Budget, Group
+from hfprune.utils.errors import ConfigError
 
 
-class Target(ABC):
-    """The part of a LightningModule that is pruned.
+class Target(Prunable):
+    """The model inside a LightningModule, and the life of that module in a run.
 
     Attributes:
-        module: The LightningModule.
-        objective: What calibration differentiates; None: the loss of the module's own ``training_step``.
-        units: Unit kinds of a Hugging Face model.
-        stock: Whether a stock config has to describe what is left, so that allocations choose what it can state.
+        reloads_weights: Whether the dense weights come back without a checkpoint.
     """
 
-    module: Any
-    objective: Objective | None
-    units: Sequence[str] = ("mlp",)
-    stock: bool = False
-
-    @property
-    @abstractmethod
-    def model(self) -> Any:
-        """The module that the groups' names refer to."""
+    reloads_weights: bool = False
 
     @property
     @abstractmethod
     def plan(self) -> PruningPlan | None:
         """What was pruned."""
-
-    @abstractmethod
-    def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns the groups of ``model``."""
-
-    @abstractmethod
-    def shapes(self) -> Any:
-        """Returns the dense model, or one with its shapes before it is loaded."""
-
-    @abstractmethod
-    def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
-        """Returns the objective of one calibration item."""
-
-    @abstractmethod
-    def forward(self, item: Any, index: int) -> None:
-        """Runs the model on one calibration item for what hooks see: no gradients, and no output head if possible."""
-
-    def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the tokens [B] that count in each sequence of an item without objective, and its padding [B, T]."""
-        return token_counts(item)
-
-    def seen_tokens(self, item: Any, counted: int) -> int | None:
-        """Returns how many tokens of a calibration item the model read, None where that is not known.
-
-        Args:
-            item: One item.
-            counted: Tokens that its objective counts.
-        """
-        return counted
 
     @abstractmethod
     def apply_plan(self, plan: PruningPlan) -> None:
@@ -111,9 +62,20 @@ class Target(ABC):
     def check_training(self, *, adapters: bool) -> None:
         """Raises ``ConfigError`` where the module cannot train its weights or adapters, before it is calibrated."""
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Returns what the plan's provenance says about the model."""
+    @property
+    def device(self) -> torch.device:
+        """The device of the trainer's strategy."""
+        device: torch.device = self.module.trainer.strategy.root_device
+        return device
+
+    def to_device(self, item: Any) -> Any:
+        """Moves an item as the trainer's strategy moves its batches."""
+        return self.module.trainer.strategy.batch_to_device(item)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Returns the context of the trainer's precision."""
+        context: AbstractContextManager[Any] = self.module.trainer.strategy.precision_plugin.forward_context()
+        return context
 
     def check_recovery(self, recovery: LoraRecovery | None) -> None:
         """Raises ``ConfigError`` for adapters that the model has no place for, from its shapes alone."""
@@ -138,80 +100,6 @@ class Target(ABC):
             f"The model was recovered with {self.lora or 'no adapters'}; this run asks for {recovery or 'none'}. Give "
             "the same recovery to go on."
         )
-
-    reloads_weights: bool = False
-    """Whether the dense weights come back without a checkpoint."""
-
-    @property
-    def objective_name(self) -> str:
-        """Name of the objective, for the plan and the progress bar."""
-        return self.objective.name if self.objective else "training_step loss"
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the ranks must run the model in step."""
-        return False
-
-    @property
-    def known(self) -> bool:
-        """Whether the model's shapes are known already."""
-        return True
-
-    def resolve(
-        self, budget: Budget, allocation: Allocation | None = None, scores: Mapping[str, Tensor] | None = None
-    ) -> ResolvedBudget:
-        """Returns what ``budget`` means here, from shapes, and scores where the allocation needs them.
-
-        Args:
-            budget: What was asked.
-            allocation: How it is spent; None: the same share of every group of a kind.
-            scores: Importance of the units, None before calibration.
-
-        Raises:
-            ConfigError: It is impossible, or units or allocation do not apply to modules that no table describes.
-        """
-        model = self.shapes()
-        groups, dense_params = self.groups(model), parameter_count(model)
-        if is_supported(model):
-            return allocate(self.inventory(), budget, allocation, scores=scores)
-        if allocation is not None or tuple(self.units) != ("mlp",):
-            raise ConfigError(
-                "units and allocation apply to Hugging Face models that hfprune knows; described neurons all lose the "
-                "same share. Leave both out."
-            )
-        return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
-
-    def inventory(self) -> Inventory:
-        """Returns the groups of a Hugging Face model and what their units cost."""
-        model = self.shapes()
-        return Inventory.of(model, self.groups(model), stock=self.stock)
-
-    def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """Returns the config keys that change when ``keep`` stays."""
-        model = self.model
-        return config_values(model, self.groups(model), keep) if is_supported(model) else {}
-
-    def outline(self, resolved: ResolvedBudget) -> PruningPlan:
-        """Returns a plan with the numbers of units that ``resolved`` leaves; which units these are is not known yet."""
-        model = self.shapes()
-        groups = self.groups(model)
-        keep = {g.name: tuple(range(width)) for g, width in zip(groups, resolved.widths, strict=True)}
-        gone = resolved.removed_layers
-        keep |= {g.name: tuple(u for u in range(g.num_units) if u not in gone) for g in groups if g.kind == "block"}
-        config = config_values(model, groups, keep) if is_supported(model) else {}
-        return PruningPlan(model_class=class_name(model), groups=groups, keep=keep, config=config)
-
-    def check_stock(self, resolved: ResolvedBudget) -> None:
-        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what ``resolved`` leaves."""
-        plan = self.outline(resolved)
-        check_stock(self.shapes(), plan.groups, plan.keep)
-
-    def items(self, batch: Any, *, exact: bool) -> list[Any]:
-        """Returns what of ``batch`` is run at once: each sequence alone when ``exact``, and where rows are packed."""
-        if self.objective is None:
-            return [batch]
-        tensors = as_batch(batch)
-        return sequences(tensors) if exact or is_packed(tensors) else [tensors]
 
 
 class ModuleTarget(Target):

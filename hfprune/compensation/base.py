@@ -5,12 +5,13 @@ Shape legend: O outputs, C inputs, K kept inputs.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.second_moments import Moments
+from hfprune.utils.settings import Configured, check_choice
 
 Tokens = Literal["normalised", "equal"]
 """How much a token's error counts: ``normalised`` divides it by the mean square of the layer's output there, which is
@@ -34,7 +35,7 @@ class Fit:
     bias: Tensor | None
 
 
-class Compensation(ABC):
+class Compensation(Configured, ABC):
     """Changes the projections that read pruned units, in place: no parameter and no bias is added.
 
     Args:
@@ -53,14 +54,12 @@ class Compensation(ABC):
     """Whether each output gets a weight of its own for every kept input, which takes more tokens than inputs."""
 
     def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "normalised") -> None:
-        if target not in ("module", "dense"):
-            raise ConfigError(f"Unknown target '{target}'. Known: module, dense.")
+        check_choice("target", target, get_args(Target))
         if target == "dense" and not sequential:
             raise ConfigError(
                 "target='dense' needs sequential=True: on the dense model's inputs it is target='module'."
             )
-        if tokens not in ("normalised", "equal"):
-            raise ConfigError(f"Unknown tokens '{tokens}'. Known: normalised, equal.")
+        check_choice("tokens", tokens, get_args(Tokens))
         self.target, self.sequential, self.tokens = target, sequential, tokens
 
     @abstractmethod
@@ -76,5 +75,4 @@ class Compensation(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and settings, for the plan's provenance."""
-        settings = {"target": self.target, "sequential": self.sequential, "tokens": self.tokens}
-        return {"name": type(self).__name__, **settings}
+        return {"name": type(self).__name__, **self.settings()}

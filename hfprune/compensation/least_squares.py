@@ -1,22 +1,20 @@
 """Full least squares of a projection on its kept inputs."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
-from hfprune.reconstruction import refit
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.least_squares import refit
+from hfprune.utils.second_moments import Moments
 
 
 class LeastSquares(Compensation):
     """Fits all weights on the kept inputs so that the outputs change least, summed over calibration tokens.
 
-    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.reconstruction`). With a
-    bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind of
-    unit, [C, C] float64 per layer, and a Cholesky factorisation.
+    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.utils.least_squares`).
+    With a bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind
+    of unit, [C, C] float64 per layer, and a Cholesky factorisation.
 
     Args:
         damping: Ridge towards the dense weights, relative to the inputs' mean second moment.
@@ -26,6 +24,14 @@ class LeastSquares(Compensation):
 
     Raises:
         ConfigError: ``damping`` is not positive.
+
+    Source: the layer-wise reconstruction of Optimal Brain Surgeon (Hassibi and Stork, 1992), for whole units.
+
+    Example:
+        >>> moments = Moments(2, device=torch.device("cpu"))
+        >>> moments.add(torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))  # input 1 is twice input 0
+        >>> LeastSquares(damping=1e-9).fit(torch.ones(1, 2), None, moments, torch.tensor([0])).weight.round(decimals=4)
+        tensor([[3.]], dtype=torch.float64)
     """
 
     fits_inputs = True
@@ -48,10 +54,6 @@ class LeastSquares(Compensation):
         used = moments if bias is None else moments.centred()
         new = refit(weight, used, keep, damping=self.damping)
         return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
-        return super().describe() | {"damping": self.damping}
 
 
 def mean_output(weight: Tensor, moments: Moments) -> Tensor:

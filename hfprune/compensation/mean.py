@@ -5,8 +5,8 @@ from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
-from hfprune.errors import ConfigError
-from hfprune.moments import Moments
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.second_moments import Moments
 
 
 class MeanCompensation(Compensation):
@@ -21,6 +21,12 @@ class MeanCompensation(Compensation):
         target: See :class:`Compensation`.
         sequential: Likewise.
         tokens: Likewise; ``equal`` is the plain mean, the default here.
+
+    Example:
+        >>> moments = Moments(2, device=torch.device("cpu"))
+        >>> moments.add(torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))  # input 1 is twice input 0
+        >>> MeanCompensation().fit(torch.ones(1, 2), torch.zeros(1), moments, torch.tensor([0])).bias
+        tensor([4.], dtype=torch.float64)
     """
 
     needs_bias = True

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hfprune.compensation.base import Compensation, Fit, Target, Tokens
 from hfprune.compensation.least_squares import mean_output
-from hfprune.moments import Moments
+from hfprune.utils.second_moments import Moments
 
 
 class OutputRegression(Compensation):
@@ -20,6 +20,12 @@ class OutputRegression(Compensation):
         target: See :class:`Compensation`.
         sequential: Likewise.
         tokens: Likewise; ``equal`` is SlimLLM's regression, the default here.
+
+    Example:
+        >>> moments = Moments(2, device=torch.device("cpu"))
+        >>> moments.add(torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]))  # input 1 is twice input 0
+        >>> OutputRegression().fit(torch.ones(1, 2), None, moments, torch.tensor([0])).weight
+        tensor([[3.]], dtype=torch.float64)
     """
 
     def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "equal") -> None:

@@ -1,6 +1,10 @@
-"""How weights, gradients and activations become scores of units, one file per criterion."""
+"""Criteria: scores of units from weights, activations and gradients.
 
-from hfprune.criteria.activation_norm import ActivationNorm
+Each criterion is one file of this package, and its classes are found there; nothing else lists them.
+"""
+
+from typing import Any
+
 from hfprune.criteria.activation_taylor import ActivationTaylor
 from hfprune.criteria.base import (
     Activation,
@@ -17,49 +21,48 @@ from hfprune.criteria.base import (
     check_experts,
     resolve_objective,
 )
-from hfprune.criteria.blocks import block_scores, scored_groups, with_blocks
-from hfprune.criteria.coupled_taylor import CoupledTaylor
-from hfprune.criteria.fisher import Fisher
+from hfprune.criteria.layers import layer_sums, scored_groups, with_layers
 from hfprune.criteria.magnitude import Magnitude
 from hfprune.criteria.random import Random
-from hfprune.criteria.reconstruction import Reconstruction
-from hfprune.criteria.slimllm_channels import SlimLLMChannels
-from hfprune.criteria.slimllm_heads import SlimLLMHeads
-from hfprune.criteria.stages import SelfDistillation
-from hfprune.criteria.vector_taylor import VectorTaylor
-from hfprune.criteria.wanda import WandaStructured
-from hfprune.criteria.weight_range import WeightRange
+from hfprune.criteria.self_distillation import SelfDistillation
 from hfprune.criteria.weight_taylor import WeightTaylor
+from hfprune.utils.settings import discover
+
+with_blocks = with_layers
+
+_FOUND = discover(__name__, Criterion)
+globals().update(_FOUND)
+
+CRITERIA = {criterion.name: criterion for criterion in _FOUND.values()}
+"""Name of a criterion in plans and reports -> its class."""
 
 __all__ = [
+    "CRITERIA",
     "Activation",
     "ActivationCriterion",
-    "ActivationNorm",
     "ActivationTaylor",
     "BatchInfo",
     "CalibratedCriterion",
-    "CoupledTaylor",
     "Criterion",
-    "Fisher",
     "GradientCriterion",
     "LayerwiseCriterion",
     "Magnitude",
     "Random",
-    "Reconstruction",
     "SelfDistillation",
     "Signal",
-    "SlimLLMChannels",
-    "SlimLLMHeads",
     "Sums",
     "Totals",
-    "VectorTaylor",
-    "WandaStructured",
     "WeightCriterion",
-    "WeightRange",
     "WeightTaylor",
-    "block_scores",
     "check_experts",
+    "layer_sums",
     "resolve_objective",
     "scored_groups",
-    "with_blocks",
+    "with_layers",
+    *(name for name in _FOUND if name not in ("ActivationTaylor", "Magnitude", "Random", "WeightTaylor")),
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Raises ``AttributeError``; tells type checkers that the package has the classes of its modules."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The sums of one criterion over all groups: what ranks add up, checkpoints carry, and scores follow from."""
+"""Sums of one criterion over all groups: ranks add them up, checkpoints carry them, scores follow from them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -6,10 +6,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hfprune.criteria.base import CalibratedCriterion, GradientCriterion, Shape, Sums, Totals, checked_scores
-from hfprune.errors import CalibrationError
-from hfprune.sums import LIMIT, ExactSum
-from hfprune.types import Group
+from hfprune.criteria.base import (
+    Activation,
+    ActivationCriterion,
+    BatchInfo,
+    CalibratedCriterion,
+    GradientCriterion,
+    Shape,
+    Signal,
+    Sums,
+    Totals,
+    checked_scores,
+)
+from hfprune.plan import Group
+from hfprune.utils.errors import CalibrationError
+from hfprune.utils.exact_sums import LIMIT, ExactSum
 
 Pending = Mapping[tuple[str, str], Sequence[Tensor]]
 """(group's name, name of the rows) -> rows [R, S] of one batch."""
@@ -158,3 +169,43 @@ class AccumulatedSums:
             "the objective does not depend on its units (a model that predicts one token with certainty, or zero "
             "weights, does that)."
         )
+
+
+def score_batch(
+    criterion: CalibratedCriterion,
+    group: Group,
+    signals: Sequence[Signal | Activation],
+    weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Returns the scores [U] of a group from one batch of sequences of equal length, for trying out a criterion.
+
+    Args:
+        criterion: The criterion.
+        group: The group.
+        signals: One for each slice that the criterion reads, in the order of the slices, [B, T, channels].
+        weights: Weight [out, in] of every slice's projection; those of the signals if not given.
+
+    Raises:
+        CalibrationError: The scores do not rank the units.
+    """
+    if weights is None:
+        weights = [s.weight if isinstance(s, Signal) else torch.zeros(1, s.input.shape[-1]) for s in signals]
+    num_sequences, length = signals[0].input.shape[:2]
+    tokens = torch.full((num_sequences,), length)
+    batch = BatchInfo(num_sequences=num_sequences, num_tokens=tokens, padding=None)
+    shapes = {group.name: [(w.shape[0], w.shape[1]) for w in weights]}
+    sums = AccumulatedSums([group], criterion, shapes, device=torch.device("cpu"))
+    moments = sums.moments[group.name]
+    found: dict[str, Tensor] = {}
+    if isinstance(criterion, GradientCriterion):
+        known = {part: s for part, s in zip(group.slices, signals, strict=False) if isinstance(s, Signal)}
+        for several in [known] if criterion.joint else [{part: s} for part, s in known.items()]:
+            found |= criterion.rows(group, several, batch, moments)
+    elif isinstance(criterion, ActivationCriterion):
+        read = [part for part in group.slices if criterion.reads(part)]
+        for part, seen in zip(read, signals, strict=True):
+            assert isinstance(seen, Activation)
+            found |= criterion.rows(group, part, seen, batch, moments)
+    pending = {(group.name, name): [rows] for name, rows in found.items()}
+    sums.add(pending, tokens, torch.zeros(()))
+    return sums.scores(lambda _: weights)[group.name]

@@ -1,11 +1,11 @@
-"""How large a unit's activations are: one forward pass, no objective."""
+"""Activation norms: scores from one forward pass, without an objective."""
 
 import torch
 from torch import Tensor
 
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Sums
 from hfprune.criteria.channels import by_unit, channels
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
 
 
 class ActivationNorm(ActivationCriterion):
@@ -15,6 +15,15 @@ class ActivationNorm(ActivationCriterion):
     changes no ranking, this is the norm of the unit's activation over the calibration set. The activation of an expert
     is what it adds to the layer's output: its own output times the weight that the router gives it, 0 for tokens that
     do not go through it. So it counts how often, how strongly and with how large outputs an expert is used.
+
+    Source: the norm of the activation is the data-dependent factor of Wanda (Sun et al., 2024, arXiv:2306.11695).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> seen = Activation(input=torch.tensor([[[3.0, 1.0], [4.0, 1.0]]]), output=torch.ones(1, 2, 2))
+        >>> score_batch(ActivationNorm(), group, [seen])
+        tensor([3.5355, 1.0000], dtype=torch.float64)
     """
 
     experts = True
@@ -30,10 +39,6 @@ class ActivationNorm(ActivationCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns sqrt(sum / tokens)."""
         return (sums.rows[UNITS] / sums.totals.num_tokens).sqrt()
-
-    def describe(self) -> dict[str, str]:
-        """Returns the name."""
-        return {"name": "activation_norm"}
 
 
 def squares(signal: Tensor, batch: BatchInfo) -> Tensor:

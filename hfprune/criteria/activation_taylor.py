@@ -1,7 +1,7 @@
 """First-order Taylor scores of activations, without weight gradients (HFPrune, Zhu et al., 2026, arXiv:2603.08083)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from hfprune.criteria.base import (
     check_weighting,
 )
 from hfprune.criteria.channels import unit_products
-from hfprune.errors import ConfigError
-from hfprune.sums import Bfloat16Sum, UnitSum
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.exact_sums import Bfloat16Sum, UnitSum
+from hfprune.utils.settings import check_choice
 
 Reduction = Literal["per_token", "per_sequence", "signed"]
 
@@ -47,6 +48,19 @@ class ActivationTaylor(GradientCriterion):
 
     Raises:
         ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
+
+    Source: Molchanov et al. (2017, arXiv:1611.06440); with the entropy as the objective HFPrune (Zhu et al., 2026,
+    arXiv:2603.08083, Eq. 4).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> values, gradients = torch.tensor([[[1.0, 1.0], [2.0, 1.0]]]), torch.tensor([[[1.0, 1.0], [-1.0, 3.0]]])
+        >>> signal = Signal(input=values, grad=gradients, weight=torch.ones(2, 2))
+        >>> score_batch(ActivationTaylor(), group, [signal])
+        tensor([1.5000, 2.0000], dtype=torch.float64)
+        >>> score_batch(ActivationTaylor(reduction="signed"), group, [signal])
+        tensor([0.5000, 2.0000], dtype=torch.float64)
     """
 
     outside_layers = True
@@ -59,11 +73,9 @@ class ActivationTaylor(GradientCriterion):
         weighting: Weighting = "token",
         compat: Literal["official"] | None = None,
     ) -> None:
-        if reduction not in ("per_token", "per_sequence", "signed"):
-            raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence, signed.")
+        check_choice("reduction", reduction, get_args(Reduction))
         check_weighting(weighting)
-        if compat not in (None, "official"):
-            raise ConfigError(f"Unknown compat '{compat}'. Known: official.")
+        check_choice("compat", compat, (None, "official"))
         if compat and reduction != "per_token":
             raise ConfigError(f"compat='official' exists for reduction='per_token' only, not '{reduction}'.")
         self.reduction, self.weighting, self.compat = reduction, weighting, compat
@@ -100,8 +112,3 @@ class ActivationTaylor(GradientCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns |sum| / count; the absolute value matters for ``signed`` only."""
         return sums.rows[UNITS].abs() / sums.totals.divisor(self.weighting)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        text = {"name": "activation_taylor", "reduction": self.reduction, "weighting": self.weighting}
-        return text | ({"compat": self.compat} if self.compat else {})

@@ -9,15 +9,16 @@ Shape legend: B sequences, T tokens, C channels, U units, S sums that a criterio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError, ConfigError
-from hfprune.moments import Moments
-from hfprune.sums import ExactSum, UnitSum
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.exact_sums import ExactSum, UnitSum
+from hfprune.utils.second_moments import Moments
+from hfprune.utils.settings import Configured, check_choice, discover, snake_case
 
 Weighting = Literal["token", "sequence"]
 """``token``: every token counts the same. ``sequence``: every sequence does (the paper's mean over its tokens)."""
@@ -37,8 +38,7 @@ LargeSums = dict[str, Tensor]
 
 def check_weighting(weighting: str) -> None:
     """Raises ``ConfigError`` unless ``weighting`` is one."""
-    if weighting not in ("token", "sequence"):
-        raise ConfigError(f"Unknown weighting '{weighting}'. Known: token, sequence.")
+    check_choice("weighting", weighting, get_args(Weighting))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,22 +134,30 @@ class Sums:
     weights: Callable[[], Sequence[Tensor]]
 
 
-class Criterion(ABC):
+class Criterion(Configured, ABC):
     """Turns what is known about units into scores. One instance serves all groups; it holds settings, never sums.
 
     Attributes:
         outside_layers: Whether it scores hidden channels in the embedding and the output head, too.
         norms: Whether it scores them in the weights of norms, too.
         experts: Whether it scores experts of mixtures.
+        name: Its name in plans and reports; that of the class with underscores unless a criterion says otherwise.
     """
 
     outside_layers: ClassVar[bool] = False
     norms: ClassVar[bool] = False
     experts: ClassVar[bool] = False
+    name: ClassVar[str] = ""
 
-    @abstractmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Names the criterion after its class."""
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = snake_case(cls.__name__)
+
     def describe(self) -> dict[str, str]:
         """Returns the criterion's name and settings for the plan's provenance."""
+        return {"name": self.name} | {name: str(value) for name, value in self.settings().items()}
 
 
 class WeightCriterion(Criterion):
@@ -265,9 +273,10 @@ class ActivationCriterion(CalibratedCriterion):
 def check_experts(criterion: Criterion, kinds: Collection[str]) -> None:
     """Raises ``ConfigError`` where experts are among the units and ``criterion`` does not score them."""
     if "experts" in kinds and not criterion.experts:
+        able = ", ".join(name for name, known in discover("hfprune.criteria", Criterion).items() if known.experts)
         raise ConfigError(
-            f"{type(criterion).__name__} does not score experts; ActivationTaylor, Fisher, ActivationNorm, Magnitude "
-            "and Random do. Choose one of these, or leave 'experts' out of the units, and 'blocks', which hold them."
+            f"{type(criterion).__name__} does not score experts. Choose one of {able}; or leave 'experts' out of the "
+            "units, and 'layers', which hold them."
         )
 
 

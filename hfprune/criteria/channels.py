@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import BatchInfo
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 MatrixReduction = Literal["sum", "mean", "max", "prod", "first", "second", "last"]
 """How the scores of a unit's coupled matrices become one, in the order of the group's slices."""
@@ -62,9 +63,7 @@ def slice_name(group: Group, part: Slice) -> str:
 
 def check_matrix_reduction(how: str) -> None:
     """Raises ``ConfigError`` unless ``how`` is a known reduction."""
-    known = get_args(MatrixReduction)
-    if how not in known:
-        raise ConfigError(f"Unknown matrices '{how}'. Known: {', '.join(known)}.")
+    check_choice("matrices", how, get_args(MatrixReduction))
 
 
 def reduce_matrices(group: Group, by_channel: Sequence[Tensor], how: MatrixReduction) -> Tensor:

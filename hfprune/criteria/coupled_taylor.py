@@ -1,4 +1,4 @@
-"""SDMPrune's score: the Taylor terms of a neuron's matrices are added, with their signs, before the absolute value."""
+"""Coupled Taylor scores (SDMPrune): signed Taylor terms of a neuron's matrices, added before the absolute value."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hfprune.arch import CHANNELS
 from hfprune.criteria.base import (
     UNITS,
     BatchInfo,
@@ -20,8 +19,9 @@ from hfprune.criteria.base import (
     check_weighting,
 )
 from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.models import CHANNELS
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 
 class CoupledTaylor(GradientCriterion):
@@ -36,6 +36,24 @@ class CoupledTaylor(GradientCriterion):
 
     Args:
         weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+
+    Raises:
+        ConfigError: The weighting is unknown.
+
+    Source: SDMPrune (Zhu and Shen, 2025, arXiv:2506.11120).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+        >>> signals = [
+        ...     Signal(input=x, output=x @ up.T, grad=torch.tensor([[[1.0, 2.0]]]), weight=up),
+        ...     Signal(input=a, output=a, grad=torch.tensor([[[1.0, -1.0]]]), weight=down),
+        ... ]
+        >>> score_batch(CoupledTaylor(), group, signals)
+        tensor([3.5000, 2.5000], dtype=torch.float64)
     """
 
     joint = True
@@ -71,7 +89,3 @@ class CoupledTaylor(GradientCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns sum / count."""
         return sums.rows[UNITS] / sums.totals.divisor(self.weighting)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and weighting."""
-        return {"name": "coupled_taylor", "weighting": self.weighting}

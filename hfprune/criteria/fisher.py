@@ -1,4 +1,4 @@
-"""The second-order effect of a unit on the model's own predictions, without labels."""
+"""Fisher scores: second-order effect of a unit on the model's own predictions, without labels."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hfprune.criteria.base import UNITS, BatchInfo, GradientCriterion, LargeSums, Rows, Signal, Sums
 from hfprune.criteria.channels import unit_products
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.settings import check_choice
 
 
 class Fisher(GradientCriterion):
@@ -28,8 +28,21 @@ class Fisher(GradientCriterion):
     One label is drawn for every token; which one follows from the sequence's own tokens, see ``sampled``. With the
     objective ``cross_entropy`` the score is the diagonal empirical Fisher, from the text's own labels.
 
+    Source: squared gradients as second-order scores are those of Molchanov et al. (2019, arXiv:1906.10771).
+
     Args:
         reduction: ``per_token`` or ``per_sequence``.
+
+    Raises:
+        ConfigError: The reduction is unknown.
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> values, gradients = torch.tensor([[[1.0, 1.0], [2.0, 1.0]]]), torch.tensor([[[1.0, 1.0], [-1.0, 3.0]]])
+        >>> signal = Signal(input=values, grad=gradients, weight=torch.ones(2, 2))
+        >>> score_batch(Fisher(), group, [signal])
+        tensor([2.5000, 5.0000], dtype=torch.float64)
     """
 
     outside_layers = True
@@ -37,8 +50,7 @@ class Fisher(GradientCriterion):
     objectives = ("sampled", "cross_entropy")
 
     def __init__(self, *, reduction: Literal["per_token", "per_sequence"] = "per_token") -> None:
-        if reduction not in ("per_token", "per_sequence"):
-            raise ConfigError(f"Unknown reduction '{reduction}'. Known: per_token, per_sequence.")
+        check_choice("reduction", reduction, ("per_token", "per_sequence"))
         self.reduction = reduction
 
     def reads(self, part: Slice) -> Literal["input"] | None:
@@ -56,7 +68,3 @@ class Fisher(GradientCriterion):
     def score(self, group: Group, sums: Sums) -> Tensor:
         """Returns sum / tokens."""
         return sums.rows[UNITS] / sums.totals.num_tokens
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and reduction."""
-        return {"name": "fisher", "reduction": self.reduction}

@@ -1,4 +1,4 @@
-"""The norm of the weights that a unit owns: the baseline that needs no data."""
+"""Magnitude: the norm of a unit's weights, a baseline without data."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import WeightCriterion
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.settings import check_choice
 
 _NUMBERS = 2**24
 """Weights that are held in float64 at a time."""
@@ -19,14 +19,22 @@ class Magnitude(WeightCriterion):
 
     Args:
         norm: ``l2`` or ``l1``.
+
+    Raises:
+        ConfigError: The norm is unknown.
+
+    Example:
+        >>> from hfprune.plan import Slice
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=(Slice(module="down_proj", side="in"),))
+        >>> Magnitude().score(group, [torch.tensor([[3.0, 1.0], [4.0, 0.0]])])
+        tensor([5., 1.], dtype=torch.float64)
     """
 
     outside_layers = True
     experts = True
 
     def __init__(self, *, norm: Literal["l1", "l2"] = "l2") -> None:
-        if norm not in ("l1", "l2"):
-            raise ConfigError(f"Unknown norm '{norm}'. Known: l1, l2.")
+        check_choice("norm", norm, ("l1", "l2"))
         self.norm = norm
 
     def score(self, group: Group, weights: Sequence[Tensor]) -> Tensor:
@@ -41,10 +49,6 @@ class Magnitude(WeightCriterion):
 
     def _sums(self, rows: Tensor) -> Tensor:
         return rows.abs().sum(1) if self.norm == "l1" else rows.square().sum(1)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and norm."""
-        return {"name": "magnitude", "norm": self.norm}
 
 
 def _at_once(rows: Tensor) -> int:

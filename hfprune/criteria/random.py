@@ -1,4 +1,4 @@
-"""Random scores: what any criterion must beat."""
+"""Random scores: the baseline for all other criteria."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,15 +7,23 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import WeightCriterion
-from hfprune.errors import ConfigError
-from hfprune.types import Group
+from hfprune.plan import Group
+from hfprune.utils.errors import ConfigError
 
 
 class Random(WeightCriterion):
-    """Uniform random numbers, drawn anew for every group from the seed and the group's name.
+    """Uniform random numbers; the seed and the group's name determine them, on every machine and rank.
 
     Args:
-        seed: Which numbers; equal on every machine and rank.
+        seed: Seed of the numbers.
+
+    Raises:
+        ConfigError: The seed is negative.
+
+    Example:
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=())
+        >>> bool((Random(seed=1).score(group, []) == Random(seed=1).score(group, [])).all())
+        True
     """
 
     outside_layers = True
@@ -31,7 +39,3 @@ class Random(WeightCriterion):
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
         return torch.rand(group.num_units, generator=generator, dtype=torch.float64)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and seed."""
-        return {"name": "random", "seed": str(self.seed)}

@@ -1,4 +1,4 @@
-"""SlimLLM's score of MLP channels: norms of what they read, and what they add to the main directions of the output."""
+"""SlimLLM scores of MLP channels: norms of what they read, and what they add to the main directions of the output."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from hfprune.criteria.activation_norm import squares
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
 from hfprune.criteria.channels import channels, slice_name, slice_names
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 _OUTPUT, _OUTER = "output", "output products"
 
@@ -29,7 +29,24 @@ class SlimLLMChannels(ActivationCriterion):
     Args:
         keep_lowest: Share of the neurons that are kept although they score lowest: the lowest ``round(share * I)`` get
             scores above all others. The published code has 0.01 (the paper does not mention it); off by default.
+
+    Raises:
+        ConfigError: The share is not in [0, 1).
+
+    Source: SlimLLM (Guo et al., 2025, arXiv:2505.22689).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[3.0, 1.0], [1.0, 0.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+        >>> seen = [Activation(input=x, output=a), Activation(input=a, output=a @ down.T)]
+        >>> score_batch(SlimLLMChannels(), group, seen, [up, down])
+        tensor([5.3265, 3.9480], dtype=torch.float64)
     """
+
+    name = "slimllm_channels"
 
     def __init__(self, *, keep_lowest: float = 0.0) -> None:
         if not 0 <= keep_lowest < 1:
@@ -97,7 +114,7 @@ class SlimLLMChannels(ActivationCriterion):
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
-        return {"name": "slimllm_channels", "keep_lowest": f"{self.keep_lowest:g}"}
+        return {"name": self.name, "keep_lowest": f"{self.keep_lowest:g}"}
 
 
 def _output_size(group: Group, shapes: Sequence[Shape]) -> int:

@@ -1,4 +1,4 @@
-"""SlimLLM's choice of attention heads: those whose sum correlates best with the whole attention output."""
+"""SlimLLM scores of attention heads: those whose sum correlates best with the whole attention output."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hfprune.criteria.base import UNITS, Activation, ActivationCriterion, BatchInfo, LargeSums, Rows, Shape, Sums
 from hfprune.criteria.channels import channels
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
 
 _OUTER = "input products"
 
@@ -30,7 +30,19 @@ class SlimLLMHeads(ActivationCriterion):
             the best one done if it raises the best R so far. The set depends on the number dropped, so give what the
             budget drops; scores are then ranks: kept units above dropped ones, each in the order of their scores. None
             does not refine.
+
+    Raises:
+        ConfigError: The share is not in (0, 1).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> group = Group(name="attn", kind="heads", num_units=2, slices=(Slice(module="o_proj", side="in", width=2),))
+        >>> value = torch.tensor([[[1.0, 0.0, 0.5, 0.0], [0.0, 2.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]]])
+        >>> score_batch(SlimLLMHeads(), group, [Activation(input=value, output=value)], [torch.eye(4)[:2] + 0.5])
+        tensor([0.4553, 0.0140], dtype=torch.float64)
     """
+
+    name = "slimllm_heads"
 
     def __init__(self, *, dropped: float | None = None) -> None:
         if dropped is not None and not 0 < dropped < 1:
@@ -83,8 +95,7 @@ class SlimLLMHeads(ActivationCriterion):
 
     def describe(self) -> dict[str, str]:
         """Returns name and settings."""
-        text = {"name": "slimllm_heads"}
-        return text | ({"dropped": f"{self.dropped:g}"} if self.dropped is not None else {})
+        return {"name": self.name} | ({"dropped": f"{self.dropped:g}"} if self.dropped is not None else {})
 
 
 def contribution_covariance(group: Group, sums: Sums) -> Tensor:

@@ -27,7 +27,7 @@ from hfprune.criteria.channels import (
     slice_name,
     slice_names,
 )
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
 
 
 class VectorTaylor(GradientCriterion):
@@ -43,6 +43,22 @@ class VectorTaylor(GradientCriterion):
         matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,
             ``prod``, ``first``, ``second`` or ``last``, in the order of the group's slices (gate, up, down).
         weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+
+    Raises:
+        ConfigError: A value is unknown.
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 1.0]])
+        >>> signals = [
+        ...     Signal(input=x, output=x @ up.T, grad=torch.tensor([[[1.0, 2.0]]]), weight=up),
+        ...     Signal(input=a, output=a, grad=torch.tensor([[[1.0, -1.0]]]), weight=down),
+        ... ]
+        >>> score_batch(VectorTaylor(), group, signals)
+        tensor([4., 5.], dtype=torch.float64)
     """
 
     outside_layers = True
@@ -86,7 +102,3 @@ class VectorTaylor(GradientCriterion):
         divisor = sums.totals.divisor(self.weighting)
         by_channel = [sums.rows[name].abs() / divisor for name in slice_names(group)]
         return reduce_matrices(group, by_channel, self.matrices)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        return {"name": "vector_taylor", "matrices": self.matrices, "weighting": self.weighting}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hfprune.criteria.base import BatchInfo, Shape, Signal
 from hfprune.criteria.channels import channels
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
 
 
 def slice_weight(group: Group, part: Slice, weight: Tensor) -> Tensor:

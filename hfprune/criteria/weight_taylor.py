@@ -1,7 +1,7 @@
 """Elementwise Taylor scores from weights: LLM-Pruner's ``param_first``, ``param_second`` and ``param_mix``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ from hfprune.criteria.channels import (
     slice_names,
 )
 from hfprune.criteria.weight_gradients import slice_gradients, slice_shape, slice_weight
-from hfprune.errors import ConfigError
-from hfprune.types import Group, Slice
+from hfprune.plan import Group, Slice
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 Salience = Literal["param_first", "param_second", "param_mix"]
 
@@ -59,6 +60,21 @@ class WeightTaylor(GradientCriterion):
 
     Raises:
         ConfigError: An unknown value, or ``param_second`` with ``gradient="dataset"``.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627, Eq. 3 to 5).
+
+    Example:
+        >>> from hfprune.criteria.accumulated import score_batch
+        >>> slices = (Slice(module="up_proj", side="out"), Slice(module="down_proj", side="in"))
+        >>> group = Group(name="mlp", kind="mlp", num_units=2, slices=slices)
+        >>> x, a = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+        >>> up, down = torch.eye(2), torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+        >>> signals = [
+        ...     Signal(input=x, output=x @ up.T, grad=torch.tensor([[[1.0, 2.0]]]), weight=up),
+        ...     Signal(input=a, output=a, grad=torch.tensor([[[1.0, -1.0]]]), weight=down),
+        ... ]
+        >>> score_batch(WeightTaylor(), group, signals)
+        tensor([7., 8.], dtype=torch.float64)
     """
 
     def __init__(
@@ -69,13 +85,8 @@ class WeightTaylor(GradientCriterion):
         matrices: MatrixReduction = "sum",
         weighting: Weighting = "sequence",
     ) -> None:
-        if salience not in ("param_first", "param_second", "param_mix"):
-            raise ConfigError(
-                f"Unknown salience '{salience}'. Known: param_first, param_second, param_mix (vectorize is "
-                "VectorTaylor)."
-            )
-        if gradient not in ("sequence", "dataset"):
-            raise ConfigError(f"Unknown gradient '{gradient}'. Known: sequence, dataset.")
+        check_choice("salience", salience, get_args(Salience), "LLM-Pruner's vectorize is VectorTaylor.")
+        check_choice("gradient", gradient, ("sequence", "dataset"))
         if gradient == "dataset" and salience == "param_second":
             raise ConfigError("param_second squares each sequence's gradient: it goes with gradient='sequence' only.")
         check_matrix_reduction(matrices)
@@ -143,8 +154,3 @@ class WeightTaylor(GradientCriterion):
                 product -= 0.5 * owned.square() * sums.moments[f"{name} squared"] / divisor
             by_channel.append(product.abs_().sum(1))
         return reduce_matrices(group, by_channel, self.matrices)
-
-    def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
-        settings = {"salience": self.salience, "gradient": self.gradient, "matrices": self.matrices}
-        return {"name": "weight_taylor", **settings, "weighting": self.weighting}

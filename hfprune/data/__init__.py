@@ -1,6 +1,6 @@
 """Calibration, recovery, validation and evaluation text, never overlapping."""
 
-from hfprune.data.layouts import ChatRow, InstructionRow, Rows, Turn
+from hfprune.data.formats import ChatRow, InstructionRow, Rows, Turn
 from hfprune.data.sources import load_rows
 from hfprune.data.text import TextDataModule
 

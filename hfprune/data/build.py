@@ -1,4 +1,4 @@
-"""From the documents of a role to its token sequences, examples or evaluation windows."""
+"""Builder: token sequences, training examples and evaluation windows from the documents of each role."""
 
 import warnings
 from collections import Counter
@@ -9,27 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.data.bos import CROPPED_BOS, EACH_BOS, NO_BOS, TEMPLATE_BOS, BosSetting, bos_id
-from hfprune.data.encode import check_vocabulary, concat_blocks, crop_documents, encode, tokenizer_key
+from hfprune.data.encode import (
+    CROPPED_BOS,
+    EACH_BOS,
+    NO_BOS,
+    TEMPLATE_BOS,
+    BosSetting,
+    bos_id,
+    check_vocabulary,
+    concat_blocks,
+    crop_documents,
+    encode,
+    tokenizer_key,
+)
 from hfprune.data.examples import (
     FORMAT,
     Encoder,
     Example,
     ExampleOptions,
+    ExampleStore,
     check_template,
+    digest,
     encode_all,
     no_example,
     warn_of_losses,
 )
-from hfprune.data.layouts import Rows
-from hfprune.data.places import SELF
-from hfprune.data.roles import Role, Roles, plain
-from hfprune.data.store import ExampleStore, digest
-from hfprune.data.tokens import TokenRow, blocks, flat, own_labels, pieces
-from hfprune.data.written import Writer
-from hfprune.errors import ConfigError
-from hfprune.evaluation.windows import Windows
+from hfprune.data.formats import Rows
+from hfprune.data.roles import Role, Roles, argument_of, plain
+from hfprune.data.self_generated import Writer
+from hfprune.data.sources import SELF
+from hfprune.data.token_rows import TokenRow, blocks, flat, own_labels, pieces
+from hfprune.evaluation.perplexity import Windows
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +97,7 @@ class Builder:
             return self.write(role, count)
         if self.kind(role) == "tokens":
             return self._token_sequences(role, count)
-        self.check_length(self.seq_len, "--data.seq_len")
+        self.check_length(self.seq_len, "seq_len")
         texts = [plain(d) for d in self.roles.documents(role)]
         bos, each = self.bos, self.options.bos == "always"
         self.bos_lines[role] = NO_BOS if bos is None else CROPPED_BOS if crop and not each else EACH_BOS
@@ -96,7 +108,7 @@ class Builder:
             return concat_blocks(texts, self.tokenizer, max_blocks=count, **how)
         except ConfigError as error:
             raise ConfigError(
-                f"--data.{role} '{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
+                f"{role}='{source}' is too short: {len(texts)} of its documents serve {role}, and {error}."
                 f"{self._shared(role)}"
             ) from error
 
@@ -115,63 +127,62 @@ class Builder:
         ids = self.sequences("calibration", count, crop=crop)
         if len(ids) < count:
             source = self.sources["calibration"]
-            warnings.warn(f"--data.calibration '{source}' gives {len(ids)} sequences, not {count}.", stacklevel=2)
+            warnings.warn(f"calibration='{source}' gives {len(ids)} sequences, not {count}.", stacklevel=2)
         self.warn_of_bos("calibration", ids.tolist())
         return ids
 
     def warn_of_bos(self, role: Role, rows: Sequence[Sequence[int]]) -> None:
-        """Says how many sequences lack the BOS without which the model's class predicts badly, if any do."""
+        """Warns of sequences without BOS where models of this class predict badly without it."""
         bos = self.tokenizer.bos_token_id
         lacking = sum(row[0] != bos for row in rows) if self.needs_bos else 0
         if lacking:
-            give = "Tokenise it with BOS" if self.kind(role) == "tokens" else "Give --data.bos always"
+            give = "Tokenise it with BOS" if self.kind(role) == "tokens" else "Give bos='always'"
             self._warn_of_bos(role, f"{lacking:,} of {len(rows):,} sequences do", give)
 
     def warn_of_bos_setting(self, role: Role) -> None:
-        """Says that no BOS is added to text that is streamed, where the model's class needs it."""
+        """Warns that no BOS is added to streamed text where the model's class needs it."""
         if self.needs_bos and self.bos is None:
-            self._warn_of_bos(role, "sequences do", "Give --data.bos always")
+            self._warn_of_bos(role, "sequences do", "Give bos='always'")
 
     def _warn_of_bos(self, role: Role, which: str, give: str) -> None:
-        flag = "text" if role == "evaluation" else role
         warnings.warn(
-            f"--data.{flag} '{self.sources[role]}': {which} not begin with BOS, and models of this class predict badly "
-            f"without it. {give}.",
+            f"{argument_of(role)}='{self.sources[role]}': {which} not begin with BOS, and models of this class predict "
+            f"badly without it. {give}.",
             stacklevel=3,
         )
 
     def check_count(self, role: Role, count: int | None) -> None:
-        """Raises ``ConfigError`` where nobody said how many sequences the model is to write for a role."""
+        """Raises ``ConfigError`` where the number of sequences that the model writes for a role is not given."""
         if count is None:
-            raise ConfigError(f"--data.{role} self: say how many sequences to write with --data.{role}_sequences.")
+            raise ConfigError(f"{role}='self' needs {role}_sequences, the number of sequences to write.")
 
     def write(self, role: Role, count: int | None) -> Tensor:
         """Returns ``count`` sequences that the model wrote for a role, [N, T].
 
         Raises:
-            ConfigError: Nobody said how many, or the data do not know the model.
+            ConfigError: ``count`` is None, or ``bind`` had no author.
         """
         self.check_count(role, count)
         assert count is not None
         if self.writer is None:
-            raise ConfigError(f"--data.{role} self: the data do not know the model: give bind() an author.")
-        self.check_length(self.seq_len, "--data.seq_len")
+            raise ConfigError(f"{role}='self' needs the model that writes: pass author to bind().")
+        self.check_length(self.seq_len, "seq_len")
         return self.writer.rows(role, count, self.seq_len)
 
     def _token_sequences(self, role: Role, count: int | None) -> Tensor:
         source, rows = self.sources[role], self.roles.rows(role)
         if rows.tokenizer is not None and rows.tokenizer != tokenizer_key(self.tokenizer):
             raise ConfigError(
-                f"--data.{role} '{source}' was tokenised with another tokenizer ({rows.tokenizer[:12]}) than the "
+                f"{role}='{source}' was tokenised with another tokenizer ({rows.tokenizer[:12]}) than the "
                 f"model's ({tokenizer_key(self.tokenizer)[:12]}). Tokenise the text again, or give the text itself."
             )
         if rows.token_ids is None:
             ids = blocks(self._token_rows(role), self.seq_len)[:count]
             if not len(ids):
-                raise ConfigError(f"--data.{role} '{source}' has fewer tokens than one sequence of {self.seq_len}.")
+                raise ConfigError(f"{role}='{source}' has fewer tokens than one sequence of seq_len={self.seq_len}.")
         else:
             ids = self.roles.tokens(role)[:count]
-        self.check_length(ids.shape[1], f"--data.{role} '{source}'")
+        self.check_length(ids.shape[1], f"{role}='{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
         return ids
 
@@ -186,11 +197,11 @@ class Builder:
     def examples(self, role: Role, count: int | None) -> list[Example]:
         """Returns up to ``count`` training examples of a role."""
         if role not in self.sources:
-            raise ConfigError(f"Pre-tokenised calibration data cannot serve as {role} data: give --data.{role}.")
+            raise ConfigError(f"{role} must be given: pre-tokenised calibration data cannot serve as {role} data.")
         kind = self.kind(role)
         rows = None if self.sources[role] == SELF else self.roles.rows(role)
         if rows is not None and not own_labels(rows.token_rows):
-            self.check_length(self.seq_len, "--data.seq_len")
+            self.check_length(self.seq_len, "seq_len")
             return pieces(self._token_rows(role), self.seq_len)[:count]
         if kind == "tokens" or (kind == "text" and not self.options.packing):
             examples = [(row, row) for row in self.sequences(role, count).tolist()]
@@ -200,14 +211,14 @@ class Builder:
         return examples
 
     def _encoded_or_error(self, role: Role, kind: str, count: int | None) -> list[Example]:
-        self.check_length(self.seq_len, "--data.seq_len")
+        self.check_length(self.seq_len, "seq_len")
         check_template(self.tokenizer, self.options, kind, self.sources[role])
         examples, counts = self._encoded(role, count)
-        found = dict(self.roles.rows(role).dropped) | counts
+        losses = dict(self.roles.rows(role).dropped) | counts
         if shared := self.roles.shared.get(role, 0):
-            found["also in the data of another role"] = shared
+            losses["also in the data of another role"] = shared
         if not examples:
-            raise no_example(role, self.sources[role], found, self.seq_len)
+            raise no_example(role, self.sources[role], losses, self.seq_len)
         self.dropped[role], self.bos_lines[role] = counts, self.bos_line(kind)
         warn_of_losses(role, self.sources[role], counts, self.seq_len)
         return examples
@@ -223,18 +234,18 @@ class Builder:
         documents = self.roles.documents(role)
         store = None
         if self.token_cache is not None:
-            made_of = digest([[type(d).__name__, repr(d)] for d in documents])
+            content = digest([[type(d).__name__, repr(d)] for d in documents])
             settings = self.options.describe() | {"packing": None, "bos id": self.bos}
-            key = digest(FORMAT, tokenizer_key(self.tokenizer), settings, made_of, count)
+            key = digest(FORMAT, tokenizer_key(self.tokenizer), settings, content, count)
             store = ExampleStore(self.token_cache, key)
-            if (found := store.load()) is not None:
-                return found
+            if (cached := store.load()) is not None:
+                return cached
         counts: Counter[str] = Counter()
         examples = list(encode_all(documents, Encoder(self.tokenizer, self.options, counts), count))
-        told = {reason: number for reason, number in counts.items() if number}
+        losses = {reason: number for reason, number in counts.items() if number}
         if store is not None:
-            store.save(examples, told)
-        return examples, told
+            store.save(examples, losses)
+        return examples, losses
 
     def windows(
         self, *, window: int, stride: int | None, count: int | None, bos: BosSetting, explicit: bool
@@ -256,20 +267,20 @@ class Builder:
         rows = self.roles.rows("evaluation")
         if rows.token_ids is not None:
             return self._token_windows(count)
-        self.check_length(window, "--data.eval_window")
+        self.check_length(window, "eval_window")
         stream = self._evaluation_tokens(rows)
         first = bos_id(self.tokenizer, bos)
         if stride is not None and stride > (longest := window - (first is not None)):
-            raise ConfigError(f"--data.eval_stride {stride} is not between 1 and {longest}, a window's text.")
+            raise ConfigError(f"eval_stride={stride} must be between 1 and {longest}, the text tokens of a window.")
         windows = Windows.cut(stream, window=window, stride=stride, count=count, bos_id=first, source=rows.source)
         if len(windows.ids):
             self.warn_of_bos("evaluation", windows.ids.tolist())
             self.bos_lines["evaluation"] = NO_BOS if first is None else EACH_BOS
             return windows
-        short = f"The text '{rows.source}' has {len(stream)} tokens, less than one window ({window})"
+        short = f"text='{rows.source}' has {len(stream)} tokens, fewer than one window (eval_window={window})"
         if explicit:
-            raise ConfigError(f"{short}; see --data.eval_window.")
-        warnings.warn(f"{short}: perplexity and fidelity are not measured. Give --data.text.", stacklevel=2)
+            raise ConfigError(f"{short}. Give a longer text or a smaller eval_window.")
+        warnings.warn(f"{short}: perplexity and fidelity are not measured. Give a longer text.", stacklevel=2)
         return None
 
     def _evaluation_tokens(self, rows: Rows) -> list[int]:
@@ -286,7 +297,7 @@ class Builder:
     def _token_windows(self, count: int | None) -> Windows:
         source, every = self.sources["evaluation"], self.roles.tokens("evaluation")
         ids = every[:count]
-        self.check_length(ids.shape[1], f"--data.text '{source}'")
+        self.check_length(ids.shape[1], f"text='{source}'")
         check_vocabulary(ids, vocab_size=self.vocab_size, source=source)
         self.warn_of_bos("evaluation", ids.tolist())
         return Windows(ids=ids, source=source, stride=ids.shape[1], available=len(every))

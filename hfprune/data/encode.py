@@ -1,19 +1,20 @@
-"""From text to token ids. Documents end with EOS where it exists; BOS is added where it is asked for."""
+"""Tokenisation: token ids of documents, the beginning-of-sequence token (BOS), and the tokens of a part of a text."""
 
 import hashlib
 import json
 import random
+import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from hfprune.data.bos import with_bos
-from hfprune.data.layouts import InstructionRow
-from hfprune.errors import ConfigError
+from hfprune.data.formats import InstructionRow
+from hfprune.utils.errors import ConfigError
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -102,7 +103,7 @@ def crop_documents(
     if not crops:
         raise ConfigError(
             f"none of the {seen} documents has {seq_len} tokens (the longest has {longest}); use "
-            "--data.calibration_layout concat or a smaller --data.seq_len"
+            "calibration_layout='concat' or a smaller seq_len"
         )
     return torch.tensor(crops)
 
@@ -129,7 +130,7 @@ def read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--data.chat_template '{path}' cannot be read: {error}.") from error
+        raise ConfigError(f"chat_template='{path}' cannot be read: {error}.") from error
 
 
 def check_vocabulary(ids: Tensor, *, vocab_size: int, source: str) -> None:
@@ -146,3 +147,134 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     """Returns the sequences as [B, T], padded on the right with ``value``."""
     longest = max(len(s) for s in sequences)
     return torch.tensor([[*s, *[value] * (longest - len(s))] for s in sequences])
+
+
+class WholeText:
+    """The token ids of a text, which are those that the model reads when it is given the text.
+
+    Borders between parts are found by the tokenizer's offsets. A tokenizer without offsets tokenises the text up to the
+    border, too: where both begin to differ, the first token behind the border begins.
+
+    Args:
+        text: The text.
+        tokenizer: The model's. No special tokens are added.
+
+    Attributes:
+        ids: Token ids of the whole text.
+    """
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        self._text, self._tokenizer = text, tokenizer
+        self._starts: list[int] | None = None
+        self.ids: list[int]
+        if getattr(tokenizer, "is_fast", False):
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            encoding = tokenizer(text, return_offsets_mapping=True, **options)
+            self.ids = encoding["input_ids"]
+            self._starts = [start for start, _ in encoding["offset_mapping"]]
+            self._ends = list(accumulate((end for _, end in encoding["offset_mapping"]), max))
+        else:
+            (self.ids,) = encode([text], tokenizer)
+
+    def span(self, start: int, end: int, *, special: frozenset[int] = frozenset()) -> slice:
+        """Returns the tokens of the characters from ``start`` to before ``end``.
+
+        A token that spans a border of the part belongs to the part, unless it is one of the ``special`` ids at its
+        beginning: such a token may swallow the whitespace behind it.
+        """
+        first = self._first(start)
+        if self._starts is not None and first < len(self.ids):
+            first += self._starts[first] < start and self.ids[first] in special
+        return slice(first, max(first, self._last(end)))
+
+    def _first(self, border: int) -> int:
+        """Returns the number of tokens that lie wholly before ``border``."""
+        return self._shared(border)[0] if self._starts is None else bisect_right(self._ends, border)
+
+    def _last(self, border: int) -> int:
+        """Returns the number of tokens that begin before ``border``."""
+        if border >= len(self._text):
+            return len(self.ids)
+        if self._starts is None:
+            shared, before = self._shared(border)
+            return min(shared + (shared < before), len(self.ids))
+        number = bisect_right(self._ends, border)
+        return number + (number < len(self.ids) and self._starts[number] < border)
+
+    def _shared(self, border: int) -> tuple[int, int]:
+        """Returns how many first tokens the text and the text before ``border`` share, and how many the latter has."""
+        (before,) = encode([self._text[:border]], self._tokenizer)
+        pairs = enumerate(zip(self.ids, before, strict=False))
+        return next((i for i, (one, other) in pairs if one != other), min(len(self.ids), len(before))), len(before)
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Returns the ids of all special tokens, those of chat templates included."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
+    return frozenset(marked | {int(number) for number in tokenizer.all_special_ids})
+
+
+BosSetting = Literal["auto", "always", "never"]
+"""``auto``: as the tokenizer does by itself; ``always``: before every sequence; ``never``: none is added."""
+
+NO_BOS = "no BOS added"
+EACH_BOS = "each begins with BOS"
+CROPPED_BOS = "BOS before each document, so only crops from its beginning have one"
+TEMPLATE_BOS = "BOS as the chat template writes it"
+"""Protocol lines."""
+
+
+def check_bos(setting: str) -> None:
+    """Raises ``ConfigError`` for an unknown setting."""
+    if setting not in get_args(BosSetting):
+        raise ConfigError(f"bos='{setting}' must be one of {', '.join(get_args(BosSetting))}.")
+
+
+def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
+    """Returns the setting of evaluation windows: ``setting``, or what the former argument says.
+
+    Raises:
+        ConfigError: The setting is unknown, or both are given.
+    """
+    check_bos(setting)
+    if eval_bos is None:
+        return setting
+    new: BosSetting = "always" if eval_bos else "never"
+    if setting not in ("auto", new):
+        raise ConfigError(f"bos='{setting}' contradicts eval_bos={eval_bos}: give bos alone.")
+    warnings.warn(
+        f"eval_bos is replaced by bos, which applies to all text. Until the next release eval_bos={eval_bos} means "
+        f"bos='{new}' for evaluation windows alone.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return new
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Returns whether the tokenizer puts BOS before a text by itself."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return False
+    own = tokenizer("a", verbose=False)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return bool(own) and own[0] == bos and plain[:1] != [bos]
+
+
+def bos_id(tokenizer: Any, setting: BosSetting) -> int | None:
+    """Returns the BOS id to begin sequences with, None where none is added.
+
+    Raises:
+        ConfigError: ``always``, and the tokenizer has no BOS token.
+    """
+    if setting == "never" or (setting == "auto" and not adds_bos(tokenizer)):
+        return None
+    if tokenizer.bos_token_id is None:
+        raise ConfigError("bos='always': the tokenizer has no BOS token. Give bos='never'.")
+    return int(tokenizer.bos_token_id)
+
+
+def with_bos(ids: list[int], bos: int | None) -> list[int]:
+    """Returns ``ids`` with BOS before them, unless there is none to add or they begin with it."""
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

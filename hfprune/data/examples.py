@@ -1,18 +1,23 @@
-"""From a document to training examples: a template, the loss on the response alone, and what is too long."""
+"""Training examples: from documents to token ids and labels, packed into rows, batched, and cached on disk."""
 
+import hashlib
+import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from hfprune.data.borders import WholeText
-from hfprune.data.bos import BosSetting, bos_id, check_bos, with_bos
-from hfprune.data.chats import ChatEncoder, ChatError, as_chat
-from hfprune.data.encode import encode, prompt_of
-from hfprune.data.layouts import Document, InstructionRow
-from hfprune.errors import ConfigError
+import torch
+from torch import Tensor
+
+from hfprune.data.chat_template import ChatEncoder, ChatError, as_chat
+from hfprune.data.encode import BosSetting, WholeText, bos_id, check_bos, encode, pad, prompt_of, with_bos
+from hfprune.data.formats import Document, InstructionRow
 from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import load_tensors, save_tensors
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""
@@ -54,7 +59,7 @@ class ExampleOptions:
         for name, known in (("template", ("alpaca", "chat")), ("overlong", ("split", "cut", "drop"))):
             value = getattr(self, name)
             if value not in known:
-                raise ConfigError(f"--data.{name} '{value}' is none of {', '.join(known)}.")
+                raise ConfigError(f"{name}='{value}' must be one of {', '.join(known)}.")
         check_bos(self.bos)
 
     def uses_template(self, kind: str) -> bool:
@@ -165,8 +170,8 @@ def check_template(tokenizer: Any, options: ExampleOptions, kind: str, source: s
     """Raises ``ConfigError`` where a chat template is needed and the tokenizer has none."""
     if options.uses_template(kind) and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"'{source}' needs a chat template, and the tokenizer has none. Give --data.chat_template FILE (Jinja), or "
-            "data in Alpaca layout."
+            f"'{source}' needs a chat template, and the tokenizer has none. Give chat_template, the path of a Jinja "
+            "file, or data in Alpaca layout."
         )
 
 
@@ -187,11 +192,11 @@ def encode_all(
 
 
 def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: int, *, where: str = "") -> None:
-    """Says how many rows of a source (of a part of it: ``where``) are left out or changed, and why, if any are."""
-    told = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
-    if told:
-        text = f"--data.{role} '{source}'{where}: examples left out or changed: {', '.join(told)}"
-        warnings.warn(f"{text}; --data.seq_len is {seq_len}." if of_length(counts) else f"{text}.", stacklevel=2)
+    """Warns of rows of a source, or of the part ``where`` of it, that are left out or changed, with the reasons."""
+    reasons = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
+    if reasons:
+        text = f"{role}='{source}'{where}: examples left out or changed: {', '.join(reasons)}"
+        warnings.warn(f"{text}; seq_len={seq_len}." if of_length(counts) else f"{text}.", stacklevel=2)
 
 
 def of_length(counts: Mapping[str, int]) -> bool:
@@ -204,6 +209,90 @@ def no_example(role: str, source: str, counts: Mapping[str, int], seq_len: int) 
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "it has no row left"
     if of_length(counts):
         return ConfigError(
-            f"--data.{role}: no example of '{source}' fits into {seq_len} tokens ({reasons}); see --data.seq_len."
+            f"{role}='{source}': no example fits into seq_len={seq_len} tokens ({reasons}). Increase seq_len."
         )
-    return ConfigError(f"--data.{role}: no example of '{source}' can be used ({reasons}).")
+    return ConfigError(f"{role}='{source}': no example can be used ({reasons}).")
+
+
+Pack = list[Example]
+
+
+def pack(examples: Iterable[Example], *, size: int) -> Iterator[Pack]:
+    """Yields rows of at most ``size`` tokens: consecutive examples, never reordered (as HFPrune packs).
+
+    >>> [[len(ids) for ids, _ in row] for row in pack([([1] * n, [1] * n) for n in (3, 4, 2, 9)], size=8)]
+    [[3, 4], [2], [9]]
+    """
+    row: Pack = []
+    used = 0
+    for example in examples:
+        if row and used + len(example[0]) > size:
+            yield row
+            row, used = [], 0
+        row.append(example)
+        used += len(example[0])
+    if row:
+        yield row
+
+
+def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
+    """Returns rows as ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids``, [B, T], padded on the right.
+
+    Position ids start again at each example, and the first token of each is no target: see
+        :mod:`hfprune.models.forward`.
+    """
+    ids = [[token for example in row for token in example[0]] for row in rows]
+    labels = [[label for example in row for label in (IGNORE_INDEX, *example[1][1:])] for row in rows]
+    positions = [[position for example in row for position in range(len(example[0]))] for row in rows]
+    batch = {"input_ids": pad(ids, filler), "labels": pad(labels, IGNORE_INDEX), "position_ids": pad(positions, 0)}
+    mask = torch.zeros_like(batch["input_ids"])
+    for number, row in enumerate(ids):
+        mask[number, : len(row)] = 1
+    return batch | {"attention_mask": mask}
+
+
+def collate_examples(examples: Sequence[Example], *, filler: int) -> dict[str, Tensor]:
+    """Returns examples, a row each, as ``input_ids``, ``attention_mask`` and ``labels``, [B, T]."""
+    batch = {"input_ids": pad([e[0] for e in examples], filler), "labels": pad([e[1] for e in examples], IGNORE_INDEX)}
+    return batch | {"attention_mask": pad([[1] * len(e[0]) for e in examples], 0)}
+
+
+_VERSION = 1
+
+
+def digest(*parts: Any) -> str:
+    """Returns the SHA-256 of plain data."""
+    text = json.dumps([_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class ExampleStore:
+    """Tokenised examples in a folder, by key.
+
+    Args:
+        folder: Where.
+        key: Digest of all that the examples follow from: tokenizer, templates, options, documents.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self._path, self._key = Path(folder) / f"{key[:32]}.safetensors", key
+
+    def load(self) -> tuple[list[Example], dict[str, int]] | None:
+        """Returns the examples and the counts of what was left out, None when they are not there."""
+        tensors = load_tensors(self._path, key=self._key)
+        if tensors is None:
+            return None
+        sizes = tensors["sizes"].tolist()
+        ids, labels = (tensors[name].split(sizes) for name in ("ids", "labels"))
+        counts = json.loads(bytes(tensors["counts"].tolist()))
+        return [(i.tolist(), label.tolist()) for i, label in zip(ids, labels, strict=True)], counts
+
+    def save(self, examples: list[Example], counts: Mapping[str, int]) -> None:
+        """Keeps examples and counts."""
+        tensors = {
+            "ids": torch.tensor([token for ids, _ in examples for token in ids], dtype=torch.int32),
+            "labels": torch.tensor([label for _, labels in examples for label in labels], dtype=torch.int32),
+            "sizes": torch.tensor([len(ids) for ids, _ in examples]),
+            "counts": torch.tensor(list(json.dumps(dict(counts)).encode()), dtype=torch.uint8),
+        }
+        save_tensors(self._path, tensors, key=self._key)

@@ -1,4 +1,4 @@
-"""Files of rows as people keep them: compressed or not, JSON arrays or lines, tables; a bad row costs one row.
+"""Files: rows of text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
 
 What a file is, is read from its first bytes where its name does not say or says something else: C4 is shipped as JSON
 lines under the name ``.json.gz``.
@@ -15,13 +15,68 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from hfprune.data.losses import BadRow
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that could not be decoded.
+
+    Attributes:
+        reason: Why, in words that are the same for every such row.
+        detail: What the decoder said of this one.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Losses:
+    """What was left out of a source.
+
+    Attributes:
+        rows: Rows that the source holds.
+        counts: Reason -> rows left out.
+        first: Reason -> number of the first such row, counted from 1, and what was said of it.
+    """
+
+    rows: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, number: int, detail: str = "") -> None:
+        """Counts row ``number``, left out for ``reason``."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, f"row {number:,}" + (f": {detail}" if detail else ""))
+
+    def __str__(self) -> str:
+        """Names every reason with its count and first row.
+
+        >>> losses = Losses(rows=9)
+        >>> losses.add("empty", 2); losses.add("not JSON", 3, "Extra data"); losses.add("empty", 7)
+        >>> str(losses)
+        '2 empty (first: row 2), 1 not JSON (row 3: Extra data)'
+        """
+        prefixes = {reason: "first: " if count > 1 else "" for reason, count in self.counts.items()}
+        return ", ".join(
+            f"{self.counts[reason]:,} {reason} ({word}{self.first[reason]})" for reason, word in prefixes.items()
+        )
+
+    def sentence(self, source: str) -> str:
+        """Returns one sentence on the rows left out of ``source``; empty where there are none."""
+        lost = sum(self.counts.values())
+        if not lost:
+            return ""
+        loud = "more than half of the rows are left out: " if 2 * lost > self.rows else ""
+        return f"'{source}': {loud}{lost:,} of {self.rows:,} rows cannot be used: {self}."
+
 
 TYPES: Mapping[str, str] = {
     ".txt": "text",
@@ -68,13 +123,13 @@ def broken(text: str) -> bool:
 
 
 def named_type(path: Path) -> str | None:
-    """Returns what the name says that a file is; None where it says nothing known."""
+    """Returns the type of a file by its name; None for an unknown suffix."""
     stem = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return TYPES.get(stem.suffix.lower())
 
 
 def file_type(path: Path) -> str | None:
-    """Returns what a file is: text, json, csv, parquet or tensors; None where neither name nor content tell.
+    """Returns the type of a file by name and content: text, json, csv, parquet or tensors; None when it is unknown.
 
     Raises:
         ConfigError: It cannot be read, or is the pointer that Git LFS leaves in the place of a file.
@@ -94,7 +149,7 @@ def file_type(path: Path) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what goes wrong when a file is read into ``ConfigError``."""
+    """Raises ``ConfigError`` for errors in reading a file."""
     from pyarrow import ArrowException
 
     try:
@@ -234,8 +289,8 @@ def _parquet_rows(path: Path) -> Iterator[Delayed]:
 
 def _arrow_rows(batch: Any) -> list[Any]:
     try:
-        found: list[Any] = batch.to_pylist()
-        return found
+        rows: list[Any] = batch.to_pylist()
+        return rows
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [BadRow(NOT_UTF8)]

@@ -1,5 +1,7 @@
-"""Which documents serve which purpose; no document serves two."""
+"""Roles: each document serves calibration, recovery, validation or evaluation, never two of them."""
 
+import hashlib
+import random
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -8,16 +10,57 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hfprune.data.encode import prompt_of
-from hfprune.data.layouts import ChatRow, Document, InstructionRow, Rows
-from hfprune.data.places import SELF, same_source
-from hfprune.data.sources import load_rows
-from hfprune.data.splits import assign_documents, unique_documents
-from hfprune.data.tokens import TokenRow
-from hfprune.errors import ConfigError
+from hfprune.data.formats import ChatRow, Document, InstructionRow, Rows
+from hfprune.data.sources import SELF, check_source, load_rows, same_source
+from hfprune.data.token_rows import TokenRow
+from hfprune.utils.errors import ConfigError
+
+
+def assign_documents(num_documents: int, shares: Mapping[str, float], *, seed: int) -> dict[str, list[int]]:
+    """Returns role -> document numbers: a seeded permutation cut into consecutive parts of the given shares.
+
+    Every document goes to exactly one role; the result does not depend on the order of ``shares``; seed 0 is a seed.
+
+    >>> sorted(sum(assign_documents(10, {"a": 1, "b": 3}, seed=0).values(), []))
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    order = list(range(num_documents))
+    random.Random(seed).shuffle(order)
+    total, done, start = sum(shares.values()), 0.0, 0
+    parts = {}
+    for role in sorted(shares):
+        done += shares[role]
+        end = round(num_documents * done / total)
+        parts[role] = order[start:end]
+        start = end
+    return parts
+
+
+def text_digest(text: str) -> bytes:
+    """Returns the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) -> list[int]:
+    """Returns the numbers of the documents whose exact text occurs for the first time, and adds them to ``seen``."""
+    seen = set() if seen is None else seen
+    kept = []
+    for number, text in enumerate(texts):
+        digest = text_digest(text)
+        if digest not in seen:
+            seen.add(digest)
+            kept.append(number)
+    return kept
+
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
 """Shares of a source's documents when several roles use it; in this order, a repeated document goes to the first."""
+
+
+def argument_of(role: Role) -> str:
+    """Returns the argument of ``TextDataModule`` that gives the role's source."""
+    return "text" if role == "evaluation" else role
 
 
 class Roles:
@@ -96,8 +139,8 @@ class Roles:
         own = self._own(role, [str(row) for row in rows])
         if not own:
             raise ConfigError(
-                f"'{self._sources[role]}' holds {len(rows)} sequences, too few for the roles that share it: none is "
-                f"left for {role}; give --data.{'text' if role == 'evaluation' else role}."
+                f"{argument_of(role)} must be given: '{self._sources[role]}' holds {len(rows)} sequences, too few for "
+                f"the roles that share it, and none is left for {role}."
             )
         return own
 
@@ -166,14 +209,16 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
     recovery = given["recovery"] or lender
     others = (calibration, given["validation"], text)
     if streaming and (recovery is None or same_source(recovery) in [same_source(other) for other in others if other]):
-        raise ConfigError("--data.streaming: give a --data.recovery that no other role uses; it is never in memory.")
-    found: dict[Role, str | None] = {
+        raise ConfigError(
+            "streaming=True needs a recovery source that no other role uses: it is never wholly in memory."
+        )
+    sources: dict[Role, str | None] = {
         "calibration": calibration,
         "recovery": recovery,
         "validation": given["validation"] or (lender if streaming else recovery),
         "evaluation": text or (None if lender == SELF else lender),
     }
-    return {role: source for role, source in found.items() if source is not None}
+    return {role: source for role, source in sources.items() if source is not None}
 
 
 def plain(document: Document) -> str:
@@ -183,3 +228,80 @@ def plain(document: Document) -> str:
     if isinstance(document, ChatRow):
         return "\n\n".join(turn.text for turn in document.turns)
     return document
+
+
+_POSITIVE = (
+    "calibration_sequences",
+    "calibration_batch_size",
+    "batch_size",
+    "validation_sequences",
+    "recovery_sequences",
+    "shuffle_buffer",
+)
+
+
+def check_values(data: Any) -> None:
+    """Raises ``ConfigError`` for a value that is impossible.
+
+    Args:
+        data: Holds the arguments as attributes.
+    """
+    for name in _POSITIVE:
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be positive.")
+    for name in ("seq_len", "eval_window"):
+        if getattr(data, name) < 2:
+            raise ConfigError(f"{name}={getattr(data, name)} must be at least 2 tokens.")
+    if data.eval_windows is not None and data.eval_windows < 0:
+        raise ConfigError(f"eval_windows={data.eval_windows} must not be negative.")
+    # the text of a window is one token shorter where it begins with BOS, which the tokenizer decides
+    if data.eval_stride is not None and not 1 <= data.eval_stride <= data.eval_window:
+        raise ConfigError(
+            f"eval_stride={data.eval_stride} must be between 1 and {data.eval_window}, the text tokens of a window."
+        )
+    if data.num_workers < 0:
+        raise ConfigError(f"num_workers={data.num_workers} must not be negative; 0 loads in the main process.")
+    if not 0 <= data.seed < 2**32:
+        raise ConfigError(f"seed={data.seed} must be between 0 and {2**32 - 1}.")
+    if data.calibration_layout not in ("concat", "crop"):
+        raise ConfigError(f"calibration_layout='{data.calibration_layout}' must be 'concat' or 'crop'.")
+
+
+def check_sources(given: Mapping[Role, str | None]) -> None:
+    """Raises ``ConfigError`` for a source that can be seen to be unusable.
+
+    Args:
+        given: Role -> source, None where the user gave none.
+    """
+    for role, source in given.items():
+        if source is not None:
+            check_source(source, argument_of(role))
+        if role == "evaluation" and source == SELF:
+            raise ConfigError(
+                "text='self' is not allowed: perplexity on a model's own samples is meaningless. Give an evaluation "
+                "text."
+            )
+
+
+def check_stream(data: Any, trainer: Any) -> None:
+    """Raises ``ConfigError`` for what a stream of unknown length cannot do.
+
+    Args:
+        data: Holds the arguments as attributes.
+        trainer: Runs it.
+    """
+    if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
+        raise ConfigError(
+            "streaming=True: the length of a stream is not known. Set max_steps or an integer limit_train_batches of "
+            "the Trainer."
+        )
+    if data.num_workers:
+        raise ConfigError(
+            f"num_workers={data.num_workers} must be 0 with streaming=True, which reads in the main process."
+        )
+    if data.recovery_sequences is not None:
+        raise ConfigError(
+            f"recovery_sequences={data.recovery_sequences} counts examples in memory and cannot be used with "
+            "streaming=True. Set max_steps of the Trainer."
+        )

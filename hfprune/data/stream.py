@@ -1,8 +1,12 @@
-"""Training data larger than memory: read block by block, shuffled within each, taken up again where a run was left.
+"""Streaming: recovery text from files larger than memory, and its position for checkpoints.
 
-A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, encoded and packed on its own;
-so any place of the stream can be reached by skipping rows and encoding one block, and the order does not depend on
-where a run was interrupted.
+A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, and is encoded and packed on
+its own. Any position of the stream can therefore be reached by skipping rows and encoding one block, and the order does
+not depend on where a run was interrupted.
+
+The state of a shuffled ``datasets.IterableDataset`` leaves out its shuffle buffer: after a resume the samples in the
+buffer are lost, and the state is that of one rank. Here a resumed run sees every example once, also on another number
+of processes, which take the rows of a block in turns.
 """
 
 import random
@@ -16,16 +20,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hfprune.data.examples import Encoder, Example, ExampleOptions, check_template, warn_of_losses
-from hfprune.data.files import is_whole
-from hfprune.data.layouts import Document, Layout
-from hfprune.data.losses import BadRow
-from hfprune.data.packing import Pack, collate, collate_examples, pack
-from hfprune.data.places import find_place
-from hfprune.data.roles import plain
-from hfprune.data.sources import open_rows
-from hfprune.data.splits import text_digest
-from hfprune.errors import ConfigError
+from hfprune.data.examples import (
+    Encoder,
+    Example,
+    ExampleOptions,
+    Pack,
+    check_template,
+    collate,
+    collate_examples,
+    pack,
+    warn_of_losses,
+)
+from hfprune.data.files import BadRow, is_whole
+from hfprune.data.formats import Document, RowFormat
+from hfprune.data.roles import plain, text_digest
+from hfprune.data.sources import find_place, open_rows
+from hfprune.utils.errors import ConfigError
 
 POSITION = "stream_position"
 """Key of a batch: epoch, block, and rows of the block that all ranks have taken when the batch is done, int64 [3]."""
@@ -51,8 +61,8 @@ class StreamSource:
         whole = place.kind == "name" or place.type in ("text", "tensors")
         if whole or (place.type == "json" and any(is_whole(path) for path in place.files)):
             raise ConfigError(
-                f"streaming=True: '{self.source}' is read as a whole. Give JSON lines, .csv or .parquet files, a "
-                "folder of save_to_disk or a hub id as recovery=... (--data.recovery)."
+                f"recovery='{self.source}' can only be read as a whole, not with streaming=True. Give JSON lines, .csv "
+                "or .parquet files, a folder written by save_to_disk, or a hub id."
             )
 
     def rows(self, start: int) -> Iterator[Any]:
@@ -62,7 +72,7 @@ class StreamSource:
 
 @dataclass(slots=True)
 class Place:
-    """Where a stream goes on.
+    """Position of a stream.
 
     Attributes:
         epoch: Passes done.
@@ -110,7 +120,7 @@ class ExampleStream(IterableDataset[Any]):
     counted: int = 0
 
     def __post_init__(self) -> None:
-        self._layout: Layout | None = None
+        self._layout: RowFormat | None = None
 
     @property
     def kind(self) -> str:
@@ -131,8 +141,8 @@ class ExampleStream(IterableDataset[Any]):
             if not empty:
                 return
             if whole:
-                told = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items()) or "it holds no rows"
-                raise ConfigError(f"--data.recovery '{self.source.source}' gives no example: {told}.")
+                reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.counts.items())
+                raise ConfigError(f"recovery='{self.source.source}' gives no example: {reasons or 'it has no rows'}.")
 
     def _pass(self) -> Iterator[dict[str, Tensor]]:
         place, waiting = self.place, []
@@ -197,17 +207,17 @@ class ExampleStream(IterableDataset[Any]):
             else:
                 yield document
 
-    def _find_layout(self, rows: Iterable[Any]) -> Layout | None:
+    def _find_layout(self, rows: Iterable[Any]) -> RowFormat | None:
         """Returns the layout of a block's rows; None where no row could be decoded."""
         rows = [row for row in rows if not isinstance(row, BadRow)]
         objects = [row for row in rows if isinstance(row, Mapping)]
         if not objects:
-            return Layout("text") if rows else None
-        found = Layout.of(objects, self.source.source, self.source.text_field)
-        if found.kind == "tokens":
-            raise ConfigError(f"streaming=True: '{self.source.source}' holds token ids, which are read as a whole.")
-        check_template(self.tokenizer, self.options, found.kind, self.source.source)
-        return found
+            return RowFormat("text") if rows else None
+        layout = RowFormat.of(objects, self.source.source, self.source.text_field)
+        if layout.kind == "tokens":
+            raise ConfigError(f"recovery='{self.source.source}' holds token ids, which streaming=True cannot read.")
+        check_template(self.tokenizer, self.options, layout.kind, self.source.source)
+        return layout
 
 
 def _alone(examples: list[Example]) -> list[Pack]:
@@ -215,7 +225,7 @@ def _alone(examples: list[Example]) -> list[Pack]:
 
 
 class StreamLoader(DataLoader[Any]):
-    """The batches of an ``ExampleStream``; ``place`` is where training is, whatever was read ahead.
+    """The batches of an ``ExampleStream``; its state is the position of training, without batches read ahead.
 
     Args:
         stream: The stream.
@@ -233,7 +243,7 @@ class StreamLoader(DataLoader[Any]):
         return super().__iter__()
 
     def trained(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Takes note that ``batch`` goes into training; returns it without its position."""
+        """Records the position of ``batch``, which is trained on next, and returns it without its position."""
         self._trained = batch[POSITION].tolist()
         return {name: value for name, value in batch.items() if name != POSITION}
 

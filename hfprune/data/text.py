@@ -1,7 +1,10 @@
-"""``TextDataModule``: every token that a run sees, with its provenance."""
+"""The data module: calibration, recovery, validation and evaluation text, with a summary of each."""
 
+import hashlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,28 +13,110 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hfprune.data.bos import BosSetting, bos_id, windows_bos
 from hfprune.data.build import Builder
-from hfprune.data.checks import check_sources, check_stream, check_values
-from hfprune.data.encode import read_template
-from hfprune.data.examples import ExampleOptions
-from hfprune.data.places import BUILTIN, SELF
-from hfprune.data.position import ResumableDataModule
-from hfprune.data.roles import Role, Roles, fill_in
-from hfprune.data.stream import StreamLoader, StreamSource
-from hfprune.data.summary import overlap, summarise, summarise_stream, warn_of_overlap
-from hfprune.data.training import Loaders
-from hfprune.data.written import OWN_WORDS, Author, SelfText, Writer, author_of
-from hfprune.embedded import cache_dir
-from hfprune.errors import ConfigError
-from hfprune.evaluation.windows import Windows
-from hfprune.loading import check_tokenizer, predicts_badly_without_bos
-from hfprune.packed import check_packing
-from hfprune.paths import user_path
+from hfprune.data.encode import BosSetting, bos_id, read_template, windows_bos
+from hfprune.data.examples import Example, ExampleOptions
+from hfprune.data.loaders import Loaders, ResumableDataModule
+from hfprune.data.roles import Role, Roles, check_sources, check_stream, check_values, fill_in
+from hfprune.data.self_generated import OWN_WORDS, Author, SelfText, Writer, author_of
+from hfprune.data.sources import BUILTIN, SELF
+from hfprune.data.stream import ExampleStream, StreamLoader, StreamSource
+from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.perplexity import Windows
+from hfprune.io.demo_model import cache_dir
+from hfprune.io.load import check_tokenizer, predicts_badly_without_bos
+from hfprune.models.forward import check_packing
+from hfprune.objectives.base import IGNORE_INDEX
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path
+
+SEEN: tuple[Role, ...] = ("calibration", "recovery")
+"""Roles whose text a model has seen when it is evaluated."""
+
+
+def summarise(role: Role, value: Tensor | Windows | list[Example], builder: Builder) -> dict[str, Any]:
+    """Returns source, kind, counts, SHA-256 of the token ids, and, for text that the model will have seen, a sketch."""
+    ids = token_ids(value)
+    labels = [label for _, labels in value for label in labels] if isinstance(value, list) else []
+    summary = {
+        "source": builder.sources[role],
+        "kind": builder.kind(role),
+        "sequences": len(ids),
+        "tokens": sum(map(len, ids)),
+        "supervised_tokens": sum(label != IGNORE_INDEX for label in labels) or None,
+        "dropped": builder.dropped_counts(role),
+        "bos": builder.bos_lines.get(role),
+        "sha256": _digest(ids),
+    }
+    if builder.sources[role] == SELF:
+        summary["self_text"] = asdict(builder.writer.settings) if builder.writer else None
+    return summary | ({"ngrams": Sketch.of(ids).to_text()} if role in SEEN else {})
+
+
+def summarise_stream(stream: ExampleStream, builder: Builder) -> dict[str, Any]:
+    """Returns source, order and the rows left out so far; counts of tokens are unknown before they are read."""
+    return {
+        "source": stream.source.source,
+        "kind": "stream",
+        "shuffle_buffer": stream.shuffle_buffer,
+        "seed": stream.seed,
+        "dropped": dict(stream.counts),
+        "bos": builder.bos_line(stream.kind),
+    }
+
+
+def overlap(summary: Mapping[str, Any], windows: Windows | None) -> dict[str, float]:
+    """Returns, for roles that a model sees, the share of the evaluation text's 13-grams that occur in their text."""
+    if windows is None:
+        return {}
+    asked = token_ids(windows)
+    known: dict[str, str] = {role: summary[role]["ngrams"] for role in SEEN if "ngrams" in summary.get(role, {})}
+    return {role: Sketch.from_text(sketch).share_of(asked) for role, sketch in known.items()}
+
+
+def warn_of_overlap(shares: Mapping[str, float]) -> None:
+    """Warns when an evaluation text occurs in the calibration or recovery text."""
+    for role, share in shares.items():
+        if share >= SUSPICIOUS:
+            warnings.warn(
+                f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: its figures will look "
+                "better than they are. Give another text.",
+                stacklevel=2,
+            )
+
+
+def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:
+    """Returns the token ids of a role's sequences, examples or windows."""
+    if isinstance(value, list):
+        return [ids for ids, _ in value]
+    rows: list[list[int]] = (value.ids if isinstance(value, Windows) else value).tolist()
+    return rows
+
+
+def _digest(sequences: list[list[int]]) -> str:
+    """Returns the digest of the sequences, where one ends and the next begins included."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TextDataModule(ResumableDataModule):
     """Calibration, recovery, validation and evaluation data that never overlap.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> data = TextDataModule("builtin", seq_len=64, calibration_sequences=8, eval_windows=2)
+    >>> data.bind(PreTrainedTokenizerFast(tokenizer_object=words), vocab_size=2, max_positions=512)
+    >>> next(iter(data.calibration_dataloader()))["input_ids"].shape
+    torch.Size([1, 64])
+    >>> data.evaluation_windows().ids.shape
+    torch.Size([2, 512])
+
+    In a ``fit``, the trainer's module binds its tokenizer.
 
     A source is a ``.txt``, JSON, ``.csv``, ``.tsv``, ``.parquet`` or ``.safetensors`` file (``input_ids``), compressed
     or not, a folder or glob of such files, a folder of ``save_to_disk``, a hub data set id, ``builtin``: the English
@@ -157,14 +242,14 @@ class TextDataModule(ResumableDataModule):
         author: Author | None = None,
         needs_bos: bool = False,
     ) -> None:
-        """Tells the data whose tokenizer to use and what the model allows; ``setup`` does it from the trainer's module.
+        """Sets the tokenizer and the limits of the model; ``setup`` calls it with those of the trainer's module.
 
         Args:
             tokenizer: The model's.
             vocab_size: Number of token ids that the model has an embedding for.
             max_positions: Positions that it allows.
-            author: Who writes where a source is ``self``.
-            needs_bos: Whether the model's class predicts badly without BOS; sequences that lack it are warned of.
+            author: The model that writes where a source is ``self``.
+            needs_bos: Whether the model's class predicts badly without BOS; sequences without it give a warning.
 
         Raises:
             ConfigError: The tokenizer has ids that the model does not know, or no BOS token where there has to be one.
@@ -189,7 +274,7 @@ class TextDataModule(ResumableDataModule):
         )
 
     def serve(self, *, training: bool) -> None:
-        """Says whether recovery and validation will read documents; where not, calibration has theirs, after its own.
+        """Declares whether recovery and validation will be used; otherwise calibration also gets their documents.
 
         The evaluation documents are the same in both cases.
         """
@@ -210,13 +295,13 @@ class TextDataModule(ResumableDataModule):
                 check_packing(module.meta_model())
 
     def prepare_data(self) -> None:
-        """Lets the model write, in one process of each machine; the others read what it wrote."""
+        """Writes self-generated text in one process of each machine; the other processes read its file."""
         if SELF in self._sources.values() and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._bind_trainer()
             self._build_for_fit()
 
     def setup(self, stage: str) -> None:
-        """Builds what the run will need, so that unusable data is said before a model is loaded."""
+        """Builds the data of the run, so that unusable data are reported before a model is loaded."""
         assert self.trainer is not None
         self._bind_trainer()
         if stage == "fit":
@@ -270,7 +355,7 @@ class TextDataModule(ResumableDataModule):
         """
         windows = self.evaluation_windows()
         if windows is None:
-            raise ConfigError("There is no evaluation text: give --data.text and --data.eval_windows above 0.")
+            raise ConfigError("There is no evaluation text: give text, and eval_windows above 0.")
         rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows.ids]
         return DataLoader(rows, batch_size=self.batch_size)
 
@@ -306,10 +391,10 @@ class TextDataModule(ResumableDataModule):
         for role, value in self._cache.items():
             if value is not None and role not in self._summaries:
                 self._summaries[role] = summarise(role, value, self._build)
-        found: dict[str, Any] = {str(role): told for role, told in self._summaries.items()}
+        summaries: dict[str, Any] = {str(role): summary for role, summary in self._summaries.items()}
         if isinstance(self._loader, StreamLoader):
-            found["recovery"] = summarise_stream(self._loader.stream, self._build)
-        return found
+            summaries["recovery"] = summarise_stream(self._loader.stream, self._build)
+        return summaries
 
     # ---- building ----------------------------------------------------------------------------------------------------
 

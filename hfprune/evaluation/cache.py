@@ -1,27 +1,27 @@
-"""The dense model's predictions on disk: the top K logits and the log-sum-exp of every token.
+"""Cache of evaluation: the top K logits and the log-sum-exp that the dense model gives every token.
 
 A comparison with the same dense model on the same windows then needs no pass of it. 40 windows of 512 tokens take 42 MB
 at K = 256, where the logits would take 4 GB (V = 49,152).
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import output_head
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import TopK
 from hfprune.evaluation.fidelity import TopKReference
-from hfprune.evaluation.hidden import final_hidden
-from hfprune.evaluation.perplexity import ScoredLogits
-from hfprune.evaluation.windows import Windows
-from hfprune.files import write_tensors
-from hfprune.fingerprint import prediction_fingerprint
+from hfprune.evaluation.perplexity import ScoredLogits, Windows
+from hfprune.models import output_head
+from hfprune.models.fingerprint import prediction_fingerprint
+from hfprune.models.forward import window_hidden
 from hfprune.objectives.chunked import chunk_tokens
+from hfprune.objectives.top_k_store import TopKFile
+from hfprune.utils.errors import ConfigError
 
 DEFAULT_TOP_K = 256
+
+_PARTS = ("windows", "logits", "indices", "lse", "nll", "vocab_size")
 
 
 def cached_reference(
@@ -29,7 +29,7 @@ def cached_reference(
 ) -> TopKReference:
     """Returns the reference of a dense model on ``windows``, from ``folder`` if it was made before.
 
-    The file's name tells model, windows and K apart; it is written in whole or not at all.
+    The name of the file identifies model, windows and K; it is written in whole or not at all.
 
     Args:
         folder: Receives ``*.safetensors``; made when missing.
@@ -42,7 +42,7 @@ def cached_reference(
         OutputError: The file could not be written.
     """
     if top_k < 1:
-        raise ConfigError(f"The number of cached logits {top_k} is not positive.")
+        raise ConfigError(f"top_k={top_k} must be positive.")
     found = Windows.of(windows)
     shape = "x".join(map(str, found.ids.shape))  # the digest is that of the tokens, however they are cut
     name = f"{prediction_fingerprint(model)}-{found.sha256[:16]}-{shape}-{top_k}.safetensors"
@@ -63,7 +63,7 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
     nll: list[Tensor] = []
     with torch.no_grad():
         for window in found.ids:
-            logits = ScoredLogits(head, final_hidden(model, window[None])[0], window)
+            logits = ScoredLogits(head, window_hidden(model, window[None])[0], window)
             nll.append(logits.nll)
             parts += [TopK.of(logits[start : start + size], top_k) for start in range(0, len(logits), size)]
     shape = found.ids.shape
@@ -76,28 +76,21 @@ def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = D
 
 
 def _save(path: Path, reference: TopKReference) -> None:
-    tensors = {
-        "windows": reference.windows.ids.to(torch.int32),
-        "logits": reference.top.logits,
-        "indices": reference.top.indices.to(torch.int32),
-        "lse": reference.top.lse,
-        "nll": reference.nll,
-        "vocab_size": torch.tensor(reference.vocab_size),
-    }
-    write_tensors(path, tensors)
+    top = reference.top
+    tensors = (
+        reference.windows.ids.to(torch.int32),
+        top.logits,
+        top.indices.to(torch.int32),
+        top.lse,
+        reference.nll,
+        torch.tensor(reference.vocab_size),
+    )
+    TopKFile.write(path, {"": dict(zip(_PARTS, tensors, strict=True))})
 
 
 def _load(path: Path, windows: Windows) -> TopKReference:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found: dict[str, Any] = load_file(path)
-        same = torch.equal(found["windows"].long(), windows.ids)
-        top = TopK(logits=found["logits"], indices=found["indices"].long(), lse=found["lse"])
-        nll = found["nll"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise ConfigError(f"The cached predictions '{path}' cannot be read ({error}): delete the file.") from error
-    if not same:
+    ids, logits, indices, lse, nll, vocab_size = TopKFile(path).read("", _PARTS)
+    if not torch.equal(ids.long(), windows.ids):
         raise ConfigError(f"The cached predictions '{path}' are those of other windows: delete the file.")
-    return TopKReference(windows=windows, top=top, nll=nll, vocab_size=int(found["vocab_size"]))
+    top = TopK(logits=logits, indices=indices.long(), lse=lse)
+    return TopKReference(windows=windows, top=top, nll=nll, vocab_size=int(vocab_size))

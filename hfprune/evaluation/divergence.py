@@ -1,4 +1,4 @@
-"""How two next-token distributions differ, token by token.
+"""Divergences of two next-token distributions, token by token.
 
 Shape legend: T tokens, V vocabulary, K the most likely tokens that are kept of a distribution.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 JACCARD_K = (5, 15)
 """The k of the top-k Jaccard indices: 15 is the HFPrune paper's."""
@@ -66,6 +66,11 @@ def divergences(dense: Tensor | TopK, logits: Tensor) -> Tensor:
 
     Where only the top K of p are known, the rest of the vocabulary counts as one token in both distributions, which
     makes the three divergences lower bounds (data-processing inequality); the other figures stay exact for k <= K.
+
+    >>> p, q = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, 0.0]])
+    >>> columns = dict(zip(QUANTITIES, divergences(p, q)[0].tolist()))
+    >>> round(columns["kl"], 4), round(columns["reverse_kl"], 4), columns["jaccard_5"]
+    (0.1308, 0.1438, 1.0)
 
     Args:
         dense: Logits [T, V] of the dense model, or their top K, K >= 15.
@@ -130,9 +135,9 @@ def _root(squared: Tensor) -> Tensor:
 
 def _jaccard(top_p: Tensor, top_q: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Returns the Jaccard index [T] of the first k columns, for every k."""
-    found = []
+    indices = []
     for k in sizes:
         a, b = top_p[:, :k], top_q[:, :k]
         common = (a.unsqueeze(-1) == b.unsqueeze(-2)).sum((-1, -2)).to(torch.float64)
-        found.append(common / (2 * a.shape[-1] - common))
-    return found
+        indices.append(common / (2 * a.shape[-1] - common))
+    return indices

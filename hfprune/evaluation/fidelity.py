@@ -10,15 +10,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from hfprune.arch import output_head
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import QUANTITIES, TopK
-from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.metrics import Fidelity, FidelityMetric, HeadLogits, Logits
-from hfprune.evaluation.perplexity import Perplexity, perplexity_from
-from hfprune.evaluation.windows import Windows
+from hfprune.evaluation.perplexity import Perplexity, Windows, perplexity_from
+from hfprune.models import output_head
+from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES
+from hfprune.utils.errors import ConfigError
 
 
 class Reference(Protocol):
@@ -38,7 +37,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseReference:
-    """What later stages are compared with.
+    """The dense model's predictions as its final hidden states and output head, which is exact.
 
     Attributes:
         windows: N windows of W tokens.
@@ -66,8 +65,8 @@ class DenseReference:
         if copy_head:
             bias = None if head.bias is None else head.bias.detach().clone()
             head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-        found = Windows.of(windows)
-        return cls(windows=found, hidden=final_hidden(model, found.ids, batch_size=batch_size), head=head)
+        cut = Windows.of(windows)
+        return cls(windows=cut, hidden=window_hidden(model, cut.ids, batch_size=batch_size), head=head)
 
     @property
     def vocab_size(self) -> int:
@@ -138,12 +137,25 @@ class TopKReference:
 
 
 def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
-    """Returns the fidelity of ``model`` to the reference.
+    """Returns how close the predictions of ``model`` are to those of the dense model.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> import torch
+    >>> dense = DenseReference.collect(model, torch.arange(20).view(2, 10))
+    >>> fidelity(dense, model).kl, fidelity(dense, model).top1_agreement
+    (0.0, 1.0)
+
+    Args:
+        reference: The dense model's predictions on N windows.
+        model: A supported Hugging Face causal LM with the same vocabulary.
+        batch_size: Windows per forward pass.
 
     Raises:
         ConfigError: The vocabularies differ in size, or the reference holds no windows.
     """
-    hidden = final_hidden(model, reference.windows.ids, batch_size=batch_size)
+    hidden = window_hidden(model, reference.windows.ids, batch_size=batch_size)
     return fidelity_of(reference, hidden, output_head(model))
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from hfprune.errors import ConfigError
 from hfprune.evaluation.divergence import QUANTITIES, TopK, divergences
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES, chunk_tokens
+from hfprune.utils.errors import ConfigError
 
 
 class Logits(Protocol):
@@ -119,7 +119,7 @@ class FidelityMetric(Metric):
     tensor(0., dtype=torch.float64)
 
     Args:
-        chunk_bytes: Size of one chunk of fp32 logits; two of them exist at a time, with a few of their size beside.
+        chunk_bytes: Size of one chunk of fp32 logits; two of them exist at a time, and a few temporaries of their size.
     """
 
     full_state_update = False
@@ -156,9 +156,9 @@ class FidelityMetric(Metric):
             raise ConfigError(f"Windows of {len(dense)} and {len(model)} tokens cannot be compared.")
         if self.positions and self.positions[-1].shape[-1] != len(dense):
             raise ConfigError(f"A window has {len(dense)} tokens, the one before {self.positions[-1].shape[-1]}.")
-        found = self._by_token(dense, model)
-        self.windows.append(found.mean(0, keepdim=True))
-        self.positions.append(found[:, 0].unsqueeze(0))
+        by_token = self._by_token(dense, model)
+        self.windows.append(by_token.mean(0, keepdim=True))
+        self.positions.append(by_token[:, 0].unsqueeze(0))
 
     def _by_token(self, dense: Tensor | Logits, model: Tensor | Logits) -> Tensor:
         """Returns the quantities [W, Q] of one window, on the metric's device."""

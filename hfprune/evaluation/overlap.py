@@ -1,4 +1,4 @@
-"""Whether evaluation text was seen in calibration or recovery, from a small sample of what those saw.
+"""Contamination: the share of an evaluation text that calibration or recovery has seen, from a sketch of its n-grams.
 
 A sketch holds the smallest hashes of all n-grams of token ids (bottom-k sampling); it goes into the plan, so that a
 pruned model can be checked against evaluation text later, without the data it was made with.
@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
+import torch
 from numpy.typing import NDArray
+
+from hfprune.utils.random_numbers import GOLDEN, splitmix64
 
 NGRAM = 13
 """Tokens of an n-gram: the length that contamination studies use, long enough not to be a phrase."""
@@ -19,7 +22,6 @@ SUSPICIOUS = 0.05
 """Share of an evaluation text's n-grams that is worth a warning."""
 
 _Hashes = NDArray[numpy.uint64]
-_BASE = numpy.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,16 @@ class Sketch:
         return cls(numpy.frombuffer(base64.b64decode(raw), dtype="<u8").astype(numpy.uint64), kind == "all")
 
     def share_of(self, sequences: Iterable[Sequence[int]]) -> float:
-        """Returns the share of the n-grams of ``sequences`` that the sketched text holds too.
+        """Returns the share of the distinct n-grams of ``sequences`` that occur in the sketched text.
 
-        Exact where the sketch is complete; else estimated from the n-grams that would be in the sketch if they had been
-        seen. 0 where there are none of these.
+        Exact where the sketch is complete. Otherwise estimated from the n-grams whose hashes are small enough to be in
+        the sketch, and 0 where there are none.
+
+        >>> Sketch.of([range(100)]).share_of([range(13), range(100, 113)])
+        0.5
+
+        Args:
+            sequences: Token ids.
         """
         parts = [ngram_hashes(sequence) for sequence in sequences]
         asked = numpy.unique(numpy.concatenate(parts)) if parts else numpy.zeros(0, dtype=numpy.uint64)
@@ -73,18 +81,8 @@ class Sketch:
 
 def ngram_hashes(sequence: Sequence[int]) -> _Hashes:
     """Returns a 64-bit hash of every n-gram of ``sequence``."""
-    ids = numpy.asarray(sequence, dtype=numpy.int64).astype(numpy.uint64)
-    count = len(ids) - NGRAM + 1
-    if count < 1:
-        return numpy.zeros(0, dtype=numpy.uint64)
-    found = numpy.zeros(count, dtype=numpy.uint64)
+    ids = torch.as_tensor(sequence, dtype=torch.int64)
+    hashes = torch.zeros(max(len(ids) - NGRAM + 1, 0), dtype=torch.int64)
     for offset in range(NGRAM):
-        found = _mixed(found * _BASE + ids[offset : offset + count] + numpy.uint64(1))
-    return found
-
-
-def _mixed(x: _Hashes) -> _Hashes:
-    """The finaliser of SplitMix64: every bit of the input moves every bit of the output."""
-    x = (x ^ (x >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-    return x ^ (x >> numpy.uint64(31))
+        hashes = splitmix64(hashes * GOLDEN + ids[offset : offset + len(hashes)] + 1)
+    return hashes.numpy().view(numpy.uint64)

@@ -1,5 +1,6 @@
-"""Perplexity with its protocol spelled out."""
+"""Perplexity over fixed windows of evaluation text."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,13 +9,121 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.arch import output_head
-from hfprune.errors import ConfigError
-from hfprune.evaluation.hidden import final_hidden
 from hfprune.evaluation.metrics import HeadLogits
-from hfprune.evaluation.windows import Windows
+from hfprune.models import output_head
+from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import chunk_tokens
+from hfprune.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Windows of a token stream.
+
+    Attributes:
+        ids: [N, W] int64, no padding.
+        source: The corpus, as the user named it.
+        stride: Text tokens from the start of one window to the next; windows overlap when it is smaller than the text
+            tokens of a window, and each then scores its last ``stride`` tokens only, the first window all of its own.
+        bos: Whether every window begins with the beginning-of-sequence token, which is not text.
+        available: Windows that the text would give.
+    """
+
+    ids: Tensor
+    source: str = ""
+    stride: int
+    bos: bool = False
+    available: int
+
+    @classmethod
+    def of(cls, windows: "Tensor | Windows") -> "Windows":
+        """Returns ``windows``; token ids [N, W] count as non-overlapping windows without BOS.
+
+        Raises:
+            ConfigError: They are not [N, W].
+        """
+        if isinstance(windows, Windows):
+            return windows
+        if windows.dim() != 2:
+            raise ConfigError(f"Evaluation windows are token ids [N, W]; got shape {list(windows.shape)}.")
+        return cls(ids=windows, stride=windows.shape[1], available=len(windows))
+
+    @classmethod
+    def cut(
+        cls,
+        stream: Sequence[int],
+        *,
+        window: int,
+        stride: int | None = None,
+        count: int | None = None,
+        bos_id: int | None = None,
+        source: str = "",
+    ) -> "Windows":
+        """Returns the full windows of a token stream.
+
+        >>> Windows.cut(range(7), window=3).ids.tolist()
+        [[0, 1, 2], [3, 4, 5]]
+        >>> overlapping = Windows.cut(range(7), window=4, stride=2)
+        >>> overlapping.ids.tolist(), [overlapping.first_target(0), overlapping.first_target(1)]
+        ([[0, 1, 2, 3], [2, 3, 4, 5]], [1, 2])
+
+        Args:
+            stream: Token ids of the whole text.
+            window: W, the BOS token included.
+            stride: None cuts windows that do not overlap.
+            count: Use at most the first so many; all of them if None.
+            bos_id: Put before every window.
+            source: The corpus.
+        """
+        head = [] if bos_id is None else [bos_id]
+        body = window - len(head)
+        step = body if stride is None else stride
+        available = 0 if len(stream) < body else (len(stream) - body) // step + 1
+        used = available if count is None else min(available, count)
+        rows = [[*head, *stream[i * step : i * step + body]] for i in range(used)]
+        ids = torch.tensor(rows, dtype=torch.int64).view(used, window)
+        return cls(ids=ids, source=source, stride=step, bos=bool(head), available=available)
+
+    @property
+    def window(self) -> int:
+        """W, in tokens."""
+        return int(self.ids.shape[1])
+
+    @property
+    def overlap(self) -> bool:
+        """Whether windows share text."""
+        return self.stride < self.window - self.bos
+
+    def first_target(self, index: int) -> int:
+        """Returns the position of the first token that window ``index`` scores: at least 1."""
+        return self.window - self.stride if self.overlap and index else 1
+
+    @property
+    def compared(self) -> slice:
+        """The positions whose predictions fidelity compares: all, or the last ``stride`` of windows that overlap."""
+        return slice(self.window - self.stride, None) if self.overlap else slice(None)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored, over all windows."""
+        return sum(self.window - self.first_target(index) for index in range(len(self.ids)))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the token ids."""
+        return hashlib.sha256(self.ids.contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def protocol(self) -> str:
+        """What is measured, in words: enough to measure it again."""
+        corpus = f"{self.source}: " if self.source else ""
+        which = f"all {len(self.ids)}" if len(self.ids) == self.available else f"first {len(self.ids)}"
+        kind = f"overlapping windows of {self.window} tokens, stride {self.stride}" if self.overlap else (
+            f"non-overlapping windows of {self.window} tokens"
+        )  # fmt: skip
+        bos = "each begins with BOS" if self.bos else "no BOS added"
+        return f"{corpus}{which} {kind}, {bos}, mean over {self.num_targets:,} predicted tokens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +162,13 @@ class Perplexity:
 def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int = 1) -> Perplexity:
     """Returns the perplexity of ``model`` on ``windows`` [N, W].
 
-    Equals exp(mean NLL) from whole logits; logits exist for a chunk of tokens at a time.
+    Equals exp of the mean cross-entropy of whole logits, but logits exist for a chunk of tokens at a time only.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> perplexity(model, torch.arange(20).view(2, 10)).protocol
+    'all 2 non-overlapping windows of 10 tokens, no BOS added, mean over 18 predicted tokens'
 
     Args:
         model: A supported Hugging Face causal LM.
@@ -63,20 +178,20 @@ def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int =
     Raises:
         ConfigError: There is nothing to predict: no windows, or windows of fewer than two tokens.
     """
-    found = checked_windows(windows)
-    return perplexity_of(final_hidden(model, found.ids, batch_size=batch_size), output_head(model), found)
+    cut = checked_windows(windows)
+    return perplexity_of(window_hidden(model, cut.ids, batch_size=batch_size), output_head(model), cut)
 
 
 def perplexity_of(hidden: Tensor, head: OutputHead, windows: Tensor | Windows) -> Perplexity:
     """Returns the perplexity from final hidden states [N, W, D]; see :func:`perplexity`."""
-    found = checked_windows(windows)
-    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, found.ids, strict=True)]
+    cut = checked_windows(windows)
+    rows = [ScoredLogits(head, row, ids) for row, ids in zip(hidden, cut.ids, strict=True)]
     size = chunk_tokens(head.weight.shape[0])
     with torch.no_grad():
         for row in rows:
             for start in range(0, len(row), size):
                 row[start : start + size]
-    return perplexity_from([row.nll for row in rows], found)
+    return perplexity_from([row.nll for row in rows], cut)
 
 
 def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplexity:
@@ -99,7 +214,7 @@ def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplex
 
 @dataclass(frozen=True, slots=True)
 class ScoredLogits(HeadLogits):
-    """Logits of one window that note the cross-entropy of the next token as they are read, for whatever purpose.
+    """Logits of one window that record the cross-entropy of the next token whenever a part of them is read.
 
     Attributes:
         ids: [W] token ids.
@@ -122,19 +237,19 @@ class ScoredLogits(HeadLogits):
         if start < stop:
             targets = self.ids[start + 1 : stop + 1].to(logits.device)
             read = logits[: stop - start]
-            found = read.logsumexp(-1) - read.gather(-1, targets[:, None]).squeeze(-1)
-            self.nll[start:stop] = found.to("cpu", torch.float64)
+            nll = read.logsumexp(-1) - read.gather(-1, targets[:, None]).squeeze(-1)
+            self.nll[start:stop] = nll.to("cpu", torch.float64)
         return logits
 
 
 def checked_windows(windows: Tensor | Windows) -> Windows:
     """Returns windows in which something can be predicted; raises ``ConfigError`` when nothing can."""
-    found = Windows.of(windows)
-    if len(found.ids) < 1 or found.window < 2:
+    cut = Windows.of(windows)
+    if len(cut.ids) < 1 or cut.window < 2:
         raise ConfigError(
-            f"Perplexity needs windows [N, W] with N >= 1 and W >= 2 tokens; got shape {list(found.ids.shape)}."
+            f"Perplexity needs windows [N, W] with N >= 1 and W >= 2 tokens; got shape {list(cut.ids.shape)}."
         )
-    return found
+    return cut
 
 
 def _exp(nll: float) -> float:

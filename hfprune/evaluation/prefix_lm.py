@@ -1,8 +1,8 @@
 """A harness model that runs what requests share once: the question of a multiple-choice item, the few-shot examples.
 
-``HFLM`` runs context and continuation of every answer anew and makes logits over the vocabulary at every position. Here
-a shared prefix goes through the model once, its keys and values serve all answers, and logits exist for the answers'
-tokens only. Log-likelihoods agree up to float rounding.
+``HFLM`` runs context and continuation of every answer separately and computes logits over the vocabulary at every
+position. Here a shared prefix goes through the model once, its keys and values serve all answers, and logits exist for
+the answers' tokens only. Log-likelihoods agree up to float rounding.
 """
 
 import copy
@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from hfprune.arch import backbone, output_head
-from hfprune.errors import ConfigError
+from hfprune.models import backbone, output_head
+from hfprune.utils.errors import ConfigError
 
 Request = tuple[Any, list[int], list[int]]
 """Whatever identifies it, the context's token ids, the continuation's."""

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.seed import isolate_rng
-
-from hfprune.errors import ConfigError
 from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
-from hfprune.paths import user_path
+from hfprune.utils.errors import ConfigError, first_line
+from hfprune.utils.files import user_path
+from hfprune.utils.random_numbers import isolated_rng
 
-_MAIN = ("acc_norm", "acc", "pct_stereotype")
-"""Which figure of a task counts for the average: the first that it has."""
+MAIN_METRICS = ("acc_norm", "acc", "pct_stereotype")
+"""Metrics of which the first that a task has counts for the average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,7 @@ class TaskResult:
     @property
     def main(self) -> tuple[str, float] | None:
         """The figure that counts for the average: acc_norm, else acc, else pct_stereotype."""
-        return next(((name, self.metrics[name]) for name in _MAIN if name in self.metrics), None)
+        return next(((name, self.metrics[name]) for name in MAIN_METRICS if name in self.metrics), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +71,12 @@ class ZeroShot:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures, for reports: those of a task side by side, ``acc`` and ``acc_stderr``."""
-        found = asdict(self)
+        figures = asdict(self)
         for name, task in self.tasks.items():
             errors = {f"{metric}_stderr": value for metric, value in task.stderr.items()}
             facts = {"num_items": task.num_items, "num_fewshot": task.num_fewshot, "version": task.version}
-            found["tasks"][name] = {**task.metrics, **errors, **facts}
-        return found
+            figures["tasks"][name] = {**task.metrics, **errors, **facts}
+        return figures
 
 
 class ZeroShotTasks:
@@ -112,19 +111,16 @@ class ZeroShotTasks:
         _check_installed()
         data_dir = None if data_dir is None else user_path(data_dir, "data_dir")
         include_path = None if include_path is None else user_path(include_path, "include_path")
-        for flag, folder in (("--task_data", data_dir), ("--include_path", include_path)):
+        for argument, folder in (("data_dir", data_dir), ("include_path", include_path)):
             if folder is not None and not Path(folder).is_dir():
-                raise ConfigError(f"{flag} '{folder}' is not a folder.")
+                raise ConfigError(f"{argument}='{folder}' is not a folder.")
         if not names:
-            raise ConfigError("--tasks names no task.")
-        if (limit is not None and limit < 1) or (num_fewshot or 0) < 0 or batch_size < 1:
-            raise ConfigError(
-                "Tasks need --limit and --task_batch_size above 0 and --num_fewshot of at least 0; got "
-                f"{limit}, {batch_size}, {num_fewshot}."
-            )
+            raise ConfigError("tasks=[] must name at least one task.")
+        _check_counts(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
         if data_dir is not None and num_fewshot:
             raise ConfigError(
-                "--task_data holds the evaluated items only, none to show in the prompt: no --num_fewshot."
+                f"num_fewshot={num_fewshot} must be 0 with data_dir, which holds the evaluated items only and none to "
+                "show in the prompt."
             )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
@@ -150,16 +146,16 @@ class ZeroShotTasks:
             every = TaskManager(include_path=paths, metadata=metadata)
         unknown = [name for name in self.names if name not in every.all_tasks]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
-            guess = f" Nearest: {', '.join(near)}." if near else ""
+            guesses = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.5)
+            guess = f" Nearest: {', '.join(guesses)}." if guesses else ""
             raise ConfigError(
-                f"--tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
-                "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of --include_path."
+                f"tasks: unknown task '{unknown[0]}'.{guess} Known are {len(every.all_tasks)} names of lm-eval "
+                "(lm-eval ls tasks), paper10, llmpruner7, zpruner5, and those of include_path."
             )
         return every
 
     def settings(self) -> dict[str, Any]:
-        """Returns what the figures depend on beside the model, as plain data."""
+        """Returns the settings that the figures depend on, as plain data."""
         import lm_eval
 
         names = ("names", "data_dir", "include_path", "limit", "num_fewshot")
@@ -172,19 +168,22 @@ class ZeroShotTasks:
             ConfigError: A data set cannot be read (no network, or no such file).
         """
         if self._objects is None:
-            found: dict[str, Any] = {}  # a task that several names stand for comes once
+            objects: dict[str, Any] = {}  # a task that several names stand for comes once
             with _quiet():
                 try:
                     for name in self.names:
-                        found |= {k: task for k, task in self._manager.load([name])["tasks"].items() if k not in found}
+                        objects |= {
+                            k: task for k, task in self._manager.load([name])["tasks"].items() if k not in objects
+                        }
                 except ConfigError:
                     raise
-                except Exception as error:  # datasets and the hub raise whatever the network does
-                    line = next((part for part in str(error).splitlines() if part.strip()), type(error).__name__)
-                    hint = "" if self.data_dir else " Without a network, give local copies with --task_data."
+                except Exception as error:  # datasets and the hub raise many kinds of errors
+                    hint = "" if self.data_dir else " Without a network, give local copies with data_dir."
                     names = ", ".join(self.names)
-                    raise ConfigError(f"The data of the tasks {names} cannot be read: {line}.{hint}") from error
-            self._objects = list(found.values())
+                    raise ConfigError(
+                        f"The data of the tasks {names} cannot be read: {first_line(error)}.{hint}"
+                    ) from error
+            self._objects = list(objects.values())
         return self._objects
 
     def run(self, model: Any, tokenizer: Any) -> ZeroShot:
@@ -201,8 +200,8 @@ class ZeroShotTasks:
 
         start = time.perf_counter()
         objects = self.load()
-        with _quiet(), isolate_rng():  # the harness seeds everything
-            found: Any = lm_eval.simple_evaluate(
+        with _quiet(), isolated_rng():  # the harness seeds everything
+            evaluated: Any = lm_eval.simple_evaluate(
                 model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
                 tasks=objects,
                 task_manager=self._manager,
@@ -211,7 +210,7 @@ class ZeroShotTasks:
                 bootstrap_iters=1000,
                 log_samples=False,
             )
-        results = {task.task_name: _result(found, task.task_name) for task in objects}
+        results = {task.task_name: _result(evaluated, task.task_name) for task in objects}
         main = [task.main[1] for task in results.values() if task.main is not None]
         acc = [task.metrics["acc"] for task in results.values() if "acc" in task.metrics]
         return ZeroShot(
@@ -237,11 +236,11 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int, share_prefixes: 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _result(found: Any, name: str) -> TaskResult:
+def _result(results: Any, name: str) -> TaskResult:
     """Returns a task's figures; the harness calls them ``metric,filter``."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
-    for key, value in found["results"][name].items():
+    for key, value in results["results"][name].items():
         metric, comma, kind = key.partition(",")
         if not isinstance(value, int | float) or not comma:
             continue
@@ -253,10 +252,16 @@ def _result(found: Any, name: str) -> TaskResult:
     return TaskResult(
         metrics=metrics,
         stderr=stderr,
-        num_items=found["n-samples"][name]["effective"],
-        num_fewshot=int(found["n-shot"][name]),
-        version=str(found["versions"].get(name)),
+        num_items=results["n-samples"][name]["effective"],
+        num_fewshot=int(results["n-shot"][name]),
+        version=str(results["versions"].get(name)),
     )
+
+
+def _check_counts(*, limit: int | None, batch_size: int, num_fewshot: int | None) -> None:
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}.")
 
 
 def _check_installed() -> None:

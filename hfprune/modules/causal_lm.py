@@ -1,4 +1,4 @@
-"""``PruningModule``: a Hugging Face causal LM in Lightning that computes the calibration objective and recovers."""
+"""PruningModule: a Hugging Face causal LM in Lightning, with the calibration objective and recovery training."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -7,14 +7,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from hfprune.arch import find_groups, find_spec
-from hfprune.calibration import ObjectiveSum
-from hfprune.causal import objective_sum
-from hfprune.checkpoints import KEY, Phase, Record
-from hfprune.errors import ConfigError
-from hfprune.fingerprint import fingerprint
-from hfprune.layouts import apply_plan
-from hfprune.loading import (
+from hfprune.io.checkpoint_record import KEY, Phase, Record
+from hfprune.io.layouts import apply_plan
+from hfprune.io.load import (
     DTypeName,
     check_model,
     check_model_path,
@@ -25,21 +20,25 @@ from hfprune.loading import (
     max_positions,
     meta_model,
     previous_plan,
-    resolve_model_path,
 )
-from hfprune.modules.resuming import keep_cut_epoch
-from hfprune.modules.steps import RecoverySteps, check_optimizer
+from hfprune.io.load_sharded import load_sharded, rebuild
+from hfprune.models import find_groups, find_spec
+from hfprune.models.fingerprint import fingerprint
+from hfprune.models.forward import objective_sum
+from hfprune.modules.resume import keep_cut_epoch
+from hfprune.modules.training_step import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
-from hfprune.paths import user_path
 from hfprune.plan import PruningPlan
+from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
-from hfprune.sharding import load_sharded, rebuild
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path
 
 
 class PruningModule(RecoverySteps):
-    """Loads a causal LM, computes the calibration objective, and trains what pruning left.
+    """A causal LM that is calibrated, pruned and then trained to recover.
 
     The model is loaded in ``configure_model``, after every argument was checked. A checkpoint carries the plan and the
     LoRA settings, so that the pruned shapes are rebuilt before weights are restored.
@@ -55,11 +54,23 @@ class PruningModule(RecoverySteps):
         weight_decay: Weight decay of recovery.
         warmup_ratio: Share of the steps with a linearly rising learning rate, before the cosine decay to zero.
         distillation: Recover towards the dense model's predictions; None recovers on the text alone.
-        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs.
+        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs. The
+            callbacks' ``recovery="mlp"`` sets it.
         optimizer: ``adamw``, or ``adamw_8bit``: bitsandbytes' AdamW, which keeps its moments in 8 bits a number, not
             32 (``pip install bitsandbytes``).
         gradient_checkpointing: Recovery keeps the inputs of the layers only, and runs each again in the backward pass:
             less memory, more time.
+
+    Raises:
+        ConfigError: A value is out of range, there is no model at ``path``, or it was pruned already.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig
+        >>> folder = tempfile.mkdtemp()  # in place of the folder of a model
+        >>> LlamaConfig(hidden_size=16, num_attention_heads=2, vocab_size=64).save_pretrained(folder)
+        >>> PruningModule(folder, learning_rate=2e-4).vocab_size
+        64
     """
 
     def __init__(  # noqa: PLR0913
@@ -84,17 +95,17 @@ class PruningModule(RecoverySteps):
         self.objective: Objective = OBJECTIVES.get(objective)
         if learning_rate <= 0 or weight_decay < 0 or not 0 <= warmup_ratio < 1:
             raise ConfigError(
-                "Recovery needs --model.learning_rate > 0, --model.weight_decay >= 0 and --model.warmup_ratio in "
-                f"[0, 1); got {learning_rate}, {weight_decay}, {warmup_ratio}."
+                f"learning_rate={learning_rate} must be positive, weight_decay={weight_decay} not negative and "
+                f"warmup_ratio={warmup_ratio} in [0, 1)."
             )
         if not allow_pruned and (plan := previous_plan(path)):
             done = PruningPlan.load(plan).provenance.get("budget", {}).get("asked", "an earlier plan")
             raise ConfigError(
-                f"--model.path '{path}' was already pruned ({done}). Give the dense model, or --model.allow_pruned "
-                "true to prune it further (the budget then refers to this smaller model)."
+                f"path='{path}' was already pruned ({done}). Use the dense model, or allow_pruned=True to prune it "
+                "further (the budget then refers to this smaller model)."
             )
         if trainable not in ("all", "mlp"):
-            raise ConfigError(f"--model.trainable '{trainable}' is not one of all, mlp.")
+            raise ConfigError(f"trainable='{trainable}' is not one of all, mlp.")
         check_optimizer(optimizer)
         check_model(path, revision=revision)
         self.save_hyperparameters(ignore=["distillation"])
@@ -113,14 +124,18 @@ class PruningModule(RecoverySteps):
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the model, sharded over the ranks under ``ModelParallelStrategy``; does nothing when it is there."""
+        """Loads the model, sharded over the ranks under ``ModelParallelStrategy``, unless it is loaded already."""
         if self.model is not None:
             return
         if self._mesh is not None:
             if self.distillation is not None:
-                raise ConfigError("--model.distillation needs the whole dense model beside: not under FSDP2.")
+                raise ConfigError(
+                    "distillation needs the whole dense model on every rank, which FSDP2 does not have: remove it."
+                )
             if self.optimizer_name == "adamw_8bit":
-                raise ConfigError("--model.optimizer adamw_8bit quantises whole weights' moments: not under FSDP2.")
+                raise ConfigError(
+                    "optimizer='adamw_8bit' quantises the moments of whole weights, which FSDP2 shards: set 'adamw'."
+                )
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
             loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
@@ -184,12 +199,11 @@ class PruningModule(RecoverySteps):
         """Returns the loaded model, or, before loading, one with the same shapes and no weights."""
         return self.causal_lm if self.model is not None else meta_model(self.path, revision=self.revision)
 
-    def model_name(self) -> str:
-        """Returns what transformers was given to load."""
-        return resolve_model_path(self.path)
-
     def apply_plan(self, plan: PruningPlan) -> None:
-        """Cuts the model; see :func:`hfprune.layouts.apply_plan`. A sharded model is rebuilt, one layer at a time."""
+        """Cuts the model; see :func:`hfprune.io.layouts.apply_plan`.
+
+        A sharded model is rebuilt, one layer at a time.
+        """
         if self.sharded:
             self._rebuild(plan=plan)
         else:
@@ -198,7 +212,7 @@ class PruningModule(RecoverySteps):
         self.choose_trained()
 
     def choose_trained(self) -> None:
-        """Freezes what recovery without adapters leaves as it is."""
+        """Freezes the weights that recovery without adapters does not train."""
         if self.trainable == "mlp":
             units = ("mlp",) if find_spec(self.causal_lm).mlp else ("experts",)
             names = {f"{part.module}." for group in find_groups(self.causal_lm, units) for part in group.slices}
@@ -246,7 +260,7 @@ class PruningModule(RecoverySteps):
         return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=padding)
 
     def on_fit_start(self) -> None:
-        """Goes into training mode: ``from_pretrained`` leaves a model in eval mode."""
+        """Switches to training mode: ``from_pretrained`` leaves a model in eval mode."""
         self.train()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -264,7 +278,7 @@ class PruningModule(RecoverySteps):
         )
 
     def replay(self, record: Record) -> None:
-        """Rebuilds the shapes that ``record`` describes: plan first, then adapters. What is there already stays.
+        """Rebuilds the shapes that ``record`` describes, plan first, then adapters, unless they are there already.
 
         Raises:
             ConfigError: The record belongs to another dense model, or to another plan than the one applied here.

@@ -4,14 +4,15 @@ Shape legend: B batch, T tokens, V vocabulary, D hidden size.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune.registry import Registry
+from hfprune.utils.registry import Registry
+
+if TYPE_CHECKING:
+    from hfprune.objectives.teacher import Teacher
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised, as in PyTorch and transformers."""
@@ -37,14 +38,10 @@ class Objective(ABC):
     """
 
     name: str
-    teacher: Callable[[], AbstractContextManager[None]] | None = None
-    """Makes the model its own teacher while the context lasts; None for objectives that are not their own teacher."""
-    teacher_model: nn.Module | None = None
-    """Another model that is the teacher, with the same vocabulary; None for objectives without such a one."""
+    teacher: "Teacher | None" = None
+    """The model that the objective follows; None for objectives without a teacher."""
     parts: dict[str, Tensor] | None = None
     """Sums over tokens, so far, of the terms that a mixture is made of, by name; None for objectives of one term."""
-    known: Callable[[Mapping[str, Tensor], Tensor], Any] | None = None
-    """What is known of a teacher that is not there, for a batch and its tokens that count; None where nothing is."""
 
     @abstractmethod
     def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Any = None) -> ValueAndGrad:
@@ -53,8 +50,8 @@ class Objective(ABC):
         Args:
             logits: [T, V], float32 or float64; ``-inf`` marks masked-out vocabulary. May be overwritten.
             targets: [T] or [T, K], int64, or None when the objective needs none.
-            teacher: The teacher's logits [T, V], for objectives that have one, which may be overwritten; or what is
-                known of them.
+            teacher: Logits [T, V] of the objective's teacher, which may be overwritten, or the
+                :class:`~hfprune.objectives.top_k.KnownTop` of them; None without a teacher.
         """
 
     def note(self, **terms: Tensor) -> None:

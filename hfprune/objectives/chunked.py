@@ -12,52 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfprune.objectives.base import Objective
+from hfprune.objectives.output_head import OutputHead
+from hfprune.objectives.teacher import TokenPredictions
 
 CHUNK_BYTES = 16 * 2**20
 """Size of one chunk of fp32 logits on the CPU. Peak memory of the head is about three of these for any vocabulary."""
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 """The same on an accelerator, which small matrix products leave idle."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputHead:
-    """The output projection and what the model does to its result.
-
-    Attributes:
-        weight: [V, D].
-        bias: [V] or None.
-        scale: Factor on the logits.
-        softcap: ``cap`` of ``cap * tanh(z / cap)`` (Gemma 2), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, lm_head: nn.Linear, *, scale: float = 1.0, softcap: float | None = None) -> "OutputHead":
-        """Returns the head of an ``nn.Linear``."""
-        return cls(weight=lm_head.weight, bias=lm_head.bias, scale=scale, softcap=softcap)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits [C, V] of ``hidden`` [C, D], in float32 or wider; the matmul runs in the head's dtype."""
-        z = F.linear(hidden, self.weight, self.bias)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def pull_back(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """Returns d/d(projection) [C, V] for d/d(logits) [C, V]; ``logits`` are needed with a soft cap only."""
-        if self.softcap is not None:
-            assert logits is not None
-            grad = grad.mul_(1 - (logits / self.softcap) ** 2)
-        return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
 def chunk_tokens(vocab_size: int, *, chunk_bytes: int | None = None, device: torch.device | None = None) -> int:
@@ -81,17 +45,13 @@ class Term:
         objective: What to sum.
         targets: [N] or [N, K] int64, or None when the objective needs none.
         tokens: [N] boolean, the tokens that count; None for all.
-        teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
-        teacher_head: The teacher's output head, where it is not the student's.
-        known: [N], what is known of a teacher that is not there, in place of the two.
+        teacher: Predictions of the objective's teacher for the tokens that count; None without a teacher.
     """
 
     objective: Objective
     targets: Tensor | None = None
     tokens: Tensor | None = None
-    teacher: Tensor | None = None
-    teacher_head: OutputHead | None = None
-    known: Any = None
+    teacher: TokenPredictions | None = None
 
     def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns logits and targets of this term's tokens in a chunk."""
@@ -101,14 +61,14 @@ class Term:
         chosen = self.tokens[part]
         return logits[chosen], None if targets is None else targets[chosen]
 
-    def teacher_logits(self, part: slice, head: OutputHead) -> Any:
-        """Returns the teacher's logits of this term's tokens in a chunk, or what is known of them."""
-        if self.known is not None:
-            return self.known[part]
+    def teacher_logits(self, part: slice) -> Any:
+        """Returns what the teacher predicts for this term's tokens in a chunk; None without a teacher."""
         if self.teacher is None:
             return None
-        hidden = self.teacher[part]
-        return (self.teacher_head or head).logits(hidden if self.tokens is None else hidden[self.tokens[part]])
+        if self.tokens is not None:  # the teacher has the tokens that count, one after the other
+            start = int(self.tokens[: part.start].sum())
+            part = slice(start, start + int(self.tokens[part].sum()))
+        return self.teacher.logits(part)
 
 
 class _ChunkedObjectives(torch.autograd.Function):
@@ -140,7 +100,7 @@ class _ChunkedObjectives(torch.autograd.Function):
             for index, term in enumerate(terms):
                 last = index == len(terms) - 1
                 rows, targets = term.part(part, logits if last or term.tokens is not None else logits.clone())
-                teacher = term.teacher_logits(part, head)
+                teacher = term.teacher_logits(part)
                 value, grad = _value_and_grad(head, term.objective, rows, targets, teacher, hidden.dtype)
                 totals[index] += value
                 inputs = hidden[part] if term.tokens is None else hidden[part][term.tokens[part]]
@@ -209,10 +169,8 @@ def chunked_objective(
     hidden: Tensor,
     head: OutputHead,
     targets: Tensor | None = None,
-    teacher: Tensor | None = None,
+    teacher: TokenPredictions | None = None,
     *,
-    teacher_head: OutputHead | None = None,
-    known: Any = None,
     chunk_bytes: int | None = None,
 ) -> Tensor:
     """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
@@ -222,13 +180,10 @@ def chunked_objective(
         hidden: [N, D], final hidden states of the tokens that count (padding already left out).
         head: The output head.
         targets: [N] or [N, K] int64, or None when the objective needs none.
-        teacher: [N, D], the teacher's final hidden states, for objectives that have a teacher.
-        teacher_head: The teacher's output head, where it is not ``head``.
-        known: [N], what is known of a teacher that is not there.
+        teacher: Predictions of the objective's teacher for the N tokens; None without a teacher.
         chunk_bytes: Size of one chunk of fp32 logits; the default of the device if not given.
     """
-    term = Term(objective, targets, teacher=teacher, teacher_head=teacher_head, known=known)
-    (total,) = chunked_objectives([term], hidden, head, chunk_bytes=chunk_bytes)
+    (total,) = chunked_objectives([Term(objective, targets, teacher=teacher)], hidden, head, chunk_bytes=chunk_bytes)
     return total
 
 

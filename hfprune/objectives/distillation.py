@@ -1,14 +1,25 @@
-"""SDMPrune's self-distillation loss: KL from a teacher's predictions, mixed with cross-entropy."""
+"""Distillation that recovers: a pruned model follows the predictions of the dense one.
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+Shape legend: T tokens, V vocabulary, K tokens that are known of a teacher.
+"""
 
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
-from hfprune.objectives.base import IGNORE_INDEX, Objective, ValueAndGrad, softmax_statistics
+from hfprune.objectives.base import Objective, ValueAndGrad, softmax_statistics
 from hfprune.objectives.cross_entropy import CrossEntropy
+from hfprune.objectives.teacher import Teacher
+from hfprune.objectives.top_k import KnownTop
+from hfprune.utils.errors import ConfigError
+
+
+def check_mixture(alpha: float, temperature: float) -> None:
+    """Raises ``ConfigError`` unless ``alpha`` lies in [0, 1] and ``temperature`` is positive."""
+    if not 0 <= alpha <= 1 or not temperature > 0:
+        raise ConfigError(
+            f"alpha={alpha} must lie in [0, 1] and temperature={temperature} must be positive: distillation mixes "
+            "alpha KL and (1 - alpha) cross-entropy."
+        )
 
 
 def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> ValueAndGrad:
@@ -32,50 +43,74 @@ def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0
     return ValueAndGrad(value, p.sub_(q))
 
 
-class Distillation(Objective):
-    """(1 - alpha) CE + alpha KL(softmax(z_teacher / temperature) || softmax(z)) at every real position (SDMPrune).
+def top_kl(logits: Tensor, top: KnownTop) -> ValueAndGrad:
+    """Returns KL(p || softmax(z)) per token, everything outside the known K being one token, and its gradient.
 
-    The teacher is the model itself with nothing masked. CE is the mean over a sequence's T - 1 targets and KL the mean
-    over its T positions, as published; summed over tokens, a CE term therefore counts T / (T - 1) times.
+    sum_k p_k (log p_k - log q_k) + r (log r - log q_r), with r = 1 - sum_k p_k and q_r what q gives to all other
+    tokens: a lower bound of the KL from the whole p (data-processing inequality), equal to it where K = V. What it
+    leaves out is r times the KL between p and q within the others. The gradient is q - p at the known tokens and
+    q (1 - r / q_r) at the others.
+
+    Args:
+        logits: z [T, V], float32 or float64, divided by the temperature.
+        top: What is known of p.
+    """
+    log_p = top.log_p.to(logits.dtype)
+    p = log_p.exp()
+    q, lse = softmax_statistics(logits)
+    q_known = q.gather(-1, top.tokens)
+    value = (p * (log_p - (logits.gather(-1, top.tokens) - lse))).sum(-1)
+    others = q.scatter(-1, top.tokens, 0.0).sum(-1)
+    log_rest = top.log_rest.to(logits.dtype)
+    rest = log_rest.exp()
+    there = rest > 0  # 0 log 0 = 0
+    value += torch.where(there, rest * (log_rest - others.clamp(min=1e-30).log()), 0.0)
+    q *= (1 - torch.where(there, rest / others.clamp(min=1e-30), 0.0)).unsqueeze(-1)
+    return ValueAndGrad(value, q.scatter_(-1, top.tokens, q_known - p))
+
+
+class DistillationObjective(Objective):
+    """(1 - alpha) CE + alpha t^2 KL(softmax(z_T / t) || softmax(z / t)) at every supervised position.
+
+    The temperature t is that of teacher and student, and t^2 keeps the size of the gradients (Hinton et al., 2015,
+    arXiv:1503.02531). Where only the teacher's K most likely tokens are known, KL is :func:`top_kl`.
 
     Args:
         alpha: Weight of KL, in [0, 1].
-        temperature: The teacher's temperature, > 0.
-        teacher: Makes the model its own teacher while the context lasts.
+        temperature: t > 0.
+        teacher: The model to follow, with the student's vocabulary.
 
     Raises:
         ConfigError: A value out of range.
+
+    >>> from hfprune.objectives.teacher import DenseModel
+    >>> objective = DistillationObjective(alpha=1.0, temperature=2.0, teacher=DenseModel(torch.nn.Identity()))
+    >>> z = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> objective.value_and_grad(z.clone(), torch.tensor([1]), teacher=z.clone()).value
+    tensor([0.])
     """
 
-    def __init__(
-        self, *, alpha: float, temperature: float, teacher: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ConfigError(
-                f"Distillation needs alpha in [0, 1] and temperature > 0; got alpha {alpha}, temperature {temperature}."
-            )
+    def __init__(self, *, alpha: float, temperature: float, teacher: Teacher) -> None:
+        check_mixture(alpha, temperature)
         self.alpha, self.temperature, self.teacher = alpha, temperature, teacher
-        self.name = f"distillation (alpha {alpha:g}, temperature {temperature:g})"
+        self.name = f"distillation from {teacher.name} (alpha {alpha:g}, temperature {temperature:g})"
 
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
-        """Returns the mixture; ``targets`` is what :meth:`targets` returns, [T, 3]."""
+    def value_and_grad(
+        self, logits: Tensor, targets: Tensor | None, teacher: Tensor | KnownTop | None = None
+    ) -> ValueAndGrad:
+        """Returns the mixture; ``targets`` holds the labels [T]."""
         assert targets is not None
         assert teacher is not None
-        value, grad = distillation_kl(logits, teacher, temperature=self.temperature)
-        value, grad = value * self.alpha, grad.mul_(self.alpha)
-        labels, counts, tokens = targets.unbind(-1)
-        labelled = labels != IGNORE_INDEX
-        weight = torch.where(labelled, (1 - self.alpha) * tokens.to(grad.dtype) / counts.clamp(min=1), 0.0)
-        p, lse = softmax_statistics(logits)
-        index = labels.clamp(min=0).unsqueeze(-1)
-        value += torch.where(labelled, weight * (lse - logits.gather(-1, index)).squeeze(-1), 0.0)
-        grad += p.mul_(weight.unsqueeze(-1))
-        return ValueAndGrad(value, grad.scatter_add_(-1, index, -weight.unsqueeze(-1)))
+        t = self.temperature
+        if isinstance(teacher, KnownTop):
+            kl, grad = top_kl(logits / t, teacher)
+        else:
+            kl, grad = distillation_kl(logits / t, teacher, temperature=t)
+        hard = CrossEntropy().value_and_grad(logits, targets)
+        self.note(kl=kl, ce=hard.value)
+        value = self.alpha * t * t * kl + (1 - self.alpha) * hard.value
+        return ValueAndGrad(value, grad.mul_(self.alpha * t).add_(hard.grad, alpha=1 - self.alpha))
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns label, number of targets and number of tokens of the sequence, [B, T, 3]; every real token counts."""
-        found, supervised = CrossEntropy().targets(input_ids, attention_mask, labels)
-        found = found.masked_fill(~supervised, IGNORE_INDEX)
-        real = attention_mask.bool()
-        counts = (n.sum(dim=1, keepdim=True).expand_as(found) for n in (supervised, real))
-        return torch.stack([found, *counts], dim=-1), real
+        """Returns the next token of every position and where it is supervised, as cross-entropy has it."""
+        return CrossEntropy().targets(input_ids, attention_mask, labels)

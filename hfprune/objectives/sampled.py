@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hfprune.objectives.base import OBJECTIVES, Objective, ValueAndGrad, softmax_statistics
 from hfprune.objectives.cross_entropy import cross_entropy
+from hfprune.utils.random_numbers import GOLDEN, inverse_cdf, logical_shift, splitmix64
 
 _BITS = 48  # of a random number; float64 holds them exactly
 
@@ -45,9 +46,7 @@ def draw(p: Tensor, numbers: Tensor) -> Tensor:
         p: Probabilities.
         numbers: [T] int64 in [0, 2^48).
     """
-    cumulative = p.cumsum(-1, dtype=torch.float64)
-    goal = numbers.to(torch.float64)[:, None] * 2.0**-_BITS * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, goal, right=True).squeeze(-1).clamp_(max=p.shape[-1] - 1)
+    return inverse_cdf(p, numbers.to(torch.float64) * 2.0**-_BITS)
 
 
 def position_numbers(input_ids: Tensor, attention_mask: Tensor, seed: int) -> Tensor:
@@ -60,20 +59,6 @@ def position_numbers(input_ids: Tensor, attention_mask: Tensor, seed: int) -> Te
     """
     real = attention_mask.to(torch.int64)
     place = real.cumsum(1)
-    tokens = _mix(input_ids * _ODD + place) * real
-    sequence = _mix(tokens.sum(dim=1, keepdim=True) + seed)
-    return _logical_shift(_mix(sequence + place * _ODD), 64 - _BITS)
-
-
-_ODD = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: 2^64 divided by the golden ratio
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Returns the 64 bits of ``x``, int64, scrambled (the finaliser of splitmix64); sums and products wrap."""
-    x = (x ^ _logical_shift(x, 30)) * -4658895280553007687
-    x = (x ^ _logical_shift(x, 27)) * -7723592293110705685
-    return x ^ _logical_shift(x, 31)
-
-
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    tokens = splitmix64(input_ids * GOLDEN + place) * real
+    sequence = splitmix64(tokens.sum(dim=1, keepdim=True) + seed)
+    return logical_shift(splitmix64(sequence + place * GOLDEN), 64 - _BITS)

@@ -1,50 +1,141 @@
-"""Distillation of recovery: a pruned model follows the predictions of the dense one."""
+"""Teachers: models whose predictions an objective follows, in memory or on disk.
+
+Shape legend: B rows, T tokens, V vocabulary, D hidden size, N tokens that count.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.errors import ConfigError
-from hfprune.objectives.base import Objective, ValueAndGrad, softmax_statistics
-from hfprune.objectives.cross_entropy import CrossEntropy
+from hfprune.objectives.output_head import OutputHead
+from hfprune.objectives.top_k import KnownTop
 
 
-class TeacherDistillation(Objective):
-    """(1 - alpha) CE + alpha t^2 KL(softmax(z_T / t) || softmax(z / t)) at every supervised position.
+class TokenPredictions(Protocol):
+    """A teacher's predictions for N tokens."""
 
-    The temperature t is that of teacher and student, and t^2 keeps the size of the gradients (Hinton et al., 2015).
+    def logits(self, part: slice) -> Any:
+        """Returns the logits [C, V] of some tokens, or the :class:`~hfprune.objectives.top_k.KnownTop` of them."""
 
-    Args:
-        alpha: Weight of KL, in [0, 1].
-        temperature: t > 0.
-        teacher_model: A Hugging Face causal LM with the student's vocabulary.
 
-    Raises:
-        ConfigError: A value out of range.
+class Predictions(Protocol):
+    """A teacher's predictions for a batch."""
+
+    def at(self, valid: Tensor) -> TokenPredictions:
+        """Returns the predictions at the N tokens where ``valid``, [B, T] boolean, holds, row after row."""
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenPredictions:
+    """Predictions as final hidden states and an output head, so that logits exist for one chunk of tokens only.
+
+    Attributes:
+        hidden: [B, T, D]; [N, D] once tokens were selected.
+        head: The teacher's output head.
     """
 
-    def __init__(self, *, alpha: float, temperature: float, teacher_model: nn.Module) -> None:
-        if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ConfigError(
-                f"Distillation needs alpha in [0, 1] and temperature > 0; got alpha {alpha}, temperature {temperature}."
-            )
-        self.alpha, self.temperature, self.teacher_model = alpha, temperature, teacher_model
-        self.name = f"distillation from the dense model (alpha {alpha:g}, temperature {temperature:g})"
+    hidden: Tensor
+    head: OutputHead
 
-    def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
-        """Returns the mixture; ``targets`` holds the labels [T]."""
-        assert targets is not None
-        assert teacher is not None
-        t = self.temperature
-        p, lse = softmax_statistics(logits / t)
-        q, teacher_lse = softmax_statistics(teacher.div_(t))
-        ratio = (teacher - teacher_lse) - (logits / t - lse)
-        kl = torch.where(q > 0, q * ratio, 0.0).sum(-1)  # 0 log 0 = 0
-        value = self.alpha * t * t * kl
-        grad = p.sub_(q).mul_(self.alpha * t)
-        hard = CrossEntropy().value_and_grad(logits, targets)
-        self.note(kl=kl, ce=hard.value)
-        return ValueAndGrad(value + (1 - self.alpha) * hard.value, grad.add_(hard.grad, alpha=1 - self.alpha))
+    def at(self, valid: Tensor) -> "HiddenPredictions":
+        """Returns the predictions where ``valid`` [B, T] holds."""
+        chosen = self.hidden.flatten(0, 1) if bool(valid.all()) else self.hidden[valid]
+        return HiddenPredictions(chosen, self.head)
 
-    def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the next token of every position and where it is supervised, as cross-entropy has it."""
-        return CrossEntropy().targets(input_ids, attention_mask, labels)
+    def logits(self, part: slice) -> Tensor:
+        """Returns the logits [C, V] of the selected tokens in ``part``, in memory of their own."""
+        return self.head.logits(self.hidden[part])
+
+
+Forward = Callable[[nn.Module], HiddenPredictions]
+"""Runs a model on the batch at hand."""
+
+
+class Teacher(ABC):
+    """A model that an objective follows.
+
+    Attributes:
+        name: What an objective's name calls it.
+        model: The model that is in memory for this purpose; None without one.
+    """
+
+    name: str
+    model: nn.Module | None = None
+
+    @abstractmethod
+    def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> Predictions:
+        """Returns the predictions for a batch, without gradients; called before the student's forward pass.
+
+        Args:
+            student: The model that follows.
+            batch: ``input_ids`` [B, T] and the other tensors of a batch.
+            forward: Runs a model on ``batch``.
+        """
+
+
+class DenseModel(Teacher):
+    """Another model in memory.
+
+    Args:
+        model: A supported causal LM with the student's vocabulary, in eval mode.
+    """
+
+    name = "the dense model"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> HiddenPredictions:
+        """Runs the model."""
+        assert self.model is not None
+        with torch.no_grad():
+            return forward(self.model)
+
+
+class UnmaskedSelf(Teacher):
+    """The student itself while nothing of it is masked.
+
+    Args:
+        unmasked: Context in which the student's masks are lifted.
+    """
+
+    name = "the model itself"
+
+    def __init__(self, unmasked: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.unmasked = unmasked
+
+    def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> HiddenPredictions:
+        """Runs the student without its masks."""
+        with torch.no_grad(), self.unmasked():
+            return forward(student)
+
+
+class CachedTopK(Teacher):
+    """Predictions that were stored, of which the most likely tokens are known.
+
+    Args:
+        lookup: Takes a batch and where tokens count, [B, T]; returns what is stored for these N tokens.
+    """
+
+    name = "the dense model's cached predictions"
+
+    def __init__(self, lookup: Callable[[Mapping[str, Tensor], Tensor], KnownTop]) -> None:
+        self.lookup = lookup
+
+    def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> "_Stored":
+        """Returns the predictions, which are read when the tokens that count are known."""
+        return _Stored(self.lookup, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    lookup: Callable[[Mapping[str, Tensor], Tensor], KnownTop]
+    batch: Mapping[str, Tensor]
+
+    def at(self, valid: Tensor) -> KnownTop:
+        return self.lookup(self.batch, valid)

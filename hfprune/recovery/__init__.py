@@ -1,6 +1,7 @@
-"""How quality is won back after pruning."""
+"""Recovery: training after pruning, with adapters, of all weights, or towards the dense model's predictions."""
 
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
+from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 
-__all__ = ["DistillationRecovery", "LoraRecovery", "add_lora", "merge_lora"]
+__all__ = ["DistillationRecovery", "LoraRecovery", "RecoveryMode", "RecoverySetting", "add_lora", "merge_lora"]

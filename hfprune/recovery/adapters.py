@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModelForCausalLM
 
-from hfprune.compat import write_both_forms
+from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
 
 BASE_FOLDER = "base"

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from hfprune.arch.experts import EXPERTS
-from hfprune.arch.groups import find_groups, find_spec, is_supported
+from hfprune.models.experts import EXPERTS
+from hfprune.models.groups import find_groups, find_spec, is_supported
 
 
 def forward_flops(model: nn.Module) -> int:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hfprune.arch.groups import find_spec
-from hfprune.errors import ConfigError
+from hfprune.models.groups import find_spec
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
@@ -42,11 +42,10 @@ class LoraRecovery:
         """Raises ``ConfigError`` for values out of range."""
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"LoRA needs rank >= 1, alpha > 0 and dropout in [0, 1); got rank {self.rank}, alpha {self.alpha}, "
-                f"dropout {self.dropout}."
+                f"rank={self.rank} must be >= 1, alpha={self.alpha} positive, and dropout={self.dropout} in [0, 1)."
             )
         if self.init not in ("default", "pissa"):
-            raise ConfigError(f"LoRA: init '{self.init}' is not one of default, pissa.")
+            raise ConfigError(f"init='{self.init}' is not one of default, pissa.")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings, for checkpoints and reports."""
@@ -68,10 +67,10 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
 
     if (lora.dora or lora.init == "pissa") and any(p.is_meta for p in model.parameters()):
         raise ConfigError(
-            "DoRA and PiSSA start from whole weights, which FSDP2 does not hold: leave out dora and init."
+            "dora and init='pissa' start from whole weights, which are sharded under FSDP2: remove both settings."
         )
     if lora.init == "pissa" and any(p.dtype == torch.float64 for p in model.parameters()):
-        raise ConfigError("PiSSA takes weights of at most 32 bits, not float64: give --model.dtype float32.")
+        raise ConfigError("init='pissa' needs weights of at most 32 bits, not float64: set dtype='float32'.")
     targets = check_lora(model, lora)
     config = LoraConfig(
         r=lora.rank,

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from hfprune.arch.projection import is_projection
+from hfprune.models.projection import is_projection
 
 
 class _Masked(LoraVariant):

@@ -1,36 +1,32 @@
-"""What the dense model predicts for the recovery data, on disk: its K most likely tokens, so that it need not stay.
+"""Teacher cache: the K most likely tokens that the dense model predicts for the recovery data, on disk.
 
-Rows are found by what they hold, not by their place: shuffling, epochs, packing and the number of processes do not
-matter, and other data add rows. The folder is that of one model, K and temperature. Files are written in one step, rows
-carry checksums; a run that was killed while it wrote goes on with the rows that are missing. How a row is kept:
-:func:`hfprune.objectives.teacher_top.rounded_top`.
+A row is identified by its content, not its position: shuffling, epochs, packing and the number of processes do not
+matter, and other data add rows. A folder belongs to one model, K and temperature. A run that was killed while it wrote
+computes the missing rows only. Encoding: :func:`hfprune.objectives.top_k.rounded_top`; files:
+:mod:`hfprune.objectives.top_k_store`.
 
 Shape legend: N supervised tokens, K the most likely tokens that are kept.
 """
 
 import hashlib
-import json
 import tempfile
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from hfprune.arch import output_head
-from hfprune.causal import Batch, final_hidden, labels_of
-from hfprune.errors import ConfigError
-from hfprune.files import write_tensors
+from hfprune.models import output_head
+from hfprune.models.forward import Batch, final_hidden, labels_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.chunked import chunk_tokens
-from hfprune.objectives.teacher_top import KnownTop, rounded_top
+from hfprune.objectives.top_k import KnownTop, rounded_top
+from hfprune.objectives.top_k_store import TopKFile
+from hfprune.utils.errors import ConfigError
 
 ROWS_PER_FILE = 256
 
@@ -40,8 +36,8 @@ _Row = tuple[Tensor, Tensor, Tensor]
 """Values [N, K], float16; tokens [N, K], int32; log-odds of all others [N], float32."""
 
 _STREAM = (
-    "--model.distillation.cache needs recovery data that are in memory, to compute the dense model's predictions for "
-    "all of them once: give --data.streaming false, or leave the cache out."
+    "distillation.cache needs recovery data in memory, to compute the dense model's predictions once for all rows: set "
+    "streaming=False, or remove distillation.cache."
 )
 
 
@@ -81,7 +77,7 @@ class TeacherCache:
         key = hashlib.sha256(f"{_FORMAT} {fingerprint}".encode()).hexdigest()[:16]
         self.folder = Path(folder) / f"{key}-top{top_k}-t{float(temperature)!r}"
         self._top_k, self._temperature = top_k, temperature
-        self._where: dict[str, tuple[Path, int]] = {}
+        self._where: dict[str, TopKFile] = {}
         self._read: set[Path] = set()
         self.refresh()
 
@@ -90,14 +86,18 @@ class TeacherCache:
         return name in self._where
 
     def refresh(self) -> None:
-        """Takes note of files that are new, those of other processes among them."""
+        """Reads the headers of new files, those of other processes included."""
         for path in sorted(self.folder.glob("rows-*.safetensors")):
-            if path in self._read:
-                continue
-            with _reading(path), safe_open(path, framework="pt") as file:
-                sums = json.loads((file.metadata() or {})["crc"])
-            self._where |= {name: (path, value) for name, value in sums.items()}
-            self._read.add(path)
+            if path not in self._read:
+                self._add(TopKFile(path))
+
+    def _add(self, file: TopKFile) -> None:
+        if file.checksums is None:
+            raise ConfigError(
+                f"The cached predictions '{file.path}' cannot be read: delete the file; it is recomputed."
+            )
+        self._where |= dict.fromkeys(file.checksums, file)
+        self._read.add(file.path)
 
     def fill(self, load_teacher: Callable[[], nn.Module], batches: Iterable[Batch]) -> int:
         """Computes the rows that are missing; the model is loaded only if there are any, and not kept.
@@ -117,7 +117,7 @@ class TeacherCache:
         if first is None:
             return 0
         teacher, count = load_teacher(), 0
-        todo = _chain(first, missing)
+        todo = chain([first], missing)
         while part := list(islice(todo, ROWS_PER_FILE)):
             rows = {name: self._computed(teacher, batch, valid) for name, batch, valid in part}
             self._write(rows)
@@ -152,12 +152,8 @@ class TeacherCache:
         return row
 
     def _write(self, rows: Mapping[str, _Row]) -> None:
-        tensors = {f"{name}.{part}": t for name, row in rows.items() for part, t in zip(_PARTS, row, strict=True)}
-        sums = {name: _checksum(*row) for name, row in rows.items()}
-        path = self.folder / f"rows-{uuid.uuid4().hex}.safetensors"
-        write_tensors(path, tensors, {"crc": json.dumps(sums)})
-        self._where |= {name: (path, value) for name, value in sums.items()}
-        self._read.add(path)
+        named = {name: dict(zip(_PARTS, row, strict=True)) for name, row in rows.items()}
+        self._add(TopKFile.write(self.folder / f"rows-{uuid.uuid4().hex}.safetensors", named))
 
     def lookup(self, batch: Batch, valid: Tensor) -> KnownTop:
         """Returns the dense model's predictions at a batch's supervised tokens [N], row after row.
@@ -170,29 +166,13 @@ class TeacherCache:
         rows = ([tensor.to(device) for tensor in self._row(name)] for name in names)
         return KnownTop.joined([KnownTop.restored(*row, dtype=torch.float32) for row in rows])
 
-    def _row(self, name: str) -> _Row:
+    def _row(self, name: str) -> list[Tensor]:
         if name not in self._where:
             raise ConfigError(
                 f"'{self.folder}' has no predictions for a row of the recovery data, which were made at the start of "
                 "this run: the data have changed since, or the processes do not share that folder."
             )
-        path, checksum = self._where[name]
-        with _reading(path), safe_open(path, framework="pt") as file:
-            values, tokens, odds = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
-        if _checksum(values, tokens, odds) != checksum:
-            raise ConfigError(f"The cached predictions '{path}' are damaged: delete the file, it is made anew.")
-        return values, tokens, odds
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Raises ``ConfigError`` where a file's content is not what was written."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"The cached predictions '{path}' cannot be read ({error}): delete the file, it is made anew."
-        ) from error
+        return self._where[name].read(name, _PARTS)
 
 
 def check_cache(folder: str, data: Any) -> None:
@@ -209,7 +189,7 @@ def check_cache(folder: str, data: Any) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--model.distillation.cache '{folder}' cannot be written: {error}.") from error
+        raise ConfigError(f"distillation.cache='{folder}' cannot be written: {error}.") from error
 
 
 def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
@@ -225,15 +205,3 @@ def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[s
     for index in range(rank, len(dataset), world_size):
         row: dict[str, Tensor] = collate([dataset[index]])
         yield row
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-def _checksum(*tensors: Tensor) -> int:
-    found = 0
-    for tensor in tensors:
-        found = zlib.crc32(tensor.contiguous().numpy().tobytes(), found)
-    return found

@@ -1,4 +1,4 @@
-"""What people look at after a run or a sweep: one HTML page that needs nothing else, and its figures."""
+"""Report of a run or a sweep: one self-contained HTML page, its figures, and its tables."""
 
 from hfprune.report.data import ConvergencePoint, FrontierPoint, Generation, ReportData, read_run
 from hfprune.report.figures import figures, save_figures

@@ -1,23 +1,25 @@
-"""What a report can show, and how it is read from the folder of a run."""
+"""Report data: the content of a report, read from the folder of a run."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfprune.errors import ConfigError
-from hfprune.export import load_importance
-from hfprune.outputs import REPORT_FILE
-from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.evaluation.zero_shot import MAIN_METRICS
+from hfprune.io.output_folder import REPORT_FILE
+from hfprune.io.save import load_importance
+from hfprune.plan import PLAN_FILE, PruningPlan, kind_name
+from hfprune.utils.errors import ConfigError
 
 QUANTITIES = ("perplexity", "kl", "accuracy")
-"""What the quality of a model in a sweep is told by."""
+"""Measures of quality in a sweep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvergencePoint:
-    """How near the ranking of the units already was to the final one.
+    """Agreement of an early ranking of the units with the final one.
 
     Attributes:
         tokens: Calibration tokens seen.
@@ -114,8 +116,30 @@ def look_up(value: Any, *path: str) -> Any:
     return value
 
 
+def task_figures(data: ReportData) -> dict[tuple[str, str], dict[str, tuple[float, float | None]]]:
+    """Returns (task, metric) -> stage -> value and standard error, of the first main metric that some stage has."""
+    tasks = {name: look_up(stage, "zero_shot", "tasks") or {} for name, stage in data.stages.items()}
+    figures: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
+    for task in dict.fromkeys(name for names in tasks.values() for name in names):
+        for metric in MAIN_METRICS:
+            if any(look_up(names, task, metric) is not None for names in tasks.values()):
+                figures[task, metric] = _stage_figures(tasks, task, metric)
+                break
+    return {key: row for key, row in figures.items() if row}
+
+
+def _stage_figures(tasks: Mapping[str, Any], task: str, metric: str) -> dict[str, tuple[float, float | None]]:
+    """Returns stage -> finite value of one task and its standard error, None where that is unknown."""
+    row: dict[str, tuple[float, float | None]] = {}
+    for stage, names in tasks.items():
+        value, error = number(look_up(names, task, metric)), number(look_up(names, task, f"{metric}_stderr"))
+        if value is not None and math.isfinite(value):
+            row[stage] = (value, error if error is not None and math.isfinite(error) else None)
+    return row
+
+
 def read_run(folder: str | Path) -> ReportData:
-    """Returns what the folder of a run holds.
+    """Reads the report of a run.
 
     Args:
         folder: Holds ``report.json`` and, where something was pruned, ``plan.json`` and ``importance.safetensors``.
@@ -129,7 +153,7 @@ def read_run(folder: str | Path) -> ReportData:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"'{folder}' holds no {REPORT_FILE}: it is not the folder of a finished run.") from error
+        raise ConfigError(f"'{folder}' has no {REPORT_FILE}: it is not the folder of a finished run.") from error
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -145,9 +169,11 @@ def _from_report(report: Any, folder: Path) -> ReportData:
     if not all(isinstance(stage, Mapping) for stage in stages.values()):
         raise TypeError("every stage must be an object")
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
-    gone = plan.removed_layers() if plan else ()
+    removed = plan.removed_layers() if plan else ()
     kept = (
-        {g.name: (0 if g.layer in gone else len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
+        {g.name: (0 if g.layer in removed else len(plan.keep[g.name]), g.num_units) for g in plan.groups}
+        if plan
+        else {}
     )
     scores = load_importance(folder)
     names = [g.name for g in plan.groups if g.name in scores] if plan else list(scores)
@@ -178,7 +204,7 @@ def _title(report: Mapping[str, Any], folder: Path) -> str:
 
 
 def _facts(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what the report says of how it came about; what it does not say is left out."""
+    """Returns label -> text of model, budget, data, seeds and versions, as far as the report has them."""
     calibration = look_up(report, "plan", "calibration") or {}
     objective = number(calibration.get("mean_objective_nats"))
     facts = {
@@ -191,8 +217,8 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Recovery": _settings(report.get("recovery")),
         "Layout": _layout(report.get("saved") or {}),
     }
-    for role, found in (report.get("data") or {}).items():
-        facts[f"{role.capitalize()} data"] = _data(found)
+    for role, summary in (report.get("data") or {}).items():
+        facts[f"{role.capitalize()} data"] = _data(summary)
     for label, key in (("Seed", "seed_everything"), ("Data seed", "data.seed")):
         seed = look_up(report.get("config"), *key.split("."))
         facts[label] = "" if seed is None else str(seed)
@@ -200,14 +226,6 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
     facts["Duration"] = "" if seconds is None else _duration(seconds)
     facts["Versions"] = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items())
     return {label: text for label, text in facts.items() if text}
-
-
-_KINDS = {
-    "mlp": "MLP neurons",
-    "heads": "key-value heads",
-    "block": "layers",
-    "channels": "hidden channels",
-}
 
 
 def _layout(saved: Mapping[str, Any]) -> str:
@@ -229,28 +247,28 @@ def _budget(budget: Mapping[str, Any]) -> str:
         parts.append(f"parameters {budget['dense_params']:,} to {budget['params']:,}")
     if budget.get("dense_width") and budget.get("width"):
         parts.append(f"MLP width {budget['dense_width']:,} to {budget['width']:,}")
-    for kind, found in (budget.get("kinds") or {}).items():
+    for kind, units in (budget.get("kinds") or {}).items():
         if kind != "mlp" or not budget.get("width"):
-            parts.append(f"{_KINDS.get(kind, kind)} {sum(found['dense']):,} to {sum(found['kept']):,} in all")
+            parts.append(f"{kind_name(kind)} {sum(units['dense']):,} to {sum(units['kept']):,} in all")
     return "; ".join(parts)
 
 
-def _settings(found: Any) -> str:
-    if not isinstance(found, Mapping):
-        return str(found or "")
-    known = ((key, value) for key, value in found.items() if value is not None and not isinstance(value, Mapping))
+def _settings(settings: Any) -> str:
+    if not isinstance(settings, Mapping):
+        return str(settings or "")
+    known = ((key, value) for key, value in settings.items() if value is not None and not isinstance(value, Mapping))
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known)
 
 
-def _data(found: Any) -> str:
-    if not isinstance(found, Mapping):
-        return str(found or "")
-    parts = [str(found["source"])] if found.get("source") else []
+def _data(summary: Any) -> str:
+    if not isinstance(summary, Mapping):
+        return str(summary or "")
+    parts = [str(summary["source"])] if summary.get("source") else []
     counts = ("sequences", "tokens")
-    parts += [f"{found[name]:,} {name}" for name in counts if isinstance(found.get(name), int)]
-    parts += [f"dropped {count:,} ({reason})" for reason, count in (found.get("dropped") or {}).items()]
-    parts += [str(found["bos"])] if found.get("bos") else []
-    return ", ".join(parts) + (f"; SHA-256 {str(found['sha256'])[:12]}" if found.get("sha256") else "")
+    parts += [f"{summary[name]:,} {name}" for name in counts if isinstance(summary.get(name), int)]
+    parts += [f"dropped {count:,} ({reason})" for reason, count in (summary.get("dropped") or {}).items()]
+    parts += [str(summary["bos"])] if summary.get("bos") else []
+    return ", ".join(parts) + (f"; SHA-256 {str(summary['sha256'])[:12]}" if summary.get("sha256") else "")
 
 
 def _duration(seconds: float) -> str:

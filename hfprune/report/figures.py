@@ -1,4 +1,4 @@
-"""The figures of a report: matplotlib without pyplot, the same bytes for the same data."""
+"""Figures of a report, drawn by matplotlib without pyplot; the same data give the same bytes."""
 
 import io
 import math
@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hfprune.files import write_bytes
-from hfprune.report.data import QUANTITIES, ReportData, look_up, number
+from hfprune.report.data import QUANTITIES, ReportData, look_up, number, task_figures
 from hfprune.report.frontier import X_LABELS, drawn, frontier
 from hfprune.report.style import (
     BLUE,
@@ -32,11 +31,10 @@ from hfprune.report.style import (
     stage_color,
     styled,
 )
+from hfprune.utils.files import write_bytes
 
 DPI = 150
 COLUMNS = 256
-METRICS = ("acc_norm", "acc", "pct_stereotype")
-"""Which figure of a task is drawn: the first that some stage has."""
 
 Values = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -166,9 +164,9 @@ def kl_curves(data: ReportData) -> dict[str, Values]:
     """Returns stage -> KL at every position, NaN where it is not finite; the dense model itself is left out."""
     curves: dict[str, Values] = {}
     for name, stage in data.stages.items():
-        found = look_up(stage, "fidelity", "kl_by_position")
-        if name != "dense" and found:
-            values = np.array([math.nan if (value := number(item)) is None else value for item in found])
+        by_position = look_up(stage, "fidelity", "kl_by_position")
+        if name != "dense" and by_position:
+            values = np.array([math.nan if (value := number(item)) is None else value for item in by_position])
             values[~np.isfinite(values)] = math.nan
             if np.isfinite(values).any():
                 curves[name] = values
@@ -181,7 +179,7 @@ def smoothing_window(count: int) -> int:
 
 
 def smoothed(values: Values) -> Values:
-    """Returns the centred moving average; at the ends, and beside values that are not finite, over what there is."""
+    """Returns the centred moving average; at the ends, and next to values that are not finite, over fewer values."""
     half, known = smoothing_window(len(values)) // 2, np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -192,15 +190,15 @@ def smoothed(values: Values) -> Values:
 
 def zero_shot(data: ReportData, *, narrow: bool = False) -> Figure:
     """Returns bars per task and stage, with standard errors."""
-    found, bars, gap = task_figures(data), 0.8, "\n" if narrow else "  "
-    stages = [name for name in data.stages if any(name in row for row in found.values())]
+    figures, bars, gap = task_figures(data), 0.8, "\n" if narrow else "  "
+    stages = [name for name in data.stages if any(name in row for row in figures.values())]
     height = bars / len(stages)
     with styled():
-        figure = new_figure(NARROW if narrow else WIDTH, 0.9 + len(found) * max(0.34, 0.13 * len(stages) + 0.08))
+        figure = new_figure(NARROW if narrow else WIDTH, 0.9 + len(figures) * max(0.34, 0.13 * len(stages) + 0.08))
         axes = figure.subplots()
         axes.grid(False, axis="y")
         for index, stage in enumerate(stages):
-            rows = [(y, *row[stage]) for y, row in enumerate(found.values()) if stage in row]
+            rows = [(y, *row[stage]) for y, row in enumerate(figures.values()) if stage in row]
             offset = (index + 0.5) * height - bars / 2
             axes.barh(
                 [y + offset for y, _, _ in rows],
@@ -211,31 +209,14 @@ def zero_shot(data: ReportData, *, narrow: bool = False) -> Figure:
                 xerr=[0.0 if error is None else error for _, _, error in rows],
                 error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 0},
             )
-        axes.set_yticks(range(len(found)), [f"{task}{gap}({metric})" for task, metric in found])
-        axes.set_ylim(len(found) - 0.45, -0.55)
+        axes.set_yticks(range(len(figures)), [f"{task}{gap}({metric})" for task, metric in figures])
+        axes.set_ylim(len(figures) - 0.45, -0.55)
         axes.set_xlim(left=0)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(FuncFormatter(percent_label))
         axes.set_xlabel("accuracy")
         figure.legend(loc="outside upper right", ncols=legend_columns(stages, NARROW if narrow else WIDTH))
     return figure
-
-
-def task_figures(data: ReportData) -> dict[tuple[str, str], dict[str, tuple[float, float | None]]]:
-    """Returns (task, metric) -> stage -> value and standard error, for tasks with a finite value."""
-    tasks = {stage: look_up(found, "zero_shot", "tasks") or {} for stage, found in data.stages.items()}
-    found: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
-    for task in dict.fromkeys(name for names in tasks.values() for name in names):
-        metric = next(
-            (m for m in METRICS if any(look_up(names, task, m) is not None for names in tasks.values())), None
-        )
-        for stage, names in tasks.items():
-            value = number(look_up(names, task, metric)) if metric else None
-            if metric and value is not None and math.isfinite(value):
-                error = number(look_up(names, task, f"{metric}_stderr"))
-                known = error if error is not None and math.isfinite(error) else None
-                found.setdefault((task, metric), {})[stage] = (value, known)
-    return found
 
 
 _DRAW: dict[str, tuple[Callable[..., Figure], Callable[[ReportData], Any]]] = {

@@ -1,4 +1,4 @@
-"""The figure of a sweep: quality against size and time."""
+"""Frontier: quality of the models of a sweep against their size and speed."""
 
 import math
 from collections.abc import Sequence
@@ -69,10 +69,10 @@ def drawn(point: FrontierPoint, x: str, quantity: str) -> bool:
 
 def dense_point(data: ReportData) -> FrontierPoint | None:
     """Returns the dense model among the models of a sweep, or as a stage of the run."""
-    found = next((point for point in data.frontier if point.series == "dense"), None)
+    point = next((point for point in data.frontier if point.series == "dense"), None)
     stage = data.stages.get("dense")
-    if found is not None or stage is None:
-        return found
+    if point is not None or stage is None:
+        return point
     parameters = number(stage.get("parameters"))
     return FrontierPoint(
         label="dense",
@@ -138,7 +138,7 @@ def _frontier_axes(axes: Axes, x: str, quantity: str) -> None:
     if quantity == "perplexity":
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        steps = next((found for ratio, found in _STEPS if high / low < ratio), [1.0])
+        steps = next((labelled for ratio, labelled in _STEPS if high / low < ratio), [1.0])
         axes.yaxis.set_major_locator(LogLocator(subs=steps))
         axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.yaxis.set_minor_formatter(NullFormatter())

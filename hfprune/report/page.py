@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks nothing of any network."""
+"""HTML page: the report as one self-contained file."""
 
 import base64
 import functools
@@ -10,12 +10,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from hfprune.files import write_text
 from hfprune.report import table
-from hfprune.report.data import QUANTITIES, ReportData, look_up, number
-from hfprune.report.figures import chance_overlap, figures, kl_curves, smoothing_window, task_figures, to_bytes
+from hfprune.report.data import QUANTITIES, ReportData, look_up, number, task_figures
+from hfprune.report.figures import chance_overlap, figures, kl_curves, smoothing_window, to_bytes
 from hfprune.report.frontier import dense_point, drawn
 from hfprune.report.style import WIDTH
+from hfprune.utils.files import write_text
 
 _TEMPLATE = "page.html.jinja"
 

@@ -1,4 +1,4 @@
-"""How figures look: colours that colour-blind readers can tell apart (Okabe and Ito), light grids, plain labels."""
+"""Style of the figures: the colour-blind safe palette of Okabe and Ito (2008), light grids, plain labels."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Uses the house style inside the block, whatever the user's matplotlibrc says."""
+    """Uses the house style inside the block instead of the user's matplotlibrc."""
     with style.context(["default", _STYLE]):
         yield
 
@@ -102,8 +102,8 @@ def layer_labels(names: Sequence[str]) -> tuple[str, list[str]]:
     ('layer', ['0', '1'])
     """
     numbers = [re.findall(r"\d+", name) for name in names]
-    if len({re.sub(r"\d+", "#", name) for name in names}) == 1 and all(len(found) == 1 for found in numbers):
-        return "layer", [found[0] for found in numbers]
+    if len({re.sub(r"\d+", "#", name) for name in names}) == 1 and all(len(number) == 1 for number in numbers):
+        return "layer", [number[0] for number in numbers]
     return "group", list(names)
 
 

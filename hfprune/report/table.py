@@ -1,12 +1,19 @@
-"""The tables of a report as text: what every stage measured, beside the dense model, and the models of a sweep."""
+"""Tables of a report: the figures of every stage with their change from the dense model, and the models of a sweep.
+
+The HTML page, the terminal and Markdown files show the same rows.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hfprune.report.data import FrontierPoint, ReportData, look_up, number
-from hfprune.report.figures import task_figures
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.measure import Measurement
+from rich.table import Table
+
+from hfprune.report.data import FrontierPoint, ReportData, look_up, number, task_figures
 
 APART = (
     "Speeds of the models were measured at separate moments and are not compared: hfprune evaluate --dense measures "
@@ -14,9 +21,10 @@ APART = (
 )
 ALTERNATED = "Speeds were measured in alternation with the dense model."
 Change = Literal["ratio", "points", "none"]
-"""How a figure is compared with the dense model's: as a factor, as a difference in per cent points, or not."""
+"""How a figure is compared with the dense model's: as a factor, as a difference in percentage points, or not."""
 
 NONE = "–"  # noqa: RUF001
+_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x"})  # noqa: RUF001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +67,17 @@ class _Figure:
 
 
 def _times(path: str, *, inverse: bool = False) -> Callable[[Mapping[str, Any]], float | None]:
-    """Returns what reads a ratio of times, or that of the speeds."""
+    """Returns a function that reads a ratio of times, or with ``inverse`` of speeds."""
 
     def read(measured: Mapping[str, Any]) -> float | None:
-        found = number(look_up(measured, "latency", path))
-        return 1 / found if inverse and found else found
+        ratio = number(look_up(measured, "latency", path))
+        return 1 / ratio if inverse and ratio else ratio
 
     return read
 
 
 def count(value: float) -> str:
-    """Returns a whole number with separators; what is not finite as a word.
+    """Returns a whole number with separators, and a number that is not finite as a word.
 
     >>> count(134515008.0), count(float("inf"))
     ('134,515,008', 'infinite')
@@ -83,7 +91,7 @@ def words(value: float) -> str:
 
 
 def decimals(places: int) -> Callable[[float], str]:
-    """Returns what writes a number with so many decimals, or in powers of ten when that would be absurd.
+    """Returns a function that writes a number with ``places`` decimals, from 1e7 on in powers of ten.
 
     >>> decimals(2)(29.189), decimals(2)(3.2e9), decimals(4)(float("nan"))
     ('29.19', '3.20e+09', 'NaN')
@@ -115,6 +123,10 @@ def mebibytes(value: float) -> str:
     return f"{value / 2**20:,.1f} MiB" if math.isfinite(value) else words(value)
 
 
+def _width(value: float) -> str:
+    return decimals(1)(value).removesuffix(".0")
+
+
 def _giga(value: float) -> str:
     return f"{value / 1e9:,.2f} G" if math.isfinite(value) else words(value)
 
@@ -126,7 +138,7 @@ def _known(label: str, name: str, text: Callable[[float], str], change: Change =
 _SIZE = (
     _Figure(label="Parameters", paths=("parameters",), text=count),
     _Figure(label="MLP width", paths=("width",), text=count),
-    _Figure(label="MLP width, mean of the layers", paths=("mean_width",), text=decimals(1)),
+    _Figure(label="MLP width, mean of the layers", paths=("mean_width",), text=_width, spread="widths"),
     _Figure(label="Size on disk", paths=("size.disk_bytes",), text=mebibytes),
     _Figure(label="Size of the weights", paths=("size.bytes", "size.weight_bytes"), text=mebibytes),
     _Figure(label="Multiply-accumulates", paths=("size.macs",), text=_giga),
@@ -171,7 +183,7 @@ def summary(data: ReportData) -> list[Section]:
 
 
 def _rows(data: ReportData, figures: tuple[_Figure, ...]) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    found = []
+    rows = []
     for figure in figures:
         values = {stage: _value(measured, figure.paths) for stage, measured in data.stages.items()}
         if any(value is not None for value in values.values()):
@@ -181,13 +193,13 @@ def _rows(data: ReportData, figures: tuple[_Figure, ...]) -> tuple[tuple[str, tu
                 cell = _cell(value, base, figure.text, figure.change, _spread(data.stages[stage], figure))
                 ratio = figure.alternated(data.stages[stage])
                 cells.append(cell if ratio is None else replace(cell, change=_change(ratio, 1.0, "ratio")))
-            found.append((figure.label, tuple(cells)))
-    return tuple(found)
+            rows.append((figure.label, tuple(cells)))
+    return tuple(rows)
 
 
 def _value(measured: Mapping[str, Any], paths: tuple[str, ...]) -> float | None:
-    found = (number(look_up(measured, *path.split("."))) for path in paths)
-    return next((value for value in found if value is not None), None)
+    values = (number(look_up(measured, *path.split("."))) for path in paths)
+    return next((value for value in values if value is not None), None)
 
 
 def _spread(measured: Mapping[str, Any], figure: _Figure) -> str:
@@ -195,22 +207,19 @@ def _spread(measured: Mapping[str, Any], figure: _Figure) -> str:
     if error:
         return f"± {figure.text(error)}"
     ends = look_up(measured, *figure.spread.split(".")) if figure.spread else None
-    return f"{figure.text(ends[0])} to {figure.text(ends[1])}" if ends else ""
+    return f"{figure.text(min(ends))} to {figure.text(max(ends))}" if ends else ""
 
 
 def _task_rows(data: ReportData) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    found = []
+    rows = []
     for (task, metric), row in task_figures(data).items():
-        base, cells = row.get("dense", (None, None))[0], []
+        dense, cells = row.get("dense", (None, None))[0], []
         for stage in data.stages:
             value, error = row.get(stage, (None, None))
-            cells.append(
-                _cell(
-                    value, None if stage == "dense" else base, percent, "points", f"± {percent(error)}" if error else ""
-                )
-            )
-        found.append((f"{task} ({metric})", tuple(cells)))
-    return tuple(found)
+            base, spread = None if stage == "dense" else dense, f"± {percent(error)}" if error else ""
+            cells.append(_cell(value, base, percent, "points", spread))
+        rows.append((f"{task} ({metric})", tuple(cells)))
+    return tuple(rows)
 
 
 def _cell(value: float | None, base: float | None, text: Callable[[float], str], change: Change, spread: str) -> Cell:
@@ -257,24 +266,123 @@ def models(data: ReportData) -> tuple[list[str], list[tuple[FrontierPoint, list[
 
 def notes(data: ReportData) -> list[str]:
     """Returns how the figures were measured, each way once."""
-    found: dict[str, None] = {}
-    for stage in data.stages.values():
-        if protocol := look_up(stage, "perplexity", "protocol"):
-            found[f"Perplexity: {protocol}."] = None
-    for stage in data.stages.values():
-        latency = look_up(stage, "latency") or {}
-        if all(key in latency for key in ("device", "threads", "prompt_tokens", "new_tokens", "repeats")):
-            text = (
-                f"Speed: batch 1, {latency['prompt_tokens']} prompt and {latency['new_tokens']} new tokens, "
-                f"{latency['device']}, {latency['threads']} threads, median of {latency['repeats']}."
-            )
-            found[text] = None
-    if timed := [look_up(stage, "latency") for stage in data.stages.values() if look_up(stage, "latency")]:
+    stages = list(data.stages.values())
+    lines = [line for note in _STAGE_NOTES for stage in stages if (line := note(stage))]
+    if timed := [latency for stage in stages if (latency := look_up(stage, "latency"))]:
         alternated = any(number(latency.get("prefill_ratio")) is not None for latency in timed)
         if alternated or len(timed) > 1:
-            found[ALTERNATED if alternated else APART] = None
+            lines.append(ALTERNATED if alternated else APART)
     if data.facts.get("Compensation"):
-        found[f"Pruned: the weights that stay were fitted anew ({data.facts['Compensation']})."] = None
-    if any(stage.get("zero_shot") or look_up(stage, "fidelity", "kl_stderr") for stage in data.stages.values()):
-        found["± is one standard error."] = None
-    return list(found)
+        lines.append(f"Pruned: the remaining weights were refitted ({data.facts['Compensation']}).")
+    if any(stage.get("zero_shot") or look_up(stage, "fidelity", "kl_stderr") for stage in stages):
+        lines.append("± is one standard error.")
+    return list(dict.fromkeys(lines))
+
+
+def _perplexity_note(stage: Mapping[str, Any]) -> str:
+    protocol = look_up(stage, "perplexity", "protocol")
+    return f"Perplexity: {protocol}." if protocol else ""
+
+
+def _divergence_note(stage: Mapping[str, Any]) -> str:
+    k = look_up(stage, "fidelity", "dense_top_k")
+    return f"Divergences: lower bounds from the dense model's top {k} tokens." if k else ""
+
+
+def _size_note(stage: Mapping[str, Any]) -> str:
+    tokens = look_up(stage, "size", "tokens")
+    return f"Multiply-accumulates and key-value cache: {tokens} tokens." if tokens else ""
+
+
+def _task_note(stage: Mapping[str, Any]) -> str:
+    harness, limit = look_up(stage, "zero_shot", "harness"), look_up(stage, "zero_shot", "limit")
+    if harness is None:
+        return ""
+    items = "all items" if limit is None else f"the first {limit} items"
+    tasks = look_up(stage, "zero_shot", "tasks") or {}
+    shots = " or ".join(map(str, sorted({task["num_fewshot"] for task in tasks.values() if "num_fewshot" in task})))
+    return f"Tasks: lm-eval {harness}{f', {shots}-shot' if shots else ''}, {items} of each."
+
+
+def _speed_note(stage: Mapping[str, Any]) -> str:
+    latency = look_up(stage, "latency") or {}
+    if not all(key in latency for key in ("device", "threads", "prompt_tokens", "new_tokens", "repeats")):
+        return ""
+    dtype = f", {latency['dtype']}" if latency.get("dtype") else ""
+    return (
+        f"Speed: batch 1, {latency['prompt_tokens']} prompt and {latency['new_tokens']} new tokens, "
+        f"{latency['device']}{dtype}, {latency['threads']} threads, median of {latency['repeats']}."
+    )
+
+
+_STAGE_NOTES = (_perplexity_note, _divergence_note, _size_note, _task_note, _speed_note)
+
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns the before/after table for the terminal: one column per stage, with the notes as its caption.
+
+    >>> table = stage_table({"dense": {"parameters": 200}, "pruned": {"parameters": 150}})
+    >>> [list(column.cells) for column in table.columns]
+    [['Parameters'], ['200'], ['150 (x0.75)']]
+
+    Args:
+        stages: Stage name -> its figures, as in ``report.json``. A row appears when some stage has its figure.
+    """
+    data = ReportData(title="", stages=stages)
+    table = Table(caption=" ".join(notes(data)) or None, caption_justify="left")
+    table.add_column("", overflow="fold")
+    for name in stages:
+        table.add_column(name, justify="right", overflow="fold")
+    for section in summary(data):
+        for label, cells in section.rows:
+            table.add_row(label, *map(_terminal_text, cells))
+        table.add_section()
+    return table
+
+
+def _terminal_text(cell: Cell) -> str:
+    """Returns a cell as one line of ASCII, but for ``±``: its figure, its error, and range and change in brackets."""
+    error, extent = (cell.spread, "") if cell.spread.startswith("±") else ("", cell.spread)
+    brackets = ", ".join(filter(None, (extent, cell.change)))
+    text = " ".join(filter(None, (cell.text, error, f"({brackets})" if brackets else "")))
+    return text.translate(_ASCII)
+
+
+def show(content: Table | str) -> None:
+    """Prints a table, or Markdown text, to standard output.
+
+    A terminal wraps wide tables. Where the output is piped or written to a file, a table has the width that it needs,
+    and Markdown is printed as it is.
+
+    Args:
+        content: A table, or Markdown.
+    """
+    console = Console()
+    piped = not (console.is_terminal or console.is_jupyter)
+    if isinstance(content, str):
+        console.print(content if piped else Markdown(content), markup=False, highlight=False, soft_wrap=piped)
+        return
+    if piped:
+        needed = Measurement.get(console, console.options.update(max_width=_WIDEST), content).maximum
+        console = Console(width=max(console.width, needed))
+    console.print(content)
+
+
+_WIDEST = 10_000
+
+
+def to_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    r"""Returns a Markdown table.
+
+    >>> print(to_markdown(["method", "KL"], [["entropy", "0.1"], ["a|b", "0.2"]]))
+    | method | KL |
+    | --- | --- |
+    | entropy | 0.1 |
+    | a\|b | 0.2 |
+
+    Args:
+        headings: One per column.
+        rows: A text per column each.
+    """
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""How many zeros each matrix gets: the same share, a share by outliers (OWL), or what the user names."""
+"""Sparsity allocation: the share of zeros of each matrix, uniform, by outliers (OWL) or given."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hfprune.errors import ConfigError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import Configured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,7 @@ class Matrix:
         return f"{self.layer}.{self.name}"
 
 
-class SparseAllocation(ABC):
+class SparseAllocation(Configured, ABC):
     """Turns one sparsity into one for each matrix.
 
     Attributes:
@@ -62,11 +63,17 @@ class SparseAllocation(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and settings, for reports."""
-        return {"name": type(self).__name__, **vars(self)}
+        return {"name": type(self).__name__, **self.settings(unset=True)}
 
 
 class UniformSparsity(SparseAllocation):
-    """The same for every matrix, as all papers but OWL have it."""
+    """The same for every matrix, as all papers but OWL have it.
+
+    Example:
+        >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
+        >>> {path: str(s) for path, s in UniformSparsity().spread(matrices, Sparsity(0.5), None).items()}
+        {'0.mlp.up_proj': '0.5', '1.mlp.up_proj': '0.5'}
+    """
 
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
@@ -85,6 +92,11 @@ class OutlierWeighed(SparseAllocation):
     Args:
         threshold: M of the paper, 5 or 7 there.
         spread: Lambda of the paper: layers differ by at most twice as much.
+
+    Example:
+        >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
+        >>> {path: str(s) for path, s in OutlierWeighed().spread(matrices, Sparsity(0.5), [0.1, 0.3]).items()}
+        {'0.mlp.up_proj': '0.58', '1.mlp.up_proj': '0.42'}
     """
 
     def __init__(self, *, threshold: float = 5.0, spread: float = 0.08) -> None:
@@ -117,20 +129,21 @@ class OutlierWeighed(SparseAllocation):
 
 
 class ExplicitSparsity(SparseAllocation):
-    """What the user names for matrices; the others have the sparsity of the run.
+    """Given sparsities of matrices; the others have the sparsity of the run.
 
     Args:
         sparsities: Pattern -> share or n:m. A pattern is compared with ``LAYER.NAME``, for example ``0.*`` (all of
             layer 0), ``*.mlp.down_proj``, ``*.q_proj``; of several that fit the last one counts.
+
+    Example:
+        >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
+        >>> {path: str(s) for path, s in ExplicitSparsity({"1.*": 0.25}).spread(matrices, Sparsity(0.5), None).items()}
+        {'0.mlp.up_proj': '0.5', '1.mlp.up_proj': '0.25'}
     """
 
     def __init__(self, sparsities: Mapping[str, str | float]) -> None:
         self.sparsities = {pattern: str(value) for pattern, value in sparsities.items()}
         self._parsed = {pattern: Sparsity.parse(value) for pattern, value in sparsities.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """Returns name and what was named."""
-        return {"name": "ExplicitSparsity", "sparsities": self.sparsities}
 
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None

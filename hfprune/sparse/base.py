@@ -4,18 +4,23 @@ Shape legend: O outputs, C inputs, N tokens.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.errors import CalibrationError
+from hfprune.utils.settings import Configured
 
 Needs = Literal["nothing", "norms", "products", "importance"]
 """What a method reads beside the weights: nothing, sums of squares of the inputs, of their products, or scores of every
 weight that gradients gave beforehand."""
+
+Presets = Mapping[str, Mapping[str, Any]]
+"""Name on the command line -> arguments of the method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +66,16 @@ class Pruned:
     order: Tensor | None = None
 
 
-class SparseMethod(ABC):
+class SparseMethod(Configured, ABC):
     """Turns a matrix into one with zeros. Instances hold settings, never sums.
 
     Attributes:
-        needs: What it reads beside the weights.
+        needs: What it reads in addition to the weights.
+        presets: Name on the command line -> settings; the first is the method with its defaults.
     """
 
     needs: ClassVar[Needs] = "nothing"
+    presets: ClassVar[Presets] = {}
 
     @property
     def across(self) -> bool:
@@ -94,7 +101,7 @@ class SparseMethod(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Returns name and settings, for reports."""
-        return {"name": type(self).__name__, **vars(self)}
+        return {"name": type(self).__name__, **self.settings(unset=True)}
 
 
 class ScoreMethod(SparseMethod):

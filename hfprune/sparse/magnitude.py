@@ -1,9 +1,11 @@
 """The absolute value of a weight: needs no data."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, ScoreMethod
+from hfprune.sparse.base import InputSums, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, WideScope, check_scope, drop
 
 
@@ -12,7 +14,17 @@ class MagnitudeSparsity(ScoreMethod):
 
     Args:
         scope: Which weights compete; ``model`` ranks all of them together, so that matrices lose different shares.
+
+    Source: the magnitude baseline of Wanda (Sun et al., 2024, arXiv:2306.11695) and SparseGPT.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> MagnitudeSparsity().prune(weight, InputSums(), Sparsity(0.5))
+        tensor([[ 0.,  0.,  0.,  0.],
+                [ 8.,  6., -5.,  7.]])
     """
+
+    presets: ClassVar[Presets] = {"magnitude": {}, "magnitude_model": {"scope": "model"}}
 
     def __init__(self, *, scope: WideScope = "matrix") -> None:
         check_scope(scope, ("row", "matrix", "model"))
@@ -37,7 +49,17 @@ class RelativeImportance(ScoreMethod):
 
     Args:
         scope: Which weights compete.
+
+    Source: RIA (Zhang et al., ICLR 2024).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> RelativeImportance().prune(weight, InputSums(), Sparsity(0.5))
+        tensor([[ 0.,  0.,  0.,  0.],
+                [ 8.,  6., -5.,  7.]])
     """
+
+    presets: ClassVar[Presets] = {"relative_importance": {}}
 
     def __init__(self, *, scope: Scope = "matrix") -> None:
         check_scope(scope)

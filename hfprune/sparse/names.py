@@ -1,30 +1,20 @@
-"""Names of the methods on the command line, with their settings as published."""
+"""Names of the sparse methods on the command line, with their settings as published."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from hfprune.errors import ConfigError
-from hfprune.near import nearest
 from hfprune.sparse.base import SparseMethod
-from hfprune.sparse.magnitude import MagnitudeSparsity, RelativeImportance
-from hfprune.sparse.ria import RIA
-from hfprune.sparse.sparsegpt import SparseGPT
-from hfprune.sparse.taylor import TaylorSparsity
-from hfprune.sparse.wanda import Wanda
-from hfprune.sparse.z_pruner import ZPruner
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import discover
+from hfprune.utils.spelling import nearest
 
-METHODS: Mapping[str, Callable[[], SparseMethod]] = {
-    "magnitude": MagnitudeSparsity,
-    "magnitude_model": lambda: MagnitudeSparsity(scope="model"),
-    "relative_importance": RelativeImportance,
-    "ria": RIA,
-    "ria_assigned": lambda: RIA(permutation="assigned"),
-    "sparsegpt": SparseGPT,
-    "taylor": TaylorSparsity,
-    "taylor_cross_entropy": lambda: TaylorSparsity(objective="cross_entropy"),
-    "wanda": Wanda,
-    "wanda_adaptive": lambda: Wanda(adaptive=True),
-    "z_pruner": ZPruner,
+_FACTORIES: dict[str, Callable[[], SparseMethod]] = {
+    name: partial(method, **settings)
+    for method in discover("hfprune.sparse", SparseMethod).values()  # type: ignore[type-abstract]
+    for name, settings in method.presets.items()
 }
+
+METHODS: Mapping[str, Callable[[], SparseMethod]] = dict(sorted(_FACTORIES.items()))
 """Name -> the method; options are given with its class (``--method Wanda --method.scope matrix``)."""
 
 
@@ -33,6 +23,9 @@ def sparse_method(name: str) -> SparseMethod:
 
     Raises:
         ConfigError: There is none; the message names the nearest one.
+
+    >>> sparse_method("wanda").describe()
+    {'name': 'Wanda', 'scope': 'row', 'adaptive': False}
     """
     if name not in METHODS:
         near = nearest(name, METHODS)

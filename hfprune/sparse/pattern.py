@@ -1,18 +1,19 @@
-"""How many weights of a matrix become zero, and which of them compete.
+"""Sparsity patterns (ratios and N:M) and the weights that they drop.
 
 Shape legend: O outputs, C inputs.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.settings import check_choice
 
 Scope = Literal["row", "matrix"]
 """Weights that compete: those of one output (``row``), or all of a matrix."""
@@ -23,8 +24,7 @@ WideScope = Literal["row", "matrix", "model"]
 
 def check_scope(scope: str, known: Sequence[str] = ("row", "matrix")) -> None:
     """Raises ``ConfigError`` unless ``scope`` is one."""
-    if scope not in known:
-        raise ConfigError(f"Unknown scope '{scope}'. Known: {', '.join(known)}.")
+    check_choice("scope", scope, known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +111,47 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     """Returns which ``count`` entries of the last axis are the lowest."""
     order = torch.sort(scores, dim=-1, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+_DIGIT = 16
+"""Bits that one pass over the scores tells apart."""
+
+
+def zeros_across(scores: Callable[[], Iterator[tuple[str, Tensor]]], sparsity: Sparsity) -> dict[str, Sparsity]:
+    """Returns, for each matrix, the share with which the lowest scores of the whole model become zero.
+
+    Exactly int(total * ratio) weights go; of equal scores those of the first matrices do. Scores are compared as
+    float32, whose bits, as integers, are ordered as they are: two passes count them by 16 bits each.
+
+    Args:
+        scores: Yields name and scores [O, C] >= 0 of every matrix, the same each time that it is called.
+        sparsity: A share, no pattern.
+    """
+    sizes = {name: found.numel() for name, found in scores()}
+    count = int(sum(sizes.values()) * sparsity.ratio)
+    high, before = _digit((_bits(s) >> _DIGIT for _, s in scores()), count)
+    low, below = _digit(
+        (b[b >> _DIGIT == high] & (2**_DIGIT - 1) for b in (_bits(s) for _, s in scores())), count - before
+    )
+    threshold, ties = (high << _DIGIT) + low, count - before - below
+    found = {}
+    for name, values in scores():
+        bits = _bits(values)
+        tied = min(ties, int((bits == threshold).sum()))
+        ties -= tied
+        found[name] = Sparsity.exactly(int((bits < threshold).sum()) + tied, sizes[name])
+    return found
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.flatten().to(torch.float32).view(torch.int32)
+
+
+def _digit(values: Iterator[Tensor], count: int) -> tuple[int, int]:
+    """Returns the digit of the value that comes after ``count`` lower ones, and how many have lower digits."""
+    counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
+    for part in values:
+        counts += torch.bincount(part, minlength=2**_DIGIT).cpu()
+    reached = counts.cumsum(0)
+    digit = min(int((reached <= count).sum()), 2**_DIGIT - 1)
+    return digit, int(reached[digit] - counts[digit])

@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from hfprune.errors import ConfigError
 from hfprune.sparse.pattern import Sparsity
+from hfprune.utils.settings import check_choice
 
 Permutation = Literal["none", "dealt", "assigned"]
 """``dealt``: sorted by total score and dealt to the slots in alternating direction; ``assigned``: then refined."""
@@ -21,8 +21,7 @@ _CHUNK = 2**24
 
 def check_permutation(name: str) -> None:
     """Raises ``ConfigError`` unless ``name`` is one."""
-    if name not in get_args(Permutation):
-        raise ConfigError(f"Unknown permutation '{name}'. Known: {', '.join(get_args(Permutation))}.")
+    check_choice("permutation", name, get_args(Permutation))
 
 
 def permute(scores: Tensor, sparsity: Sparsity, permutation: Permutation) -> Tensor | None:

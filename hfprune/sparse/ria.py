@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.magnitude import relative
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 from hfprune.sparse.permutation import Permutation, check_permutation, permute
@@ -21,9 +21,20 @@ class RIA(ScoreMethod):
         scope: ``matrix`` as published; ``row`` compares the weights of one output.
         permutation: For n:m, how inputs are put into groups so that more of the score stays: ``none`` as they are
             stored, ``dealt`` by their total score, ``assigned`` refined by a linear assignment for each slot.
+
+    Source: Zhang et al. (ICLR 2024).
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> sums = InputSums(num_sequences=1, squares=torch.tensor([16.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+        >>> RIA().prune(weight, sums, Sparsity(0.5))
+        tensor([[ 0.,  0.,  0.,  0.],
+                [ 8.,  6., -5.,  7.]])
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"ria": {}, "ria_assigned": {"permutation": "assigned"}}
 
     def __init__(self, *, power: float = 0.5, scope: Scope = "matrix", permutation: Permutation = "none") -> None:
         check_scope(scope)

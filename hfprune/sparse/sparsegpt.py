@@ -5,9 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.errors import CalibrationError, ConfigError
-from hfprune.sparse.base import InputSums, Needs, Pruned, SparseMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, Pruned, SparseMethod
 from hfprune.sparse.pattern import Sparsity, drop
+from hfprune.utils.errors import CalibrationError, ConfigError
 
 
 class SparseGPT(SparseMethod):
@@ -20,9 +20,19 @@ class SparseGPT(SparseMethod):
     Args:
         block: Columns that one threshold and one batch of updates cover.
         damping: Relative to the mean of the diagonal.
+
+    Source: Frantar and Alistarh (2023, arXiv:2301.00774).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> products = torch.eye(4, dtype=torch.float64) * 4 + 1
+        >>> SparseGPT().prune(weight, InputSums(num_sequences=1, products=products), Sparsity.parse("2:4"))
+        tensor([[0.0000, 0.0000, 2.8347, 3.8347],
+                [8.0000, 0.0000, 0.0000, 7.1980]])
     """
 
     needs: ClassVar[Needs] = "products"
+    presets: ClassVar[Presets] = {"sparsegpt": {}}
 
     def __init__(self, *, block: int = 128, damping: float = 0.01) -> None:
         if block < 1 or not damping >= 0:

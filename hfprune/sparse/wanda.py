@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
@@ -17,9 +17,19 @@ class Wanda(ScoreMethod):
         adaptive: The published variant: every row drops the weights that make up the same share of its summed scores,
             that share chosen so that the matrix has the sparsity asked for within 0.001. Unstructured only; exactly met
             counts are not its aim.
+
+    Source: Sun et al. (2024, arXiv:2306.11695).
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> sums = InputSums(num_sequences=1, squares=torch.tensor([16.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+        >>> Wanda().prune(weight, sums, Sparsity.parse("2:4"))
+        tensor([[1., 0., 0., 4.],
+                [8., 0., 0., 7.]])
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"wanda": {}, "wanda_adaptive": {"adaptive": True}}
 
     def __init__(self, *, scope: Scope = "row", adaptive: bool = False) -> None:
         check_scope(scope)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hfprune.sparse.base import InputSums, Needs, ScoreMethod
+from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
 
 
@@ -19,9 +19,20 @@ class ZPruner(ScoreMethod):
 
     Args:
         scope: ``matrix`` as published; ``row`` compares the weights of one output.
+
+    Source: Bhuiyan et al. (2025, arXiv:2508.15828).
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
+        >>> sums = InputSums(num_sequences=1, squares=torch.tensor([16.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+        >>> ZPruner().prune(weight, sums, Sparsity(0.5))
+        tensor([[ 0., -2.,  0.,  4.],
+                [ 8.,  0., -5.,  0.]])
     """
 
     needs: ClassVar[Needs] = "norms"
+    presets: ClassVar[Presets] = {"z_pruner": {}}
 
     def __init__(self, *, scope: Scope = "matrix") -> None:
         check_scope(scope)

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfprune.allocation import Allocation, Sensitivity
-from hfprune.arch import check_units
+from hfprune.allocation import Allocation
 from hfprune.compensation import Compensation
 from hfprune.criteria import (
     ActivationTaylor,
@@ -21,9 +20,12 @@ from hfprune.criteria import (
     SelfDistillation,
     resolve_objective,
 )
-from hfprune.errors import ConfigError
+from hfprune.models import check_units
 from hfprune.objectives import OBJECTIVES
-from hfprune.types import UnitKind
+from hfprune.plan import UnitKind, unit_kinds
+from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.rounds import Rounds, Schedule
+from hfprune.utils.errors import ConfigError
 
 _NAME = re.compile(r"[\w.-]+")
 
@@ -39,7 +41,9 @@ class Method:
         distillation: Two stages of calibration, with the dense model as the teacher.
         units: What may be removed, see ``TaylorImportanceCallback``.
         allocation: How the budget is spread over groups; the same share everywhere if not given.
-        compensation: How the projections that read pruned units are fitted anew; None leaves the kept weights.
+        compensation: How the projections that read pruned units are refitted; None leaves the kept weights.
+        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
+        schedule: How the removal is spread over the rounds.
     """
 
     name: str
@@ -49,6 +53,12 @@ class Method:
     units: Sequence[UnitKind] = ("mlp",)
     allocation: Allocation | None = None
     compensation: Compensation | None = None
+    rounds: int = 1
+    schedule: Schedule = "cubic"
+
+    def __post_init__(self) -> None:
+        """Replaces deprecated names of unit kinds."""
+        object.__setattr__(self, "units", unit_kinds(self.units))
 
     def check(self) -> None:
         """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
@@ -56,13 +66,12 @@ class Method:
             raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
         try:
             found = resolve_objective(self.scorer, self.objective)
+            CalibrationOptions(rounds=self.rounds, schedule=self.schedule, self_distillation=self.distillation)
             if self.distillation is not None:
                 self.distillation.check(self.scorer, self.objective)
             check_units(self.units)
             if self.allocation is not None and self.allocation.own_budget:
-                raise ConfigError(f"{self.allocation} says itself how much goes; the sweep does.")
-            if isinstance(self.allocation, Sensitivity) and self.allocation.curves is None:
-                raise ConfigError("in a sweep Sensitivity needs curves, those of a run's plan.json for example.")
+                raise ConfigError(f"{self.allocation} sets the widths itself, and a sweep sets pruning_ratios.")
         except ConfigError as error:
             raise ConfigError(f"Method '{self.name}': {error}") from error
         if found is not None:
@@ -81,6 +90,21 @@ class Method:
         return None if self.distillation is not None else resolve_objective(self.scorer, self.objective)
 
     @property
+    def removal(self) -> Rounds:
+        """Number of rounds and their schedule."""
+        return Rounds(number=self.rounds, schedule=self.schedule)
+
+    @property
+    def staged(self) -> bool:
+        """Whether its scores need several passes over the calibration data, and share none with other methods."""
+        return self.distillation is not None or self.rounds > 1
+
+    @property
+    def measures(self) -> bool:
+        """Whether its allocation measures on the calibration data: sensitivity curves, for example."""
+        return self.allocation is not None and bool(self.allocation.measures)
+
+    @property
     def calibrated(self) -> bool:
         """Whether its scores come from calibration data."""
         return isinstance(self.scorer, CalibratedCriterion)
@@ -89,7 +113,7 @@ class Method:
     def seeded(self) -> bool:
         """Whether its model depends on the seed: through the data, or through random numbers."""
         layerwise = self.compensation is not None or isinstance(self.scorer, LayerwiseCriterion)
-        return self.seeded_scores or layerwise
+        return self.seeded_scores or layerwise or self.measures
 
     @property
     def seeded_scores(self) -> bool:
@@ -99,7 +123,8 @@ class Method:
     def scoring(self) -> tuple[str, ...]:
         """Returns what its scores follow from, beside model and data: methods that share it share their scores."""
         parts = (self.differentiated, sorted(self.scorer.describe().items()), self.distillation, sorted(self.units))
-        return tuple(map(str, parts))
+        steps = () if self.rounds == 1 else (self.removal, self.allocation)
+        return tuple(map(str, (*parts, *steps)))
 
     def with_seed(self, seed: int) -> Criterion:
         """Returns the criterion for one seed."""
@@ -150,7 +175,7 @@ class SweepGrid:
         methods: What is compared.
         pruning_ratios: Shares of all parameters to remove.
         seeds: Seeds of the calibration data (and of random scores).
-        texts: Name -> evaluation text; what ``--data.text`` takes.
+        texts: Name -> evaluation text, as ``TextDataModule(text=...)`` takes it.
         round_to: Kept widths are multiples of this.
         task_seeds: Run the zero-shot tasks for the first so many seeds.
     """
@@ -167,19 +192,19 @@ class SweepGrid:
         for method in self.methods:
             method.check()
         listed: dict[str, Sequence[object]] = {
-            "--methods": [method.name for method in self.methods],
-            "--pruning_ratios": self.pruning_ratios,
-            "--seeds": self.seeds,
+            "methods": [method.name for method in self.methods],
+            "pruning_ratios": self.pruning_ratios,
+            "seeds": self.seeds,
         }
-        for flag, values in listed.items():
+        for name, values in listed.items():
             if not values or len(set(values)) != len(values):
-                raise ConfigError(f"{flag} must name at least one, and each once; got {list(values)}.")
+                raise ConfigError(f"{name}={list(values)} must name at least one, and each once.")
         if not self.texts:
-            raise ConfigError("--texts must name at least one evaluation text.")
+            raise ConfigError("texts={} must name at least one evaluation text.")
         if any(not _NAME.fullmatch(name) for name in self.texts):
-            raise ConfigError(f"--texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
+            raise ConfigError(f"texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
         if self.task_seeds < 1:
-            raise ConfigError(f"--task_seeds {self.task_seeds} is not positive.")
+            raise ConfigError(f"task_seeds={self.task_seeds} must be positive.")
 
     def cells(self) -> Iterator[Cell]:
         """Yields the models to make; those of the first seed first, so that a whole table exists early."""

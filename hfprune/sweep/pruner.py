@@ -7,19 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfprune.allocation import Inventory, ResolvedBudget, allocate, kept_units
-from hfprune.arch import class_name, config_values, find_groups
-from hfprune.calibration import check_criterion
-from hfprune.causal import as_batch, sequences
+from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, kept_units
 from hfprune.criteria import LayerwiseCriterion
-from hfprune.errors import ConfigError
-from hfprune.layerwise import LayerwisePass, LayerwiseResult, check_together
-from hfprune.layouts import apply_plan
-from hfprune.loading import load_causal_lm
+from hfprune.io.layouts import apply_plan
+from hfprune.io.load import load_causal_lm
+from hfprune.models import class_name, config_values, find_groups
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import PruningPlan
+from hfprune.plan import Budget, PruningPlan
+from hfprune.pruning.accumulator import check_criterion
+from hfprune.pruning.calibration import CalibrationData
+from hfprune.pruning.communicator import LocalCommunicator
+from hfprune.pruning.layerwise import LayerwiseResult, check_together, run_layerwise
+from hfprune.pruning.prunable import PrunableModel
+from hfprune.pruning.sensitivity_curves import measured
 from hfprune.sweep.grid import Cell, Method, SweepGrid
-from hfprune.types import Budget
+from hfprune.utils.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Pruner:
         self._inventories: dict[tuple[str, ...], Inventory] = {}
         for method in grid.methods:
             for ratio in grid.pruning_ratios:
-                self._check(method, self.budget(method, ratio))
+                self._check(method, ratio)
 
     def inventory(self, method: Method) -> Inventory:
         """Returns the groups that a method may take units from."""
@@ -57,19 +59,34 @@ class Pruner:
             self._inventories[units] = Inventory.of(model, find_groups(model, units))
         return self._inventories[units]
 
-    def budget(self, method: Method, ratio: float, scores: ByGroup | None = None) -> ResolvedBudget:
-        """Returns what removing ``ratio`` of all parameters means for a method; provisional where it needs scores."""
-        asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
-        return allocate(self.inventory(method), asked, method.allocation, scores=scores)
+    def budget(
+        self,
+        method: Method,
+        ratio: float,
+        scores: ByGroup | None = None,
+        allocation: Allocation | None = None,
+    ) -> ResolvedBudget:
+        """Returns what removing ``ratio`` of all parameters means for a method; provisional where it needs scores.
 
-    def _check(self, method: Method, budget: ResolvedBudget) -> None:
-        inventory = self.inventory(method)
+        Args:
+            method: The method.
+            ratio: Share of all parameters to remove.
+            scores: Importance of the units, None before calibration.
+            allocation: The method's allocation with what was measured for it; the method's own if not given.
+        """
+        asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
+        return allocate(self.inventory(method), asked, allocation or method.allocation, scores=scores)
+
+    def _check(self, method: Method, ratio: float) -> None:
+        inventory, budget = self.inventory(method), self.budget(method, ratio)
         try:
             model = self._module.meta_model()
             check_together(method.scorer, method.compensation, method.units, method.allocation, inventory, model=model)
             check_criterion(model, inventory.groups, method.scorer)
+            asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
+            method.removal.check(PrunableModel(model, method.units), asked, method.allocation, method.scorer)
             if method.distillation is not None:
-                if budget.provisional or inventory.block is not None:
+                if budget.provisional or inventory.layers is not None:
                     raise ConfigError("distillation needs every width before its first stage, and keeps all layers.")
                 method.distillation.first_widths(inventory.groups, budget.widths)
         except ConfigError as error:
@@ -81,12 +98,16 @@ class Pruner:
         Args:
             cell: The cell.
             scores: Importance of the units; empty where they are chosen layer by layer.
-            batches: Calibration batches, read where units are chosen layer by layer.
+            batches: Calibration batches, read where units are chosen layer by layer or the allocation measures.
         """
-        method = cell.method
+        method, groups = cell.method, self.inventory(cell.method).groups
         if isinstance(method.scorer, LayerwiseCriterion):
             return self._layerwise(self._load(), cell, None, batches).keep
-        return kept_units(scores, self.inventory(method).groups, self.budget(method, cell.pruning_ratio, scores))
+        allocation = method.allocation
+        if method.measures:
+            subject, data = PrunableModel(self._load(), method.units), CalibrationData(batches=lambda: batches)
+            allocation = measured(subject, groups, scores, allocation, data, LocalCommunicator())
+        return kept_units(scores, groups, self.budget(method, cell.pruning_ratio, scores, allocation))
 
     def build(self, cell: Cell, keep: Kept, batches: Iterable[Any]) -> Any:
         """Returns a cell's model.
@@ -113,13 +134,16 @@ class Pruner:
         method = cell.method
         groups = find_groups(model, method.units)
         widths = self.budget(method, cell.pruning_ratio).widths
-        with torch.no_grad():
-            found = LayerwisePass(model, groups, compensation=method.compensation).run(
-                [sequence for batch in batches for sequence in sequences(as_batch(batch))],
-                dict(zip((group.name for group in groups), widths, strict=True)),
-                keep=keep,
-                criterion=method.scorer if isinstance(method.scorer, LayerwiseCriterion) else None,
-            )
-        if found.warning:
-            _log.warning("WARNING: %s: %s", cell.name, found.warning)
-        return found
+        result = run_layerwise(
+            PrunableModel(model, method.units),
+            groups,
+            dict(zip((group.name for group in groups), widths, strict=True)),
+            CalibrationData(batches=lambda: batches),
+            LocalCommunicator(),
+            keep=keep,
+            criterion=method.scorer if isinstance(method.scorer, LayerwiseCriterion) else None,
+            compensation=method.compensation,
+        )
+        if result.warning:
+            _log.warning("WARNING: %s: %s", cell.name, result.warning)
+        return result

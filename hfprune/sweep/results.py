@@ -1,4 +1,4 @@
-"""The results of a sweep: one row per method and ratio, means and spreads over seeds, as CSV, JSON, Markdown, HTML."""
+"""The table of a sweep and the comparison of its cells."""
 
 import csv
 import io
@@ -10,12 +10,52 @@ from typing import Any
 
 from torch import Tensor
 
-from hfprune.files import write_json, write_text
-from hfprune.outputs import REPORT_PAGE
+from hfprune.io.output_folder import REPORT_PAGE
 from hfprune.report import FrontierPoint, ReportData, save_figures, write_report
 from hfprune.report.data import number
-from hfprune.sweep.compare import matrix, overlap, rank_correlation
+from hfprune.report.table import to_markdown
 from hfprune.sweep.grid import SweepGrid
+from hfprune.utils.files import write_json, write_text
+
+Kept = Mapping[str, Sequence[int]]
+"""Group -> kept units."""
+
+
+def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Returns Spearman's rank correlation of the scores within each group of both, averaged; ties share a rank.
+
+    >>> import torch
+    >>> a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])
+    >>> round(rank_correlation({"x": a}, {"x": b}), 3)
+    0.5
+    """
+    found = [_spearman(scores, other[name]) for name, scores in one.items() if name in other]
+    return sum(found) / len(found) if found else float("nan")
+
+
+def overlap(one: Kept, other: Kept) -> float:
+    """Returns the share of the kept units of ``one`` that are kept by ``other``, over the groups of both.
+
+    >>> overlap({"x": [0, 1]}, {"x": [1, 2]})
+    0.5
+    """
+    shared = one.keys() & other.keys()
+    common = sum(len(set(one[name]) & set(other[name])) for name in shared)
+    return common / sum(len(one[name]) for name in shared) if shared else float("nan")
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    from scipy.stats import spearmanr
+
+    if any(len(scores.unique()) < 2 for scores in (one, other)):
+        return float("nan")  # ranks that are all equal correlate with nothing
+    return float(spearmanr(one.double().numpy(), other.double().numpy()).statistic)
+
+
+def matrix(names: Sequence[str], value: Any) -> dict[str, dict[str, float]]:
+    """Returns ``value(a, b)`` for every pair of names."""
+    return {a: {b: value(a, b) for b in names} for a in names}
+
 
 Figures = Mapping[str, Any]
 Row = dict[str, Any]
@@ -172,17 +212,18 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
-    head = ["method", "removed", *(title for title, _ in columns.values())]
-    lines = [head, ["---"] * len(head)]
+    headings = ["method", "removed", *(title for title, _ in columns.values())]
+    lines = []
     for row in rows:
         ratio = row["pruning_ratio"]
         cells = [_mean(row, name, digits) for name, (_, digits) in columns.items()]
         lines.append([row["method"], "-" if ratio is None else f"{ratio:.0%}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return to_markdown(headings, lines)
 
 
 def _speed_table(speeds: Mapping[str, Any]) -> str:
-    lines = [["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"], ["---"] * 5]
+    headings = ["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"]
+    lines = []
     for name, found in speeds.items():
         cells = [name]
         for kind, figure in (("prefill", "prefill_ms"), ("decode", "decode_tokens_per_s")):
@@ -195,7 +236,7 @@ def _speed_table(speeds: Mapping[str, Any]) -> str:
         f"Batch 1, {first['prompt_tokens']} prompt and {first['new_tokens']} new tokens, {first['device']}, "
         f"{first['dtype']}, {first['threads']} threads, median of {first['repeats']} in alternation (spread of ratios)."
     )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{settings}"
+    return f"{to_markdown(headings, lines)}\n\n{settings}"
 
 
 def _mean(row: Row, name: str, digits: str) -> str:
@@ -207,9 +248,7 @@ def _mean(row: Row, name: str, digits: str) -> str:
 
 
 def _matrix(found: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [["", *found], ["---"] * (len(found) + 1)]
-    lines += [[name, *(f"{value:.3f}" for value in row.values())] for name, row in found.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return to_markdown(["", *found], [[name, *(f"{v:.3f}" for v in row.values())] for name, row in found.items()])
 
 
 def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> ReportData:

@@ -11,29 +11,27 @@ from typing import Any
 
 import torch
 
-from hfprune.arch import parameter_count
 from hfprune.criteria import LayerwiseCriterion
+from hfprune.data.self_generated import author_of
 from hfprune.data.text import TextDataModule
-from hfprune.data.written import author_of
-from hfprune.errors import ConfigError
+from hfprune.evaluation.evaluate import Measurement, measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.latency import compare_latency
 from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
-from hfprune.evaluation.size import measure_size
-from hfprune.evaluation.stage import Measurement, measure
-from hfprune.evaluation.windows import Windows
+from hfprune.evaluation.perplexity import Windows
+from hfprune.evaluation.size_and_speed import compare_latency, measure_size
 from hfprune.evaluation.zero_shot import ZeroShotTasks
-from hfprune.export import check_output_dir, command_line
-from hfprune.files import write_json
-from hfprune.fingerprint import prediction_fingerprint
-from hfprune.loading import predicts_badly_without_bos
+from hfprune.io.load import predicts_badly_without_bos
+from hfprune.io.output_folder import RESULTS, check_apart, is_sweep
+from hfprune.io.save import check_output_dir, command_line
+from hfprune.models import parameter_count
+from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.outputs import RESULTS, check_apart, is_sweep
-from hfprune.paths import user_path
-from hfprune.sweep.book import ScoreBook
 from hfprune.sweep.grid import Cell, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
 from hfprune.sweep.results import write_results
+from hfprune.sweep.score_cache import ScoreBook
+from hfprune.utils.errors import ConfigError
+from hfprune.utils.files import user_path, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class Sweep:
         texts = {name: [cut.sha256, cut.protocol] for name, cut in windows.items()}
         cells = {"dense": self._cell("dense", texts, lambda: self._measure(dense, windows, dense=True))}
         folder = self.out / "scores"
-        book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key, device=self.device)
+        book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key)
         kept: dict[str, Kept] = {}
         for cell in self.grid.cells():
             kept[cell.name] = keep = self._keep(cell, book)
@@ -148,7 +146,7 @@ class Sweep:
     def _windows(self, name: str) -> Windows:
         windows = self._bound(self.make_data(self.grid.seeds[0], self.grid.texts[name])).evaluation_windows()
         if windows is None:
-            raise ConfigError(f"--texts {name}: there are no evaluation windows; see --data.eval_windows.")
+            raise ConfigError(f"texts: '{name}' has no evaluation windows; see eval_windows.")
         return windows
 
     def _warn_of_overlap(self, name: str, windows: Windows, by_seed: dict[int, TextDataModule]) -> None:
@@ -181,12 +179,13 @@ class Sweep:
         return again
 
     def _keep(self, cell: Cell, book: ScoreBook) -> Kept:
-        """Returns a cell's units; choosing them layer by layer takes long, so that these have a file."""
-        if not isinstance(cell.method.scorer, LayerwiseCriterion):
+        """Returns a cell's units; choosing them layer by layer or by measured curves takes long: these have a file."""
+        if not isinstance(cell.method.scorer, LayerwiseCriterion) and not cell.method.measures:
             return self.pruner.keep(cell, book.scores(cell), ())
         budget = self.pruner.budget(cell.method, cell.pruning_ratio).to_dict()
         depends = [cell.method.scoring(), self._fitted(cell, book), book.data_key(cell), budget]
-        found = self._cell(f"kept-{cell.name}", depends, lambda: self.pruner.keep(cell, {}, book.batches(cell)))
+        make = partial(self.pruner.keep, cell, book.scores(cell), book.batches(cell))
+        found = self._cell(f"kept-{cell.name}", depends, make)
         return {name: tuple(units) for name, units in found.items()}
 
     def _fitted(self, cell: Cell, book: ScoreBook) -> list[Any]:

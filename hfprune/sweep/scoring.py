@@ -1,24 +1,23 @@
-"""The scores of every calibrated criterion for one seed, from one forward pass over its calibration data."""
+"""Scores of a sweep: those of every calibrated method for one seed, from as few passes over the data as possible."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfprune.allocation import uniform_keep
-from hfprune.arch import find_groups
-from hfprune.calibration import ImportanceAccumulator, ObjectiveSum, backward
-from hfprune.causal import objective_sums, run_backbone, sequences, token_counts
 from hfprune.criteria import CalibratedCriterion, scored_groups
-from hfprune.errors import CalibrationError
+from hfprune.models import find_groups
 from hfprune.objectives import OBJECTIVES, Objective
-from hfprune.objectives.distillation import Distillation
-from hfprune.recording import UnitMask
+from hfprune.plan import Budget
+from hfprune.pruning.calibration import Calibration, CalibrationData, Kept, Scorer, State, two_stages
+from hfprune.pruning.communicator import LocalCommunicator
+from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.prunable import PrunableModel
+from hfprune.pruning.rounds import in_rounds
 from hfprune.sweep.grid import Method
-from hfprune.tensor_files import load_tensors, save_tensors
+from hfprune.utils.files import load_tensors, save_tensors
 
 SAVE_EVERY = 64
 """Sequences between saved states."""
@@ -27,88 +26,26 @@ Scores = dict[str, dict[str, Tensor]]
 """Method -> group -> importance [U]."""
 
 
-class SharedPass:
-    """Accumulates the scores of several methods; the forward pass and the logits are theirs together.
+def shared_pass(
+    model: Any, methods: Sequence[Method], batches: Iterable[Any], *, objective: Objective | None = None
+) -> Calibration:
+    """Returns a calibration that accumulates the scores of several methods from the same forward passes.
 
     Args:
         model: The dense model.
         methods: Methods that calibrate.
-        device: Where sequences go.
+        batches: The calibration batches.
         objective: The objective of all of them; each method's own if not given.
     """
-
-    def __init__(
-        self, model: Any, methods: Sequence[Method], *, device: torch.device, objective: Objective | None = None
-    ) -> None:
-        self._model, self._methods, self._device = model, tuple(methods), device
-        self._accumulators = []
-        self._by_objective: dict[Objective | None, list[ImportanceAccumulator]] = {}
-        for method in methods:
-            assert isinstance(method.scorer, CalibratedCriterion)
-            groups = scored_groups(model, find_groups(model, method.units), method.scorer)
-            accumulator = ImportanceAccumulator(model, groups, method.scorer, device=device)
-            self._accumulators.append(accumulator)
-            name = method.differentiated
-            chosen = objective or (None if name is None else OBJECTIVES.get(name))
-            self._by_objective.setdefault(chosen, []).append(accumulator)
-
-    def run(self, batches: Iterator[Any], *, skip: int = 0, done: Callable[[int], None] = lambda _: None) -> None:
-        """Adds every sequence of ``batches`` but the first ``skip``; ``done`` is told how many were seen."""
-        position = 0
-        with ExitStack() as stack:
-            for accumulator in self._accumulators:
-                stack.enter_context(accumulator.recording())
-            for batch in batches:
-                for sequence in sequences(batch):
-                    position += 1
-                    if position > skip:
-                        self._step(sequence, position)
-                        done(position)
-
-    def _step(self, sequence: dict[str, Tensor], position: int) -> None:
-        batch = {name: tensor.to(self._device) for name, tensor in sequence.items()}
-        objectives = [objective for objective in self._by_objective if objective is not None]
-        forward_only = self._by_objective.get(None, [])
-        for accumulator in forward_only:
-            accumulator.arm(*token_counts(batch))
-        try:
-            if objectives:
-                self._differentiate(batch, objectives)
-            else:
-                run_backbone(self._model, batch)
-            for accumulator in forward_only:
-                accumulator.commit(torch.zeros((), device=self._device))
-        except CalibrationError as error:
-            raise CalibrationError(f"Calibration sequence {position - 1}: {error}") from error
-
-    def _differentiate(self, batch: dict[str, Tensor], objectives: list[Objective]) -> None:
-        with torch.enable_grad():
-            found = objective_sums(self._model, objectives, batch)
-            for index, (objective, (total, valid)) in enumerate(zip(objectives, found, strict=True)):
-                out = ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=None)
-                try:
-                    backward(out, self._by_objective[objective], retain_graph=index < len(found) - 1)
-                except CalibrationError as error:
-                    raise CalibrationError(f"{objective.name}: {error}") from error
-
-    def scores(self) -> Scores:
-        """Returns the scores of every method."""
-        return {m.name: a.scores() for m, a in zip(self._methods, self._accumulators, strict=True)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns every sum."""
-        return {f"{i}/{j}": t for i, a in enumerate(self._accumulators) for j, t in enumerate(a.tensors())}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over sums that ``tensors`` returned."""
-        for i, accumulator in enumerate(self._accumulators):
-            mine = sorted((int(key.split("/")[1]), t) for key, t in tensors.items() if key.startswith(f"{i}/"))
-            accumulator.load([t.to(self._device) for _, t in mine])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens seen."""
-        return self._accumulators[0].totals().num_tokens
+    scorers = []
+    for method in methods:
+        assert isinstance(method.scorer, CalibratedCriterion)
+        groups = scored_groups(model, find_groups(model, method.units), method.scorer)
+        name = method.differentiated
+        scorers.append(Scorer(method.scorer, groups, objective or (None if name is None else OBJECTIVES.get(name))))
+    data = CalibrationData(batches=lambda: batches)
+    options = CalibrationOptions(checkpoint_every=SAVE_EVERY, check_every=None)  # no budget: nothing to compare
+    return Calibration(PrunableModel(model), scorers, data, options, LocalCommunicator())
 
 
 def seed_scores(
@@ -118,7 +55,6 @@ def seed_scores(
     path: Path,
     *,
     key: str,
-    device: torch.device,
     objective: Objective | None = None,
 ) -> Scores:
     """Returns the scores of one seed, from ``path`` if they were computed before; resumes an interrupted pass.
@@ -127,57 +63,64 @@ def seed_scores(
         model: The dense model.
         methods: Methods that calibrate.
         batches: The calibration batches.
-        path: File of the scores; the state of an unfinished pass lies beside it.
-        key: What the scores depend on; a file with another one is not used.
-        device: Where to run.
+        path: File of the scores; the state of an unfinished pass lies next to it.
+        key: Hash of what the scores depend on; a file with another one is not used.
         objective: The objective of all methods; each method's own if not given.
     """
-    found = load_tensors(path, key=key)
-    if found is not None:
+    stored = load_tensors(path, key=key)
+    if stored is not None:
         scores: Scores = {}
-        for name, tensor in found.items():
+        for name, tensor in stored.items():
             method, _, group = name.partition("/")
             scores.setdefault(method, {})[group] = tensor
         return scores
-    shared = SharedPass(model, methods, device=device, objective=objective)
+    calibration = shared_pass(model, methods, batches, objective=objective)
     unfinished = path.with_suffix(".unfinished")
-    state, skip = load_tensors(unfinished, key=key), 0
+    state = load_tensors(unfinished, key=key)
     if state is not None:
-        skip = int(state.pop("position"))
-        shared.load(state)
+        position = int(state.pop("position"))
+        calibration.resume(position, [state[str(number)] for number in range(len(state))])
 
-    def done(position: int) -> None:
-        if position % SAVE_EVERY == 0:
-            save_tensors(unfinished, shared.tensors() | {"position": torch.tensor(position)}, key=key)
+    def save() -> None:
+        sums = {str(number): tensor for number, tensor in enumerate(calibration.tensors())}
+        save_tensors(unfinished, sums | {"position": torch.tensor(calibration.position)}, key=key)
 
-    shared.run(iter(batches), skip=skip, done=done)
-    scores = shared.scores()
-    found = {f"{name}/{group}": t for name, by_group in scores.items() for group, t in by_group.items()}
-    save_tensors(path, found, key=key)
+    calibration.run(save)
+    scores = {method.name: found for method, found in zip(methods, calibration.scores(), strict=True)}
+    flat = {f"{name}/{group}": tensor for name, by_group in scores.items() for group, tensor in by_group.items()}
+    save_tensors(path, flat, key=key)
     unfinished.unlink(missing_ok=True)
     return scores
 
 
-def distilled_scores(
-    model: Any, method: Method, batches: Callable[[], Iterable[Any]], path: Path, *, key: str, device: torch.device
+def staged_scores(
+    model: Any, method: Method, batches: Callable[[], Iterable[Any]], path: Path, *, key: str, budget: Budget
 ) -> Scores:
-    """Returns the scores of a method of two stages; each stage is a pass of its own, with a file of its own.
+    """Returns the scores of a method of several passes (rounds, or self-distillation); each has a file of its own.
 
     Args:
         model: The dense model.
-        method: A method with ``distillation``.
+        method: A method with ``rounds`` or ``distillation``.
         batches: Returns the calibration batches.
-        path: File of the scores; those of the first stage lie beside it.
-        key: What the scores depend on.
-        device: Where to run.
+        path: File of the last pass; those of the passes before lie next to it.
+        key: Hash of what the scores depend on.
+        budget: The budget of the last round.
     """
-    setting = method.distillation
-    assert setting is not None
-    groups = find_groups(model, method.units)
-    early, ce = path.with_suffix(".first.safetensors"), OBJECTIVES.get("cross_entropy")
-    first = seed_scores(model, [method], batches(), early, key=key, device=device, objective=ce)
-    kept = uniform_keep(first[method.name], groups, setting.first_widths(groups, [0] * len(groups)))
-    mask = UnitMask(model, groups, kept)
-    student = Distillation(alpha=setting.alpha, temperature=setting.temperature, teacher=mask.lifted)
-    with mask.active():
-        return seed_scores(model, [method], batches(), path, key=key, device=device, objective=student)
+    subject = PrunableModel(model, method.units)
+    groups = subject.groups(model)
+    number, last = 0, 2 if method.distillation is not None else method.rounds
+
+    def run(masked: Kept | None, saved: State | None) -> dict[str, Tensor]:
+        nonlocal number
+        number += 1
+        name = "first" if method.distillation is not None else f"round{number}"
+        file = path if number == last else path.with_suffix(f".{name}.safetensors")
+        return seed_scores(model, [method], batches(), file, key=key, objective=subject.objective)[method.name]
+
+    if method.distillation is not None:
+        scores = two_stages(subject, groups, method.distillation, [0] * len(groups), None, run)
+    else:
+        final = subject.resolve(budget, method.allocation).widths
+        widths = method.removal.widths(subject, budget, method.allocation, final)
+        scores = in_rounds(subject, groups, widths, None, run)
+    return {method.name: scores}

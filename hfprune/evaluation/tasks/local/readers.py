@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from hfprune.errors import ConfigError
+from hfprune.utils.errors import ConfigError
 
 Row = dict[str, Any]
 
@@ -227,9 +227,7 @@ def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 def _find(task: str, data_dir: str | None, *names: str) -> Path:
     """Returns the first of ``names`` that exists in ``data_dir``."""
     if data_dir is None:
-        raise ConfigError(
-            f"Task {task} reads local files: give their folder as data_dir in the metadata (--task_data)."
-        )
+        raise ConfigError(f"Task {task} reads local files: give their folder as data_dir in the metadata.")
     found = next((path for name in names if (path := Path(data_dir) / name).exists()), None)
     if found is None:
         raise ConfigError(f"Task {task} finds none of its files in '{data_dir}': {', '.join(names)}.")

@@ -1,0 +1,474 @@
+"""PruningCallback: the life that structured, sparse and LoRA pruning share in a Lightning ``fit``, and its checks."""
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+
+from hfprune.allocation import ResolvedBudget
+from hfprune.callbacks.calibration_data import check_source
+from hfprune.callbacks.checkpointing import CheckpointHook, count_epoch
+from hfprune.callbacks.target import Target
+from hfprune.compensation import Compensation
+from hfprune.criteria import Criterion, LayerwiseCriterion
+from hfprune.io.checkpoint_record import KEY, Record
+from hfprune.io.layouts import pruned_shapes
+from hfprune.models import find_spec, is_supported
+from hfprune.models.surgery import cut_optimizer_state, new_names, plan_cuts
+from hfprune.modules.causal_lm import PruningModule
+from hfprune.modules.events import PruningEvents
+from hfprune.modules.resume import keep_cut_epoch
+from hfprune.plan import PruningPlan
+from hfprune.pruning.calibration import check_stages
+from hfprune.pruning.layerwise import check_layerwise
+from hfprune.pruning.options import PruningOptions
+from hfprune.pruning.sensitivity_curves import check_curves
+from hfprune.recovery.lora import LoraRecovery
+from hfprune.recovery.mode import RecoveryMode, RecoverySetting
+from hfprune.utils.errors import ConfigError
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises ``ConfigError`` that names the first argument which is given and not positive."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name}={value} must be positive.")
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Returns the trainer's callbacks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def pruning_callbacks(trainer: Trainer) -> list["PruningCallback"]:
+    """Returns the trainer's callbacks that prune."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningCallback)]
+
+
+def listeners(trainer: Trainer) -> list[PruningEvents]:
+    """Returns the trainer's callbacks that receive the events of pruning."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningEvents)]
+
+
+def needs_stock(trainer: Trainer) -> bool:
+    """Returns whether a callback of the trainer writes the pruned model with a stock config."""
+    return any(listener.needs_stock for listener in listeners(trainer))
+
+
+class PruningCallback(Callback, PruningEvents, ABC):
+    """Base of the callbacks that prune a model in ``fit``.
+
+    The life of a run, in which subclasses fill in the methods in brackets:
+
+    1. ``setup``: find the model (``_find``), check trainer, settings and shapes (``_check_run``, ``check``), and route
+       the strategy's checkpoints through the callback (``_save``, ``_load``);
+    2. ``on_fit_start``: compare with the checkpoint that the run resumes from (``_begin``); without one calibrate and
+       plan (``_make_plan``), cut (``_apply``) and add the adapters of ``recovery`` (``_add_adapters``); set the
+       strategy up for the model as it is now (``_ready``);
+    3. training, which is Lightning's;
+    4. ``teardown``: restore the strategy's methods and remove the progress that was saved (``_finish``); after an
+       exception the progress stays.
+
+    Trainer, report and command line use these members, and ask for no subclass:
+
+    Attributes:
+        prunes: ``units`` (neurons, heads, layers, ...), after which the model is smaller, or single ``weights``.
+        before_training: Whether the model is pruned in ``on_fit_start``, so that ``PruneTrainer.prune`` can do it.
+        recovery_mode: What recovery trains.
+        recovery: Adapters that recovery trains; None without adapters.
+        importance: Group name -> scores [units], after pruning; empty where single weights are pruned.
+        orders: ``LAYER.NAME`` -> order of a projection's inputs, where a sparse method has permuted them.
+        stock: Whether a stock config has to describe the pruned model; set from the callbacks that write it.
+        resume_from: Checkpoint that ``fit`` will restore, where it is known beforehand; ``PruneTrainer`` sets it.
+
+    Further members: ``plan``, ``check``, ``check_stock``, ``expected_model`` and ``describe``.
+    """
+
+    prunes: ClassVar[Literal["units", "weights"]] = "units"
+    before_training: ClassVar[bool] = True
+
+    def __init__(self, *, recovery: RecoverySetting = "full") -> None:
+        self.recovery_mode = RecoveryMode(recovery)
+        self.recovery: LoraRecovery | None = self.recovery_mode.lora
+        self.importance: dict[str, torch.Tensor] = {}
+        self.stock = False
+        self.resume_from: str | Path | None = None
+        self._target: Target | None = None
+        self._record: Record | None = None
+        self._checkpoints: CheckpointHook | None = None
+        self._settings: dict[str, Any] = {}
+        self._failed = False
+
+    # ---- what others use ---------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The plan that was applied to the model; None before."""
+        return None if self._target is None else self._target.plan
+
+    @property
+    def orders(self) -> dict[str, torch.Tensor]:
+        """Orders of inputs that sparse projections have."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide what is pruned, as plain data."""
+
+    @abstractmethod
+    def check(self, module: LightningModule) -> ResolvedBudget | None:
+        """Checks the settings against the shapes of ``module``'s model; loads no weights.
+
+        Args:
+            module: The module to prune.
+
+        Returns:
+            What the budget means for the model; None where it is not known yet, or there is no budget of units.
+
+        Raises:
+            ConfigError: The settings do not fit the model.
+            UnsupportedArchitectureError: hfprune does not know the model's class.
+        """
+
+    def check_stock(self, module: LightningModule) -> None:
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe the pruned model."""
+        resolved, target = self.check(module), self._find(module)
+        if resolved is not None and target.plan is None:
+            target.check_stock(resolved)
+
+    def expected_model(self, module: LightningModule) -> Any:
+        """Returns a Hugging Face model on the meta device with the shapes that pruning will leave.
+
+        None where these are not known yet, or stay as they are, and for a module that is pruned already.
+        """
+        resolved, target = self.check(module), self._find(module)
+        if resolved is None or target.plan is not None or resolved.provisional:
+            return None
+        return pruned_shapes(target.shapes(), target.outline(resolved))
+
+    # ---- what subclasses fill in -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _find(self, module: LightningModule) -> Target:
+        """Returns what is pruned in ``module``."""
+
+    @abstractmethod
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
+        """Raises ``ConfigError`` where trainer, model and settings do not go together; loads no weights."""
+
+    def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
+        """Logs what will be done, at the end of ``setup``."""
+
+    def _begin(self, trainer: Trainer, target: Target) -> None:
+        """Raises ``ConfigError`` where the run resumes from a checkpoint that was pruned with other settings."""
+
+    @abstractmethod
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
+        """Calibrates and returns the plan, the same on every rank."""
+
+    def _apply(self, target: Target, plan: PruningPlan) -> None:
+        """Prunes the model."""
+        target.apply_plan(plan)
+
+    def _add_adapters(self, target: Target) -> None:
+        """Adds the adapters of ``recovery``."""
+        if self.recovery is not None:
+            target.add_lora(self.recovery)
+
+    def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
+        """Called at the end of ``on_fit_start``; ``pruned`` is false where a pruned model was resumed."""
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Removes what was kept to resume a run that has now ended; called on every rank."""
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks settings, trainer and model, before any weight is loaded."""
+        self.stock = needs_stock(trainer)
+        self._target, self._record, self._failed = self._find(pl_module), None, False
+        if stage == "fit":
+            self.recovery_mode.start(trainer, pl_module)
+            check_trainer(trainer, pl_module, pruned=self.before_training and self._target.plan is not None)
+            self._check_run(trainer, self._target)
+            resolved = self.check(pl_module)
+            self._target.check_recovery(self.recovery)
+            self._announce(trainer, resolved)
+        self._checkpoints = CheckpointHook(
+            trainer, saving=lambda c: self._save(trainer, c), loaded=lambda c: self._load(trainer, c)
+        )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrates, prunes, adds adapters and sets the strategy up again."""
+        target = self._target
+        assert target is not None
+        self._begin(trainer, target)
+        target.check_training(adapters=self.recovery is not None)
+        pruned = target.plan is None
+        if pruned:
+            self._start(trainer, target)
+            self._prune(trainer, pl_module, target)
+            self._set_up_again(trainer)
+        elif target.lacks_adapters(self.recovery, self._record):
+            self._add_adapters(target)
+            self._set_up_again(trainer)
+        self._ready(trainer, target, pruned=pruned)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps count of epochs across resumes."""
+        count_epoch(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restores the strategy's methods and removes the progress of a run that has ended."""
+        self._detach()
+        self.recovery_mode.end(trainer)
+        if stage == "fit" and not self._failed:
+            self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restores the strategy's methods; progress stays, to resume from."""
+        self._detach()
+        self.recovery_mode.end(trainer)
+        self._failed = True
+
+    # ---- the work ----------------------------------------------------------------------------------------------------
+
+    def _start(self, trainer: Trainer, target: Target) -> None:
+        """Fixes the run's seed, on every rank the same; that of the checkpoint in a resumed run."""
+        seed = self._record.seed if self._record else torch.initial_seed() % 2**32
+        target.start(trainer.strategy.broadcast(seed))
+
+    def _prune(self, trainer: Trainer, module: LightningModule, target: Target) -> None:
+        for listener in listeners(trainer):
+            listener.on_pruning_start(trainer, module)
+        with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
+            plan = self._make_plan(trainer, target)
+        self._apply(target, plan)
+        for listener in listeners(trainer):
+            listener.on_pruning_end(trainer, module, plan)
+        self._add_adapters(target)
+
+    def _set_up_again(self, trainer: Trainer) -> None:
+        """Wraps the model as it is now, and builds optimizers, schedulers and averages for it."""
+        _average_again(trainer)
+        trainer.strategy.model = trainer.lightning_module
+        trainer.strategy.setup(trainer)
+
+    def _detach(self) -> None:
+        """Leaves strategy and model without hooks of this callback."""
+        if self._checkpoints is not None:
+            self._checkpoints.detach()
+            self._checkpoints = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Adds the pruning state to a checkpoint that is about to be written."""
+        assert self._target is not None
+        checkpoint[KEY] = replace(self._target.record("training", None), settings=self._settings).to_dict()
+        keep_cut_epoch(trainer, checkpoint)
+
+    def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds the shapes of a checkpoint that was just read, before anything is restored from it."""
+        self._record = Record.of(checkpoint)
+        if self._record is not None:
+            self._replay(trainer, self._record)
+
+    def _replay(self, trainer: Trainer, record: Record) -> None:
+        assert self._target is not None
+        self._target.replay(record)
+        _average_again(trainer)
+
+
+def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: PruningPlan, *, keep: bool) -> None:
+    """Cuts the optimizer states of a dense checkpoint in place; Lightning restores them after pruning.
+
+    Args:
+        checkpoint: The checkpoint that Lightning is restoring.
+        target: The model, still dense, and the trainer's optimizers for it.
+        plan: Units that will be removed.
+        keep: False drops states and schedules with a warning, because adapters are trained instead of these weights.
+    """
+    states = checkpoint.get("optimizer_states")
+    if not states or not any(state["state"] for state in states):
+        return
+    if not keep:
+        rank_zero_warn(
+            "The checkpoint's optimizer states are dropped: adapters are trained instead of the weights they belong to."
+        )
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        return
+    cuts = plan_cuts(target.model, plan)
+    removed = {name for name, after in new_names(target.model, plan).items() if after is None}
+    names = {id(p): name for name, p in target.model.named_parameters()}
+    lost = 0
+    for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
+        order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
+        lost += cut_optimizer_state(state, order, cuts, gone=removed)
+    if lost:
+        rank_zero_warn(f"The optimizer state of {lost} parameters is reset: its shapes do not match theirs.")
+
+
+def _average_again(trainer: Trainer) -> None:
+    """Lets weight averaging copy the model as it is now; the copy of its own ``setup`` was of the dense one."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, WeightAveraging):
+            callback.setup(trainer, trainer.lightning_module, "fit")
+
+
+def check_strategy(trainer: Trainer, target: Target, method: Compensation | Criterion) -> None:
+    """Raises ``ConfigError`` unless the trainer's strategy can prune ``target``; loads no weights.
+
+    Args:
+        trainer: The trainer.
+        target: The model to prune.
+        method: The compensation, else the criterion.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        if isinstance(method, Compensation | LayerwiseCriterion):
+            raise ConfigError(
+                f"{type(method).__name__} goes through the layers one at a time, which is not supported under "
+                "ModelParallelStrategy. Use a single device or DDP."
+            )
+        if "channels" in target.units:
+            raise ConfigError(
+                "units='channels' is not supported under ModelParallelStrategy: hidden channels run through embedding, "
+                "layers and head, which are gathered one at a time. Use a single device or DDP."
+            )
+        if _holds_experts(target):
+            raise ConfigError(
+                "Mixture-of-experts models are not supported under ModelParallelStrategy: their weights are stored in "
+                "other tensors than they have in memory. Use a single device or DDP."
+            )
+        if not target.reloads_weights:
+            raise ConfigError(
+                f"{type(target.module).__name__} shards its model itself, so that hfprune cannot shard the pruned one. "
+                "Use a PruningModule under ModelParallelStrategy, or DDP."
+            )
+        size = strategy.device_mesh["tensor_parallel"].size()
+        if size != 1:
+            raise ConfigError(
+                f"hfprune shards data-parallel (FSDP2), not tensor-parallel ({size}): use ModelParallelStrategy("
+                f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigError(
+            "Structured pruning runs on a single device, under DDP and under FSDP2 (ModelParallelStrategy); "
+            f"{type(strategy).__name__} is not supported: it wraps or partitions the parameters that surgery "
+            "replaces. To shard, use ModelParallelStrategy(data_parallel_size=N, tensor_parallel_size=1)."
+        )
+
+
+def _holds_experts(target: Target) -> bool:
+    """Returns whether the model is known to have mixtures of experts."""
+    if not target.known:
+        return False
+    model = target.shapes()
+    return is_supported(model) and find_spec(model).experts is not None
+
+
+def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None:
+    """Raises ``ConfigError`` where trainer, model and options of structured pruning do not go together.
+
+    Args:
+        trainer: Before its ``fit`` loads anything.
+        target: What is pruned.
+        options: How.
+    """
+    check_strategy(trainer, target, options.compensation or options.criterion)
+    check_layerwise(target, options.criterion, options.compensation, options.allocation)
+    check_curves(target, options.allocation)
+    calibration = options.calibration
+    if calibration.self_distillation is not None:
+        check_stages(target, calibration.self_distillation, options.budget, options.allocation)
+    calibration.removal.check(target, options.budget, options.allocation, options.criterion)
+    if target.plan is None and options.calibrates:
+        check_source(trainer, limit=calibration.batches)
+    every, number = calibration.check_every, trainer.world_size
+    if calibration.early_stop_overlap is not None and every and every % number:
+        raise ConfigError(
+            f"check_every={every} (look_every={every}) must be a multiple of the {number} processes, so that early "
+            "stopping ends every run at the same sequence."
+        )
+
+
+def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = False) -> None:
+    """Raises ``ConfigError`` for trainer settings that pruning or recovery does not support.
+
+    Args:
+        trainer: Before its ``fit`` loads anything.
+        module: The module that it trains.
+        pruned: Whether the module is pruned already.
+    """
+    callbacks = callbacks_of(trainer)
+    finder = next((c for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)
+    if finder is not None and not pruned:
+        raise ConfigError(
+            f"{type(finder).__name__} runs before pruning, on the dense model. Prune first, then use it on a module "
+            "that holds the pruned model."
+        )
+    endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.limit_train_batches != 0
+    if endless and isinstance(module, PruningModule):
+        raise ConfigError(
+            "max_epochs or max_steps is needed: the learning rate decays to zero over a known number of steps."
+        )
+    if trainer.limit_train_batches != 0:
+        _check_loggers(trainer)
+        _check_monitors(trainer, module)
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"num_nodes={trainer.num_nodes} needs the environment variable MASTER_ADDR: start every process with "
+            "torchrun or srun, or use num_nodes=1."
+        )
+
+
+def _check_loggers(trainer: Trainer) -> None:
+    """Raises ``ConfigError`` for a callback that needs a logger, before calibration; Lightning checks after it."""
+    callbacks = callbacks_of(trainer)
+    if not trainer.loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        raise ConfigError("LearningRateMonitor needs a logger, and logger=False: set a logger, or remove the callback.")
+
+
+def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
+    """Raises ``ConfigError`` for a callback that monitors a metric which a ``PruningModule`` does not log.
+
+    Callbacks from outside may log any metric: with one of them, unknown names are accepted.
+    """
+    callbacks = callbacks_of(trainer)
+    if not isinstance(module, PruningModule):
+        return
+    logged = module.logged_figures()
+    silent = trainer.limit_val_batches == 0
+    known = [name for name in logged if not (silent and name.startswith("val_"))]
+    own = any(type(c).__module__.partition(".")[0] not in ("lightning", "hfprune") for c in callbacks)
+    rates = any(isinstance(c, LearningRateMonitor) for c in callbacks)
+    for callback in callbacks:
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or not getattr(callback, "strict", True):
+            continue
+        name = callback.monitor
+        if name is None or name in known or (rates and name.startswith("lr-")):
+            continue
+        who = f"{type(callback).__name__}(monitor='{name}')"
+        if name in logged:
+            raise ConfigError(f"{who} needs a validation metric, and limit_val_batches=0 disables validation.")
+        if not own:
+            raise ConfigError(f"{who} needs a metric that is not logged. Logged are: {', '.join(known)}.")

@@ -1,0 +1,397 @@
+"""StructuredPruningCallback: calibrates and removes neurons, heads, experts, layers or channels before training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from hfprune.allocation import Allocation, ResolvedBudget
+from hfprune.callbacks.base import (
+    PruningCallback,
+    callbacks_of,
+    check_fit,
+    check_positive,
+    cut_restored_optimizers,
+)
+from hfprune.callbacks.calibration_data import calibration_data
+from hfprune.callbacks.communicator import LightningCommunicator, say, warn
+from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, whence
+from hfprune.callbacks.target import Target
+from hfprune.callbacks.user_module import find_target
+from hfprune.compensation import Compensation
+from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
+from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
+from hfprune.models import Neurons, check_units, parameter_count
+from hfprune.modules.resume import keep_cut_epoch
+from hfprune.plan import Budget, PruningPlan, UnitKind, unit_kinds
+from hfprune.pruning.options import CalibrationOptions, PruningOptions
+from hfprune.pruning.planner import Planner, check_scored
+from hfprune.pruning.rounds import Schedule
+from hfprune.recovery.mode import RecoverySetting
+from hfprune.utils.errors import ConfigError
+
+PROGRESS_CHECKPOINT = "last-pruning.ckpt"
+"""Written beside the checkpoints of a ``ModelCheckpoint`` until the fit has ended; ``ckpt_path="last"`` finds it."""
+
+
+class StructuredPruningCallback(PruningCallback):
+    """Scores units with a criterion, removes those with the lowest scores, and hands the small model to training.
+
+    Scoring and surgery run in ``on_fit_start``. The strategy is then set up a second time: it wraps the small model and
+    builds optimizers and schedulers for it, so ``global_step``, schedules and checkpoints count recovery only.
+
+    The callback works on a ``PruningModule``, on any LightningModule that contains one supported Hugging Face model,
+    and on one whose neurons are described by ``neurons``; on a single device, under DDP and, with a ``PruningModule``,
+    under FSDP2 (``ModelParallelStrategy``).
+
+    With a ``ModelCheckpoint`` in the trainer, progress is saved with its checkpoints, and ``fit(ckpt_path="last")``
+    continues within the calibration data, between pruning and recovery, or in recovery, also with another number of
+    processes.
+
+    Args:
+        budget: How much is removed: a share of ALL parameters in (0, 1), or a :class:`hfprune.Budget`. None where the
+            allocation sets the number of units itself (``Explicit(...)``, ``share=...``).
+        criterion: How activations, gradients or weights become one score per unit, see :mod:`hfprune.criteria`.
+        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
+            that read it), ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the
+            residual stream).
+        allocation: How the budget is spread over the layers, see :mod:`hfprune.allocation`; by default every layer
+            loses the same share.
+        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
+            else a ``PruningModule``'s objective (entropy unless set) or, in a module of your own, the loss of its
+            ``training_step``. Criteria that read weights or activations alone have none.
+        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
+            in closed form, for example ``LeastSquares()``; None keeps their weights.
+        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
+            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
+            :class:`~hfprune.recovery.mode.RecoveryMode`.
+        calibration: How calibration runs.
+        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        neurons: Neurons of a module of your own that holds no Hugging Face model.
+
+    Raises:
+        ConfigError: A value is out of range, or arguments exclude each other.
+
+    Example:
+        >>> from hfprune.criteria import ActivationNorm
+        >>> callback = StructuredPruningCallback(
+        ...     0.2, criterion=ActivationNorm(), units=("mlp", "heads"), calibration=CalibrationOptions(batches=32)
+        ... )
+        >>> callback.describe()["budget"]
+        'pruning_ratio=0.2'
+    """
+
+    def __init__(
+        self,
+        budget: Budget | float | None = None,
+        *,
+        criterion: Criterion,
+        units: Sequence[UnitKind] = ("mlp",),
+        allocation: Allocation | None = None,
+        objective: str | None = None,
+        compensation: Compensation | None = None,
+        recovery: RecoverySetting = "full",
+        calibration: CalibrationOptions | None = None,
+        model: str | None = None,
+        neurons: Sequence[Neurons] = (),
+    ) -> None:
+        super().__init__(recovery=recovery)
+        self.calibration = calibration or CalibrationOptions()
+        kinds = unit_kinds(units)
+        check_units(kinds)
+        self.options = PruningOptions(
+            budget=_budget(budget, allocation),
+            units=kinds,
+            allocation=allocation,
+            criterion=criterion,
+            objective=objective,
+            compensation=compensation,
+            calibration=self.calibration,
+        )
+        self.model, self.neurons = model, tuple(neurons)
+        self.convergence: list[tuple[int, float]] = []
+        """Calibration tokens, and the share of the finally kept units that were kept after so many."""
+        self.resolved: ResolvedBudget | None = None
+        self._phase: Phase = "training"
+        self._planner: Planner | None = None
+        self._loaded: dict[str, Any] = {}
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def check(self, module: LightningModule) -> ResolvedBudget | None:
+        """Returns what the budget means for ``module``'s model, from its shapes alone.
+
+        None where these are not known yet: a module of your own that makes its model in ``configure_model``.
+
+        Raises:
+            ConfigError: There is nothing to prune in the module, the criterion does not score what is in its layers, or
+                the budget is impossible for it.
+            UnsupportedArchitectureError: No table describes the model's class.
+        """
+        target = self._find(module)
+        if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
+            return self.resolved
+        self.resolved = None
+        if target.known:
+            settles = self.calibration.early_stop_overlap is not None
+            check_scored(target, self.options.criterion, settles=settles)
+            self.resolved = target.resolve(self.options.budget, self.options.allocation)
+        return self.resolved
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the settings that decide which units are kept, as plain data."""
+        return describe_options(self.options)
+
+    def _find(self, module: LightningModule) -> Target:
+        options = self.options
+        objective = options.target_objective(described=bool(self.neurons))
+        target = find_target(module, objective=objective, model=self.model, neurons=self.neurons)
+        target.units, target.stock = options.units, self.stock
+        return target
+
+    def _check_run(self, trainer: Trainer, target: Target) -> None:
+        check_fit(trainer, target, self.options)
+
+    def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
+        assert self._target is not None
+        if resolved is not None and self._target.plan is None:
+            warn(trainer, resolved.warning)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks the budget, the trainer and the model, before any weight is loaded."""
+        self._loaded, self._phase = {}, "training"
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
+            path = self.resume_from or trainer.ckpt_path
+            if path is not None:  # "last" and the like become a file
+                path = trainer._checkpoint_connector._parse_ckpt_path(
+                    TrainerFn.FITTING, path, model_provided=True, model_connected=True
+                )
+            self._record = Record.of(read_metadata(path)) if path else None
+
+    # ---- the work ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, trainer: Trainer, target: Target) -> None:
+        if self._record is not None and self._record.plan is not None and target.plan is None:  # a sharded strategy
+            self._replay(trainer, self._record)
+            self._set_up_again(trainer)
+        self.resolved = self.resolved or target.resolve(self.options.budget, self.options.allocation)
+        asked = self.resolved.asked
+        self._settings = pruning_settings(trainer, target, self.options, asked)
+        if self._record is not None:
+            check_settings(self._record, self._settings)
+        if target.plan is not None:
+            before = target.plan.provenance["budget"]["asked"]
+            if before != asked:
+                raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {asked}.")
+            say(trainer, f"Resumed a pruned model ({asked}){whence(trainer)}: no calibration.")
+
+    def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
+        assert self.resolved is not None
+        say(trainer, self.resolved.describe())
+        self._planner = planner = Planner(
+            target,
+            calibration_data(trainer, target.record("calibrating", None).seed),
+            self.options,
+            LightningCommunicator(trainer),
+            saved=self._record.calibration if self._record is not None else None,
+            save=lambda: self._save_progress(trainer),
+            progress=trainer.progress_bar_callback is not None,
+        )
+        try:
+            plan, self.resolved = planner.plan(target.groups(target.model), self.resolved)
+        finally:
+            self._planner = None
+        self.importance, self.convergence = planner.importance, planner.convergence
+        return plan
+
+    def _apply(self, target: Target, plan: PruningPlan) -> None:
+        assert self.resolved is not None
+        if self._loaded:
+            cut_restored_optimizers(self._loaded, target, plan, keep=self.recovery is None)
+        target.apply_plan(plan)
+        left = parameter_count(target.model)
+        assert left == self.resolved.params, f"surgery left {left} parameters, not {self.resolved.params}"
+
+    def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
+        if pruned:
+            self._phase = "pruned"
+            self._save_progress(trainer)
+            self._phase, self._loaded = "training", {}
+
+    def _finish(self, trainer: Trainer) -> None:
+        path = _progress_path(trainer)
+        if path is not None and trainer.is_global_zero and path.exists():
+            trainer.strategy.remove_checkpoint(path)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_progress(self, trainer: Trainer) -> None:
+        path = _progress_path(trainer)
+        if path is not None and self.calibration.checkpoint_every is not None:
+            trainer.save_checkpoint(path, weights_only=True)  # optimizers have no state yet
+
+    def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        assert self._target is not None
+        calibration = self._planner.calibration if self._planner is not None else None
+        phase: Phase = "calibrating" if calibration is not None else self._phase
+        state = calibration.state() if calibration is not None else None
+        checkpoint[KEY] = replace(self._target.record(phase, state), settings=self._settings).to_dict()
+        keep_cut_epoch(trainer, checkpoint)
+        if phase == "training":
+            return
+        # training has not begun: what a dense checkpoint brought along waits to be restored, else there is nothing yet
+        checkpoint.pop("loops", None)
+        for name in ("loops", "epoch", "global_step"):
+            if name in self._loaded:
+                checkpoint[name] = self._loaded[name]
+        for name in ("optimizer_states", "lr_schedulers"):
+            checkpoint[name] = self._loaded.get(name, [])
+        states = {c.state_key: c.state_dict() for c in callbacks_of(trainer)}
+        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+        if (
+            self._target.reloads_weights and self.options.compensation is None
+        ):  # they follow from the dense weights, the plan and the seed
+            checkpoint["state_dict"] = {}
+
+    def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        assert self._target is not None
+        record, self._loaded = Record.of(checkpoint), checkpoint
+        if record is None:  # a dense checkpoint: what was known beforehand stays
+            return
+        self._record = record
+        if record.phase != "calibrating" or self._target.plan is None:
+            self._replay(trainer, record)
+
+
+def _progress_path(trainer: Trainer) -> Path | None:
+    """Returns where progress is saved: beside the first ``ModelCheckpoint``'s files; None without one."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
+        return None
+    return Path(callback.dirpath) / PROGRESS_CHECKPOINT
+
+
+def _budget(budget: Budget | float | None, allocation: Allocation | None) -> Budget:
+    """Returns the budget, with the note that the allocation decides where it does."""
+    allocated = allocation is not None and allocation.own_budget
+    if isinstance(budget, Budget):
+        return replace(budget, allocated=allocated)
+    return Budget(pruning_ratio=budget, allocated=allocated)
+
+
+class TaylorImportanceCallback(StructuredPruningCallback):
+    """Structured pruning by first-order Taylor scores of the output entropy, with every option a keyword of its own.
+
+    The same as :class:`StructuredPruningCallback` with ``criterion=ActivationTaylor()``, HFPrune's per-token activation
+    Taylor, and, in a ``PruningModule``, the entropy objective as defaults. The groups ``budget`` and ``calibration``
+    are spelled out.
+
+    Args:
+        pruning_ratio: Share of ALL parameters to remove, in (0, 1).
+        target_params: Number of parameters to keep.
+        intermediate_size: MLP width to keep.
+        mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
+        round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
+            that read it), ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the
+            residual stream).
+        allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
+            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` set the number of units themselves,
+            and take the place of a budget.
+        criterion: How activations and gradients become scores; ``ActivationTaylor()`` by default.
+        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
+            else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of your own. Criteria
+            that read weights or activations alone have none.
+        distillation: Scores in two stages, with the dense model as the teacher (SDMPrune); None for one stage.
+        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
+        schedule: How the removal is spread over the rounds: after a share x of them ``cubic`` has removed
+            1 - (1 - x)^3, and ``linear`` x.
+        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
+            in closed form, for example ``LeastSquares()``; None keeps their weights.
+        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
+            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
+            :class:`~hfprune.recovery.mode.RecoveryMode`.
+        calibration_batches: Number of calibration batches; all if not given. Needed when the training data serve for
+            calibration.
+        exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, for every batch
+            size, padding, packing and number of processes. False runs batches as they come: faster on a GPU when
+            sequences are short, and equal up to rounding.
+        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
+            never if None.
+        look_every: Compare the kept units with those of the comparison before each time that so many sequences (or
+            batches) were scored, for the report's convergence curve; never if None.
+        stop_when_settled: End calibration when two comparisons in a row find this share of the kept units unchanged,
+            for example 0.99; None runs all batches. ``look_every`` must then be a multiple of the number of processes.
+        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        neurons: Neurons of a module of your own that holds no Hugging Face model.
+
+    Example:
+        >>> TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=32).describe()["criterion"]["name"]
+        'activation_taylor'
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        pruning_ratio: float | None = None,
+        target_params: int | None = None,
+        intermediate_size: int | None = None,
+        mlp_ratio: float | None = None,
+        round_to: int = 1,
+        units: Sequence[UnitKind] = ("mlp",),
+        allocation: Allocation | None = None,
+        criterion: Criterion | None = None,
+        objective: str | None = None,
+        distillation: SelfDistillation | None = None,
+        rounds: int = 1,
+        schedule: Schedule = "cubic",
+        compensation: Compensation | None = None,
+        recovery: RecoverySetting = "full",
+        calibration_batches: int | None = None,
+        exact: bool = True,
+        checkpoint_every: int | None = 64,
+        look_every: int | None = 16,
+        stop_when_settled: float | None = None,
+        model: str | None = None,
+        neurons: Sequence[Neurons] = (),
+    ) -> None:
+        check_positive(calibration_batches=calibration_batches, look_every=look_every)
+        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
+            raise ConfigError(f"stop_when_settled={stop_when_settled} must be a share in (0, 1], and needs look_every.")
+        budget = Budget(
+            pruning_ratio=pruning_ratio,
+            target_params=target_params,
+            intermediate_size=intermediate_size,
+            mlp_ratio=mlp_ratio,
+            round_to=round_to,
+            allocated=allocation is not None and allocation.own_budget,
+        )
+        calibration = CalibrationOptions(
+            batches=calibration_batches,
+            exact=exact,
+            checkpoint_every=checkpoint_every,
+            check_every=look_every,
+            early_stop_overlap=stop_when_settled,
+            rounds=rounds,
+            schedule=schedule,
+            self_distillation=distillation,
+        )
+        super().__init__(
+            budget,
+            criterion=criterion or ActivationTaylor(),
+            units=units,
+            allocation=allocation,
+            objective=objective,
+            compensation=compensation,
+            recovery=recovery,
+            calibration=calibration,
+            model=model,
+            neurons=neurons,
+        )

@@ -1,0 +1,5 @@
+"""The command line: ``hfprune fit|prune|evaluate|sweep|export``."""
+
+from hfprune.cli.entry import main
+
+__all__ = ["main"]

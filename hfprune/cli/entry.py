@@ -1,0 +1,123 @@
+"""The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
+
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from hfprune.cli.config_files import shipped_configs
+from hfprune.utils.errors import HFPruneError
+from hfprune.utils.spelling import nearest
+from hfprune.version import __version__
+
+COMMANDS = {
+    "fit": "calibrate, prune and recover with LoRA in one run",
+    "prune": "calibrate and prune, without recovery",
+    "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
+    "sweep": "compare criteria, objectives, widths and seeds in one table",
+    "export": "write a pruned model in another layout",
+}
+
+HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
+in one PyTorch Lightning fit.
+
+usage: hfprune COMMAND [--config NAME_OR_FILE.yaml] [--help] [--debug] [flags]
+
+commands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+examples:
+  hfprune fit --config quickstart
+  hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
+  hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
+  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
+
+Each command lists its flags with: hfprune COMMAND --help
+--config takes a YAML file, or the name of a config of the package:
+{textwrap.indent(textwrap.fill(", ".join(shipped_configs()), width=100), "  ")}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        print(_unknown(args[0]), file=sys.stderr)
+        return 2
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        _run(args[0], args[1:])
+    except HFPruneError as error:
+        if debug:
+            raise
+        print(f"hfprune {args[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that went away
+        if debug:
+            raise
+        print(f"hfprune {args[0]}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        print(" ".join(f"hfprune {args[0]}: interrupted. {interruption}".split()), file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(command: str, args: list[str]) -> None:
+    from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
+
+    with _messages(), _current_folder():
+        launch(command, args)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Prints the messages of hfprune to stderr, unless the process has configured logging itself."""
+    logger = logging.getLogger("hfprune")
+    if logging.root.hasHandlers() or logger.handlers:
+        yield
+        return
+    handler, level, propagate = logging.StreamHandler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Lets ``class_path: my_project.MyCriterion`` name a class in the current folder, after installed packages."""
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _unknown(command: str) -> str:
+    near = nearest(command, COMMANDS)
+    guess = f" Did you mean '{near}'?" if near else ""
+    return f"hfprune: error: unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""``hfprune evaluate``, and the flags of zero-shot tasks."""
+
+from typing import cast
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from hfprune.cli.base import BaseCLI
+from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.trainer import PruneTrainer
+from hfprune.utils.errors import ConfigError
+
+
+class EvaluateCLI(BaseCLI):
+    """Command ``evaluate``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the arguments of ``PruneTrainer.evaluate`` and ``ZeroShotTasks``; the model may be a pruned one."""
+        parser.add_argument("--dense", type=str | None, default=None, help="dense model to compare with")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="Lightning checkpoint of --model.path to measure"
+        )
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        parser.add_argument(
+            "--dense_cache", type=str | None, default=None, help="folder that keeps the dense model's top logits"
+        )
+        parser.add_argument("--output", type=str | None, default=None, help="JSON file for the figures")
+        add_task_arguments(parser)
+        parser.set_defaults({"model.allow_pruned": True})
+
+    def run(self) -> None:
+        """Runs the command."""
+        c = self.config
+        self.check_trainer()
+        cast(PruneTrainer, self.trainer).evaluate(
+            self.model,
+            self.datamodule,
+            dense=c.dense,
+            ckpt_path=c.ckpt_path,
+            latency=c.latency,
+            zero_shot=zero_shot_tasks(c),
+            dense_cache=c.dense_cache,
+            output=c.output,
+        )
+
+
+def add_task_arguments(parser: LightningArgumentParser) -> None:
+    """Adds the flags of zero-shot tasks, named as lm-eval names them where it has them."""
+    parser.add_argument(
+        "--tasks",
+        type=str | list[str] | None,
+        default=None,
+        help="lm-eval tasks, separated by commas; paper10, llmpruner7 and zpruner5 are the papers' lists",
+    )
+    parser.add_argument("--limit", type=int | None, default=None, help="number of items per task, the first ones")
+    parser.add_argument(
+        "--num_fewshot", type=int | None, default=None, help="examples in the prompt (default: each task's own number)"
+    )
+    parser.add_argument(
+        "--task_data", type=str | None, default=None, help="folder of released data sets, for offline use"
+    )
+    parser.add_argument("--include_path", type=str | None, default=None, help="folder of your own task files")
+    parser.add_argument("--task_batch_size", type=int, default=8, help="requests per forward pass")
+    parser.add_argument(
+        "--share_prefixes",
+        type=bool | None,
+        default=None,
+        help="compute the shared prefix of answers once; false: lm-eval's own model class (default: share on the CPU)",
+    )
+
+
+def zero_shot_tasks(config: Namespace) -> ZeroShotTasks | None:
+    """Returns the tasks that the flags ask for, None when they ask for none.
+
+    Raises:
+        ConfigError: A task flag was given without ``--tasks``, or its value cannot be used.
+    """
+    if config.tasks is None:
+        for name in ("limit", "num_fewshot", "task_data", "include_path", "share_prefixes"):
+            if config[name] is not None:
+                raise ConfigError(f"--{name} belongs to zero-shot tasks: give --tasks, for example paper10.")
+        return None
+    listed = config.tasks if isinstance(config.tasks, list) else [config.tasks]
+    names = [name.strip() for item in listed for name in item.split(",") if name.strip()]
+    return ZeroShotTasks(
+        names,
+        data_dir=config.task_data,
+        include_path=config.include_path,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+        batch_size=config.task_batch_size,
+        share_prefixes=config.share_prefixes,
+    )

@@ -1,0 +1,73 @@
+"""``hfprune sweep``: a grid of methods, ratios and seeds in one table."""
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from hfprune.cli.base import BaseCLI
+from hfprune.cli.evaluate import add_task_arguments, zero_shot_tasks
+from hfprune.data import TextDataModule
+from hfprune.report.table import show
+from hfprune.sweep import Method, Sweep, SweepGrid
+from hfprune.sweep.grid import default_methods
+from hfprune.sweep.results import markdown
+from hfprune.utils.errors import ConfigError
+
+
+class SweepCLI(BaseCLI):
+    """Command ``sweep``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the grid, the output folder and the tasks."""
+        parser.add_argument("--output_dir", type=str, required=True, help="receives the tables; resumed if not empty")
+        parser.add_argument(
+            "--methods",
+            type=list[Method] | None,
+            default=None,
+            help="methods to compare (default: entropy, cross_entropy, magnitude, random)",
+        )
+        parser.add_argument("--pruning_ratios", type=list[float], default=[0.2, 0.3], help="shares of ALL parameters")
+        parser.add_argument("--seeds", type=list[int], default=[42], help="seeds of the calibration data")
+        parser.add_argument(
+            "--texts", type=dict[str, str] | None, default=None, help="name: evaluation text (default: --data.text)"
+        )
+        parser.add_argument("--round_to", type=PositiveInt, default=1, help="kept widths are multiples of this")
+        parser.add_argument("--task_seeds", type=PositiveInt, default=1, help="seeds whose models run the tasks")
+        parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
+        add_task_arguments(parser)
+
+    def run(self) -> None:
+        """Runs the command."""
+        c, trainer = self.config, self.trainer
+        self.check_trainer()
+        init = self.config_init
+        texts = c.texts or ({"text": c.data.text} if c.data.text else {})
+        if not texts or c.data.calibration in texts.values():
+            raise ConfigError(
+                'sweep evaluates on texts that do not calibrate: give --texts \'{"NAME": "FILE"}\', or --data.text.'
+            )
+        grid = SweepGrid(
+            methods=init.methods or default_methods(),
+            pruning_ratios=c.pruning_ratios,
+            seeds=c.seeds,
+            texts=texts,
+            round_to=c.round_to,
+            task_seeds=c.task_seeds,
+        )
+        sweep = Sweep(
+            self.model,
+            grid,
+            self.make_data,
+            c.output_dir,
+            zero_shot=zero_shot_tasks(c),
+            latency=c.latency,
+            device=trainer.strategy.root_device,
+        )
+        result = sweep.run()
+        show(markdown(result))
+        Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
+
+    def make_data(self, seed: int, text: str | None) -> TextDataModule:
+        """Returns the data module of ``--data`` for a seed and an evaluation text; None leaves evaluation out."""
+        given = self.config.data.as_dict() | {"seed": seed, "text": text}
+        return TextDataModule(**given | ({"eval_windows": 0} if text is None else {}))

@@ -1,0 +1,65 @@
+"""Groups to score, and scores of whole layers as sums over their units."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.criteria.base import Criterion, check_experts
+from hfprune.models import CHANNELS, EXPERTS, find_groups, find_spec
+from hfprune.models.residual_stream import scored_slices
+from hfprune.plan import Group
+
+
+def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Group) -> Tensor:
+    """Returns the importance [L] float64 of each layer: the sum of the scores of its units.
+
+    With ``WeightTaylor`` that is |w dw| over all weights of the layer's projections; norms and biases are left out.
+
+    Args:
+        scores: Group name -> importance [U].
+        parts: Groups of units within layers, each with its layer.
+        layers: The group of whole layers.
+    """
+    total = torch.zeros(layers.num_units, dtype=torch.float64)
+    for group in parts:
+        if group.layer is not None:
+            total[group.layer] += scores[group.name].double().sum().cpu()
+    return total
+
+
+def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criterion) -> tuple[Group, ...]:
+    """Returns the groups to score: those with slices; for whole layers, everything in them.
+
+    Args:
+        model: The model.
+        groups: The groups that may lose units.
+        criterion: How they are scored: hidden channels by the slices of theirs that it reads.
+
+    Raises:
+        ConfigError: There are experts to score, and the criterion does not do that.
+    """
+    check_experts(criterion, {group.kind for group in groups})
+    channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
+    if all(group.slices for group in groups):
+        return (*(group for group in groups if group.kind != CHANNELS), *channels)
+    inner = "mlp" if find_spec(model).mlp else EXPERTS
+    check_experts(criterion, (inner,))
+    return (*find_groups(model, (inner, "heads")), *channels)
+
+
+def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:
+    outside, norms = criterion.outside_layers, criterion.norms
+    return replace(group, slices=scored_slices(find_spec(model), group, outside_layers=outside, norms=norms))
+
+
+def with_layers(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
+    """Returns the scores of ``groups``, those of whole layers added up from what is in them.
+
+    Args:
+        scores: Scores of ``scored``.
+        groups: The groups that may lose units.
+        scored: The groups that were scored.
+    """
+    return {group.name: scores[group.name] if group.slices else layer_sums(scores, scored, group) for group in groups}

@@ -1,0 +1,298 @@
+"""Size and speed of a model: bytes, multiply-accumulates, latency, throughput and peak memory."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from hfprune.io.layouts import empty_copy, run_empty
+from hfprune.io.load import max_positions
+from hfprune.models import parameter_count
+from hfprune.models.contexts import inference
+from hfprune.utils.compat import LiveBytes
+from hfprune.utils.errors import ConfigError
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Figures that follow from shapes alone, and the files' size.
+
+    Attributes:
+        weight_bytes: Bytes of the parameters in memory, tied weights once.
+        disk_bytes: Bytes of the weight files of a saved model; None for one that is only in memory.
+        macs: Multiply-accumulates of one forward pass over ``tokens`` tokens with logits at every one, attention
+            included.
+        kv_cache_bytes: Bytes of keys and values of ``tokens`` tokens at batch 1.
+        tokens: Tokens that the two refer to.
+    """
+
+    weight_bytes: int
+    disk_bytes: int | None
+    macs: int
+    kv_cache_bytes: int
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures, for reports."""
+        return asdict(self)
+
+
+def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 256) -> Size:
+    """Returns the size of ``model``, computed from shapes; no weight is read.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> size = measure_size(model, tokens=8)
+    >>> size.weight_bytes == 4 * model.num_parameters(), size.tokens, size.disk_bytes is None
+    (True, 8, True)
+
+    Args:
+        model: A Hugging Face causal LM.
+        folder: Where it is saved.
+        tokens: Length of the sequence, shortened to what the model's positions allow.
+    """
+    tokens = min(tokens, max_positions(model.config) or tokens)
+    shell = empty_copy(model).to(next(model.parameters()).dtype).eval()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        out = run_empty(shell, tokens=tokens)
+    return Size(
+        weight_bytes=parameter_count(model) * int(next(model.parameters()).element_size()),
+        disk_bytes=disk_bytes(folder),
+        macs=counter.get_total_flops() // 2,
+        kv_cache_bytes=_cache_bytes(out.past_key_values),
+        tokens=tokens,
+    )
+
+
+def disk_bytes(folder: str | Path | None) -> int | None:
+    """Returns the bytes of the weight files in ``folder``, None when there are none."""
+    if folder is None or not Path(folder).is_dir():
+        return None
+    files = {path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)}
+    return sum(path.stat().st_size for path in files) or None
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def peak_bytes(model: Any, run: Callable[[], object]) -> int:
+    """Returns the bytes of the weights, tied ones once, plus the peak of the memory that ``run`` allocates.
+
+    On CUDA the allocator's own figure. Elsewhere the storages of the tensors that operators return are counted, without
+    the temporary memory within kernels.
+
+    Args:
+        model: A Hugging Face causal LM.
+        run: Called once, for example with a forward pass of ``model``.
+    """
+    weights = parameter_count(model) * int(next(model.parameters()).element_size())
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return weights + int(torch.cuda.max_memory_allocated(device)) - int(before)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        run()
+    return weights + int(live.peak)
+
+
+Spread = tuple[float, float]
+"""Smallest and largest value over repeats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Medians over repeats, after a warm-up.
+
+    Attributes:
+        prefill_ms: One forward pass over the prompt, milliseconds.
+        prefill_spread_ms: Fastest and slowest repeat.
+        decode_ms: Greedy decoding with a cache, milliseconds per token.
+        decode_spread_ms: Fastest and slowest repeat.
+        peak_bytes: Weights and the most that was alive beside them at once, see
+            :mod:`hfprune.evaluation.size_and_speed`.
+        device: Device type.
+        dtype: Type of the weights.
+        threads: CPU threads of the process.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Decoded tokens.
+        repeats: Number of repeats.
+        prefill_ratio: Median over repeats of the time relative to the first model's in the same repeat; None for the
+            first model.
+        prefill_ratio_spread: Smallest and largest of these ratios.
+        decode_ratio: The same for decoding.
+        decode_ratio_spread: Smallest and largest.
+    """
+
+    prefill_ms: float
+    prefill_spread_ms: Spread
+    decode_ms: float
+    decode_spread_ms: Spread
+    peak_bytes: int
+    device: str
+    dtype: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    prefill_ratio: float | None = None
+    prefill_ratio_spread: Spread | None = None
+    decode_ratio: float | None = None
+    decode_ratio_spread: Spread | None = None
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Decoded tokens per second."""
+        return 1000 / self.decode_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the figures, for reports."""
+        return asdict(self) | {"decode_tokens_per_s": self.decode_tokens_per_s}
+
+
+def measure_latency(
+    model: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 5, warmup: int = 1, seed: int = 0
+) -> Latency:
+    """Returns how fast ``model`` reads a prompt of random tokens and continues it.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=32)).eval()
+    >>> latency = measure_latency(model, prompt_tokens=8, new_tokens=2, repeats=3)
+    >>> latency.prompt_tokens, latency.repeats, latency.prefill_ratio is None
+    (8, 3, True)
+
+    See :func:`compare_latency` for the arguments.
+    """
+    (latency,) = compare_latency(
+        [model], prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup, seed=seed
+    )
+    return latency
+
+
+def compare_latency(
+    models: Sequence[Any],
+    *,
+    prompt_tokens: int = 256,
+    new_tokens: int = 16,
+    repeats: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+) -> list[Latency]:
+    """Returns the prefill and decoding speed of each model, measured in alternation.
+
+    The models take turns within every repeat, so that other load of the machine affects all of them, and ratios to the
+    first model are taken within one repeat. Prompt and continuation are shortened to the models' positions.
+
+    Args:
+        models: Hugging Face causal LMs, the dense one first.
+        prompt_tokens: Length of the prompt of random tokens.
+        new_tokens: Tokens decoded greedily, one forward pass each.
+        repeats: Timed repeats.
+        warmup: Untimed repeats before them.
+        seed: Seed of the prompt.
+
+    Raises:
+        ConfigError: A length or the number of repeats is below one.
+    """
+    _check(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup)
+    for model in models:
+        prompt_tokens, new_tokens = _fit(prompt_tokens, new_tokens, max_positions(model.config))
+    vocab = min(model.config.vocab_size for model in models)
+    ids = torch.randint(vocab, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for _ in range(warmup + repeats):
+        for model, measured in zip(models, times, strict=True):
+            with inference(model):
+                measured.append(_measure_once(model, ids.to(_device(model)), new_tokens))
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    times = [measured[warmup:] for measured in times]
+    return [
+        _latency(model, measured, None if index == 0 else times[0], ids, settings)
+        for index, (model, measured) in enumerate(zip(models, times, strict=True))
+    ]
+
+
+def _latency(
+    model: Any,
+    times: list[tuple[float, float]],
+    base: list[tuple[float, float]] | None,
+    ids: Tensor,
+    settings: Mapping[str, int],
+) -> Latency:
+    figures: dict[str, Any] = dict(settings)
+    for column, name in enumerate(("prefill", "decode")):
+        values = [row[column] for row in times]
+        figures |= {f"{name}_ms": statistics.median(values), f"{name}_spread_ms": (min(values), max(values))}
+        if base is not None:
+            ratios = [value / row[column] for value, row in zip(values, base, strict=True)]
+            figures |= {f"{name}_ratio": statistics.median(ratios)}
+            figures |= {f"{name}_ratio_spread": (min(ratios), max(ratios))}
+    device = _device(model)
+    with inference(model):
+        peak = peak_bytes(model, lambda: _measure_once(model, ids.to(device), 2))
+    return Latency(
+        **figures,
+        peak_bytes=peak,
+        device=device.type,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _check(*, warmup: int, **counts: int) -> None:
+    if min(counts.values()) < 1 or warmup < 0:
+        values = ", ".join(f"{name}={value}" for name, value in (counts | {"warmup": warmup}).items())
+        raise ConfigError(f"{values}: lengths and repeats must be at least 1, warmup at least 0.")
+
+
+def _fit(prompt_tokens: int, new_tokens: int, limit: int | None) -> tuple[int, int]:
+    """Returns both lengths, shortened to ``limit`` positions together; the continuation keeps at most half of them."""
+    if limit is None:
+        return prompt_tokens, new_tokens
+    new_tokens = min(new_tokens, max(1, limit // 2))
+    return min(prompt_tokens, limit - new_tokens), new_tokens
+
+
+def _measure_once(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Returns the milliseconds of one prefill of ``ids`` [1, T], and per token decoded after it."""
+    prefill, out = _timed(ids.device, lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+    decode, _ = _timed(ids.device, lambda: _decode(model, out, new_tokens))
+    return 1000 * prefill, 1000 * decode / new_tokens
+
+
+def _decode(model: Any, out: Any, new_tokens: int) -> Tensor:
+    token: Tensor = out.logits[:, -1:].argmax(-1)
+    for _ in range(new_tokens):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return token
+
+
+def _timed(device: torch.device, run: Callable[[], Any]) -> tuple[float, Any]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result

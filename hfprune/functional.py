@@ -1,0 +1,332 @@
+"""Functional API: score, plan, prune, refit, save and load a model without a Trainer.
+
+Scores are plain tensors, one per layer (or group of units), and a plan can be made from indices of your own:
+
+>>> import torch
+>>> from transformers import LlamaConfig, LlamaForCausalLM
+>>> _ = torch.manual_seed(0)
+>>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+...                      num_attention_heads=4, num_key_value_heads=2)
+>>> model = LlamaForCausalLM(config).eval()
+>>> batches = [torch.randint(32, (2, 8)) for _ in range(2)]
+>>> scores = score(model, batches)
+>>> {name: tuple(tensor.shape) for name, tensor in scores.items()}
+{'model.layers.0.mlp': (24,), 'model.layers.1.mlp': (24,)}
+>>> plan = make_plan(model, keep={name: tensor.topk(18).indices for name, tensor in scores.items()})
+>>> apply_plan(model, plan)
+>>> model.config.intermediate_size
+18
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune.allocation import Allocation, kept_units
+from hfprune.compensation import Compensation, LeastSquares
+from hfprune.criteria import (
+    ActivationTaylor,
+    CalibratedCriterion,
+    Criterion,
+    LayerwiseCriterion,
+    WeightCriterion,
+    check_experts,
+    resolve_objective,
+    scored_groups,
+    with_layers,
+)
+from hfprune.io.layouts import apply_plan
+from hfprune.io.layouts.per_layer import cut_of, is_per_layer
+from hfprune.io.load import load
+from hfprune.io.save import export_model
+from hfprune.models import class_name, config_values, find_groups
+from hfprune.objectives import OBJECTIVES
+from hfprune.plan import UNIT_KINDS, Budget, Group, PruningPlan, UnitKind
+from hfprune.pruning.accumulator import check_criterion, weight_scores
+from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
+from hfprune.pruning.communicator import LocalCommunicator
+from hfprune.pruning.layerwise import check_layerwise, run_layerwise
+from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.planner import versions
+from hfprune.pruning.prunable import PrunableModel
+from hfprune.utils.errors import ConfigError, HFPruneError, PlanError
+
+__all__ = ["apply_plan", "load", "make_plan", "refit", "save", "score"]
+
+
+def score(
+    model: Any,
+    batches: Iterable[Any] = (),
+    criterion: Criterion | None = None,
+    *,
+    objective: str | None = None,
+    units: Sequence[UnitKind] = ("mlp",),
+    exact: bool = True,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Returns the importance of the units of a model.
+
+    The scores are those of ``PruneTrainer.prune`` on the same batches, bit for bit. The model is not changed.
+
+    Args:
+        model: A supported Hugging Face causal LM, on any device.
+        batches: Calibration batches: token ids [B, T], or mappings with ``input_ids`` [B, T] and optionally
+            ``attention_mask`` and ``labels`` [B, T]. Criteria that read weights alone need none.
+        criterion: How signals become scores; ``ActivationTaylor()`` if not given.
+        objective: Name of the objective that is differentiated; the criterion's own, or ``entropy``, if not given.
+        units: Unit kinds to score, for example ``("mlp", "heads")``.
+        exact: Run each sequence alone, so that scores do not depend on batch size and padding. False is faster.
+        progress: Show a progress bar.
+
+    Returns:
+        Group name -> importance [U], float64, on the CPU; the unit with the lowest score is removed first.
+
+    Raises:
+        ConfigError: The criterion does not score these units, does not take the objective, or scores layer by layer.
+        CalibrationError: There is no token, or a score is not finite.
+        UnsupportedArchitectureError: The model's class is unknown.
+
+    Example:
+        >>> from hfprune.criteria import Magnitude
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
+        >>> score(model, criterion=Magnitude(), units=("mlp", "heads"))["model.layers.0.self_attn"].shape
+        torch.Size([2])
+    """
+    criterion = criterion or ActivationTaylor()
+    name = resolve_objective(criterion, objective)
+    check_experts(criterion, units)
+    if isinstance(criterion, LayerwiseCriterion):
+        raise ConfigError(
+            f"criterion={type(criterion).__name__} scores a layer when those before it are pruned: it has no scores of "
+            "the dense model. Prune with StructuredPruningCallback or TaylorImportanceCallback."
+        )
+    subject = PrunableModel(model, units, objective=OBJECTIVES.get(name or "entropy"))
+    groups = subject.groups(model)
+    check_criterion(model, groups, criterion)
+    scored = scored_groups(model, groups, criterion)
+    if isinstance(criterion, WeightCriterion):
+        return with_layers(weight_scores(model, scored, criterion), groups, scored)
+    assert isinstance(criterion, CalibratedCriterion)
+    options = CalibrationOptions(exact=exact, check_every=None, checkpoint_every=None)
+    scorers = [Scorer(criterion, scored)]
+    calibration = Calibration(subject, scorers, _data(batches), options, LocalCommunicator(), progress=progress)
+    return with_layers(calibration.run().scores(), groups, scored)
+
+
+def make_plan(
+    model: Any,
+    scores: Mapping[str, Tensor] | None = None,
+    *,
+    budget: Budget | float | None = None,
+    units: Sequence[UnitKind] | None = None,
+    allocation: Allocation | None = None,
+    keep: Mapping[str, Any] | None = None,
+) -> PruningPlan:
+    """Returns a pruning plan from scores and a budget, or from indices of your own.
+
+    Args:
+        model: The dense model; its shapes alone are read.
+        scores: Group name -> importance [U], from :func:`score` or your own.
+        budget: A :class:`hfprune.Budget`, or the share of all parameters to remove, in (0, 1). None with ``keep``, and
+            for an allocation that sets the widths itself.
+        units: Unit kinds that may be removed; those of ``scores`` or ``keep`` if not given.
+        allocation: How the budget is spread over groups; the same share of every group if not given.
+        keep: Group name -> kept units, any integers in any order, instead of scores and budget. Groups that are not
+            named keep all of their units.
+
+    Returns:
+        The plan, for :func:`apply_plan`; ``plan.keep`` holds the kept units of every group.
+
+    Raises:
+        ConfigError: The budget is impossible, scores are missing, or the arguments exclude each other.
+        PlanError: ``keep`` names a unit that the model does not have.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        >>> plan = make_plan(model, keep={"model.layers.0.mlp": range(12)})
+        >>> plan.widths()
+        {'model.layers.0.mlp': 12, 'model.layers.1.mlp': 24}
+    """
+    named = keep if keep is not None else scores or {}
+    subject = PrunableModel(model, units or _units_of(model, named))
+    groups = subject.groups(model)
+    if unknown := sorted(set(named) - {group.name for group in groups}):
+        raise ConfigError(
+            f"{'scores' if keep is None else 'keep'} names '{unknown[0]}', which is no group of these units; groups "
+            f"are {', '.join(group.name for group in groups[:3])} and so on."
+        )
+    provenance: dict[str, Any] = {"units": list(subject.units), "model": subject.describe(), "versions": versions()}
+    if keep is not None:
+        if budget is not None or allocation is not None:
+            raise ConfigError("keep=... lists the kept units: leave budget and allocation out.")
+        kept = {group.name: keep.get(group.name, range(group.num_units)) for group in groups}
+    else:
+        kept, found = _within_budget(subject, groups, dict(scores or {}), budget, allocation)
+        provenance |= found
+    outline = PruningPlan(model_class=class_name(model), groups=groups, keep=kept, config={}, provenance=provenance)
+    config = config_values(model, groups, outline.keep)
+    return PruningPlan(
+        model_class=outline.model_class, groups=groups, keep=outline.keep, config=config, provenance=provenance
+    )
+
+
+def _within_budget(
+    subject: PrunableModel,
+    groups: tuple[Group, ...],
+    scores: dict[str, Tensor],
+    budget: Budget | float | None,
+    allocation: Allocation | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the kept units, and the provenance of the budget."""
+    if allocation is not None and allocation.measures:
+        raise ConfigError(
+            f"allocation={type(allocation).__name__}() measures on calibration data: give it {allocation.measures}."
+        )
+    if budget is None and allocation is not None and allocation.own_budget:
+        budget = Budget(allocated=True)
+    if budget is None:
+        raise ConfigError("budget=... is missing: a share of all parameters to remove, a Budget, or keep=...")
+    asked = budget if isinstance(budget, Budget) else Budget(pruning_ratio=budget)
+    for group in groups:
+        if group.name not in scores:
+            raise ConfigError(f"scores has no entry for {group.name}: score the model with the same units.")
+        if tuple(scores[group.name].shape) != (group.num_units,):
+            shape = list(scores[group.name].shape)
+            raise ConfigError(f"scores['{group.name}'] has the shape {shape}, not [{group.num_units}].")
+    plain = {name: torch.as_tensor(found).detach().double().cpu() for name, found in scores.items()}
+    if bad := next((name for name, found in plain.items() if bool(found.isnan().any())), None):
+        raise ConfigError(f"scores['{bad}'] holds a NaN, which ranks no unit.")
+    resolved = subject.resolve(asked, allocation, plain)
+    described = None if allocation is None else allocation.describe()
+    return dict(kept_units(plain, groups, resolved)), {"budget": resolved.to_dict(), "allocation": described}
+
+
+def _units_of(model: Any, named: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the unit kinds whose groups are named; MLP neurons where none is."""
+    found: list[str] = []
+    for kind in UNIT_KINDS:
+        try:
+            groups = find_groups(model, (kind,))
+        except HFPruneError:  # a kind that this class does not have names nothing
+            continue
+        if any(group.name in named for group in groups):
+            found.append(kind)
+    return tuple(found) or ("mlp",)
+
+
+def refit(
+    model: Any,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    compensation: Compensation | None = None,
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Fits the weights that read the kept units so that they make up for the removed ones, layer by layer.
+
+    Call it between :func:`make_plan` and :func:`apply_plan`: the model is dense, and is changed in place. Inputs of
+    removed units have weight zero afterwards.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
+        batches: Calibration batches, see :func:`score`.
+        compensation: How the weights are fitted; ``LeastSquares()`` if not given.
+        progress: Show a progress bar.
+
+    Returns:
+        Group name -> share of the energy of the projection's output that the fitted weights do not reproduce.
+
+    Raises:
+        ConfigError: The units of the plan cannot be fitted.
+        PlanError: The model is not the dense model of the plan.
+        CalibrationError: There is no token.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)).eval()
+        >>> plan = make_plan(model, keep={"model.layers.0.mlp": range(20)})
+        >>> list(refit(model, plan, [torch.randint(32, (2, 16))]))
+        ['model.layers.0.mlp']
+        >>> apply_plan(model, plan)
+    """
+    compensation = compensation or LeastSquares()
+    subject = PrunableModel(model, _units_of(model, plan.keep))
+    if subject.groups(model) != plan.groups:
+        raise PlanError("plan=... describes another model than model=...: call refit before apply_plan.")
+    check_layerwise(subject, ActivationTaylor(), compensation)
+    result = run_layerwise(
+        subject,
+        plan.groups,
+        plan.widths(),
+        _data(batches),
+        LocalCommunicator(),
+        keep=plan.keep,
+        compensation=compensation,
+        progress=progress,
+    )
+    return result.errors
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    plan: PruningPlan | None = None,
+    layout: str = "uniform",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a pruned model as a folder, and compares the folder with the model in memory.
+
+    Args:
+        model: The pruned model, without adapters.
+        folder: The model folder. Nothing may be there, or an empty folder, or, with ``overwrite``, a model that hfprune
+            wrote.
+        tokenizer: Its tokenizer, saved with it; optional.
+        plan: What was pruned, saved as ``plan.json``. If not given: the model's own plan where its layers differ in
+            width, else a plan that keeps all that is there.
+        layout: ``uniform`` (``AutoModelForCausalLM.from_pretrained`` loads it), ``per_layer`` (:func:`load` does),
+            ``padded`` or ``bitmask``.
+        overwrite: Replace a model that hfprune wrote.
+
+    Returns:
+        Parameters, widths and bytes as measured on the saved files, and the largest difference of logits after reload.
+
+    Raises:
+        ConfigError: The layout cannot express the model, or ``folder`` may not be replaced; nothing was written.
+        OutputError: Writing failed, or the files do not hold the model in memory; ``folder`` is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
+        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)).eval()
+        >>> apply_plan(model, make_plan(model, keep={"model.layers.0.mlp": range(20)}))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, folder)["width"], load(folder).config.intermediate_size
+        (20, 20)
+    """
+    return export_model(model, tokenizer, plan or _own_plan(model), folder, layout=layout, overwrite=overwrite)
+
+
+def _own_plan(model: Any) -> PruningPlan:
+    """Returns the last plan of a model whose layers differ, else one that keeps all."""
+    if is_per_layer(model.config):
+        return cut_of(model.config).plans[-1]
+    return make_plan(model, keep={})
+
+
+def _data(batches: Iterable[Any]) -> CalibrationData:
+    """Returns batches as calibration data; one batch alone is one."""
+    found = [batches] if isinstance(batches, Tensor | Mapping) else batches
+    return CalibrationData(batches=lambda: found)

@@ -1,0 +1,148 @@
+"""Applying a plan to a Hugging Face model: surgery, and a config that describes the result."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hfprune.io.layouts.base import Cut
+from hfprune.io.layouts.per_layer import cut_of, dense_config, finish, is_per_layer, stock_config, to_stock
+from hfprune.models import find_spec, surgery
+from hfprune.plan import PruningPlan
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Cuts ``model`` in place to the plan's kept units; its config then describes it.
+
+    Where one value per config field can express the result, the config stays a stock one. Else it becomes one whose
+    layers differ (:mod:`hfprune.io.layouts.per_layer`), which ``save_pretrained`` writes with the plan.
+
+    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+
+    Args:
+        model: A supported Hugging Face model, or any module whose projections the plan names.
+        plan: The kept units of every group.
+
+    Raises:
+        PlanError: The plan does not fit the model; nothing was changed.
+
+    Example:
+        >>> from hfprune.models import find_groups
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model, ("mlp",))
+        >>> keep = {group.name: range(12) for group in groups}
+        >>> apply_plan(model, PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={}))
+        >>> model.config.intermediate_size, model.model.layers[0].mlp.down_proj
+        (12, Linear(in_features=12, out_features=8, bias=False))
+    """
+    if not isinstance(model, PreTrainedModel):
+        surgery.apply_plan(model, plan)
+        return
+    config: Any = model.config
+    dense = dense_config(config)
+    before = cut_of(config).plans if is_per_layer(config) else ()
+    surgery.apply_plan(model, plan)
+    if not_expressed(model) is None:
+        to_stock(config)
+        return
+    plans = (*before, plan)
+    values = {key: getattr(dense, key) for made in plans for key in made.config if hasattr(dense, key)}
+    finish(model, dense, Cut(dense=values, count=len(plans), plans=plans))
+
+
+def not_expressed(model: Any) -> str | None:
+    """Returns why one value per config field cannot describe ``model``, None when it can.
+
+    What stock transformers would build from the config is compared with what is there, shape by shape.
+    """
+    found = shapes(model.state_dict().items())
+    try:
+        config = stock_config(model.config)
+        expected = shapes(empty_copy(model, type(config).from_dict(config.to_dict())).state_dict().items())
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        return " ".join(str(error).split())
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            return f"{name} would be {expected.get(name, 'there')}, it is {found.get(name, 'missing')}"
+    return None
+
+
+def shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[int]]:
+    """Returns the shape of every named tensor."""
+    return {name: list(tensor.shape) for name, tensor in tensors}
+
+
+def empty_copy(model: Any, config: Any = None) -> Any:
+    """Returns a model of the class of ``model`` on the meta device: every shape, no weight.
+
+    Args:
+        model: A Hugging Face model, whose own config is taken when no other is given.
+        config: Stock or per-layer; the new model has a copy of it.
+    """
+    config = copy.deepcopy(model.config if config is None else config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if is_per_layer(config) else type(model)(config)
+
+
+def pruned_shapes(model: Any, plan: PruningPlan) -> Any:
+    """Returns what ``plan`` leaves of ``model``, on the meta device; the model itself stays as it is."""
+    empty = empty_copy(model)
+    apply_plan(empty, plan)
+    return empty
+
+
+def run_empty(model: Any, *, tokens: int = 2) -> Any:
+    """Runs a model on the meta device and returns its outputs: shapes and a cache, no values.
+
+    Rotary embeddings that choose their frequencies by the length of the text (``dynamic``, ``longrope``) keep the first
+    ones meanwhile, and experts run in the way that has no shapes which depend on values: the shapes are the same.
+
+    Args:
+        model: A Hugging Face causal LM of a supported class, on the meta device; the two settings above stay changed.
+        tokens: Length of the one sequence.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = dict.fromkeys(kind, "default")
+    if find_spec(model).experts is not None:
+        model.set_experts_implementation("batched_mm")
+    with torch.no_grad():
+        return model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)
+
+
+def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None:
+    """Makes the config of ``model`` state a width that described neurons have now.
+
+    The key is found by trying: it had the old width, or none, and with the new one the class builds these shapes.
+
+    Args:
+        model: A Hugging Face model of any class, after its projections were cut.
+        before: Neurons per group of the dense model.
+        after: Neurons per group that stay.
+
+    Returns:
+        The reason why no key does, the config being unchanged; None if the config describes the model now.
+    """
+    reason, config = not_expressed(model), model.config
+    if reason is None:
+        return None
+    values = config.to_dict().items()
+    keys = [key for key, value in values if value is None or (type(value) is int and value == before)]
+    for key in sorted(keys, key=lambda key: getattr(config, key, None) is None):
+        old = getattr(config, key, None)
+        setattr(config, key, after)
+        if not_expressed(model) is None:
+            return None
+        setattr(config, key, old)
+    return reason

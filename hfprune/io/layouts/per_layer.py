@@ -1,0 +1,216 @@
+"""The layout ``per_layer``: config and model classes of models whose layers differ in width.
+
+In memory such a model is an instance of its stock class. Its config is of a subclass of the stock config class that
+carries the plans which cut the dense model, and says in transformers' own ``per_layer_config`` what differs. So
+``save_pretrained`` writes all that loading needs: ``config.json`` with ``model_type`` ``hfprune`` and the plans.
+
+Loading goes the other way: transformers' ``from_pretrained`` builds the dense model without weights, the plans cut it,
+and the weights are read into what is left. Importing this module registers that with transformers' Auto classes.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfprune.io.layouts.base import LAYOUTS, Cut, Layout, implied_values, layer_overrides
+from hfprune.io.layouts.custom_config import HUB, CustomConfig, check_weights, register, stock_model
+from hfprune.models import find_spec
+from hfprune.models.surgery import apply_plan
+from hfprune.utils.errors import PlanError
+
+
+class PerLayerConfig(CustomConfig):
+    """What the config of a model whose layers differ in width adds to its stock config class."""
+
+    auto_type = "hfprune"
+    adjective = "pruned"
+    note = "Layers differ in width. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
+    _hfprune: Cut
+
+    @classmethod
+    def restore(cls, config: Any, section: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
+        """Turns a stock config, in place, into one whose layers differ; the plans are read later."""
+        layers = {int(index): values for index, values in overrides.items()}
+        to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as plain data, with what hfprune needs under ``hfprune``."""
+        data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        cut: Cut = data.pop("_hfprune")
+        return data | {"hfprune": self.section(self.stock.model_type) | {"plans": cut.count, "dense": dict(cut.dense)}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Returns what config.json holds."""
+        return self.described(super().to_diff_dict())  # type: ignore[misc]
+
+    def validate(self) -> None:
+        """Checks nothing: the stock checks read keys that have no one value here; loading checks every shape."""
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Writes config.json and the plans.
+
+        Raises:
+            PlanError: The plans were not read yet, and are not where the config came from.
+        """
+        plans = cut_of(self).plans
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for file, plan in zip(self._hfprune.files(), plans, strict=True):
+            plan.save(Path(save_directory) / file)
+
+
+def is_per_layer(config: Any) -> bool:
+    """Returns whether ``config`` is that of a model whose layers differ in width."""
+    return isinstance(config, PerLayerConfig)
+
+
+def cut_of(config: Any, *, path: str | None = None, **hub: Any) -> Cut:
+    """Returns the cut of a per-layer config with its plans, read once where they were not yet.
+
+    Args:
+        config: The config; it keeps what was read.
+        path: Folder or hub id of the plans; by default where the config came from.
+        hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
+
+    Raises:
+        PlanError: A plan is missing or damaged.
+    """
+    if not config._hfprune.plans:
+        config._hfprune = config._hfprune.read(path or config.name_or_path, **hub)
+    found: Cut = config._hfprune
+    return found
+
+
+def dense_config(config: Any) -> Any:
+    """Returns a copy of ``config`` in its stock class, as it was before any plan made layers differ."""
+    dense = stock_config(config)
+    for key, value in config._hfprune.dense.items() if is_per_layer(config) else ():
+        setattr(dense, key, value)
+    return dense
+
+
+def stock_config(config: Any) -> Any:
+    """Returns a copy of ``config`` in its stock class, without what differs per layer."""
+    found = copy.deepcopy(config)
+    to_stock(found)
+    return found
+
+
+def to_stock(config: Any) -> None:
+    """Makes ``config``, in place, one of its stock class."""
+    if is_per_layer(config):
+        config.per_layer_config = None
+        del config._hfprune
+        config.__class__ = config.stock
+
+
+def to_per_layer(config: Any, cut: Cut, overrides: Mapping[int, Mapping[str, Any]]) -> None:
+    """Makes ``config``, in place (every module of a model refers to it), one whose layers differ as ``cut`` says."""
+    PerLayerConfig.adopt(config)
+    config._hfprune = cut
+    # transformers leaves out what the config says of all layers
+    config.per_layer_config = {index: dict(values) for index, values in overrides.items()} or None
+
+
+def finish(model: Any, dense: Any, cut: Cut) -> None:
+    """Gives a model that was cut by ``cut.plans`` the config that says so.
+
+    Args:
+        model: The model; its config is stock or per-layer.
+        dense: The dense config.
+        cut: How the model came to be.
+    """
+    spec = find_spec(model)
+    for key, value in implied_values(dense, spec, cut.plans).items():
+        setattr(model.config, key, value)
+    overrides = layer_overrides(dense, spec, cut.plans, num_layers=model.config.num_hidden_layers)
+    to_per_layer(model.config, cut, overrides)
+
+
+class HFPruneForCausalLM:
+    """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, config: Any, **kwargs: Any) -> Any:
+        """Returns the model saved at ``path``, an instance of its stock class; arguments as in transformers.
+
+        Raises:
+            PlanError: A plan is missing, damaged, or does not fit config.json or the weights.
+        """
+        cut = cut_of(config, path=str(path), **{key: kwargs[key] for key in HUB if key in kwargs})
+        dense, wants_info = dense_config(config), kwargs.pop("output_loading_info", False)
+        stock = stock_model(dense)
+        kwargs |= {"config": dense, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = _cutting(stock, cut).from_pretrained(path, *args, **kwargs)
+        check_weights(str(path), info, described_by="config.json and plan.json", error=PlanError)
+        model.__class__ = stock
+        finish(model, dense, cut)
+        if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
+            raise PlanError(f"'{path}': the plan keeps other numbers of units than per_layer_config in config.json.")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """Returns a model of the shapes that ``config`` describes, with random weights; on the meta device none."""
+        cut, dense = cut_of(config), dense_config(config)
+        model = stock_model(dense)._from_config(dense, **kwargs)
+        _apply(model, cut)
+        finish(model, dense_config(config), cut)
+        return model
+
+
+def _cutting(stock: Any, cut: Cut) -> Any:
+    """Returns a subclass of a model class whose new models are cut at once; it bears the stock class's name."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        _apply(self, cut)
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (stock,), names | {"__init__": init})
+
+
+def _apply(model: Any, cut: Cut) -> None:
+    with torch.device("cpu"):  # of index tensors; the model may be made on the meta device
+        for plan in cut.plans:
+            apply_plan(model, plan)
+
+
+register(PerLayerConfig, HFPruneForCausalLM)
+
+
+class PerLayerLayout(Layout):
+    """``per_layer``: ``per_layer_config`` in config.json, and the plans; an ordinary folder where no layer differs.
+
+    Example:
+        >>> from hfprune.io.layouts import apply_plan
+        >>> from hfprune.models import find_groups
+        >>> from hfprune.plan import PruningPlan
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config)
+        >>> groups = find_groups(model)
+        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
+        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
+        >>> apply_plan(model, plan)
+        >>> type(model).__name__, type(model.config).__name__
+        ('LlamaForCausalLM', 'PerLayerLlamaConfig')
+        >>> [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        [12, 8]
+    """
+
+    name = "per_layer"
+
+    def check(self, model: Any) -> None:
+        """Accepts every model."""
+
+    def written(self, model: Any) -> Any:
+        """Returns ``model``: its config writes what differs."""
+        return model
+
+
+LAYOUTS.add(PerLayerLayout.name, PerLayerLayout())

@@ -1,0 +1,401 @@
+"""Loading: models from a folder or the hub, checked before any expensive work."""
+
+import difflib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hfprune.io.demo_model import EMBEDDED_NAME, embedded_model
+from hfprune.io.layouts import cut_of, is_per_layer, run_empty
+from hfprune.io.layouts.bitmask import bitmask_stock, is_bitmask
+from hfprune.io.model_files import (
+    adapter_base,
+    check_files,
+    check_info,
+    check_shapes,
+    check_vocabulary,
+    has_weights,
+    is_adapter,
+    outside_text,
+    weight_shapes,
+)
+from hfprune.io.progress import quiet_transformers
+from hfprune.models import ARCHITECTURES, is_supported
+from hfprune.plan import PLAN_FILE
+from hfprune.utils.compat import cached_file_or_none, is_repo_id
+from hfprune.utils.errors import ConfigError, HFPruneError, first_line
+from hfprune.utils.files import user_path
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Entries of config.json that change only what a forward pass returns."""
+
+_CLEAR_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+"""Errors with a message that says what is wrong. Of others (a division by zero, a missing key) the type is named."""
+
+_TEXT_MODEL = (
+    "m = AutoModelForCausalLM.from_pretrained({path}); "
+    "t = AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "t.model, t.lm_head = m.model.language_model, m.lm_head; t.save_pretrained('TEXT'). Then save the "
+    "tokenizer there, and give TEXT."
+)
+
+
+def check_model_path(path: str, *, argument: str = "path") -> None:
+    """Raises ``ConfigError`` when ``path`` is evidently not a model. Cheap: reads no weights, asks no hub.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        argument: The argument that gave it, for the message.
+    """
+    if path == EMBEDDED_NAME:
+        return
+    folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
+    if folder.is_dir():
+        check_files(folder, where)
+    elif folder.exists():
+        raise ConfigError(f"{where} is a file; give the folder of a saved model, or a hub id.")
+    elif not _is_hub_id(path):
+        raise ConfigError(f"{where} does not exist, and it is not of the form of a hub id (owner/name).{_near(folder)}")
+    elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path):
+        raise ConfigError(
+            f"{where} does not exist: there is a folder '{folder.parent}' here, without '{folder.name}' in it."
+            f"{_near(folder)} For a model of the hub with this name, run in another folder."
+        )
+
+
+def _near(folder: Path) -> str:
+    """Returns a question that names the folder which may have been meant; empty where there is none."""
+    if not folder.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()], n=1)
+    return f" Did you mean '{folder.parent / near[0]}'?" if near else ""
+
+
+def _is_cached(path: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(path, "config.json"), str)
+
+
+def _is_hub_id(path: str) -> bool:
+    return is_repo_id(path) and not path.startswith((".", "/", "~"))
+
+
+def resolve_model_path(path: str, *, argument: str = "path") -> str:
+    """Returns what transformers can load: the folder of the embedded model for its name, else ``path``."""
+    check_model_path(path, argument=argument)
+    return str(embedded_model()) if path == EMBEDDED_NAME else user_path(path, argument)
+
+
+def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
+    """Checks a model before its weights are read: files, config, class, and the names and shapes of its tensors.
+
+    The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
+    enough for a budget; :func:`check_weight_files` refuses it. A hub id is not checked: no hub is asked.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
+        revision: Branch, tag or commit of a hub id.
+        argument: The argument that gave ``path``, for the message.
+
+    Raises:
+        ConfigError: The model cannot be used; the message says what to do.
+        PlanError: Its layers differ in width, and a plan is missing or damaged.
+    """
+    folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
+    if path == EMBEDDED_NAME or not folder.is_dir():
+        return
+    config = load_config(path, revision=revision, argument=argument)
+    model = _empty_model(config, where)
+    if is_supported(model):
+        with _reading(f"{where}: the model that config.json describes cannot be run"):
+            run_empty(model)
+    if not is_bitmask(folder) and not is_per_layer(config) and has_weights(folder):
+        with quiet_transformers():
+            check_shapes(model, weight_shapes(folder, where), where)
+
+
+def check_weight_files(path: str, *, argument: str = "path") -> None:
+    """Raises ``ConfigError`` when a folder on this machine has no weight files, or damaged ones."""
+    folder = Path(user_path(path, argument))
+    if path != EMBEDDED_NAME and folder.is_dir() and not is_bitmask(folder):
+        weight_shapes(folder, f"{argument}='{path}'")
+
+
+def previous_plan(path: str) -> Path | None:
+    """Returns the plan file of a folder that hfprune wrote, or None."""
+    plan = Path(path) / PLAN_FILE
+    return plan if plan.is_file() else None
+
+
+def load_config(path: str, *, revision: str | None = None, argument: str = "path") -> Any:
+    """Returns the model's config, with its plans where the layers differ in width.
+
+    Switches that only change what a forward pass returns have their usual values, and references to code outside
+    transformers (``auto_map``), which hfprune does not run, are left out.
+
+    Raises:
+        ConfigError: It cannot be read, or describes a model that hfprune cannot use.
+        PlanError: Its plans cannot.
+    """
+    from transformers import AutoConfig
+
+    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
+    with _reading(f"Cannot read the config of {where}"), quiet_transformers():
+        config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=False, **_SWITCHES)
+    _check_config(config, where)
+    config = bitmask_stock(config)
+    vars(config).pop("auto_map", None)
+    if is_per_layer(config):
+        cut_of(config, path=resolved, revision=revision)
+    return config
+
+
+def _check_config(config: Any, where: str) -> None:
+    """Raises ``ConfigError`` for configs that can be read and that hfprune cannot use."""
+    if any(getattr(config, key, None) for key in ("quantization_config", "compression_config")):
+        raise ConfigError(f"{where} is quantised; prune the full-precision model, then quantise.")
+    text = config.get_text_config()
+    if text is not config:
+        recipe = _TEXT_MODEL.format(path=where.partition("=")[2])
+        raise ConfigError(
+            f"{where} is a multimodal model ({type(config).__name__}); hfprune takes its text model "
+            f"({type(text).__name__}) alone. Save it as a model of its own: {recipe}"
+        )
+    if config.dtype not in _DTYPES:
+        raise ConfigError(
+            f"{where}: config.json says dtype {str(config.dtype).removeprefix('torch.')}, in which no model is run. "
+            "Set it to float32, bfloat16 or float16, the type of the weights."
+        )
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is not a number of tokens.")
+    if isinstance(pad, int) and pad >= vocabulary:
+        raise ConfigError(
+            f"{where}: pad_token_id {pad} in config.json is outside the vocabulary of {vocabulary} tokens. Set it to "
+            "null, or to the id of a token that the model has."
+        )
+
+
+def meta_model(path: str, *, revision: str | None = None, argument: str = "path") -> nn.Module:
+    """Returns the model on the meta device: every shape, no weight read. For budgets and checks."""
+    config = load_config(path, revision=revision, argument=argument)
+    model: nn.Module = _empty_model(config, f"{argument}='{path}'")
+    return model
+
+
+def _empty_model(config: Any, where: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with _reading(f"{where}: the model that config.json describes cannot be built"), quiet_transformers():
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config)
+        except ImportError as error:  # an attention implementation, for example
+            raise ConfigError(
+                f"{where}: config.json asks for a package that is not installed: {first_line(error)} Install it, or "
+                "remove the entry (attn_implementation) from config.json."
+            ) from error
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns any error that transformers raises about a user's files into a ``ConfigError`` of one line."""
+    try:
+        yield
+    except HFPruneError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, _CLEAR_ERRORS) else f"{type(error).__name__}: "
+        raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: DTypeName | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Loads a model that hfprune or transformers saved, in any layout.
+
+    A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
+    or within their folder, also after both were moved.
+
+    Args:
+        folder: The folder (``OUT/model``, ``OUT/adapter``), or a hub id.
+        dtype: Type of the weights; ``auto`` takes what was saved.
+        device: Where to put it; the CPU by default.
+        revision: Branch, tag or commit of a hub id.
+
+    Returns:
+        The model in eval mode, an instance of its stock class.
+
+    Raises:
+        ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
+        PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(config).save_pretrained(folder)
+        ...     model = load(folder, dtype="bfloat16")
+        >>> type(model).__name__, model.dtype, model.training
+        ('LlamaForCausalLM', torch.bfloat16, False)
+    """
+    name: Any = str(dtype).removeprefix("torch.")
+    path = Path(user_path(str(folder), "folder"))
+    if is_adapter(path):
+        model = _load_adapted(path, dtype=name)
+    else:
+        model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
+    return model if device is None else model.to(device)
+
+
+def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
+    """Returns the model that adapters belong to, with the adapters; saved again, they name it where it is now."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    where = f"folder='{folder}'"
+    base = adapter_base(folder, where)
+    model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
+    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = base
+        return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
+
+
+def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
+    """Returns the model with its weights, on the CPU.
+
+    Raises:
+        ConfigError: The weights cannot be read, are not those that config.json describes, or hold a NaN or infinity
+            (the message names the first parameter).
+        PlanError: The layers differ in width, and the plan is missing or does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
+    config = load_config(path, revision=revision, argument=argument)
+    check_weight_files(path, argument=argument)
+    kwargs: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "revision": revision}
+    kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
+    if not is_per_layer(config):
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one line
+    with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
+    model, info = loaded
+    if outside := check_info(model, info, where):
+        warnings.warn(outside_text(outside, where), stacklevel=2)
+    vars(model.config).pop("auto_map", None)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ConfigError(f"{where}: parameter {name} holds NaN or infinity.")
+    return model
+
+
+def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
+    """Gives a model that was not made by ``from_pretrained`` the generation config that is saved with it, if any."""
+    from transformers import GenerationConfig
+
+    resolved = resolve_model_path(path)
+    if cached_file_or_none(resolved, "generation_config.json", revision=revision) is not None:
+        with _reading(f"Cannot read the generation config of path='{path}'"):
+            hub: dict[str, Any] = {} if revision is None else {"revision": revision}
+            model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
+
+
+def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
+    """Returns the safetensors files of a saved model, fetched from the hub when ``path`` is a hub id.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    folder = Path(resolve_model_path(path))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigError(f"Cannot fetch the weights of path='{path}': {first_line(error)}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"path='{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
+            "Save the model again with save_pretrained."
+        )
+    return files
+
+
+def model_files(path: str, *, revision: str | None = None) -> list[Path]:
+    """Returns config and weight files of a saved model, fetched from the hub when ``path`` is a hub id."""
+    folder = Path(resolve_model_path(path))
+    if not folder.is_dir():
+        weights = weight_files(path, revision=revision)
+        return [weights[0].parent / "config.json", *weights]
+    return [
+        folder / "config.json",
+        *sorted(file for kind in ("safetensors", "bin") for file in folder.glob(f"*.{kind}")),
+    ]
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
+    """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
+    from transformers import AutoTokenizer
+
+    resolved, where = resolve_model_path(path), f"path='{path}'"
+    if Path(resolved).is_dir():
+        check_vocabulary(Path(resolved), where)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a plain Exception
+        raise ConfigError(
+            f"{where} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer into the folder "
+            "(tokenizer.save_pretrained)."
+        ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that hfprune does not run, and that an export would not hold
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Raises ``ConfigError`` when a tokenizer has ids that a model of ``vocab_size`` embeddings does not know."""
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
+    if not beyond:
+        return
+    tokens = ", ".join(repr(token) for token in sorted(beyond, key=lambda token: beyond[token])[:3])
+    raise ConfigError(
+        f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: there is none for {tokens}"
+        f"{', ...' if len(beyond) > 3 else ''}. If the tokens were added, give the model a row for each "
+        "(model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or take the tokenizer without them; "
+        "otherwise the two do not belong together."
+    )
+
+
+def max_positions(config: Any) -> int | None:
+    """Returns how many positions the model allows, None when its config does not say."""
+    value = getattr(config, "max_position_embeddings", None)
+    return None if value is None else int(value)
+
+
+def predicts_badly_without_bos(config: Any) -> bool:
+    """Returns whether the table of the model's class says that a text has to begin with BOS (Gemma)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = config.get_text_config()
+    names = {*(text.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)}
+    return any(ARCHITECTURES.get(name).needs_bos for name in ARCHITECTURES if name in names)

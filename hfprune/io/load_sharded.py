@@ -1,0 +1,262 @@
+"""FSDP2: a causal LM whose weights are sharded over the ranks, loaded, pruned and adapted one layer at a time.
+
+Every layer is one FSDP2 unit; embeddings, final norm and head are the root unit. FSDP2 gathers a unit's weights inside
+that unit's ``forward`` only, so whatever reads the head or runs the backbone goes through :class:`WholeWeights`.
+No rank ever holds more whole weights than one layer, or the root unit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hfprune.io.layouts import pruned_shapes
+from hfprune.io.layouts.bitmask import is_bitmask
+from hfprune.io.load import DTypeName, load_config, read_generation_config, weight_files
+from hfprune.models.fingerprint import combine, tensor_digest
+from hfprune.models.groups import class_name, find_layers, find_spec
+from hfprune.models.output_head import check_head
+from hfprune.models.projection import whole as whole
+from hfprune.models.surgery import Cuts, cut, new_names, plan_cuts
+from hfprune.plan import PruningPlan
+from hfprune.recovery.lora import LoraRecovery, add_lora
+from hfprune.utils.errors import ConfigError
+
+Weights = Callable[[str], Tensor]
+"""Returns the whole weight of a parameter, by its name in the plain model."""
+
+
+class WholeWeights(nn.Module):
+    """The root FSDP2 unit: runs a function while embeddings, final norm and head are whole on every rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns ``function(*args)``; what needs a gradient must be among the returned tensors."""
+        return function(*args)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether ``model``'s weights are sharded over ranks."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def load_sharded(
+    path: str, mesh: DeviceMesh, *, dtype: DTypeName = "auto", revision: str | None = None
+) -> tuple[Any, WholeWeights, str]:
+    """Reads a saved model layer by layer, each rank keeping its part.
+
+    Returns:
+        The model, its root unit, and the fingerprint that the same model has when it is loaded whole.
+
+    Raises:
+        ConfigError: The weight files are not safetensors with stock names, or hold a NaN or infinity.
+        UnsupportedArchitectureError: The table's output head does not give the model's logits.
+    """
+    config = load_config(path, revision=revision)
+    model = _empty(config, getattr(torch, dtype) if dtype != "auto" else config.dtype)
+    read_generation_config(model, path, revision=revision)
+    digests: dict[str, str] = {}
+    with _open_weights(path, revision, model) as read:
+
+        def checked(name: str) -> Tensor:
+            tensor = read(name)
+            if not bool(tensor.isfinite().all()):
+                raise ConfigError(f"path='{path}': parameter {name} holds NaN or infinity.")
+            digests[name] = tensor_digest(tensor)
+            return tensor
+
+        name = class_name(model)
+        root = _fill_and_shard(model, model, mesh, checked)
+    root(check_head, model)
+    return model, root, combine(name, digests)
+
+
+def rebuild(
+    model: Any,
+    mesh: DeviceMesh,
+    *,
+    plan: PruningPlan | None = None,
+    lora: LoraRecovery | None = None,
+    seed: int = 0,
+    merge: bool = False,
+) -> tuple[Any, WholeWeights]:
+    """Returns a new sharded model made from ``model`` layer by layer: pruned, or with adapters, or with them merged.
+
+    ``model`` is used up: its layers are freed as they are read.
+
+    Args:
+        model: A sharded model, with adapters when ``merge`` is asked for (then the PEFT wrapper).
+        mesh: Where to shard.
+        plan: What to cut, None to cut nothing.
+        lora: Adapters to add, None for none.
+        seed: Seed of the adapters' first weights.
+        merge: Merge or, with ``merge=False``, drop the adapters that ``model`` carries.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _reshard(base)
+    cuts: Cuts = plan_cuts(base, plan) if plan is not None else {}
+    removed = plan.removed_layers() if plan is not None else ()
+    origin = {new: old for old, new in new_names(base, plan).items()} if plan is not None else {}
+    config = pruned_shapes(base, plan).config if plan is not None else base.config
+    new = _empty(config, base.dtype)
+    new.generation_config = base.generation_config
+    old_layers = find_layers(base)
+    stay = [index for index in range(len(old_layers)) if index not in removed]
+    for index in removed:
+        _drop(old_layers, index)
+    sources = {_plain(name): parameter for name, parameter in base.named_parameters() if "lora_" not in name}
+    adapters = _adapters(base) if merge else {}
+
+    def read(name: str) -> Tensor:
+        name = origin.get(name) or name
+        tensor = whole(sources.pop(name)).detach()
+        if name in adapters:
+            tensor = tensor + _delta(adapters[name])
+        return cut(tensor, cuts.get(name, ())) if name in cuts else tensor
+
+    outer = add_lora(new, lora, seed=seed) if lora is not None else new
+    root = _fill_and_shard(outer, new, mesh, read, done=lambda index: _drop(old_layers, stay[index]))
+    return outer, root
+
+
+def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every parameter of a sharded model without adapters, whole, on the CPU; tied ones once.
+
+    Every rank must exhaust the iterator.
+    """
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter).detach().cpu()
+
+
+# ---- making a model without ever holding it -------------------------------------------------------------------------
+
+
+def _empty(config: Any, dtype: torch.dtype) -> Any:
+    """Returns the model with its buffers and without its parameters (they are on the meta device)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # inside the block, each module got a parameter of its own
+    return model
+
+
+def _fill_and_shard(
+    outer: nn.Module,
+    base: Any,
+    mesh: DeviceMesh,
+    read: Weights,
+    *,
+    done: Callable[[int], None] = lambda index: None,
+) -> WholeWeights:
+    """Gives ``base``'s parameters their values and shards each layer before the next is read; returns the root unit.
+
+    Args:
+        outer: ``base`` or the PEFT model around it.
+        base: The Hugging Face model, parameters on the meta device (adapters real).
+        mesh: Where to shard.
+        read: Value of each parameter.
+        done: Called with the index of each layer that has been read.
+    """
+    spec = find_spec(base)
+    layers = find_layers(base, spec)
+    homes = {
+        _plain(name): name for name, parameter in base.named_parameters() if parameter.is_meta
+    }  # tied parameters appear once
+    for index in range(len(layers)):
+        prefix = f"{spec.layers}.{index}."
+        for plain in [p for p in homes if p.startswith(prefix)]:
+            _set(base, homes.pop(plain), read(plain))
+        fully_shard(layers[index], mesh=mesh)
+        done(index)
+    for plain, name in homes.items():
+        _set(base, name, read(plain))
+    base.tie_weights()
+    root = WholeWeights(outer)
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    return root
+
+
+def _reshard(model: nn.Module) -> None:
+    """Reshards every unit, so that parameters are this rank's parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, attribute)
+    if old.shape != value.shape:
+        raise ConfigError(f"Parameter {name} has shape {list(value.shape)} where {list(old.shape)} is expected.")
+    setattr(module, attribute, nn.Parameter(value.to(old.dtype).clone(), requires_grad=old.requires_grad))
+
+
+def _drop(layers: nn.ModuleList, index: int) -> None:
+    layers[index] = nn.Identity()
+
+
+def _plain(name: str) -> str:
+    """Returns the name that a parameter has in a model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+@contextmanager
+def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weights]:
+    """Yields a reader of single parameters from the model's safetensors files."""
+    files = weight_files(path, revision=revision)
+    if is_bitmask(files[0].parent):
+        raise ConfigError(
+            f"path='{path}' has layout='bitmask', and a sharded strategy reads whole parameters. Export the model with "
+            "layout='uniform' first, and load that."
+        )
+    where: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            where |= dict.fromkeys(tensors.keys(), file)
+    prefix = f"{model.base_model_prefix}."  # files of some base models name no prefix
+    types = {name: p.dtype for name, p in model.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        for key in (name, name.removeprefix(prefix), prefix + name):
+            if key in where:
+                with safe_open(where[key], framework="pt") as tensors:
+                    tensor: Tensor = tensors.get_tensor(key).to(types[name])
+                return tensor
+        raise ConfigError(
+            f"path='{path}': its files hold no parameter '{name}'. Save the model again with this version of "
+            "transformers (save_pretrained) to shard it while loading."
+        )
+
+    yield read
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+def _adapters(base: nn.Module) -> dict[str, Any]:
+    """Returns the plain name of each adapted weight -> its PEFT layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {f"{name}.weight": module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _delta(layer: Any) -> Tensor:
+    """Returns what a LoRA layer adds to its weight, alpha / r * B A, as stored by the projection."""
+    (adapter,) = layer.active_adapters
+    product = whole(layer.lora_B[adapter].weight.detach()) @ whole(layer.lora_A[adapter].weight.detach())
+    delta: Tensor = (product.T if layer.fan_in_fan_out else product) * layer.scaling[adapter]
+    return delta

@@ -1,0 +1,338 @@
+"""Checks the files of a model folder and the shapes of its tensors before any weight is loaded."""
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hfprune.utils.errors import ConfigError, first_line
+
+_LFS = b"version https://git-lfs"
+_AGAIN = "Download the file again, or save the model again with save_pretrained."
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
+"""The order in which transformers looks for weights."""
+
+_ADAPTER = "adapter_config.json"
+_JSON = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    _ADAPTER,
+    *_INDEXES,
+)
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.model", "*.model.v*", "*.tiktoken")
+_OTHER_FORMATS = ("*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.bin", "*.safetensors")
+
+Shapes = dict[str, torch.Size]
+"""Name of a stored tensor -> its shape."""
+
+
+def check_files(folder: Path, where: str) -> None:
+    """Raises ``ConfigError`` for a file that is a Git LFS pointer, empty or damaged, and for adapters.
+
+    Args:
+        folder: A folder on this machine.
+        where: How the message names it, for example ``path='DIR'``.
+    """
+    for name in _JSON:
+        if (folder / name).is_file():
+            _read_object(folder / name, where)
+    _check_adapter(folder, where)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{where} has no config.json: it is not a saved Hugging Face model.")
+    for pattern in _VOCABULARIES:
+        for file in folder.glob(pattern):
+            _check_content(file, where)
+
+
+def weight_shapes(folder: Path, where: str) -> Shapes:
+    """Returns the shape of every tensor in the weight files, read from their headers.
+
+    Args:
+        folder: A folder on this machine.
+        where: How messages name it.
+
+    Raises:
+        ConfigError: There are no weight files, or one is missing or damaged.
+    """
+    found = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        others = sorted({file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern)})
+        there = f" (it has {', '.join(others[:3])}, which is not the name or format that transformers reads)"
+        raise ConfigError(
+            f"{where} has no weights: neither model.safetensors nor pytorch_model.bin{there if others else ''}. "
+            "Download the weight files too, or save the model again with save_pretrained."
+        )
+    files = _shards(folder / found, where) if found in _INDEXES else [folder / found]
+    shapes: Shapes = {}
+    for file in files:
+        _check_content(file, where)
+        shapes |= _pickled_shapes(file, where) if file.suffix == ".bin" else _header(file, where)
+    return shapes
+
+
+def has_weights(folder: Path) -> bool:
+    """Returns whether there is any file that transformers would read weights from."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
+
+
+def check_vocabulary(folder: Path, where: str) -> None:
+    """Raises ``ConfigError`` when a folder has no file that a tokenizer could be read from."""
+    if not any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        raise ConfigError(
+            f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the "
+            "folder (tokenizer.save_pretrained)."
+        )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder on this machine holds adapters and no model."""
+    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path, where: str) -> str:
+    """Returns the model that adapters belong to: a folder, or a hub id.
+
+    A folder that was recorded by its absolute path is looked for within the adapters' folder and next to it first, so
+    that it is found after both were moved or copied.
+
+    Args:
+        folder: A folder of adapters.
+        where: How messages name it.
+
+    Raises:
+        ConfigError: The adapter config is damaged, or names no model.
+    """
+    base = _read_object(folder / _ADAPTER, where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{where}: adapter_config.json names no base model (base_model_name_or_path).")
+    if not Path(base).is_absolute():
+        return base
+    places = (folder.absolute() / Path(base).name, folder.absolute().parent / Path(base).name)
+    found = next((str(place) for place in places if (place / "config.json").is_file()), base)
+    if not Path(found).is_dir():
+        raise ConfigError(
+            f"{where} holds an adapter of the model in '{base}', which does not exist; neither is there a model in "
+            f"'{places[0]}' or '{places[1]}'. Put it there, or load both with "
+            f"PeftModel.from_pretrained(hfprune.load('MODEL'), '{folder}')."
+        )
+    return found
+
+
+def _check_adapter(folder: Path, where: str) -> None:
+    file = folder / _ADAPTER
+    if not file.is_file():
+        return
+    base = _read_object(file, where).get("base_model_name_or_path") or "BASE"
+    merge = (
+        f"Merge it first: AutoPeftModelForCausalLM.from_pretrained('{folder}').merge_and_unload().save_pretrained("
+        f"'MERGED') (its base is '{base}'), then save the tokenizer there and give MERGED."
+    )
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{where} holds a model and an adapter (adapter_config.json), which transformers would load together. "
+            f"{merge} To take the model without the adapter, move the adapter files elsewhere."
+        )
+    raise ConfigError(f"{where} holds an adapter, not a model. {merge}")
+
+
+def _shards(index: Path, where: str) -> list[Path]:
+    weight_map = _read_object(index, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConfigError(f"{where}: {index.name} has no 'weight_map' from tensors to files. {_AGAIN}")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{where} lacks {len(missing)} of the {len(names)} weight files that {index.name} lists: "
+            f"{', '.join(missing[:3])}. Download them into the folder."
+        )
+    return [index.parent / name for name in names]
+
+
+def _header(file: Path, where: str) -> Shapes:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: torch.Size(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: {file.name} is damaged or cut off ({first_line(error)}). {_AGAIN}") from error
+
+
+def _pickled_shapes(file: Path, where: str) -> Shapes:
+    with file.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"
+    try:
+        found = torch.load(file, map_location="meta", mmap=zipped or None, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{where}: {file.name} is damaged or cut off: not a file of torch.save. {_AGAIN}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ConfigError(
+            f"{where}: {file.name} is not a state dict of tensors by name, but for example a training checkpoint. Save "
+            "the model itself with save_pretrained."
+        )
+    return {name: value.shape for name, value in found.items()}
+
+
+def _read_object(file: Path, where: str) -> dict[str, Any]:
+    """Returns the object in a JSON file."""
+    _check_content(file, where)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: {file.name} is not valid JSON ({first_line(error)}): damaged or cut off. {_AGAIN}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: {file.name} holds a {type(found).__name__} where an object is expected. {_AGAIN}")
+    return found
+
+
+def _check_content(file: Path, where: str) -> None:
+    """Raises ``ConfigError`` for a Git LFS pointer and for an empty file."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS))
+    except OSError as error:
+        raise ConfigError(f"{where}: {file.name} cannot be read: {error.strerror or error}.") from error
+    if start == _LFS:
+        raise ConfigError(
+            f"{where}: {file.name} is a Git LFS pointer, not the file itself. Run 'git lfs pull' in the folder, or "
+            "download the model again (hf download)."
+        )
+    if not start.strip(b"\0 \n"):
+        raise ConfigError(f"{where}: {file.name} is empty or holds nothing but zeros. {_AGAIN}")
+
+
+_IGNORED = re.compile(r"(rotary_emb\.(original_)?inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+"""Buffers that older versions of transformers saved and that follow from the config."""
+
+_WRAPPERS = {
+    "base_layer.": "PEFT, with adapters that were not merged: call merge_and_unload() and save the result",
+    "base_model.model.": "PEFT: call merge_and_unload() and save the result",
+    "_fsdp_wrapped_module.": "FSDP: save the full state dict of the unwrapped model",
+    "_checkpoint_wrapped_module.": "activation checkpointing: save the unwrapped model",
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "module.": "DataParallel, DDP or DeepSpeed: save model.module",
+    "model.language_model.": "a multimodal class: save its text model alone",
+    "language_model.": "a multimodal class: save its text model alone",
+}
+_ADAPTERS = ("base_layer.", "base_model.model.")
+_LARGE = 2**31
+"""Bytes of experts that are not put together only to compare names."""
+
+
+def check_shapes(model: Any, found: Shapes, where: str) -> None:
+    """Raises ``ConfigError`` unless stored tensors are those of ``model``, by transformers' own rules for names.
+
+    transformers loads tensors of the stored shapes that take no memory; tied weights, old names and experts that are
+    stored one by one are matched as in a real run.
+
+    Args:
+        model: The model that config.json describes, on the meta device.
+        found: Stored shapes.
+        where: How the message names the model.
+    """
+    names = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    if not any(key in names or prefix + key in names for key in found):
+        check_info(model, {"missing_keys": names, "unexpected_keys": set(found), "mismatched_keys": ()}, where)
+    experts = sum(shape.numel() for key, shape in found.items() if ".experts." in key)
+    if experts * model.dtype.itemsize > _LARGE:  # compared when the model is loaded
+        return
+    tensors = {key: torch.zeros((), dtype=model.dtype).expand(shape) for key, shape in found.items()}
+    kwargs = {"config": model.config, "dtype": model.dtype, "ignore_mismatched_sizes": True}
+    try:
+        _, info = type(model).from_pretrained(None, state_dict=tensors, output_loading_info=True, **kwargs)
+    except RuntimeError as error:  # parts of a tensor that is stored in several
+        raise ConfigError(
+            f"{where}: tensors in the weight files are missing, or do not fit together, where {type(model).__name__} "
+            "joins several into one (experts). Download the weight files again."
+        ) from error
+    check_info(model, info, where)
+
+
+def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
+    """Raises ``ConfigError`` when tensors were missing, of another shape, or not expected in a part of the model.
+
+    Args:
+        model: The model that was loaded.
+        info: What transformers returns for ``output_loading_info``.
+        where: How the message names the model.
+
+    Returns:
+        Names of stored tensors that lie outside the model: further heads, such as the value head of TRL (``v_head``),
+        which its predictions do not depend on.
+    """
+    name = type(model).__name__
+    missing = sorted(info["missing_keys"])
+    stored = sorted(key for key in info["unexpected_keys"] if not _IGNORED.search(key))
+    wrapper = _wrapper(stored)
+    parts = _parts(model)
+    outside = [] if wrapper or missing else [key for key in stored if _first_part(key) not in parts]
+    unexpected = [key for key in stored if key not in outside]
+    if wrapper and (missing or wrapper[0] in _ADAPTERS):
+        part, text = wrapper
+        raise ConfigError(
+            f"{where}: names in the weight files have '{part}' in them ({_some(unexpected, 1)}), which {name} has not. "
+            f"They were saved from within {text}."
+        )
+    for key, saved, expected in sorted(info["mismatched_keys"]):
+        raise ConfigError(
+            f"{where}: {key} is {list(saved)} in the weight files and {list(expected)} by config.json: they do not "
+            "belong together. Copy all files from one place."
+        )
+    if missing:
+        raise ConfigError(
+            f"{where}: the weight files lack {len(missing)} of the tensors that {name} has by config.json: "
+            f"{_some(missing)}. transformers would fill them with random numbers. Download the weight files again, or "
+            "the config.json that belongs to them."
+        )
+    if unexpected:
+        raise ConfigError(
+            f"{where}: the weight files hold {len(unexpected)} tensors that {name} does not have by config.json: "
+            f"{_some(unexpected)}. They would be left out in silence. Take the config.json that belongs to the files, "
+            "or save the model again with save_pretrained."
+        )
+    return outside
+
+
+def outside_text(outside: list[str], where: str) -> str:
+    """Returns the warning about tensors of other heads, which are not read."""
+    return (
+        f"{where}: {len(outside)} tensors in the weight files are no part of the model ({_some(outside)}): another "
+        "head, which is neither pruned nor exported."
+    )
+
+
+def _parts(model: Any) -> set[str]:
+    """Returns the names that a stored tensor of the model, or of the model within it, begins with."""
+    within = getattr(model, model.base_model_prefix, model)
+    return {name for module in (model, within) for name, _ in module.named_children()}
+
+
+def _first_part(key: str) -> str:
+    return key.partition(".")[0]
+
+
+def _wrapper(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the part of names that a wrapper adds, and which wrapper that is."""
+    for key in keys:
+        for part, text in _WRAPPERS.items():
+            inside = part.startswith("_") or part == "base_layer."
+            if key.startswith(part) or (inside and f".{part}" in key):
+                return part, text
+    return None
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

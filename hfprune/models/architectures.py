@@ -1,0 +1,227 @@
+"""The architecture tables: one :class:`ArchSpec` per Hugging Face model class."""
+
+from dataclasses import replace
+
+from hfprune.models.spec import (
+    ATTENTION,
+    GATED_LORA_TARGETS,
+    GATED_MLP,
+    LAYER_NORMS,
+    STREAM,
+    ArchSpec,
+    AttentionSpec,
+    ExpertsSpec,
+    HeadTemplate,
+    SliceTemplate,
+    register,
+)
+
+LLAMA = register(
+    ArchSpec(
+        model_class="LlamaForCausalLM",
+        backbone="model",
+        layers="model.layers",
+        mlp=GATED_MLP,  # gate and up carry a bias when config.mlp_bias is set; down's bias is kept
+        width_key="intermediate_size",
+        width_attributes=("mlp.intermediate_size",),
+        stream=STREAM,
+        lora_targets=GATED_LORA_TARGETS,
+        attention=replace(ATTENTION, divides_hidden=True),
+    )
+)
+
+
+MISTRAL = register(
+    ArchSpec(
+        model_class="MistralForCausalLM",
+        backbone="model",
+        layers="model.layers",
+        mlp=GATED_MLP,
+        width_key="intermediate_size",
+        width_attributes=("mlp.intermediate_size",),
+        stream=STREAM,
+        lora_targets=GATED_LORA_TARGETS,
+        attention=ATTENTION,
+    )
+)
+
+
+MIXTRAL = register(
+    ArchSpec(
+        model_class="MixtralForCausalLM",
+        backbone="model",
+        layers="model.layers",
+        mlp=(),
+        width_key="intermediate_size",
+        experts=ExpertsSpec(),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        attention=ATTENTION,
+        no_stream="its experts hold their weights in stacks, which are cut by experts only",
+    )
+)
+
+
+QWEN2 = register(
+    ArchSpec(
+        model_class="Qwen2ForCausalLM",  # Qwen 2.5 too: same class, biases on q, k and v only
+        backbone="model",
+        layers="model.layers",
+        mlp=GATED_MLP,
+        width_key="intermediate_size",
+        width_attributes=("mlp.intermediate_size",),
+        stream=STREAM,
+        lora_targets=GATED_LORA_TARGETS,
+        attention=ATTENTION,  # norms of queries and keys (Qwen3) are per channel of a head: they stay
+        layer_lists=("layer_types",),
+    )
+)
+QWEN3 = register(replace(QWEN2, model_class="Qwen3ForCausalLM"))
+
+
+QWEN2_MOE = register(
+    replace(
+        MIXTRAL,
+        model_class="Qwen2MoeForCausalLM",
+        width_key="moe_intermediate_size",
+        experts=ExpertsSpec(count_key="num_experts"),
+        layer_lists=("layer_types",),
+        position_key="mlp_only_layers",
+    )
+)
+QWEN3_MOE = register(
+    replace(QWEN2_MOE, model_class="Qwen3MoeForCausalLM", experts=ExpertsSpec(count_key="num_local_experts"))
+)
+
+
+GEMMA2 = register(
+    ArchSpec(
+        model_class="Gemma2ForCausalLM",
+        backbone="model",  # scales its embeddings itself
+        layers="model.layers",
+        mlp=GATED_MLP,
+        width_key="intermediate_size",
+        softcap_key="final_logit_softcapping",
+        width_attributes=("mlp.intermediate_size",),
+        lora_targets=GATED_LORA_TARGETS,
+        attention=replace(ATTENTION, divides_hidden=True),
+        layer_lists=("layer_types",),
+        stream=replace(
+            STREAM,
+            norms=(*STREAM.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            norm_offset=1.0,
+            scales_embedding=True,
+        ),
+        needs_bos=True,
+    )
+)
+GEMMA3 = register(replace(GEMMA2, model_class="Gemma3ForCausalLM"))
+
+
+PHI3 = register(
+    ArchSpec(
+        model_class="Phi3ForCausalLM",
+        backbone="model",
+        layers="model.layers",
+        mlp=(
+            SliceTemplate(module="mlp.gate_up_proj", side="out", block=0),
+            SliceTemplate(module="mlp.gate_up_proj", side="out", block=1),
+            SliceTemplate(module="mlp.down_proj", side="in"),
+        ),
+        width_key="intermediate_size",
+        lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        attention=AttentionSpec(
+            module="self_attn",
+            heads=(
+                HeadTemplate(module="self_attn.qkv_proj", side="out", queries=1),
+                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.o_proj", side="in", queries=1),
+            ),
+            factors_fix_heads=True,
+            attributes=(("num_key_value_heads", "keys_values"),),
+            reads_config=True,
+        ),
+        stream=replace(STREAM, attributes=("hidden_size",)),
+    )
+)
+
+
+OPT = register(
+    ArchSpec(
+        model_class="OPTForCausalLM",
+        backbone="model.decoder",  # includes project_out of OPT-350m
+        layers="model.decoder.layers",
+        mlp=(SliceTemplate(module="fc1", side="out"), SliceTemplate(module="fc2", side="in")),
+        width_key="ffn_dim",
+        lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        no_stream=LAYER_NORMS,
+        attention=AttentionSpec(
+            module="self_attn",
+            heads=(
+                HeadTemplate(module="self_attn.q_proj", side="out", queries=1),
+                HeadTemplate(module="self_attn.k_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.v_proj", side="out", keys_values=1),
+                HeadTemplate(module="self_attn.out_proj", side="in", queries=1),
+            ),
+            ratio_attribute=None,
+            keys_values_key=None,
+            size_key=None,
+            attributes=(("num_heads", "queries"),),
+        ),
+        packing="mask",  # its decoder keeps the position ids from the function that makes the mask
+    )
+)
+
+
+GPT2 = register(
+    ArchSpec(
+        model_class="GPT2LMHeadModel",
+        backbone="transformer",
+        layers="transformer.h",
+        mlp=(SliceTemplate(module="mlp.c_fc", side="out"), SliceTemplate(module="mlp.c_proj", side="in")),
+        width_key="n_inner",  # None in most configs, meaning 4 * n_embd; surgery writes a number
+        lora_targets=("c_attn", "c_proj", "c_fc"),  # c_proj matches attention and MLP alike
+        no_stream=LAYER_NORMS,
+        attention=AttentionSpec(
+            module="attn",
+            heads=(
+                HeadTemplate(module="attn.c_attn", side="out", queries=1),
+                HeadTemplate(module="attn.c_attn", side="out", keys_values=1),
+                HeadTemplate(module="attn.c_attn", side="out", keys_values=1),
+                HeadTemplate(module="attn.c_proj", side="in", queries=1),
+            ),
+            ratio_attribute=None,
+            keys_values_key=None,
+            size_key=None,
+            attributes=(("num_heads", "queries"), ("split_size", "query_channels")),
+        ),
+        position_key="scale_attn_by_inverse_layer_idx",
+    )
+)
+
+
+GPT_NEOX = register(
+    ArchSpec(
+        model_class="GPTNeoXForCausalLM",
+        backbone="gpt_neox",
+        layers="gpt_neox.layers",
+        mlp=(
+            SliceTemplate(module="mlp.dense_h_to_4h", side="out"),
+            SliceTemplate(module="mlp.dense_4h_to_h", side="in"),
+        ),
+        width_key="intermediate_size",
+        lora_targets=("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
+        no_stream=LAYER_NORMS,
+        attention=AttentionSpec(
+            module="attention",
+            heads=(
+                HeadTemplate(module="attention.query_key_value", side="out", queries=1, keys_values=2),  # head by head
+                HeadTemplate(module="attention.dense", side="in", queries=1),
+            ),
+            size_attribute="head_size",
+            ratio_attribute=None,
+            keys_values_key=None,
+            size_key=None,
+        ),
+    )
+)

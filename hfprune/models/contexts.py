@@ -1,0 +1,55 @@
+"""Context managers that put a module into a state for a while: eval mode, frozen, hooked, inference."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """Puts ``root`` into eval mode; every module's own mode is restored at the end."""
+    training = [(module, module.training) for module in root.modules()]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def inference(root: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients."""
+    with evaluating(root), torch.no_grad():
+        yield
+
+
+@contextmanager
+def frozen(root: nn.Module) -> Iterator[None]:
+    """Freezes ``root`` and puts it into eval mode; restores both at the end."""
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    for parameter, _ in requires_grad:
+        parameter.requires_grad_(False)
+    try:
+        with evaluating(root):
+            yield
+    finally:
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Removes hooks at the end.
+
+    Args:
+        handles: What ``register_forward_hook`` and its siblings returned.
+    """
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,317 @@
+"""Finds the prunable units of a model: groups of registered architectures and of custom modules."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from hfprune.models.experts import expert_group, experts_table
+from hfprune.models.projection import bias_of, num_channels, submodule
+from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
+from hfprune.models.spec import ARCHITECTURES, ArchSpec, AttentionSpec
+from hfprune.plan import LAYERS, Group, Side, Slice, unit_kinds
+from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
+
+
+def find_spec(model: nn.Module) -> ArchSpec:
+    """Returns the table of ``model``'s exact class.
+
+    Raises:
+        UnsupportedArchitectureError: No table describes the class; the message lists the known ones.
+    """
+    return ARCHITECTURES.get(class_name(model))
+
+
+def is_supported(model: nn.Module) -> bool:
+    """Returns whether a table describes ``model``'s exact class."""
+    return class_name(model) in ARCHITECTURES
+
+
+def class_name(model: nn.Module) -> str:
+    """Returns the name of ``model``'s own class, also where FSDP2 put a subclass of it in its place."""
+    return next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
+def find_groups(
+    model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
+) -> tuple[Group, ...]:
+    """Returns the groups of ``model``, in order: MLP neurons, heads, experts one a layer, layers, channels one for all.
+
+    Works on the meta device, and on models that were pruned before: shapes alone are read.
+
+    Args:
+        model: A Hugging Face model of a known class.
+        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``layers``, ``channels``. Their order does not matter.
+        spec: The table; that of the model's class if not given.
+
+    Raises:
+        ConfigError: A unit kind is unknown.
+        UnsupportedArchitectureError: The class is unknown, or does not take a unit kind, or its modules are not what
+            the table says.
+    """
+    units = unit_kinds(units)
+    check_units(units)
+    spec = spec or find_spec(model)
+    return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
+
+
+def check_units(units: Sequence[str]) -> None:
+    """Raises ``ConfigError`` unless every unit kind is known and given once."""
+    if not units or len(set(units)) != len(units) or not set(units) <= set(_FINDERS):
+        raise ConfigError(f"units {list(units)}: give each of {', '.join(_FINDERS)} at most once, and at least one.")
+
+
+def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList:
+    """Returns the transformer layers of ``model``."""
+    return (spec or find_spec(model)).find_layers(model)
+
+
+def mlp_widths(model: nn.Module) -> tuple[int, ...]:
+    """Returns the MLP width of each layer; empty for mixture-of-experts models."""
+    return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
+
+
+def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    if not spec.mlp:
+        raise UnsupportedArchitectureError(
+            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: choose experts, "
+            "heads or layers, for example units=['experts']."
+        )
+    return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+
+
+def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
+    layer = f"{spec.layers}.{index}"
+    consumer = next(t for t in spec.mlp if t.side == "in")
+    width = num_channels(submodule(model, f"{layer}.{consumer.module}"), "in")
+    slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
+    return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
+
+
+def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    return [_head_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+
+
+def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
+    """Returns the group of a layer's heads: each unit is a key-value head with the query heads that read it."""
+    layer, table = f"{spec.layers}.{index}", attention_table(spec)
+    size, ratio = head_shape(submodule(model, f"{layer}.{table.module}"), table)
+    widths = [(t.queries * ratio + t.keys_values) * size for t in table.heads]
+    reader = next(i for i, t in enumerate(table.heads) if t.side == "in")
+    units = num_channels(submodule(model, f"{layer}.{table.heads[reader].module}"), "in") // widths[reader]
+    end: dict[tuple[str, str], int] = {}
+    slices = []
+    for template, width in zip(table.heads, widths, strict=True):
+        offset = end.get((template.module, template.side), 0)
+        end[template.module, template.side] = offset + units * width
+        slices.append(Slice(module=f"{layer}.{template.module}", side=template.side, offset=offset, width=width))
+    name = f"{layer}.{table.module}"
+    return _checked(model, spec, Group(name=name, kind="heads", num_units=units, slices=tuple(slices), layer=index))
+
+
+def attention_table(spec: ArchSpec) -> AttentionSpec:
+    """Returns the table of a class's attention; raises ``UnsupportedArchitectureError`` where there is none."""
+    if spec.attention is None:
+        raise UnsupportedArchitectureError(
+            f"Heads of {spec.model_class} cannot be removed: {spec.no_attention}. Leave 'heads' out of the units."
+        )
+    return spec.attention
+
+
+def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
+    """Returns the size of a head, and the number of query heads per key-value head."""
+    ratio = getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
+    return getattr(attention, table.size_attribute), ratio
+
+
+def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    table, found = experts_table(spec), []
+    for index, layer in enumerate(find_layers(model, spec)):
+        if table.router not in dict(layer.named_modules()):
+            raise UnsupportedArchitectureError(
+                f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
+                "(config.mlp_only_layers, decoder_sparse_step): where layers differ so, neither experts nor layers can "
+                "be removed. Leave 'experts' and 'layers' out of the units; heads can go."
+            )
+        found.append(_checked(model, spec, expert_group(model, spec, index, layer.get_submodule(table.router))))
+    return found
+
+
+def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    if spec.position_key is not None and getattr(model.config, spec.position_key):
+        raise UnsupportedArchitectureError(
+            f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position: no layer "
+            "can be removed. Leave 'layers' out of the units."
+        )
+    return [Group(name=spec.layers, kind=LAYERS, num_units=len(find_layers(model, spec)), slices=())]
+
+
+def _channel_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    return [_checked(model, spec, channel_group(model, spec))]
+
+
+_FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
+    "mlp": _mlp_groups,
+    "heads": _head_groups,
+    "experts": _expert_groups,
+    LAYERS: _layer_groups,
+    "channels": _channel_groups,
+}
+
+
+def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
+    """Returns ``group`` when its slices cover the projections that they name."""
+    for s in group.slices:
+        channels = num_channels(submodule(model, s.module), s.side, s.parameter)
+        expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
+        if channels != expected:
+            raise UnsupportedArchitectureError(
+                f"{s.module} of this {spec.model_class} has {channels} {s.side}-channels where its table expects "
+                f"{expected}; the model is not the stock architecture."
+            )
+    return group
+
+
+def unit_cost(model: nn.Module, group: Group) -> int:
+    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side); tied ones once.
+
+    Raises:
+        ConfigError: The layers of a ``layers`` group differ in size; see :func:`layer_params`.
+    """
+    if group.kind == LAYERS:
+        sizes = layer_params(model)
+        if len(set(sizes)) > 1:
+            raise ConfigError(
+                f"The layers of this model differ in size, from {min(sizes):,} to {max(sizes):,} parameters."
+            )
+        return sizes[0]
+    if group.kind == CHANNELS:
+        return channel_cost(model, group)
+    cost = 0
+    for s in group.slices:
+        module = submodule(model, s.module)
+        cost += s.width * num_channels(module, "in" if s.side == "out" else "out", s.parameter)
+        if s.side == "out" and bias_of(module) is not None:
+            cost += s.width
+    return cost
+
+
+def layer_params(model: nn.Module) -> tuple[int, ...]:
+    """Returns the number of parameters of each layer."""
+    return tuple(parameter_count(layer) for layer in find_layers(model))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters of ``model``; tied weights count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Returns the module that maps token ids to the final hidden states."""
+    return submodule(model, find_spec(model).backbone)
+
+
+def group_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
+    """Returns every projection that ``groups`` mention, by name."""
+    names: Sequence[str] = sorted({s.module for g in groups for s in g.slices})
+    return {name: submodule(model, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Hidden neurons between projections, described by the names of the projections.
+
+    Whatever lies between producer and consumer must act on each neuron alone (an activation, dropout), and nothing else
+    may read the neurons.
+
+    Attributes:
+        produced_by: The projection, or projections, whose output channel j belongs to neuron j (``"net.0"``; gate and
+            up of a gated MLP). ``*`` stands for one component of a dotted name: ``"blocks.*.mlp.c_fc"`` names the
+            projection in every block.
+        consumed_by: The projection, or projections, whose input channel j reads neuron j; each ``*`` stands for the
+            same as in ``produced_by``.
+    """
+
+    produced_by: str | Sequence[str]
+    consumed_by: str | Sequence[str]
+
+    def groups(self, model: nn.Module) -> tuple[Group, ...]:
+        """Returns one group for every way in which ``*`` can be filled in, in the order of the modules.
+
+        Raises:
+            ConfigError: A name matches nothing, or the widths of producers and consumers differ.
+        """
+        makers = [_matches(model, name) for name in _listed(self.produced_by)]
+        readers = [_matches(model, name) for name in _listed(self.consumed_by)]
+        found = []
+        for key in readers[0]:
+            missing = [names for names in (*makers, *readers) if key not in names]
+            if missing:
+                raise ConfigError(
+                    f"{self}: '{readers[0][key]}' has no counterpart; '*' must stand for the same names everywhere."
+                )
+            slices = [Slice(module=names[key], side="out") for names in makers]
+            slices += [Slice(module=names[key], side="in") for names in readers]
+            found.append(_group(model, readers[0][key], slices))
+        return tuple(found)
+
+
+def custom_groups(model: nn.Module, neurons: Iterable[Neurons]) -> tuple[Group, ...]:
+    """Returns the groups of every description; raises ``ConfigError`` when two of them share channels."""
+    groups = tuple(group for item in neurons for group in item.groups(model))
+    owned: dict[tuple[str, Side], str] = {}
+    for group in groups:
+        for s in group.slices:
+            if (s.module, s.side) in owned:
+                raise ConfigError(f"The {s.side}-channels of '{s.module}' are described twice.")
+            owned[s.module, s.side] = group.name
+    return groups
+
+
+def pruned_count(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]) -> int:
+    """Returns the parameters of ``model`` with ``widths`` units left in ``groups``, which may share matrices.
+
+    Args:
+        model: The dense model.
+        groups: Its groups.
+        widths: Kept units per group.
+    """
+    removed: dict[tuple[str, Side], int] = {}
+    for group, width in zip(groups, widths, strict=True):
+        for s in group.slices:
+            key = s.module, s.side
+            removed[key] = removed.get(key, 0) + (group.num_units - width) * s.width
+    total = sum(p.numel() for p in model.parameters())
+    for name in {s.module for group in groups for s in group.slices}:
+        module = model.get_submodule(name)
+        outputs, inputs = num_channels(module, "out"), num_channels(module, "in")
+        kept_outputs, kept_inputs = outputs - removed.get((name, "out"), 0), inputs - removed.get((name, "in"), 0)
+        total -= outputs * inputs - kept_outputs * kept_inputs
+        if module.bias is not None:
+            total -= outputs - kept_outputs
+    return total
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _matches(model: nn.Module, name: str) -> dict[tuple[str, ...], str]:
+    """Returns what the stars stand for -> the module's name, for every module that ``name`` matches."""
+    pattern = re.compile(r"([^.]+)".join(re.escape(part) for part in name.split("*")))
+    found = {m.groups(): key for key, _ in model.named_modules() if (m := pattern.fullmatch(key))}
+    if not found:
+        known = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
+        shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        raise ConfigError(f"Neurons: no module is called '{name}'. Linear projections here: {shown or 'none'}.")
+    return found
+
+
+def _group(model: nn.Module, name: str, slices: list[Slice]) -> Group:
+    widths = {f"{s.module} ({s.side})": num_channels(model.get_submodule(s.module), s.side) for s in slices}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{key} {width}" for key, width in widths.items())
+        raise ConfigError(f"Neurons: the widths of producers and consumers differ: {listed}.")
+    return Group(name=name, kind="mlp", num_units=next(iter(widths.values())), slices=tuple(slices))

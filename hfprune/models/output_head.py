@@ -1,0 +1,121 @@
+"""The output head of a model: built from its table, and compared with the model's own logits at first use.
+
+Objectives and metrics apply the head to final hidden states a chunk of tokens at a time, never through the model. A
+table that leaves out what its class does to the logits (a scale, a soft cap) would give wrong figures without an error.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hfprune.models.contexts import inference
+from hfprune.models.groups import backbone, find_spec
+from hfprune.models.projection import submodule
+from hfprune.objectives.output_head import OutputHead
+from hfprune.utils.errors import UnsupportedArchitectureError
+
+_CHECKED: WeakSet[nn.Module] = WeakSet()
+_TOLERANCE = 1e-3
+_HALF_TOLERANCE = 0.05  # a scale is rounded once more, in the type of the logits, by the class
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """Returns the output head of ``model`` with its scale and soft cap, sharing the model's weights.
+
+    The first call for a model compares it with the model's own logits, see :func:`check_head`. Weights on the meta
+    device or spread over ranks are not compared here.
+
+    Raises:
+        UnsupportedArchitectureError: The head is not an ``nn.Linear``, or its logits are not those of the model.
+    """
+    head = _head_of_table(model)
+    if model not in _CHECKED and _holds_weights(model):
+        with _without_hooks(model):
+            check_head(model)
+    return head
+
+
+def check_head(model: nn.Module) -> None:
+    """Compares the head of ``model``'s table with the model's own logits on four tokens, once per model.
+
+    A sharded model must be run by its root unit: every rank calls it there, with the units' hooks in place.
+
+    Args:
+        model: A supported Hugging Face model.
+
+    Raises:
+        UnsupportedArchitectureError: The logits differ by more than rounding; the message names one of each.
+    """
+    ids = torch.arange(1, 5, device=_device(model)).unsqueeze(0) % _head_of_table(model).weight.shape[0]
+    with inference(model):
+        hidden: Tensor = backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        ours = _head_of_table(model).logits(hidden[0])
+        own: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+    _compare(model, ours, own)
+    _CHECKED.add(model)
+
+
+def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
+    """Raises unless the logits [T, V] agree; a NaN on either side is for those that measure to report."""
+    tolerance = _TOLERANCE if torch.finfo(own.dtype).bits >= 32 else _HALF_TOLERANCE
+    ours, own = ours.double(), own.double()
+    difference = (ours - own).abs()
+    limit = tolerance * torch.maximum(ours.abs().max(), own.abs().max())
+    if not bool(difference.max() > limit):
+        return
+    place = int(difference.argmax())
+    spec = find_spec(model)
+    raise UnsupportedArchitectureError(
+        f"The table of {spec.model_class} does not describe its output head: '{spec.lm_head}' on the states of "
+        f"'{spec.backbone}' gives a logit of {float(ours.flatten()[place]):.6g} where the model gives "
+        f"{float(own.flatten()[place]):.6g}. If the class scales its logits, give "
+        "ArchSpec(scale_key='logit_scale'), with scale_divides=True where it divides (Granite's 'logits_scaling'); if "
+        "it caps them, softcap_key='final_logit_softcapping'."
+    )
+
+
+def _head_of_table(model: nn.Module) -> OutputHead:
+    spec = find_spec(model)
+    config: Any = model.config
+    lm_head = submodule(model, spec.lm_head)
+    if not isinstance(lm_head, nn.Linear):
+        raise UnsupportedArchitectureError(
+            f"The output head of this {spec.model_class} is a {type(lm_head).__name__}, not an nn.Linear."
+        )
+    for key in (spec.softcap_key, spec.scale_key):
+        if key is not None and not hasattr(config, key):
+            raise UnsupportedArchitectureError(
+                f"The config of this {spec.model_class} has no '{key}', which its architecture table names."
+            )
+    softcap = getattr(config, spec.softcap_key) if spec.softcap_key else None
+    scale = 1.0 if spec.scale_key is None else float(getattr(config, spec.scale_key))
+    return OutputHead.of(lm_head, softcap=softcap, scale=1 / scale if spec.scale_divides else scale)
+
+
+def _holds_weights(model: nn.Module) -> bool:
+    return not any(p.is_meta or isinstance(p, DTensor) for p in model.parameters())
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters())
+    return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
+
+
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes all hooks of ``model`` away for a while: what records activations must not see the comparison."""
+    kept = [(module, name, module.__dict__[name]) for module in model.modules() for name in _HOOKS]
+    for module, name, hooks in kept:
+        module.__dict__[name] = OrderedDict() if hooks else hooks
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            module.__dict__[name] = hooks

@@ -1,0 +1,198 @@
+"""Stock configs: which pruned models one value per field can describe, and the config keys that do."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from hfprune.models.experts import EXPERTS, experts_table
+from hfprune.models.groups import attention_table, find_layers, find_spec, head_shape
+from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
+from hfprune.plan import LAYERS, Group
+from hfprune.utils.errors import UnsupportedArchitectureError
+
+Kept = Mapping[str, Sequence[int]]
+"""Group name -> kept units."""
+
+
+def head_counts(model: nn.Module, *, hidden: int | None = None) -> tuple[int, ...]:
+    """Returns the numbers of units (key-value heads) per layer that a stock config of ``model``'s class can state.
+
+    The same number holds in every layer; with the dense hidden size the dense number is always among them.
+
+    Args:
+        model: The dense model.
+        hidden: Hidden size of the pruned one; the dense one if not given.
+    """
+    table, config = attention_table(find_spec(model)), _config(model)
+    hidden = hidden or config.hidden_size
+    queries = getattr(config, table.heads_key)
+    dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
+    ratio = queries // dense
+    rotary = getattr(config, "rope_parameters", None) or {}
+    factors = table.factors_fix_heads and rotary.get("short_factor") is not None
+    if table.size_key is None or factors:
+        return (dense,)
+    fits = [n for n in range(1, dense + 1) if not table.divides_hidden or hidden % (n * ratio) == 0]
+    return tuple(sorted({*fits, dense} if hidden == config.hidden_size else fits))
+
+
+def hidden_step(model: nn.Module, *, heads: int | None = None) -> int | None:
+    """Returns the number of which hidden sizes are multiples that a stock config of ``model``'s class can state.
+
+    None where it can state the dense hidden size only.
+
+    Args:
+        model: The dense model.
+        heads: Key-value heads per layer of the pruned one; those of the dense one if not given.
+    """
+    table, config = attention_table(find_spec(model)), _config(model)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if table.size_key is None or (table.factors_fix_heads and rotary.get("short_factor") is not None):
+        return None
+    if not table.divides_hidden:
+        return 1
+    queries: int = getattr(config, table.heads_key)
+    dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
+    return queries // dense * (heads or dense)
+
+
+def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict[str, Any]:
+    """Returns the config keys that change when ``model`` keeps ``keep``, with their new values.
+
+    Keys of widths and head counts are present where one value describes every layer that stays and the class can state
+    it; those of the number of layers always.
+
+    Args:
+        model: The dense model; it may be on the meta device.
+        groups: Its groups.
+        keep: The kept units of each.
+    """
+    spec, values = find_spec(model), dict[str, Any]()
+    stay = _staying(model, groups, keep)
+    width = _common(groups, keep, "mlp", stay)
+    if width is not None:
+        values[spec.width_key] = width
+    experts = _common(groups, keep, EXPERTS, stay)
+    if experts is not None:
+        values[experts_table(spec).count_key] = experts
+    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    if heads is not None and heads in head_counts(model, hidden=hidden):
+        values |= _head_values(model, heads)
+    else:
+        heads = None
+    if hidden is not None and _states_hidden(model, hidden, heads):
+        values |= _hidden_values(model, hidden)
+    if len(stay) < len(find_layers(model)):
+        values[spec.layers_key] = len(stay)
+        lists = {key: getattr(_config(model), key, None) for key in spec.layer_lists}
+        values |= {key: [known[index] for index in stay] for key, known in lists.items() if known is not None}
+    return values
+
+
+def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
+    """Raises unless a stock config can describe what is left of ``model``.
+
+    Args:
+        model: The dense model; it may be on the meta device.
+        groups: Its groups.
+        keep: The kept units of each.
+
+    Raises:
+        UnsupportedArchitectureError: It cannot; the message says what it could, and names the layout that can.
+    """
+    stay = _staying(model, groups, keep)
+    for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads"), (EXPERTS, "experts")):
+        kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
+        if len(set(kept)) > 1:
+            raise UnsupportedArchitectureError(
+                f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), and a stock config "
+                "states one for all. Use an allocation with one width, Uniform() for example, or a layout with a "
+                "config per layer: layout='per_layer'."
+            )
+    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    if hidden is not None and not _states_hidden(model, hidden, heads):
+        raise UnsupportedArchitectureError(_no_hidden(model, hidden, heads))
+    if heads is None or heads in (possible := head_counts(model, hidden=hidden)):
+        return
+    name = find_spec(model).model_class
+    raise UnsupportedArchitectureError(
+        f"A stock config of {name} cannot state {heads} key-value heads per layer; it can state "
+        f"{', '.join(map(str, possible))}. Change the budget, name one of these with the allocation "
+        "Explicit(heads=...), leave 'heads' out of the units, or choose a layout that needs no stock config: "
+        "layout='per_layer'."
+    )
+
+
+def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
+    table, (_, ratio) = attention_table(find_spec(model)), _dense_heads(model)
+    values = {table.heads_key: heads * ratio}
+    if table.keys_values_key is not None:
+        values[table.keys_values_key] = heads
+    return values | _size_value(model)
+
+
+def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
+    """Returns the config keys of a hidden size: heads keep their size, and norms their scale."""
+    stream, config = stream_table(find_spec(model)), _config(model)
+    if hidden == config.hidden_size:
+        return {}
+    epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), config.hidden_size, hidden)
+    return {stream.hidden_key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
+
+
+def _size_value(model: nn.Module) -> dict[str, int]:
+    """Returns the config key of the size of a head, which stays as it is, where the class has one."""
+    key = attention_table(find_spec(model)).size_key
+    return {} if key is None else {key: _dense_heads(model)[0]}
+
+
+def _dense_heads(model: nn.Module) -> tuple[int, int]:
+    """Returns the size of a head, and the number of query heads per key-value head."""
+    spec = find_spec(model)
+    table = attention_table(spec)
+    return head_shape(find_layers(model, spec)[0].get_submodule(table.module), table)
+
+
+def _hidden(groups: Sequence[Group], keep: Kept) -> int | None:
+    """Returns the number of hidden channels that stay, None where they are no units."""
+    return next((len(keep[group.name]) for group in groups if group.kind == CHANNELS), None)
+
+
+def _states_hidden(model: nn.Module, hidden: int, heads: int | None) -> bool:
+    if hidden == _config(model).hidden_size:
+        return True
+    step = hidden_step(model, heads=heads)
+    return step is not None and hidden % step == 0
+
+
+def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
+    """Returns why no stock config states a hidden size, and what is possible."""
+    name, step = find_spec(model).model_class, hidden_step(model, heads=heads)
+    if step is None:
+        return (
+            f"A stock config of this {name} takes the size of a head from the hidden size, and can state "
+            f"{_config(model).hidden_size} only. Leave 'channels' out of the units, or choose a layout that needs no "
+            "stock config: layout='per_layer'."
+        )
+    return (
+        f"A stock config of {name} with {step} query heads cannot state a hidden size of {hidden}; it can state "
+        f"multiples of {step}. Name one of these with the allocation Explicit(channels=...), leave 'channels' out of "
+        "the units, or choose a layout that needs no stock config: layout='per_layer'."
+    )
+
+
+def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]:
+    """Returns the layers that stay."""
+    found = [keep[group.name] for group in groups if group.kind == LAYERS]
+    return list(found[0]) if found else list(range(len(find_layers(model))))
+
+
+def _common(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
+    """Returns the number of units that every staying layer keeps of a kind, None where they differ or none is given."""
+    kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
+    return kept[0] if len(kept) == len(stay) and len(set(kept)) == 1 else None
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config

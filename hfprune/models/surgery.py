@@ -1,0 +1,310 @@
+"""Surgery: applies a plan by cutting channels, or by zeroing them.
+
+Surgery, masks and optimizer states all read one table, :func:`plan_cuts`, which follows from the plan's slices. A
+projection's channels that no removed unit owns stay, so that fused projections and any mix of groups need no special
+case. Layers that go as a whole have no slices: :func:`new_names` says which parameters go with them, and how those of
+the layers behind them are called then.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.models.experts import EXPERTS, FewerExperts, check_router_loss, experts_table
+from hfprune.models.groups import (
+    attention_table,
+    class_name,
+    find_layers,
+    find_spec,
+    group_modules,
+    head_shape,
+    is_supported,
+)
+from hfprune.models.projection import bias_of, num_channels, weight_axis, write_channels
+from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
+from hfprune.models.stock_config import config_values
+from hfprune.plan import LAYERS, Group, PruningPlan, Side
+from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
+
+Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
+"""Parameter name -> (axis, kept indices of that axis, ascending), for every parameter that shrinks."""
+
+
+def check_fits(model: nn.Module, plan: PruningPlan) -> None:
+    """Raises ``PlanError`` unless ``plan`` was made for a model of this class and of these widths."""
+    name = class_name(model)
+    if name != plan.model_class:
+        raise PlanError(f"The plan was made for {plan.model_class}, the model is {name}.")
+    try:
+        modules = group_modules(model, plan.groups)
+    except UnsupportedArchitectureError as error:
+        raise PlanError(f"The plan does not fit the model: {error}") from error
+    for group in plan.groups:
+        if group.kind == LAYERS and (layers := len(find_layers(model))) != group.num_units:
+            raise PlanError(f"The plan expects {group.num_units} layers, the model has {layers}.")
+        for s in group.inputs():
+            found = num_channels(modules[s.module], "in", s.parameter)
+            if found != group.num_units * s.width:
+                looks = " It looks pruned already." if found == len(plan.keep[group.name]) * s.width else ""
+                raise PlanError(
+                    f"The plan expects {group.num_units} units in {group.name}, the model has {found // s.width}."
+                    f"{looks} Apply the plan to the dense model that it was made for."
+                )
+    counts = [len(plan.keep[group.name]) for group in _staying(plan) if group.kind == EXPERTS]
+    if counts:
+        check_router_loss(model, find_spec(model), counts)
+
+
+def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
+    """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks, in layers that stay.
+
+    Names are those of the dense model, the first one for tied weights. Works on any device, the meta device included,
+    and on sharded models.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+    check_fits(model, plan)
+    modules = group_modules(model, plan.groups)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    cuts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for (name, parameter, side), removed in _removed_channels(plan).items():
+        module = modules[name]
+        mask = torch.ones(num_channels(module, side, parameter), dtype=torch.bool)
+        mask[removed] = False
+        keep = mask.nonzero().squeeze(1)
+        cuts[first[id(getattr(module, parameter))]][weight_axis(module, side)] = keep
+        bias = bias_of(module)
+        if side == "out" and bias is not None:
+            cuts[first[id(bias)]][0] = keep
+    return {name: tuple(by_axis.items()) for name, by_axis in cuts.items()}
+
+
+def plan_folds(model: nn.Module, plan: PruningPlan) -> dict[str, Fold]:
+    """Returns how weights change that keep the residual stream's scale, by name.
+
+    See ``hfprune.models.residual_stream``.
+    """
+    group = next((group for group in plan.groups if group.kind == CHANNELS), None)
+    return {} if group is None else folds(model, find_spec(model), len(plan.keep[group.name]))
+
+
+def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
+    """Returns the kept part of ``tensor``, contiguous, not a view."""
+    for axis, keep in where:
+        tensor = tensor.index_select(axis, keep.to(tensor.device))
+    return tensor.contiguous()
+
+
+def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
+    """Returns the name of every parameter of ``model`` -> its name after ``plan``, or None where it is removed."""
+    names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
+    removed = plan.removed_layers()
+    if not removed:
+        return names
+    prefix = f"{find_spec(model).layers}."
+    stay = [index for index in range(len(find_layers(model))) if index not in removed]
+    place = {index: number for number, index in enumerate(stay)}
+    for name in [name for name in names if name.startswith(prefix)]:
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        names[name] = f"{prefix}{place[int(index)]}.{rest}" if int(index) in place else None
+    return names
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Cuts ``model`` in place to the plan's kept units and rewrites its config.
+
+    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+    Layers that go are taken out of the model, those behind them move up. Config keys that follow from the kept units
+    are rewritten whether the plan lists them or not.
+
+    Raises:
+        PlanError: The plan does not fit the model; nothing was changed.
+    """
+    check_fits(model, plan)
+    plan = _with_config(model, plan)
+    cuts, changes = plan_cuts(model, plan), plan_folds(model, plan)
+    places = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(name)
+    for name, where in cuts.items():
+        old = model.get_parameter(name)
+        small = cut(old.detach(), where)
+        new = nn.Parameter(changes[name](small) if name in changes else small, requires_grad=old.requires_grad)
+        for place in places[id(old)]:
+            owner, _, attribute = place.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, new)
+    rewrite_sizes(model, plan)
+    _remove_layers(model, plan.removed_layers())
+
+
+def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Returns ``plan`` with the config keys that follow from its units, where it leaves them out."""
+    if not is_supported(model):
+        return plan
+    implied = config_values(model, plan.groups, plan.keep)
+    return plan if implied.keys() <= plan.config.keys() else replace(plan, config={**implied, **plan.config})
+
+
+def _remove_layers(model: nn.Module, removed: Collection[int]) -> None:
+    if not removed:
+        return
+    layers = find_layers(model)
+    for index in sorted(removed, reverse=True):
+        del layers[index]
+    for index, layer in enumerate(layers):
+        module: Any
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+                module.layer_idx = index
+
+
+def cut_optimizer_state(
+    state: dict[str, Any],
+    parameters: Sequence[tuple[str, torch.Size]],
+    cuts: Cuts,
+    *,
+    gone: Collection[str] = (),
+) -> int:
+    """Cuts, in place, what an optimizer remembers of its parameters as these were cut.
+
+    Tensors of their parameter's shape (moments) keep what survived; single numbers (step counts) stay. A parameter with
+    anything else in its state (factored moments) starts afresh.
+
+    Args:
+        state: ``state_dict()`` of an optimizer over the dense parameters.
+        parameters: Name and dense shape of every parameter, in the order of the optimizer's groups.
+        cuts: What was cut.
+        gone: Parameters that went as a whole; the optimizer of the pruned model does not have them.
+
+    Returns:
+        The number of parameters whose state could not be kept.
+    """
+    for index in [index for index, (name, _) in enumerate(parameters) if name in gone]:
+        state["state"].pop(index, None)
+        for group in state["param_groups"]:
+            group["params"] = [number for number in group["params"] if number != index]
+    lost = []
+    for index, entry in state["state"].items():
+        name, shape = parameters[index]
+        for key, value in entry.items():
+            if name not in cuts or not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if value.shape != shape:
+                lost.append(index)
+                break
+            entry[key] = cut(value, cuts[name])
+    for index in lost:
+        del state["state"][index]
+    return len(lost)
+
+
+def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Zeroes, in place, what ``apply_plan`` would cut: same outputs, same shapes. The oracle of the surgery.
+
+    Layers that would go pass on what they are given; routers choose among the experts that would stay.
+    """
+    check_fits(model, plan)
+    modules = group_modules(model, plan.groups)
+    with torch.no_grad():
+        for (name, parameter, side), removed in _removed_channels(plan).items():
+            module = modules[name]
+            weight = getattr(module, parameter)
+            assert isinstance(weight, Tensor)
+            weight.index_fill_(weight_axis(module, side), torch.tensor(removed, device=weight.device), 0.0)
+            bias = bias_of(module)
+            if side == "out" and bias is not None:
+                bias[removed] = 0.0
+    for group in plan.groups:
+        if group.kind == EXPERTS:
+            modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
+    for index in plan.removed_layers():
+        find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
+
+
+def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Puts a layer's input in the place of its output."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int]]:
+    """Returns the removed channels in layers that stay, by module, parameter and side."""
+    removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
+    for group in _staying(plan):
+        units = plan.removed(group)
+        for s in group.slices:
+            if units:
+                removed[s.module, s.parameter, s.side] += s.channels(units)
+    return removed
+
+
+def _staying(plan: PruningPlan) -> list[Group]:
+    """Returns the groups of layers that stay."""
+    removed = plan.removed_layers()
+    return [group for group in plan.groups if group.layer is None or group.layer not in removed]
+
+
+def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
+    """Updates the sizes that modules and config repeat, after their parameters were cut."""
+    modules = group_modules(model, plan.groups)
+    for name, _, side in _removed_channels(plan):
+        write_channels(modules[name], side)
+    if not is_supported(model):
+        return
+    for key, value in plan.config.items():
+        setattr(model.config, key, value)
+    for group in _staying(plan):
+        if group.kind in _REWRITERS:
+            _REWRITERS[group.kind](model, group, plan)
+
+
+def _rewrite_width(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    layer = model.get_submodule(group.name.removesuffix(".mlp"))
+    for path in find_spec(model).width_attributes:
+        owner, _, attribute = path.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+
+
+def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    """Updates head counts of one attention; one that reads a config without them gets a copy of it with its own."""
+    table = attention_table(find_spec(model))
+    attention: Any = model.get_submodule(group.name)
+    size, ratio = head_shape(attention, table)
+    kept = len(plan.keep[group.name])
+    numbers = {"queries": kept * ratio, "keys_values": kept, "query_channels": kept * ratio * size}
+    for attribute, quantity in table.attributes:
+        setattr(attention, attribute, numbers[quantity])
+    if not table.reads_config or (attention.config is model.config and table.heads_key in plan.config):
+        return
+    attention.config = copy.copy(attention.config)
+    setattr(attention.config, table.heads_key, kept * ratio)
+    if table.keys_values_key is not None:
+        setattr(attention.config, table.keys_values_key, kept)
+
+
+def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    table = experts_table(find_spec(model))
+    layer = model.get_submodule(group.name.removesuffix(f".{table.experts}"))
+    for path in table.attributes:
+        owner, _, attribute = path.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+    if table.count_key in plan.config:
+        setattr(model, table.loss_attribute, plan.config[table.count_key])
+
+
+def _rewrite_channels(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    rewrite_stream(model, find_spec(model), units=group.num_units, kept=len(plan.keep[group.name]))
+
+
+_REWRITERS: dict[str, Callable[[nn.Module, Group, PruningPlan], None]] = {
+    "mlp": _rewrite_width,
+    "heads": _rewrite_heads,
+    EXPERTS: _rewrite_experts,
+    CHANNELS: _rewrite_channels,
+}

@@ -1,0 +1,1 @@
+"""Structured pruning: a model, batches and a budget become a pruning plan."""

@@ -1,0 +1,491 @@
+"""Calibration: one loop that runs the batches and adds up the exact sums of one or several criteria."""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from hfprune.allocation import Allocation, KeptHistory, uniform_keep
+from hfprune.allocation.convergence import Select
+from hfprune.criteria import ActivationCriterion, CalibratedCriterion, SelfDistillation
+from hfprune.models.forward import as_batch
+from hfprune.models.forward import sequences as split
+from hfprune.objectives import OBJECTIVES, Objective
+from hfprune.objectives.self_distillation import SelfDistillationObjective
+from hfprune.plan import Budget, Group
+from hfprune.pruning.accumulator import ImportanceAccumulator, backward
+from hfprune.pruning.communicator import Communicator
+from hfprune.pruning.hooks import UnitMask
+from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.prunable import Prunable
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.progress import Advance, calibration_progress
+
+Kept = Mapping[str, Sequence[int]]
+"""Group -> kept units."""
+
+State = dict[str, Any]
+"""State of a calibration that was interrupted."""
+
+
+def _no_summary(role: str) -> Any:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """The calibration batches, which may be read several times.
+
+    Attributes:
+        batches: Returns the batches, from the first; called once for each pass.
+        seed: Seed of what the loader shuffles or augments with.
+        summary: Role (``calibration``, ``recovery``) -> provenance of its data, None where there is none.
+    """
+
+    batches: Callable[[], Iterable[Any]]
+    seed: int = 0
+    summary: Callable[[str], Any] = _no_summary
+
+    @property
+    def fingerprint(self) -> Any:
+        """Hash of the calibration data, None where it is not known."""
+        found = self.summary("calibration")
+        return found.get("sha256") if isinstance(found, dict) else None
+
+    def share(
+        self, communicator: Communicator, *, limit: int | None = None, sequences: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Returns this rank's sequences: sequence i, counted over all ranks, belongs to rank i mod world size.
+
+        Args:
+            communicator: The processes.
+            limit: Use at most this many batches.
+            sequences: Use at most this many sequences, of all ranks together.
+        """
+        seed_data(self.seed)
+        every = (sequence for batch in islice(self.batches(), limit) for sequence in split(as_batch(batch)))
+        return list(islice(every, communicator.rank, sequences, communicator.world_size))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A criterion, and what it scores.
+
+    Attributes:
+        criterion: How signals become scores.
+        groups: The groups.
+        objective: What is differentiated; None for the model's own objective (and for criteria that need none).
+    """
+
+    criterion: CalibratedCriterion
+    groups: tuple[Group, ...]
+    objective: Objective | None = None
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether nothing is differentiated."""
+        return isinstance(self.criterion, ActivationCriterion)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What this rank does in one round of ``world_size`` items."""
+
+    index: int
+    item: Any
+    runs: bool
+    """Whether the rank runs the item."""
+    counts: bool
+    """Whether its scores count."""
+    full: bool
+    """Whether every rank had an item."""
+    done: int
+    """Items done afterwards, over all ranks."""
+
+
+def _turns(items: Iterable[Any], first: int, *, rank: int, world_size: int, in_step: bool) -> Iterator[_Turn]:
+    """Yields the turns of a rank; item i, counted from ``first``, is that of rank ``i mod world_size``.
+
+    Args:
+        items: All items.
+        first: Skip so many.
+        rank: The rank.
+        world_size: Number of ranks.
+        in_step: In a last round that is not full, ranks without an item run that of another rank and count nothing.
+    """
+    own: tuple[int, Any] | None = None
+    slot, index, item = world_size - 1, first - 1, None
+    for index, item in enumerate(islice(items, first, None), start=first):
+        slot = (index - first) % world_size
+        if slot == rank:
+            own = index, item
+        if slot == world_size - 1:
+            assert own is not None
+            yield _Turn(*own, runs=True, counts=True, full=True, done=index + 1)
+            own = None
+    if slot < world_size - 1:
+        number, last = own or (index, item)
+        counts = own is not None
+        yield _Turn(number, last, runs=counts or in_step, counts=counts, full=False, done=index + 1)
+
+
+class Calibration:
+    """Runs the calibration items and adds up the scores of one or several criteria.
+
+    Item i of the data, counted over all ranks, belongs to rank ``i mod world_size``: every item is run once for any
+    number of processes. The state that ``state`` returns holds the sums of all ranks and the number of items done, so
+    that a run can continue with another number of processes.
+
+    Args:
+        model: What is scored.
+        scorers: The criteria; several share the forward pass and the logits, and are not compared as they go.
+        data: The calibration data.
+        options: How calibration runs.
+        communicator: The processes.
+        widths: Kept units of each group, or a function that selects them, for the history of what is kept.
+        masked: What stays of each group while the others are held at zero, which a checkpoint must carry.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: A criterion cannot score its groups.
+    """
+
+    def __init__(
+        self,
+        model: Prunable,
+        scorers: Sequence[Scorer],
+        data: CalibrationData,
+        options: CalibrationOptions,
+        communicator: Communicator,
+        *,
+        widths: Sequence[int] | Select = (),
+        masked: Kept | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._model, self._scorers, self._data, self._options = model, tuple(scorers), data, options
+        self._communicator, self._progress = communicator, progress
+        self._masked = None if masked is None else {name: list(kept) for name, kept in masked.items()}
+        self._batches = data.batches()
+        self.accumulators = [
+            ImportanceAccumulator(model.model, s.groups, s.criterion, root=model.module, device=model.device)
+            for s in self._scorers
+        ]
+        self._shared = len(self._scorers) > 1 or any(scorer.objective is not None for scorer in self._scorers)
+        comparable = len(self._scorers) == 1 and not self.accumulator.has_moments
+        self._check_every = options.check_every if comparable else None
+        self._settings = options.settings() | {
+            "criterion": self._scorers[0].criterion.describe(),
+            "objective": self._objective_name,
+            "data": data.fingerprint,
+        }
+        self.history = KeptHistory(self._scorers[0].groups, widths)
+        self.stability: float | None = None
+        """Share of the kept units that did not change between the last two comparisons."""
+        self.stopped = False
+        """Whether the calibration ended early."""
+        self.seen = SeenTokens()
+        self.position = 0
+        """Items done, over all ranks."""
+        self._unchanged = 0  # comparisons in a row that found the kept units unchanged
+
+    @property
+    def accumulator(self) -> ImportanceAccumulator:
+        """The sums of the first criterion."""
+        return self.accumulators[0]
+
+    @property
+    def _objective_name(self) -> str | None:
+        """Name of what is differentiated, None when nothing is."""
+        scorer = self._scorers[0]
+        if scorer.forward_only:
+            return None
+        return scorer.objective.name if scorer.objective is not None else self._model.objective_name
+
+    # ---- saving and resuming -----------------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        """Returns every sum of this rank, in a fixed order."""
+        return [tensor for accumulator in self.accumulators for tensor in accumulator.tensors()]
+
+    def state(self) -> State:
+        """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
+        history = {"history": self.history.state(), "calm": self._unchanged}
+        found = {"position": self.position, "sums": self._summed(), "settings": self._settings, **history}
+        return found | {"first_stage": self._masked, "tokens": self._all_seen()}
+
+    def load(self, state: State) -> None:
+        """Continues a pass that was interrupted.
+
+        Raises:
+            ConfigError: It was calibrating with other settings or other data.
+        """
+        for name, stored in state["settings"].items():
+            if stored != self._settings.get(name):
+                raise ConfigError(
+                    f"The checkpoint was written while calibrating with {name} {stored}; this run has "
+                    f"{self._settings.get(name)}. Resume with the same, or start anew."
+                )
+        self.history.load(state["history"])
+        self._unchanged = state["calm"]
+        # the sums of all ranks so far, counted once; checkpoints of earlier versions have no tokens
+        self.resume(state["position"], state["sums"], state.get("tokens"))
+
+    def resume(self, position: int, sums: Sequence[Tensor], tokens: int | None = None) -> None:
+        """Continues after ``position`` items with the ``sums`` of all ranks, which rank 0 takes over.
+
+        Args:
+            position: Items done, over all ranks.
+            sums: What :meth:`tensors` returned, added up over ranks.
+            tokens: Tokens read so far, None where that is not known.
+        """
+        self.position = position
+        if self._communicator.rank == 0:
+            self._load(sums)
+            self.seen = SeenTokens(tokens)
+
+    def _load(self, sums: Sequence[Tensor]) -> None:
+        rest = iter(sums)
+        for accumulator in self.accumulators:
+            accumulator.load([t.to(self._model.device) for t in islice(rest, len(accumulator.tensors()))])
+
+    def _summed(self) -> list[Tensor]:
+        """Returns the sums over all ranks; exact sums do not depend on which rank added what."""
+        return [self._communicator.sum(tensor).cpu() for tensor in self.tensors()]
+
+    def _all_seen(self) -> int | None:
+        """Returns the tokens that all ranks have read so far, None where items do not say; every rank must ask."""
+        own = torch.tensor([self.seen.number, int(self.seen.unknown)], dtype=torch.int64, device=self._model.device)
+        number, unknown = self._communicator.sum(own).tolist()
+        return None if unknown else int(number)
+
+    # ---- the pass ----------------------------------------------------------------------------------------------------
+
+    def run(self, save: Callable[[], None] = lambda: None) -> ImportanceAccumulator:
+        """Runs the rest of the data; afterwards every rank holds the sums of all.
+
+        Args:
+            save: Saves progress; called each time that about ``checkpoint_every`` items were done.
+        """
+        every, saved = self._options.checkpoint_every, self.position
+        communicator, bar = self._communicator, self._progress and self._communicator.rank == 0
+        with ExitStack() as stack:
+            stack.enter_context(isolated_rng())
+            for accumulator in self.accumulators:
+                stack.enter_context(accumulator.recording())
+            advance = stack.enter_context(
+                calibration_progress(self._expected(), objective=self._objective_name, enabled=bar)
+            )
+            seed_data(self._data.seed)
+            rank, world_size, in_step = communicator.rank, communicator.world_size, self._model.sharded
+            for turn in _turns(self._items(), self.position, rank=rank, world_size=world_size, in_step=in_step):
+                if turn.runs:
+                    self._step(turn, advance)
+                before, self.position = self.position, turn.done
+                if not turn.full or self._compare(before):
+                    break
+                if every and self.position - saved >= every:
+                    saved = self.position
+                    save()
+        self._load(self._summed())
+        self.seen = SeenTokens(self._all_seen())
+        return self.accumulator
+
+    def scores(self) -> list[dict[str, Tensor]]:
+        """Returns group -> importance [U], for every criterion."""
+        return [accumulator.scores() for accumulator in self.accumulators]
+
+    def _compare(self, before: int) -> bool:
+        """Compares the units that would be kept now with those before, where it is time; returns whether to stop."""
+        every = self._check_every
+        if every is None or self.position // every == before // every:
+            return False
+        own = [tensor.clone() for tensor in self.tensors()]
+        self._load(self._summed())
+        seen = self._all_seen()
+        total = self.accumulator.totals().num_tokens if seen is None else seen
+        self.stability = self.history.add(total, self.accumulator.scores())
+        self.accumulator.load(own)
+        wanted = self._options.early_stop_overlap
+        unchanged = wanted is not None and self.stability is not None and self.stability >= wanted
+        self._unchanged = self._unchanged + 1 if unchanged else 0
+        self.stopped = self._unchanged >= 2
+        return self.stopped
+
+    def _items(self) -> Iterator[Any]:
+        for batch in islice(self._batches, self._options.batches):
+            yield from self._model.items(batch, exact=self._options.exact)
+
+    def _expected(self) -> int | None:
+        """Returns how many items this rank will run, where that is known beforehand."""
+        batches: Any = self._batches
+        try:
+            number = min(len(batches), self._options.batches or len(batches))
+        except (TypeError, NotImplementedError):
+            return None
+        rows = getattr(batches, "batch_size", None) if self._options.exact and self._model.reads_tokens else 1
+        return None if rows is None else -(-(number * rows - self.position) // self._communicator.world_size)
+
+    def _step(self, turn: _Turn, advance: Advance) -> None:
+        model, index = self._model, turn.index
+        item = model.to_device(turn.item)
+        try:
+            with model.forward_context():
+                if self._shared:
+                    tokens = self._run_shared(item, index, count=turn.counts)
+                elif self._scorers[0].forward_only:
+                    counts = model.token_counts(item)
+                    tokens = self.accumulator.observe(lambda: model.forward(item, index), *counts, count=turn.counts)
+                else:
+                    _, tokens = self.accumulator.step(lambda: model.objective_sum(item, index), count=turn.counts)
+        except CalibrationError as error:
+            kind = "sequence" if self._options.exact and model.reads_tokens else "batch"
+            raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
+        seen = model.seen_tokens(item, tokens)
+        if turn.counts:
+            self.seen.add(seen)
+        advance(seen or 0, self.accumulator.mean_objective(), self.stability)
+
+    def _run_shared(self, item: Any, index: int, *, count: bool) -> int:
+        """Runs one forward pass for all criteria, and a backward pass for each objective; returns the real tokens."""
+        num_tokens, padding = self._model.token_counts(item)
+        pairs = list(zip(self._scorers, self.accumulators, strict=True))
+        passive = [accumulator for scorer, accumulator in pairs if scorer.forward_only]
+        by_objective: dict[Objective, list[ImportanceAccumulator]] = {}
+        for scorer, accumulator in pairs:
+            if not scorer.forward_only:
+                objective = scorer.objective or self._model.objective
+                assert objective is not None
+                by_objective.setdefault(objective, []).append(accumulator)
+        for accumulator in passive:
+            accumulator.arm(num_tokens, padding, count=count)
+        if by_objective:
+            self._differentiate(item, by_objective, count=count)
+        else:
+            self._model.forward(item, index)
+        for accumulator in passive:
+            accumulator.commit(torch.zeros((), device=self._model.device))
+        return int(num_tokens.sum())
+
+    def _differentiate(
+        self, item: Any, by_objective: Mapping[Objective, list[ImportanceAccumulator]], *, count: bool
+    ) -> None:
+        with torch.enable_grad():
+            sums = self._model.objective_sums(item, list(by_objective))
+            for number, (objective, out) in enumerate(zip(by_objective, sums, strict=True), start=1):
+                try:
+                    backward(out, by_objective[objective], count=count, retain_graph=number < len(sums))
+                except CalibrationError as error:
+                    raise CalibrationError(f"{objective.name}: {error}") from error
+
+
+class SeenTokens:
+    """Tokens that the model has read in calibration, unlike those that its objective counts.
+
+    Args:
+        number: Those before; None where items did not say.
+    """
+
+    def __init__(self, number: int | None = 0) -> None:
+        self.number, self.unknown = number or 0, number is None
+
+    @property
+    def total(self) -> int | None:
+        """All of them, None where items do not say."""
+        return None if self.unknown else self.number
+
+    def add(self, tokens: int | None) -> None:
+        """Adds those of an item, None where it does not say."""
+        self.number += tokens or 0
+        self.unknown |= tokens is None
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restores the state of the random number generators of torch, NumPy and Python at the end."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+
+
+def seed_data(seed: int) -> None:
+    """Seeds what a loader may shuffle or augment with."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+# ---- self-distillation -----------------------------------------------------------------------------------------------
+
+Pass = Callable[[Kept | None, State | None], dict[str, Tensor]]
+"""Runs the calibration data once: units that stay unmasked, saved state -> scores."""
+
+
+def check_stages(model: Prunable, setting: SelfDistillation, budget: Budget, allocation: Allocation | None) -> None:
+    """Raises ``ConfigError`` when the stages do not fit what is pruned, before anything is loaded.
+
+    Args:
+        model: What is pruned.
+        setting: The stages.
+        budget: What was asked.
+        allocation: How it is spent.
+    """
+    for name in ("layers", "channels"):
+        if name in model.units:
+            raise ConfigError(f"distillation cuts units of every layer first: leave '{name}' out of the units.")
+    if not model.known:
+        return
+    resolved = model.resolve(budget, allocation)
+    if resolved.provisional:
+        raise ConfigError(
+            f"distillation needs every width before its first stage, and {allocation} takes them from scores."
+        )
+    setting.first_widths(model.groups(model.shapes()), resolved.widths)
+
+
+def two_stages(
+    model: Prunable,
+    groups: tuple[Group, ...],
+    setting: SelfDistillation,
+    widths: Sequence[int],
+    saved: State | None,
+    run: Pass,
+) -> dict[str, Tensor]:
+    """Returns the scores of the second stage.
+
+    Args:
+        model: What is scored; its objective becomes each stage's.
+        groups: Its groups.
+        setting: The stages.
+        widths: How many units of each group are kept in the end.
+        saved: State of a pass that was interrupted, of either stage.
+        run: Runs one pass with the model's objective.
+
+    Raises:
+        ConfigError: The first stage would keep fewer units than the second.
+    """
+    first = setting.first_widths(groups, widths)
+    kept: Kept | None = saved.get("first_stage") if saved else None
+    if kept is None:
+        model.objective = OBJECTIVES.get("cross_entropy")
+        kept = uniform_keep(run(None, saved), groups, first)
+        saved = None
+    mask = UnitMask(model.model, groups, kept)
+    model.objective = SelfDistillationObjective(
+        alpha=setting.alpha, temperature=setting.temperature, unmasked=mask.lifted
+    )
+    with mask.active():
+        return run(kept, saved)

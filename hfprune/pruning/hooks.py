@@ -1,0 +1,226 @@
+"""Hooks that hand a criterion's signals over as forward and backward passes bring them.
+
+Nothing of the graph outlives its backward pass: gradients reach their signals in tensor hooks, which go with it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCriterion, GradientCriterion, Shape, Signal
+from hfprune.models.contexts import evaluating as evaluating  # re-exported for callers of this room
+from hfprune.models.contexts import frozen as frozen
+from hfprune.models.contexts import hooked as hooked
+from hfprune.models.experts import EXPERTS, FewerExperts, added_norms, by_expert
+from hfprune.models.groups import find_spec, group_modules
+from hfprune.models.projection import bias_of, weight_of
+from hfprune.models.projection import whole_weight as whole_weight
+from hfprune.models.residual_stream import CHANNELS, head_reads
+from hfprune.plan import Group, Slice
+
+ReceiveSignal = Callable[[Group, Slice, Signal], None]
+ReceiveActivation = Callable[[Group, Slice, Activation], None]
+
+
+def slice_shapes(modules: Mapping[str, nn.Module], group: Group) -> list[Shape]:
+    """Returns [out, in] of the projection of every slice of ``group``, sharded or not."""
+    shapes = (weight_of(modules[part.module], part.parameter).shape for part in group.slices)
+    return [(shape[0], shape[1]) for shape in shapes]
+
+
+def read_slices(criterion: CalibratedCriterion, group: Group) -> list[Slice]:
+    """Returns the slices that ``criterion`` reads."""
+    if isinstance(criterion, GradientCriterion):
+        return [part for part in group.slices if criterion.reads(part) is not None]
+    assert isinstance(criterion, ActivationCriterion)
+    return [part for part in group.slices if criterion.reads(part)]
+
+
+def hook_gradients(
+    model: nn.Module, groups: Sequence[Group], criterion: GradientCriterion, receive: ReceiveSignal
+) -> list[Any]:
+    """Hooks what ``criterion`` reads; returns the handles. The graph begins at the first of them."""
+    modules, handles = group_modules(model, groups), []
+    for group in groups:
+        for part in read_slices(criterion, group):
+            module = modules[part.module]
+            norm = head_reads(model, find_spec(model), group, part) if group.kind == CHANNELS else None
+            if group.kind == EXPERTS:
+                handles.append(module.register_forward_pre_hook(_routing_hook(group, part, receive)))
+            elif norm is not None:
+                handles.append(norm.register_forward_hook(_head_hook(module, group, part, receive)))
+            elif criterion.reads(part) == "input":
+                handles.append(module.register_forward_pre_hook(_input_hook(group, part, receive)))
+            else:
+                handles.append(module.register_forward_hook(_output_hook(group, part, receive)))
+    return handles
+
+
+def hook_activations(
+    model: nn.Module, groups: Sequence[Group], criterion: ActivationCriterion, receive: ReceiveActivation
+) -> list[Any]:
+    """Hooks what ``criterion`` reads; returns the handles."""
+    modules, handles = group_modules(model, groups), []
+
+    def hook(group: Group, part: Slice) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            value = added_norms(module, *args) if group.kind == EXPERTS else args[0]
+            receive(group, part, Activation(input=value.detach(), output=output.detach()))
+
+        return seen
+
+    for group in groups:
+        handles += [modules[p.module].register_forward_hook(hook(group, p)) for p in read_slices(criterion, group)]
+    return handles
+
+
+def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = _differentiable(args[0].view_as(args[0]))  # what others do with the same tensor has gradients of its own
+        value = x.detach()  # a closure over x itself would be a reference cycle through its graph
+        x.register_hook(lambda grad: receive(group, part, _signal(module, value, None, grad)))
+        return (x, *args[1:])
+
+    return hook
+
+
+def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of a module of experts, whose inputs are the weights that the router gives them."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        hidden, chosen, weights = args
+        w = _differentiable(weights.view_as(weights))
+        value = by_expert(chosen, w.detach(), group.num_units)
+        matrix = weight_of(module, part.parameter)
+
+        def received(grad: Tensor) -> None:
+            receive(group, part, Signal(input=value, grad=by_expert(chosen, grad, group.num_units), weight=matrix))
+
+        w.register_hook(received)
+        return hidden, chosen, w
+
+    return hook
+
+
+def _head_hook(head: nn.Module, group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of the final norm, whose output is the head's input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = _differentiable(output)
+        value = x.detach()
+        x.register_hook(lambda grad: receive(group, part, _signal(head, value, None, grad)))
+        return x
+
+    return hook
+
+
+def _output_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        y = _differentiable(output)
+        value, found = args[0].detach(), y.detach() if part.side == "out" else None
+        y.register_hook(lambda grad: receive(group, part, _signal(module, value, found, grad)))
+        return y
+
+    return hook
+
+
+def _signal(module: nn.Module, value: Tensor, output: Tensor | None, grad: Tensor) -> Signal:
+    return Signal(input=value, output=output, grad=grad, weight=weight_of(module), bias=bias_of(module))
+
+
+def _differentiable(x: Tensor) -> Tensor:
+    """Returns ``x``, or, where nothing before it needs a gradient, a leaf in its place: the graph begins here."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def full_precision(signal: Tensor) -> torch.autocast:
+    """Returns the context in which a criterion's products are not rounded by mixed precision."""
+    return torch.autocast(signal.device.type, enabled=False)
+
+
+def first_not_finite(
+    modules: Mapping[str, nn.Module], groups: Sequence[Group], run: Callable[[], object]
+) -> str | None:
+    """Returns the first group whose units' activations hold NaN or infinity while ``run`` runs; None without any."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not bool(args[0].isfinite().all()):
+                bad.append(name)
+
+        return hook
+
+    handles = [modules[g.inputs()[0].module].register_forward_pre_hook(watch(g.name)) for g in groups]
+    with hooked(handles), torch.no_grad():
+        run()
+    return bad[0] if bad else None
+
+
+class UnitMask:
+    """Sets units to zero where consumers read them: the outputs of the pruned model, from the weights of the dense one.
+
+    Args:
+        model: The dense model.
+        groups: Its groups.
+        keep: Kept units of each.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]) -> None:
+        self._model, self._groups = model, tuple(groups)
+        self._removed = {g.name: sorted(set(range(g.num_units)) - set(keep[g.name])) for g in groups}
+        self._keep = {g.name: sorted(keep[g.name]) for g in groups}
+        self._lifted = False
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Masks the units while the context lasts."""
+        modules = group_modules(self._model, self._groups)
+        handles = []
+        for group in self._groups:
+            if group.kind == EXPERTS:
+                router = modules[group.slices[0].module]
+                handles.append(router.register_forward_hook(self._unless_lifted(FewerExperts(self._keep[group.name]))))
+                continue
+            for part in group.inputs():
+                hook = self._hook(part.channels(self._removed[group.name]))
+                handles.append(modules[part.module].register_forward_pre_hook(hook))
+        with hooked(handles):
+            yield
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lifts the mask while the context lasts: the model is the dense one."""
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+
+    def _unless_lifted(self, fewer: FewerExperts) -> Callable[..., Any]:
+        def hook(*seen: Any) -> Any:
+            return None if self._lifted else fewer(*seen)
+
+        return hook
+
+    def _hook(self, channels: list[int]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._lifted:
+                return None
+            x = args[0]
+            factor = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+            factor[channels] = 0
+            return (x * factor, *args[1:])
+
+        return hook

@@ -1,0 +1,278 @@
+"""Planner: scores units, spends the budget on them and makes the pruning plan."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfprune.allocation import Allocation, ResolvedBudget, kept_units
+from hfprune.allocation.convergence import Select
+from hfprune.criteria import (
+    CalibratedCriterion,
+    Criterion,
+    GradientCriterion,
+    LayerwiseCriterion,
+    WeightCriterion,
+    scored_groups,
+    with_layers,
+)
+from hfprune.models import class_name
+from hfprune.plan import Budget, Group, PruningPlan
+from hfprune.pruning.accumulator import check_criterion, weight_scores
+from hfprune.pruning.calibration import Calibration, CalibrationData, Kept, Scorer, State, two_stages
+from hfprune.pruning.communicator import Communicator, LocalCommunicator, say, warn
+from hfprune.pruning.layerwise import LayerwiseResult, run_layerwise
+from hfprune.pruning.options import PruningOptions
+from hfprune.pruning.prunable import Prunable
+from hfprune.pruning.rounds import in_rounds
+from hfprune.pruning.sensitivity_curves import measured
+from hfprune.version import __version__
+
+
+def check_scored(model: Prunable, criterion: Criterion, *, settles: bool) -> None:
+    """Raises ``ConfigError`` where ``criterion`` does not score units, or what units hold; reads shapes alone."""
+    shapes = model.shapes()
+    check_criterion(shapes, model.groups(shapes), criterion, settles=settles)
+
+
+def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:
+    """Returns a function that selects the scored units which would be kept with given scores.
+
+    Args:
+        model: What is pruned.
+        budget: What was asked.
+        allocation: How it is spent.
+        criterion: How units are scored.
+    """
+    groups = model.groups(model.model)
+    scored = scored_groups(model.model, groups, criterion)
+
+    def select(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+        every = with_layers(scores, groups, scored)
+        resolved = model.resolve(budget, allocation, every)
+        keep, removed = kept_units(every, groups, resolved), resolved.removed_layers
+        return {g.name: () if g.layer in removed else keep.get(g.name, range(g.num_units)) for g in scored}
+
+    return select
+
+
+class Planner:
+    """Scores a model's units, spends the budget on them and fits weights where asked.
+
+    Args:
+        model: What is pruned.
+        data: The calibration data.
+        options: What decides which units are kept.
+        communicator: The processes; this one alone if not given.
+        saved: State of a calibration that was interrupted.
+        save: Saves progress during calibration, from :attr:`calibration`.
+        progress: Show progress bars.
+
+    Attributes:
+        importance: Group -> scores [U] of the units.
+        convergence: Calibration tokens, and the share of the finally kept units that were kept after so many.
+        calibration: The pass over the calibration data that is under way.
+        allocation: How the budget is spent, with what was measured for it.
+    """
+
+    def __init__(
+        self,
+        model: Prunable,
+        data: CalibrationData,
+        options: PruningOptions,
+        communicator: Communicator | None = None,
+        *,
+        saved: State | None = None,
+        save: Callable[[], None] = lambda: None,
+        progress: bool = False,
+    ) -> None:
+        self._model, self._data, self._options = model, data, options
+        self._communicator = communicator or LocalCommunicator()
+        self._saved, self._save, self._progress = saved, save, progress
+        self.importance: dict[str, Tensor] = {}
+        self.convergence: list[tuple[int, float]] = []
+        self.calibration: Calibration | None = None
+        self.allocation = options.allocation
+        self._warnings: list[str] = []
+
+    def plan(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[PruningPlan, ResolvedBudget]:
+        """Returns the plan, the same on every rank, and the budget as the scores decide it.
+
+        Args:
+            groups: The model's groups.
+            resolved: The budget as far as shapes decide it.
+        """
+        options, model = self._options, self._model
+        calibration = self.score(groups, resolved)
+        if resolved.provisional:
+            self.allocation = measured(
+                model,
+                groups,
+                self.importance,
+                options.allocation,
+                self._data,
+                self._communicator,
+                progress=self._progress,
+            )
+            resolved = model.resolve(options.budget, self.allocation, self.importance)
+            say(self._communicator, resolved.describe())
+        keep = kept_units(self.importance, groups, resolved) if self.importance else None
+        if keep is None or options.compensation is not None:
+            keep = self._layerwise(groups, resolved, keep).keep
+        plan = PruningPlan(
+            model_class=class_name(model.model),
+            groups=groups,
+            keep=keep,
+            config=model.config_keys(keep),
+            provenance=self._provenance(resolved, calibration),
+        )
+        shared: PruningPlan = self._communicator.broadcast(plan)
+        return shared, resolved
+
+    def _provenance(self, resolved: ResolvedBudget, calibration: dict[str, Any] | None) -> dict[str, Any]:
+        options, model = self._options, self._model
+        distillation = options.calibration.self_distillation
+        differentiates = isinstance(options.criterion, GradientCriterion)
+        return {
+            "budget": resolved.to_dict(),
+            "units": list(options.units),
+            "allocation": self.allocation.describe() if self.allocation else None,
+            "criterion": options.criterion.describe(),
+            "objective": model.objective_name if differentiates else None,
+            "distillation": None if distillation is None else asdict(distillation),
+            "rounds": asdict(options.calibration.removal),
+            "model": model.describe(),
+            "calibration": calibration,
+            "compensation": options.compensation.describe() if options.compensation else None,
+            "recovery": {"data": self._data.summary("recovery")},
+            "versions": versions(),
+            "warnings": [text for text in (resolved.warning, *self._warnings) if text],
+        }
+
+    # ---- scores ------------------------------------------------------------------------------------------------------
+
+    def score(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> dict[str, Any] | None:
+        """Sets :attr:`importance`; returns the provenance of the calibration, None when there was none.
+
+        Importance is empty where units are chosen layer by layer.
+
+        Args:
+            groups: The model's groups.
+            resolved: The budget as far as shapes decide it.
+        """
+        criterion, model = self._options.criterion, self._model.model
+        if isinstance(criterion, LayerwiseCriterion):
+            return None
+        scored = scored_groups(model, groups, criterion)
+        if isinstance(criterion, WeightCriterion):
+            self.importance = with_layers(weight_scores(model, scored, criterion), groups, scored)
+            return None
+        start = time.perf_counter()
+        calibration, by_unit = self._calibrate(scored, resolved)
+        self.importance = with_layers(by_unit, groups, scored)
+        self.convergence = calibration.history.convergence(by_unit)
+        seconds = time.perf_counter() - start
+        return self._summary(calibration, seconds)
+
+    def _summary(self, calibration: Calibration, seconds: float) -> dict[str, Any]:
+        """Logs what the calibration read, and returns its provenance."""
+        sequences, tokens = calibration.accumulator.totals().num_sequences, calibration.seen.total
+        early = "; the kept units had settled" if calibration.stopped else ""
+        size = f"{sequences:,} batches" if tokens is None else f"{tokens:,} tokens"
+        say(self._communicator, f"Calibrated on {size} in {seconds:.1f} s{early}.")
+        return {
+            "sequences": sequences,
+            "tokens": tokens,
+            "mean_objective_nats": calibration.accumulator.mean_objective(),
+            "exact": self._options.calibration.exact,
+            "settled": calibration.stopped,
+            "convergence": self.convergence,
+            "data": self._data.summary("calibration"),
+        }
+
+    def _calibrate(self, scored: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[Calibration, dict[str, Tensor]]:
+        """Returns the last pass over the calibration data, and the scores of the units."""
+        options, model = self._options, self._model
+        passes: list[Calibration] = []
+
+        def run(masked: Kept | None, saved: State | None) -> dict[str, Tensor]:
+            passes[:] = [self._pass(scored, resolved, masked, saved)]
+            return passes[0].accumulator.scores()
+
+        distillation = options.calibration.self_distillation
+        if options.calibration.rounds > 1:
+            widths = options.calibration.removal.widths(model, options.budget, options.allocation, resolved.widths)
+            scores = in_rounds(model, scored, widths, self._saved, run)
+        elif distillation is not None:
+            scores = two_stages(model, scored, distillation, resolved.widths, self._saved, run)
+        else:
+            scores = run(None, self._saved)
+        return passes[0], scores
+
+    def _pass(
+        self, scored: tuple[Group, ...], resolved: ResolvedBudget, masked: Kept | None, saved: State | None
+    ) -> Calibration:
+        """Runs the calibration data once."""
+        options, model = self._options, self._model
+        assert isinstance(options.criterion, CalibratedCriterion)
+        widths: Sequence[int] | Select = resolved.widths
+        if resolved.kinds:
+            widths = final_units(model, options.budget, options.allocation, options.criterion)
+        calibration = Calibration(
+            model,
+            [Scorer(options.criterion, scored)],
+            self._data,
+            options.calibration,
+            self._communicator,
+            widths=widths,
+            masked=masked,
+            progress=self._progress,
+        )
+        if saved is not None:
+            calibration.load(saved)
+            say(self._communicator, f"Resumed calibration after {saved['position']} sequences.")
+        self.calibration = calibration
+        try:
+            calibration.run(self._save)
+        finally:
+            self.calibration = None
+        return calibration
+
+    def _layerwise(
+        self, groups: tuple[Group, ...], resolved: ResolvedBudget, keep: dict[str, tuple[int, ...]] | None
+    ) -> LayerwiseResult:
+        """Chooses units that were not chosen yet, and fits the weights that read them."""
+        options, start = self._options, time.perf_counter()
+        result = run_layerwise(
+            self._model,
+            groups,
+            dict(zip((group.name for group in groups), resolved.widths, strict=True)),
+            self._data,
+            self._communicator,
+            keep=keep,
+            criterion=options.criterion if isinstance(options.criterion, LayerwiseCriterion) else None,
+            compensation=options.compensation,
+            limit=options.calibration.batches,
+            progress=self._progress,
+        )
+        self.importance = self.importance or result.scores
+        error = sum(result.errors.values()) / len(result.errors)
+        seconds = time.perf_counter() - start
+        say(self._communicator, f"Went through the layers in {seconds:.1f} s; mean output error {error:.1%}.")
+        self._warnings.append(result.warning)
+        warn(self._communicator, result.warning)
+        return result
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {
+        "hfprune": __version__,
+        "torch": torch.__version__,
+        "lightning": metadata.version("lightning"),
+        "transformers": metadata.version("transformers"),
+    }

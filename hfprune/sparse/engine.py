@@ -1,0 +1,258 @@
+"""Sparse pruning one layer after another: each on what the pruned layers before it give.
+
+Shape legend: B sequences, T tokens, O outputs and C inputs of a projection.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hfprune.models.groups import find_layers, find_spec
+from hfprune.models.layer_stream import HiddenFiles, HiddenStates, LayerStream, Reduce
+from hfprune.models.projection import weight_of
+from hfprune.sparse.allocation import Matrix, SparseAllocation, UniformSparsity
+from hfprune.sparse.base import InputSums, Pruned, SparseMethod
+from hfprune.sparse.layer import SparseLayer, SparseMatrix, layer_file, restore_layer, save_layer
+from hfprune.sparse.pattern import Sparsity, zeros_across
+from hfprune.sparse.sparsegpt import SparseGPT
+from hfprune.sparse.state import LayerState
+from hfprune.sparse.statistics import InputStatistics, projections
+from hfprune.sparse.weight_taylor import ImportanceSource
+from hfprune.utils.errors import CalibrationError, ConfigError
+from hfprune.utils.exact_sums import GridSum
+
+Offload = Literal["cpu", "disk"]
+"""Where hidden states wait: in the CPU's memory, or in temporary files."""
+
+
+def matrices_of(model: nn.Module) -> list[Matrix]:
+    """Returns the projections inside the layers of ``model``, in order."""
+    return [
+        Matrix(layer=index, name=name, shape=tuple(weight_of(module).shape))  # type: ignore[arg-type]
+        for index, layer in enumerate(find_layers(model))
+        for name, module in projections(layer).items()
+    ]
+
+
+def prune_sparse(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    method: SparseMethod,
+    sparsity: Sparsity,
+    *,
+    allocation: SparseAllocation | None = None,
+    update: SparseGPT | None = None,
+    device: torch.device | None = None,
+    offload: Offload | None = None,
+    state: LayerState | None = None,
+    reduce: Reduce | None = None,
+) -> Iterator[SparseLayer]:
+    """Prunes every projection inside the layers of ``model`` in place, and yields what became of each layer.
+
+    Statistics of a layer are taken on the outputs of the pruned layers before it, by one forward pass of the layer for
+    all of its projections; they are sums with the same bits whatever the order and the ranks, so that with one sequence
+    a batch neither matters. Embeddings, norms, biases and the head stay. Memory beyond the model is the calibration
+    set's hidden states, twice, and one layer's sums.
+
+    Args:
+        model: A supported Hugging Face causal LM, in eval mode.
+        batches: This rank's ``input_ids`` [B, T], without padding.
+        method: What is dropped.
+        sparsity: How many weights of each projection.
+        allocation: How many of which; the same share of all if not given.
+        update: Lets the weights that stay make up for those that ``method`` dropped.
+        device: Where layers run, one at a time; the model's device if not given.
+        offload: Where hidden states wait; on the device if not given.
+        state: Finished layers of an earlier run are taken from it, and those of this run saved to it.
+        reduce: Adds sums up over ranks; None where there is one.
+
+    Raises:
+        ConfigError: A pattern does not fit a projection, or settings exclude each other; nothing was changed.
+        CalibrationError: There is no token, or weights or activations are not finite; the message names the projection.
+    """
+    work = SparsePass(model, batches, method, sparsity, allocation=allocation, update=update, reduce=reduce)
+    return work.run(device=device or next(model.parameters()).device, offload=offload, state=state)
+
+
+def check_sparse(
+    model: nn.Module,
+    method: SparseMethod,
+    sparsity: Sparsity,
+    allocation: SparseAllocation | None = None,
+    update: SparseGPT | None = None,
+) -> None:
+    """Raises ``ConfigError`` when settings exclude each other or do not fit ``model``, whose shapes alone are read."""
+    name = type(method).__name__
+    if find_spec(model).experts is not None:
+        raise ConfigError(
+            f"The experts of {find_spec(model).model_class} hold their weights in stacks, which sparse methods do not "
+            "read. Remove whole experts (--importance.units '[experts]'), or prune a model without mixtures."
+        )
+    if update is not None and isinstance(method, SparseGPT):
+        raise ConfigError("--update sparsegpt follows a method that only drops weights; SparseGPT updates them itself.")
+    if method.across and (sparsity.of is not None or allocation is not None):
+        asked = f"--sparsity {sparsity}" if allocation is None else type(allocation).__name__
+        raise ConfigError(
+            f"{name} with scope 'model' ranks the weights of all matrices together; {asked} says how many zeros each "
+            "matrix gets. Leave one of the two out."
+        )
+    found = matrices_of(model)
+    if allocation is not None and allocation.threshold is None:
+        spread = allocation.spread(found, sparsity, None)
+    elif allocation is not None:
+        spread = allocation.spread(found, sparsity, [0.0] * len(find_layers(model)))
+    else:
+        spread = {matrix.path: sparsity for matrix in found}
+    for matrix in found:
+        spread[matrix.path].check(matrix.shape[1], f"{matrix.name} of layer {matrix.layer}")
+
+
+class SparsePass:
+    """Moves the calibration sequences through the layers and prunes them; see :func:`prune_sparse`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        method: SparseMethod,
+        sparsity: Sparsity,
+        *,
+        allocation: SparseAllocation | None = None,
+        update: SparseGPT | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        check_sparse(model, method, sparsity, allocation, update)
+        self._model, self._batches, self._method, self._sparsity = model, batches, method, sparsity
+        self._allocation, self._update = allocation or UniformSparsity(), update
+        self._reduce: Reduce = reduce or (lambda tensor: tensor)
+        self._products = method.needs == "products" or update is not None
+        self._sums = self._products or method.needs == "norms"
+        mine = sum(len(batch["input_ids"]) for batch in batches)
+        self._num_sequences = int(self._reduce(torch.tensor(mine, device=next(model.parameters()).device)))
+
+    def run(self, *, device: torch.device, offload: Offload | None, state: LayerState | None) -> Iterator[SparseLayer]:
+        """Prunes layer by layer."""
+        importance = ImportanceSource(self._model, self._batches, self._method, state, self._reduce)
+        importance.prepare(device)
+        spread = self._spread(importance, device, offload, state)
+        stream = self._stream(device, offload, state)
+        for index, layer in enumerate(stream.layers):
+            with stream.placed(index):
+                done = state.load(layer_file(index)) if state else None
+                if done is not None:
+                    yield restore_layer(index, layer, *done)
+                    stream.advance(index)
+                    continue
+                found = self._prune(stream, index, importance, spread)
+            if state is not None:
+                save_layer(state, layer, found)
+            yield found
+
+    def _stream(self, device: torch.device, offload: Offload | None, state: LayerState | None) -> LayerStream:
+        hidden: HiddenStates | None = None
+        if offload == "cpu":
+            hidden = HiddenStates(device=device, keep_on=torch.device("cpu"))
+        elif offload == "disk":
+            hidden = HiddenFiles(device=device, folder=state.folder if state else None)
+        return LayerStream(self._model, self._batches, device=device, hidden=hidden)
+
+    def _spread(
+        self, importance: ImportanceSource, device: torch.device, offload: Offload | None, state: LayerState | None
+    ) -> dict[str, Sparsity]:
+        """Returns the sparsity of every matrix."""
+        matrices = matrices_of(self._model)
+        if not self._method.across and self._allocation.threshold is None:
+            return self._allocation.spread(matrices, self._sparsity, None)
+        saved = state.load("allocation") if state else None
+        if saved is not None:
+            return {path: Sparsity(ratio) for path, ratio in saved[1].items()}
+        if self._method.across:
+            found = zeros_across(lambda: importance.scores(matrices), self._sparsity)
+        else:
+            outliers = self._outliers(self._stream(device, offload, state), self._allocation.threshold or 0.0)
+            found = self._allocation.spread(matrices, self._sparsity, outliers)
+        if state is not None:
+            state.save("allocation", {}, {path: value.ratio for path, value in found.items()})
+        return found
+
+    def _outliers(self, stream: LayerStream, threshold: float) -> list[float]:
+        """Returns each dense layer's share of weights whose |w| ||x|| exceeds ``threshold`` times the layer's mean."""
+        shares = []
+        for index in range(len(stream.layers)):
+            with stream.placed(index) as layer:
+                statistics = InputStatistics(layer, products=False)
+                with statistics.recording():
+                    stream.advance(index)
+                scores = [
+                    weight_of(module).detach().double().abs() * self._reduced(statistics, name, index).norms()
+                    for name, module in projections(layer).items()
+                ]
+                size = sum(score.numel() for score in scores)
+                limit = threshold * sum(float(score.sum()) for score in scores) / size
+                shares.append(sum(int((score > limit).sum()) for score in scores) / size)
+        return shares
+
+    def _reduced(self, statistics: InputStatistics, name: str, index: int) -> InputSums:
+        try:
+            sums = statistics.reduced(name, self._reduce, self._num_sequences)
+            sums.norms()
+        except CalibrationError as error:
+            raise CalibrationError(f"{name} of layer {index}: {error}.") from error
+        return sums
+
+    def _prune(
+        self, stream: LayerStream, index: int, importance: ImportanceSource, spread: Mapping[str, Sparsity]
+    ) -> SparseLayer:
+        """Prunes one layer and moves the stream behind it."""
+        layer, before = stream.layer(index), stream.hidden.new()
+        statistics = InputStatistics(layer, products=self._products)
+        with statistics.recording():
+            for output in stream.outputs(index):
+                before.append(output)
+        matrices, orders = {}, {}
+        for name, module in projections(layer).items():
+            sums = self._reduced(statistics, name, index) if self._sums else InputSums()
+            scores = importance.of(index, name)
+            if scores is not None:
+                sums = InputSums(**_fields(sums) | {"importance": scores.to(stream.device)})
+            sparsity = spread[f"{index}.{name}"]
+            found = self._matrix(module, sums, sparsity, f"{name} of layer {index}")
+            if found.order is not None:
+                orders[name] = found.order
+            zeros = int((weight_of(module) == 0).sum())
+            matrices[name] = SparseMatrix(
+                sparsity=str(sparsity), weights=found.gone.numel(), zeros=zeros, permuted=found.order is not None
+            )
+        error = self._advance(stream, index, before)
+        return SparseLayer(index=index, matrices=matrices, orders=orders, error=error)
+
+    def _matrix(self, module: nn.Module, sums: InputSums, sparsity: Sparsity, name: str) -> Pruned:
+        """Prunes one projection."""
+        weight = weight_of(module).detach()
+        if not bool(weight.isfinite().all()):
+            raise CalibrationError(f"{name}: weights are not finite.")
+        try:
+            found = self._method.apply(weight, sums, sparsity)
+            new = found.weight
+            if self._update is not None and bool(found.gone.any()):
+                new = self._update.update(weight, sums, found.gone)
+        except CalibrationError as error:
+            raise CalibrationError(f"{name}: {error}.") from error
+        with torch.no_grad():
+            weight.copy_(new)
+        return found
+
+    def _advance(self, stream: LayerStream, index: int, before: HiddenStates) -> float:
+        """Moves the stream behind a layer; returns the relative error of its output, over all ranks."""
+        total = GridSum((2,), device=stream.device)
+        for old, new in zip(before, stream.step(index), strict=True):
+            lost = (old.double() - new.double()).square().sum()
+            total.add(torch.stack([lost, old.double().square().sum()]))
+        error, whole = (float(value) for value in total.reduced(self._reduce))
+        return error / max(whole, torch.finfo(torch.float64).tiny)
+
+
+def _fields(sums: InputSums) -> dict[str, Any]:
+    return {"num_sequences": sums.num_sequences, "squares": sums.squares, "products": sums.products}

@@ -1,0 +1,1 @@
+"""Errors, registry, files, exact sums and small linear algebra."""

@@ -1,0 +1,123 @@
+"""Private APIs of other libraries: one function each, so that a release which changes one breaks a single place.
+
+Each function names the release that it was written against and what fails without the private name.
+``tests/unit/utils/test_compat.py`` has a test per function, which says which release broke it.
+"""
+
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def cached_file_or_none(path: str, file: str, **hub: Any) -> Path | None:
+    """Returns a file of a model folder or hub id, or None where the model has no such file.
+
+    transformers 5.20 to 5.23: ``cached_file(_raise_exceptions_for_missing_entries=False)``. The public call raises
+    the same ``OSError`` for a missing file and for a repository that cannot be reached; without the private argument an
+    unreachable hub would look like a model without the file.
+
+    Args:
+        path: The folder or hub id.
+        file: Name of the file.
+        hub: Arguments of ``from_pretrained`` about the hub: ``revision``, ``token``, ``cache_dir`` and others.
+    """
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(path, file, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def attention_implementation(config: Any) -> str:
+    """Returns the attention implementation that a model with ``config`` runs: ``eager``, ``sdpa``, ...
+
+    transformers 5.20 to 5.23: ``config._attn_implementation``. The public ``attn_implementation`` is an argument of
+    ``from_pretrained`` and no attribute; without the private one, packed documents could not be kept apart safely.
+    """
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def is_repo_id(text: str) -> bool:
+    """Returns whether a text has the form of a hub id: ``name`` or ``owner/name``.
+
+    huggingface_hub 1.31 to 2.4: ``huggingface_hub.utils.validate_repo_id``, which has no documentation page of its own.
+    Without it a misspelled folder would be looked up on the hub.
+    """
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        utils.validate_repo_id(text)  # type: ignore[attr-defined]
+    except HFValidationError:
+        return False
+    return True
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that operators allocate inside the block, until it is freed.
+
+    torch 2.6 to 2.13: ``torch.utils._python_dispatch.TorchDispatchMode`` and ``torch.utils._pytree.tree_leaves``.
+    torch has no public figure of the peak memory on the CPU; without them, reports lack it there.
+
+    Args:
+        known: Tensors that existed before and are not counted.
+
+    Attributes:
+        peak: Most bytes that were alive at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operator and counts what it returns."""
+        out = func(*args, **kwargs or {})
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if not size or key in self._known:
+            return
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+def parser_actions(parser: Any) -> list[Any]:
+    """Returns the actions (options) of an ``argparse`` parser.
+
+    ``argparse`` lists them in the private ``ArgumentParser._actions`` only (Python 3.11 to 3.14; jsonargparse 4.40 to
+    4.53 adds its own there). Without it, misspelled flags would get no suggestion and messages no flag.
+
+    Args:
+        parser: An ``argparse.ArgumentParser``, or a subclass such as jsonargparse's or Lightning's.
+    """
+    return list(parser._actions)
+
+
+def instantiate(parser: Any, config: Any) -> Any:
+    """Returns a configuration with the classes that it names instantiated.
+
+    jsonargparse 4.49 renamed ``instantiate_classes`` to ``instantiate``, and 5.0 removes the old name.
+
+    Args:
+        parser: A jsonargparse parser.
+        config: The namespace that the parser returned.
+    """
+    return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config)

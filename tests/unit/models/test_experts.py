@@ -1,0 +1,254 @@
+"""Experts of mixtures as units: masks, costs, configs, layouts, a run, and what is refused."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from transformers import AutoModelForCausalLM
+
+import hfprune
+from hfprune.allocation import Explicit, GlobalRank, Sensitivity, Uniform, allocate
+from hfprune.callbacks.base import check_strategy
+from hfprune.callbacks.user_module import find_target
+from hfprune.cli import main
+from hfprune.criteria import ActivationTaylor, Magnitude, scored_groups
+from hfprune.evaluation.evaluate import measure
+from hfprune.models import check_stock, config_values, find_groups, head_counts, parameter_count, unit_cost
+from hfprune.models.surgery import apply_plan, cut_optimizer_state, mask_plan, plan_cuts
+from hfprune.modules import PruningModule
+from hfprune.plan import Budget, PruningPlan
+from hfprune.pruning.hooks import UnitMask
+from hfprune.sparse import Sparsity, sparse_method
+from hfprune.sparse.engine import check_sparse
+from hfprune.utils.errors import ConfigError, PlanError, UnsupportedArchitectureError
+from tests.helpers.models import MIXTURES, inventory, mixtures, save_tiny, tiny, token_ids
+from tests.helpers.runs import TINY_FLAGS
+from tests.reference.experts import by_hand
+
+KEEP = ((0, 2, 3, 5), (1, 2, 4, 5), (0, 1, 3, 4))
+UNEVEN = ((0, 2, 3, 5), (1, 2), (0, 1, 2, 3, 4))
+
+
+def plan_of(model, keep=KEEP, units=("experts",), **others):
+    groups = find_groups(model, units)
+    kept = {g.name: keep[g.layer] if g.kind == "experts" else others[g.kind] for g in groups}
+    config = config_values(model, groups, kept)
+    return PruningPlan(model_class=type(model).__name__, groups=groups, keep=kept, config=config)
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=token_ids() if ids is None else ids).logits
+
+
+@pytest.mark.parametrize("keep", [KEEP, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_pruned_is_the_dense_model_whose_routers_cannot_choose_what_went(name, keep):
+    model, pruned, masked = tiny(name), tiny(name), tiny(name)
+    removed = [sorted(set(range(6)) - set(kept)) for kept in keep]
+    ids = token_ids(2, 5)
+    plan = plan_of(model, keep)
+    apply_plan(pruned, plan)
+    mask_plan(masked, plan)
+    expected = logits(by_hand(copy.deepcopy(model), removed=removed), ids)
+    torch.testing.assert_close(logits(pruned, ids), expected, atol=1e-5, rtol=0)  # routers round to float32
+    torch.testing.assert_close(logits(masked, ids), logits(pruned, ids), atol=1e-10, rtol=0)
+    mask = UnitMask(model, plan.groups, plan.keep)
+    with mask.active():
+        torch.testing.assert_close(logits(model, ids), logits(pruned, ids), atol=1e-10, rtol=0)
+        with mask.lifted():
+            torch.testing.assert_close(logits(model, ids), logits(by_hand(tiny(name)), ids), atol=1e-5, rtol=0)
+    assert (logits(model, ids) - expected).abs().max() > 1e-3
+    gone = sum(len(r) for r in removed)
+    assert parameter_count(model) - parameter_count(pruned) == gone * unit_cost(model, plan.groups[0])
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_heads_and_layers_together(name):
+    pruned, masked = tiny(name), tiny(name)
+    plan = plan_of(pruned, UNEVEN, ("experts", "heads", "layers"), heads=(1,), layers=(0, 2))
+    apply_plan(pruned, plan)
+    mask_plan(masked, plan)
+    torch.testing.assert_close(logits(pruned), logits(masked), atol=1e-10, rtol=0)
+    ids = token_ids(1, 8)
+    with torch.no_grad():  # caches follow the layers that are left
+        torch.testing.assert_close(pruned(ids, use_cache=True).logits, logits(pruned, ids), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stock_transformers_loads_what_one_number_describes(name, tmp_path):
+    model = tiny(name, dtype=torch.float32)
+    hfprune.apply_plan(model, plan_of(model))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.get("num_local_experts", written.get("num_experts")) == 4
+    assert hfprune.load(tmp_path).config.model_type == model.config.model_type
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
+    assert head_counts(tiny(name)) == (1, 2)
+    for heads in ((1,), (0, 1)):
+        model = tiny(name, dtype=torch.float32)
+        plan = plan_of(model, KEEP, ("experts", "heads", "layers"), heads=heads, layers=(0, 2))
+        check_stock(model, plan.groups, plan.keep)
+        hfprune.apply_plan(model, plan)
+        model.save_pretrained(tmp_path / str(len(heads)))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(len(heads)), experts_implementation="eager")
+        assert type(loaded) is type(model)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_train_with_their_own_loss_afterwards(name, tmp_path):
+    model, ids = tiny(name, dtype=torch.float32), token_ids()
+    hfprune.apply_plan(model, plan_of(model))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    found = [m(input_ids=ids, labels=ids, output_router_logits=True) for m in (model, loaded)]
+    assert torch.equal(found[0].aux_loss, found[1].aux_loss)
+    assert torch.equal(found[0].loss, found[1].loss)
+    model = tiny(name)
+    model.config.output_router_logits = True
+    before = parameter_count(model)
+    with pytest.raises(PlanError, match=r"output_router_logits.*keeps 2 to 5.*Uniform"):
+        hfprune.apply_plan(model, plan_of(model, UNEVEN))
+    assert parameter_count(model) == before
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_training_goes_on_with_what_survives(name):
+    model = tiny(name)
+    trained = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    trained.step()
+    plan = plan_of(model, UNEVEN)
+    cuts, order = plan_cuts(model, plan), list(model.named_parameters())
+    moments, state = {n: trained.state[p]["exp_avg"] for n, p in order}, trained.state_dict()
+    assert cut_optimizer_state(state, [(n, p.shape) for n, p in order], cuts) == 0
+    apply_plan(model, plan)
+    again = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    again.load_state_dict(state)
+    for number, kept in enumerate(UNEVEN):
+        for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+            full = f"model.layers.{number}.mlp.{name}"
+            assert torch.equal(again.state[model.get_parameter(full)]["exp_avg"], moments[full][list(kept)])
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    again.step()
+
+
+@pytest.mark.parametrize("keys", [{"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_layers_without_a_mixture_are_refused_and_heads_are_not(name, keys):
+    config = mixtures()[name]
+    for key, value in keys.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert [g.num_units for g in find_groups(model, ("heads",))] == [2, 2, 2]
+    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*Leave 'experts' and 'layers' out"):
+        find_groups(model, ("experts",))
+    with pytest.raises(UnsupportedArchitectureError, match="Leave 'layers' out|Leave 'experts' and 'layers' out"):
+        scored_groups(model, find_groups(model, ("layers",)), ActivationTaylor())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_other_numbers_per_layer_need_a_layout(name, tmp_path):
+    model = tiny(name, dtype=torch.float32)
+    plan = plan_of(model, UNEVEN)
+    with pytest.raises(UnsupportedArchitectureError, match=r"different numbers of experts \(2 to 5\)"):
+        check_stock(model, plan.groups, plan.keep)
+    hfprune.apply_plan(model, plan)
+    with pytest.raises(ConfigError, match="layout='per_layer'"):
+        hfprune.io.layouts.LAYOUTS.get("uniform").check(model)
+    with pytest.raises(ConfigError, match="none can stand for a removed experts"):
+        hfprune.io.layouts.LAYOUTS.get("padded").check(model)
+    model.save_pretrained(tmp_path)
+    loaded = hfprune.load(tmp_path)
+    loaded.set_experts_implementation("eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert [g.num_units for g in find_groups(loaded, ("experts",))] == [4, 2, 5]
+
+
+def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
+    model = tiny("mixtral")
+    stock = inventory(model, ("experts",))
+    scores = {g.name: torch.arange(6.0) ** g.layer for g in stock.groups}
+    least = stock.params([2, 2, 2])
+    for allocation in (Uniform(), GlobalRank(floor=0.0)):
+        found = allocate(stock, Budget(target_params=least), allocation, scores=scores)
+        assert found.widths == (2, 2, 2)
+        assert found.params == least == stock.dense_params - 12 * stock.costs[0]
+        with pytest.raises(ConfigError, match=f"smallest possible --target_params is {least}"):
+            allocate(stock, Budget(target_params=least - 1), allocation, scores=scores)
+    with pytest.raises(PlanError, match=r"layers.1.mlp.experts must keep at least 2 of its units; the plan keeps 1"):
+        plan_of(model, ((0, 1), (3,), (0, 1)))
+    with pytest.raises(ConfigError, match="6 units, of which at least 2 must stay; 1 cannot be kept"):
+        allocate(stock, Budget(allocated=True), Explicit(experts=1))
+    assert allocate(stock, Budget(allocated=True), Explicit(experts=[6, 3, 2])).widths == (6, 3, 2)
+    assert allocate(stock, Budget(allocated=True), Uniform(share={"experts": 0.9})).widths == (2, 2, 2)
+    assert allocate(stock, Budget(allocated=True), Uniform(share={"experts": 1 / 3})).widths == (4, 4, 4)
+    curves = {g.name: {1 / 3: 0.1 + g.layer} for g in stock.groups}
+    found = allocate(stock, Budget(target_params=stock.params([2, 6, 6])), Sensitivity(curves=curves))
+    assert found.widths == (2, 6, 6)
+
+
+def test_what_does_not_go_with_mixtures_is_refused():
+    model = tiny("mixtral")
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"MixtralForCausalLM are mixtures of experts.*units=\['experts'\]"
+    ):
+        find_groups(model)
+    with pytest.raises(UnsupportedArchitectureError, match="not mixtures of experts: leave 'experts' out"):
+        find_groups(tiny("llama"), ("experts",))
+    with pytest.raises(UnsupportedArchitectureError, match="stacks"):
+        find_groups(model, ("channels",))
+    with pytest.raises(ConfigError, match=r"stacks, which sparse methods do not read"):
+        check_sparse(model, sparse_method("wanda"), Sparsity.parse("0.5"))
+    pruned = tiny("mixtral")
+    apply_plan(pruned, plan_of(pruned))
+    with pytest.raises(PlanError, match=r"6 units in model.layers.0.mlp.experts, the model has 4"):
+        apply_plan(pruned, plan_of(model))
+
+
+@pytest.mark.parametrize("units", [("experts",), ("heads",), ("layers",)])
+def test_sharded_strategies_are_refused_whatever_the_units(units, tmp_path):
+    target = find_target(PruningModule(save_tiny(tmp_path, "mixtral")), objective=None, model=None, neurons=())
+    target.units = units
+    with pytest.raises(ConfigError, match=r"Mixtures of experts are saved in other pieces.*single device or DDP"):
+        check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()), target, Magnitude())
+
+
+def test_figures_need_no_mlp_width():
+    found = measure(tiny("qwen2_moe"), None, reference=None, latency=False).to_dict()
+    assert found["width"] is None
+    assert found["widths"] == []
+    assert found["size"]["macs"] > 0
+
+
+def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny(tmp_path / "dense", "mixtral")
+    common = [f"--model.path={folder}", *TINY_FLAGS, "--importance.units=[experts]"]
+    assert main(["prune", *common, "--pruning_ratio=0.2", "--output_dir=out"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    kept = {len(units) for units in PruningPlan.load(tmp_path / "out" / "model" / "plan.json").keep.values()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert kept == {model.config.num_local_experts} != {6}
+    assert report["saved"]["parameters"] == parameter_count(model) == report["plan"]["budget"]["params"]
+    assert report["saved"]["max_logit_difference_after_reload"] < 1e-5
+    for flags, text in (
+        (["--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
+        (["--importance.compensation=LeastSquares"], "no one projection reads experts"),
+        (["--importance.units=[layers]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
+        (["--importance.criterion=Magnitude", "--pruning_ratio=0.9"], "largest possible --pruning_ratio"),
+    ):
+        assert main(["prune", *common, "--pruning_ratio=0.2", "--output_dir=other", *flags]) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "other").exists()
