@@ -1,4 +1,4 @@
-"""Calibration of a large model on one GPU, each part beside a bare pass of the same model in the same run.
+"""Calibration of a large model on one GPU, each part next to a bare pass of the same model in the same run.
 
     python benchmarks/gpu.py --results gpu.jsonl                    # Llama-2-7B's shapes, random weights, bfloat16
     python benchmarks/gpu.py --toy --results toy.jsonl              # a tiny model on the CPU: does the script run?

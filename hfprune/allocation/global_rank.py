@@ -1,6 +1,6 @@
 """Global ranking: the units of all layers compete for the budget."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -17,17 +17,19 @@ Comparable = Literal["none", "per_parameter", "mean", "standard"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Steps:
-    """What would go of one group, step by step; or of all groups, in the order of the ranking.
+    """The removal steps of one group, or of all groups in the order of the ranking.
 
     Attributes:
         score: [N] float64, mean score of each step's units.
-        params: [N] int64, parameters that go with it.
-        kept: [N] int64, units that the group keeps then.
+        params: [N] int64, parameters that the step removes.
+        units: [N] int64, units that the step removes.
+        kept: [N] int64, units that the group keeps after it.
         group: [N] int64, number of the group.
     """
 
     score: Tensor
     params: Tensor
+    units: Tensor
     kept: Tensor
     group: Tensor
 
@@ -109,16 +111,14 @@ def _steps(number: int, s: Slot, scores: Tensor) -> _Steps:
     score = (total[edges[:-1]] - total[edges[1:]]) / units
     if len(score):
         score = score.cummax(0).values  # against rounding
-    return _Steps(score=score, params=units * s.cost, kept=edges[1:], group=torch.full_like(units, number))
+    return _Steps(score=score, params=units * s.cost, units=units, kept=edges[1:], group=torch.full_like(units, number))
 
 
 def _ranking(parts: list[_Steps]) -> _Steps:
     """Returns the steps of all groups by rising score; equal scores: the lower group, then its own order."""
-    score, params, kept, group = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("score", "params", "kept", "group")
-    )
-    order = score.sort(stable=True).indices
-    return _Steps(score=score[order], params=params[order], kept=kept[order], group=group[order])
+    columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Steps)}
+    order = columns["score"].sort(stable=True).indices
+    return _Steps(**{name: column[order] for name, column in columns.items()})
 
 
 def _taken(ranking: _Steps, widths: list[int], left: int) -> list[int]:
@@ -142,9 +142,33 @@ def _taken(ranking: _Steps, widths: list[int], left: int) -> list[int]:
             if left < smallest and params == smallest:
                 break
     over = min(((params, i, kept) for i, (params, kept) in enumerate(closed.values())), default=None)
-    if over is not None and over[0] - left < left:
-        widths[list(closed)[over[1]]] = over[2]
-    return widths
+    if over is None or 2 * left < smallest:
+        return widths
+    tried = list(widths)
+    tried[list(closed)[over[1]]] = over[2]
+    excess = _give_back(ranking, tried, over[0] - left, finer_than=over[0])
+    return tried if abs(excess) < left else widths
+
+
+def _give_back(ranking: _Steps, widths: list[int], excess: int, *, finer_than: int) -> int:
+    """Undoes the last steps, in ``widths``, while this brings the total nearer to the target.
+
+    Args:
+        ranking: All steps.
+        widths: Kept units of each group; changed in place.
+        excess: Parameters that are removed beyond the target.
+        finer_than: Only steps of fewer parameters than this are undone.
+
+    Returns:
+        The excess after it; negative where too few are removed.
+    """
+    for place in reversed(range(len(ranking.params))):
+        group, params, units, kept = (
+            int(column[place]) for column in (ranking.group, ranking.params, ranking.units, ranking.kept)
+        )
+        if widths[group] == kept and params < finer_than and abs(excess - params) < abs(excess):
+            widths[group], excess = kept + units, excess - params
+    return excess
 
 
 def _centred(scores: Tensor, cost: int) -> Tensor:

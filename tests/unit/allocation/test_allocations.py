@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +103,9 @@ def bounds(stock, name, round_to):
 
 
 @settings(deadline=None, max_examples=60)
+@example(name="protected_global", ratio=0.5, round_to=1, layers=3, heads=8, head_cost=1001, seed=0)
+@example(name="protected_global", ratio=0.4375, round_to=1, layers=3, heads=8, head_cost=651, seed=0)
+@example(name="protected_global", ratio=0.46875, round_to=1, layers=3, heads=8, head_cost=727, seed=0)
 @given(
     name=st.sampled_from(sorted(ALLOCATIONS)),
     ratio=st.floats(0.01, 0.9),
@@ -136,7 +139,7 @@ def test_budget_is_met_within_one_rounding_step(name, ratio, round_to, layers, h
     assert found.params == stock.params(found.widths)
     mlp = [i for i, g in enumerate(stock.groups) if g.kind == "mlp"]
     saturated = all(found.widths[i] <= round_to or found.widths[i] == 64 for i in mlp)
-    if not saturated:
+    if not saturated and found.params != largest:
         assert abs(found.params - found.target_params) <= step
     assert abs(found.params - found.target_params) <= max(step, head_cost * (layers if alone else 1))
     assert found == allocate(stock, budget, allocation, scores={k: v.clone() for k, v in scores.items()})
