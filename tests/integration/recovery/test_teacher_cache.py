@@ -330,7 +330,7 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(folder, tmp_path, c
     common = ["fit", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", "--data.seq_len=16"]
     common += ["--data.eval_windows=0", "--data.calibration_sequences=4", "--latency=false"]
     assert main([*common, "--model.distillation.cache=file/below"]) == 2
-    assert "distillation.cache='file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert "--model.distillation.cache 'file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
     streaming = ["--data.recovery=builtin", "--data.streaming=true", "--model.distillation.cache=cache"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "some words " * 20}) for _ in range(30)))
     streaming[0] = "--data.recovery=a.jsonl"
