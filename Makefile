@@ -30,6 +30,7 @@ test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
 
 test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
 	$(BIN)/python -m pytest -m slow --timeout 1800
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -m hypothesis --timeout 1800
 
 OLD := .transformers4
 OLD_RELEASES := 4.38.2:0.15.2 4.42.4:0.19.1 4.46.3:0.20.3 4.51.3:0.21.4 4.57.6:0.22.2

@@ -40,10 +40,12 @@ class LoraRecovery:
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` for values out of range."""
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"rank={self.rank} must be >= 1, alpha={self.alpha} positive, and dropout={self.dropout} in [0, 1)."
-            )
+        if self.rank < 1:
+            raise ConfigError(f"LoraRecovery: rank={self.rank} must be at least 1.")
+        if self.alpha <= 0:
+            raise ConfigError(f"LoraRecovery: alpha={self.alpha} must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoraRecovery: dropout={self.dropout} must be at least 0 and less than 1.")
         if self.init not in ("default", "pissa"):
             raise ConfigError(f"init='{self.init}' is not one of default, pissa.")
 

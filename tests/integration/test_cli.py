@@ -404,7 +404,7 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--data.eval_window=999"], "more than the 64 positions"),
         (["--data.text=empty.txt"], "holds no text"),
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
-        (["--output=folder"], "output='folder' is a folder"),
+        (["--output=folder"], "--output 'folder' is a folder"),
         (["--output=empty.txt/eval.json"], "'empty.txt/eval.json' cannot be written"),
         (["--dense_cache=cache"], "dense_cache stores the dense model's predictions and needs dense"),
         (["--dense=./nowhere/at/all"], "--dense './nowhere/at/all' does not exist"),

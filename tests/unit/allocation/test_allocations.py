@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,6 @@ def bounds(stock, name, round_to):
     return stock.params(least), stock.params(most)
 
 
-@settings(deadline=None, max_examples=60)
 @example(name="protected_global", ratio=0.5, round_to=1, layers=3, heads=8, head_cost=1001, seed=0)
 @example(name="protected_global", ratio=0.4375, round_to=1, layers=3, heads=8, head_cost=651, seed=0)
 @example(name="protected_global", ratio=0.46875, round_to=1, layers=3, heads=8, head_cost=727, seed=0)
@@ -145,7 +144,6 @@ def test_budget_is_met_within_one_rounding_step(name, ratio, round_to, layers, h
     assert found == allocate(stock, budget, allocation, scores={k: v.clone() for k, v in scores.items()})
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     ratio=st.floats(0.02, 0.8), layers=st.integers(3, 12), heads=st.sampled_from([0, 4]), mlp=st.sampled_from([0, 64])
 )

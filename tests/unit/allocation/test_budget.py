@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
@@ -135,7 +135,6 @@ def test_unequal_layers_are_refused():
         resolve(Budget(pruning_ratio=0.1), [group(8), group(9)], [1, 1], dense_params=100, hidden_size=4)
 
 
-@settings(deadline=None)
 @given(
     ratio=st.floats(0.01, 0.99),
     round_to=st.sampled_from([1, 8, 64]),

@@ -184,7 +184,7 @@ def test_every_command_refuses(dense, folder, capsys, kind, command):
     change(folder)
     capsys.readouterr()
     flags = [] if command in ("evaluate", "dense") else ["--output_dir=out"]
-    model, name = (dense, f"dense='{folder}'") if command == "dense" else (folder, f"path='{folder}'")
+    model, name = (dense, f"--dense '{folder}'") if command == "dense" else (folder, f"--model.path '{folder}'")
     if command == "dense":
         flags.append(f"--dense={folder}")
     if command == "fit":

@@ -221,7 +221,10 @@ def test_what_does_not_go_with_mixtures_is_refused():
 def test_sharded_strategies_are_refused_whatever_the_units(units, tmp_path):
     target = find_target(PruningModule(save_tiny(tmp_path, "mixtral")), objective=None, model=None, neurons=())
     target.units = units
-    with pytest.raises(ConfigError, match=r"Mixtures of experts are saved in other pieces.*single device or DDP"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Mixture-of-experts models are not supported under ModelParallelStrategy.*single device or DDP",
+    ):
         check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()), target, Magnitude())
 
 

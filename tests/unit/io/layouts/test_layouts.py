@@ -252,7 +252,7 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
 
 
 def test_uniform_is_refused_after_calibration_when_only_then_widths_are_known(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(TaylorImportanceCallback, "planned", lambda self, module: None)
+    monkeypatch.setattr(TaylorImportanceCallback, "expected_model", lambda self, module: None)
     flags = [
         f"--model.path={folder}",
         "--model.allow_pruned=true",
