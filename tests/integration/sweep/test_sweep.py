@@ -317,7 +317,7 @@ def test_bad_grids(settings, message):
         ({"name": "a", "criterion": Magnitude(), "objective": "entropy"}, "takes no objective"),
         ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
         ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
-        ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
+        ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "remove objective="),
         ({"name": "a", "objective": "entropy", "units": ["mlp", "head"]}, "Method 'a': .*head"),
         ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "sets the widths itself"),
     ],
