@@ -359,7 +359,7 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
         ({"criterion": SlimLLMHeads()}, "Method 'a': SlimLLMHeads"),
-        ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "needs projections with a bias"),
+        ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "requires projections with a bias"),
     ],
 )
 def test_parts_that_do_not_go_together_are_said_before_anything_is_loaded(folder, tmp_path, settings, message):

@@ -96,7 +96,7 @@ def test_coupled_is_bounded_by_the_identities():
 
 
 def test_coupled_refuses_matrices_of_different_shapes():
-    with pytest.raises(ConfigError, match=r"CoupledTaylor adds .*self_attn have shapes \(8, 8\), \(4, 8\)"):
+    with pytest.raises(ConfigError, match=r"CoupledTaylor requires .*self_attn have shapes \(8, 8\), \(4, 8\)"):
         calibrate(toy(), CoupledTaylor())
 
 
