@@ -209,7 +209,7 @@ def test_what_does_not_go_with_mixtures_is_refused():
         find_groups(tiny("llama"), ("experts",))
     with pytest.raises(UnsupportedArchitectureError, match="stacks"):
         find_groups(model, ("channels",))
-    with pytest.raises(ConfigError, match=r"stacks, which sparse methods do not read"):
+    with pytest.raises(ConfigError, match=r"stacked tensors, which sparse methods do not support"):
         check_sparse(model, sparse_method("wanda"), Sparsity.parse("0.5"))
     pruned = tiny("mixtral")
     apply_plan(pruned, plan_of(pruned))
