@@ -200,7 +200,7 @@ class LayerStream:
         for hidden in self._hidden:
             args, kwargs = self._calls[hidden.shape[:2]][index]
             with torch.no_grad():  # not around the yield: a generator left half-way would leave gradients disabled
-                output = _tensor(layer(hidden, *args, **kwargs))
+                output = layer_output(layer(hidden, *args, **kwargs))
             yield output
 
     def step(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
@@ -254,7 +254,13 @@ def _moved(value: Any, device: torch.device) -> Any:
     return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _tensor(output: Any) -> Tensor:
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns the hidden states among the arguments of a layer."""
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def layer_output(output: Any) -> Tensor:
     """Returns the hidden states of a layer's output, which some classes wrap in a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found

@@ -25,6 +25,7 @@ from hfprune.models.groups import (
     head_shape,
     is_supported,
 )
+from hfprune.models.layer_stream import layer_input
 from hfprune.models.projection import bias_of, num_channels, weight_axis, write_channels
 from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.models.stock_config import config_values
@@ -224,12 +225,12 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
         if group.kind == EXPERTS:
             modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
     for index in plan.removed_layers():
-        find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
+        find_layers(model)[index].register_forward_hook(pass_on, with_kwargs=True)
 
 
-def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Puts a layer's input in the place of its output."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+def pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook that replaces the output of a layer by its input."""
+    hidden = layer_input(args, kwargs)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

@@ -188,9 +188,9 @@ def test_weights_are_fitted_for_heads_too(folder):
     ("settings", "match"),
     [
         ({"compensation": LeastSquares(), "units": ALL}, "leave 'layers' out"),
-        ({"compensation": LeastSquares(), "units": ("channels",)}, "go through all of them: leave 'channels' out"),
+        ({"compensation": LeastSquares(), "units": ("channels",)}, "belong to all layers: leave 'channels' out"),
         ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
-        ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores beforehand"),
+        ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores in advance"),
         ({"units": ALL, "allocation": GlobalRank()}, "does not say which whole layers go"),
     ],
 )

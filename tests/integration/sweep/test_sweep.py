@@ -354,7 +354,7 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction goes through the layers"),
+        ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction processes the layers"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),

@@ -245,7 +245,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert report["saved"]["max_logit_difference_after_reload"] < 1e-5
     for flags, text in (
         (["--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
-        (["--importance.compensation=LeastSquares"], "no one projection reads experts"),
+        (["--importance.compensation=LeastSquares"], "experts are not read by a single projection"),
         (["--importance.units=[layers]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.criterion=Magnitude", "--pruning_ratio=0.9"], "largest possible --pruning_ratio"),
     ):
