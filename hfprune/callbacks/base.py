@@ -321,7 +321,7 @@ def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: Pr
     lost = 0
     for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
         order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
-        lost += cut_optimizer_state(state, order, cuts, gone=removed)
+        lost += cut_optimizer_state(state, order, cuts, removed=removed)
     if lost:
         rank_zero_warn(f"The optimizer state of {lost} parameters is reset: its shapes do not match theirs.")
 

@@ -258,7 +258,7 @@ def test_damaged_files_are_errors(tmp_path):
     def read_all():
         return [bad.lookup(batch, supervised(batch)) for batch in batches()]
 
-    with pytest.raises(ConfigError, match="are damaged: delete the file"):
+    with pytest.raises(ConfigError, match="are corrupt. Delete the file"):
         read_all()
     other = {"input_ids": token_ids(1, 5, seed=9)}
     with pytest.raises(ConfigError, match="the data have changed"):

@@ -34,6 +34,7 @@ FLAGS = ("importance", "importance.recovery", "importance.criterion", "overwrite
         ("Set `look_every` as well.", "Set --importance.look_every as well."),
         ("Set ``overwrite``, or another ``output_dir``.", "Set --overwrite, or another --output_dir."),
         ("layout=uniform needs `layout`.", "--layout uniform needs --layout."),
+        ("Set fresh=True to start again.", "Set --overwrite True to start again."),
         # one name, several flags: the value decides
         ("calibration_batches=0 must be positive.", "--importance.calibration_batches 0 must be positive."),
         ("calibration_batches=7 exceed the data.", "--sparse.calibration_batches 7 exceed the data."),

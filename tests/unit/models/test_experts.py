@@ -205,11 +205,11 @@ def test_what_does_not_go_with_mixtures_is_refused():
         UnsupportedArchitectureError, match=r"MixtralForCausalLM are mixtures of experts.*units=\['experts'\]"
     ):
         find_groups(model)
-    with pytest.raises(UnsupportedArchitectureError, match="not mixtures of experts: leave 'experts' out"):
+    with pytest.raises(UnsupportedArchitectureError, match="has no mixture-of-experts layers: leave 'experts' out"):
         find_groups(tiny("llama"), ("experts",))
     with pytest.raises(UnsupportedArchitectureError, match="stacks"):
         find_groups(model, ("channels",))
-    with pytest.raises(ConfigError, match=r"stacks, which sparse methods do not read"):
+    with pytest.raises(ConfigError, match=r"stacked tensors, which sparse methods do not support"):
         check_sparse(model, sparse_method("wanda"), Sparsity.parse("0.5"))
     pruned = tiny("mixtral")
     apply_plan(pruned, plan_of(pruned))
@@ -248,7 +248,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch, capsys):
     assert report["saved"]["max_logit_difference_after_reload"] < 1e-5
     for flags, text in (
         (["--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
-        (["--importance.compensation=LeastSquares"], "no one projection reads experts"),
+        (["--importance.compensation=LeastSquares"], "experts are not read by a single projection"),
         (["--importance.units=[layers]", "--importance.criterion=VectorTaylor"], "VectorTaylor does not score experts"),
         (["--importance.criterion=Magnitude", "--pruning_ratio=0.9"], "largest possible --pruning_ratio"),
     ):

@@ -245,7 +245,7 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
     ]
     assert main(["prune", *flags]) == 2
     error = capsys.readouterr().err
-    assert "a stock config states one for all" in " ".join(error.split())
+    assert "a stock config has one number for all layers" in " ".join(error.split())
     assert "per_layer" in error
     assert main(["prune", *flags, "--layout=paded"]) == 2
     assert "Did you mean 'padded'?" in capsys.readouterr().err
