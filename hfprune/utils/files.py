@@ -155,7 +155,7 @@ def _give_back(stage: Path, target: Path) -> None:
         return
     place = _free(target, "recovered") if os.path.lexists(target) else target
     os.rename(old, place)
-    _log.warning("A run was stopped while it replaced '%s': what was there before is in '%s'.", target, place)
+    _log.warning("A run was interrupted while it replaced '%s'. The previous content is in '%s'.", target, place)
 
 
 def _free(target: Path, name: str) -> Path:
@@ -187,7 +187,7 @@ def writing(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"Writing '{path}' failed; what was there before is as it was: {error}") from error
+        raise OutputError(f"Writing '{path}' failed; existing files are unchanged: {error}") from error
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
             yield stage.new
         except FailedCheckError as error:
             place = stage.set_aside("failed-check")
-            raise OutputError(f"{error} '{target}' is as it was; what was made is kept in '{place}'.") from error
+            raise OutputError(f"{error} '{target}' is unchanged; the new files are kept in '{place}'.") from error
         if not (first_wins and stage.target.is_dir()):
             stage.publish(swap=True)
 

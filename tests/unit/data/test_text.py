@@ -303,7 +303,7 @@ def test_ids_of_another_tokenizer(tokenizer, tmp_path, bad):
 
 
 def test_tokenizer_larger_than_the_model(tokenizer):
-    with pytest.raises(ConfigError, match="61 tokens, the model 50 embeddings"):
+    with pytest.raises(ConfigError, match="61 tokens, but the model has 50 embeddings"):
         TextDataModule().bind(tokenizer, vocab_size=50, max_positions=None)
 
 
