@@ -132,11 +132,14 @@ def test_allocations():
         ({"budget": 0.2}, "scores has no entry for model.layers.0.mlp"),
         ({"budget": 1.2}, "pruning_ratio"),
         ({"budget": 0.2, "keep": {}}, "remove budget and allocation"),
-        ({"keep": {"model.layers.7.mlp": [1]}}, "keep names 'model.layers.7.mlp'"),
-        ({"budget": 0.2, "scores": {"other": torch.ones(3)}}, "scores names 'other'"),
-        ({"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.ones(3) for i in range(3)}}, r"\[3\], not \[24\]"),
+        ({"keep": {"model.layers.7.mlp": [1]}}, "keep has an unknown group 'model.layers.7.mlp'"),
+        ({"budget": 0.2, "scores": {"other": torch.ones(3)}}, "scores has an unknown group 'other'"),
+        (
+            {"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.ones(3) for i in range(3)}},
+            r"\[3\], expected \[24\]",
+        ),
         ({"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.full((24,), torch.nan) for i in range(3)}}, "NaN"),
-        ({"budget": 0.2, "allocation": Sensitivity()}, "give it curves"),
+        ({"budget": 0.2, "allocation": Sensitivity()}, "pass curves"),
     ],
 )
 def test_plans_that_cannot_be_made(arguments, message):

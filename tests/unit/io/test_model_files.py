@@ -116,8 +116,11 @@ KINDS = {
         lambda f: set_config(f, intermediate_size=20),
         "has the shape [16, 24] in the weight files and [16, 20] by config",
     ),
-    "other_vocabulary": (lambda f: set_config(f, vocab_size=64), "has the shape [61, 16] in the weight files and [64, 16]"),
-    "wrapped_ddp": (renamed(lambda k: f"module.{k}"), "'module.' in them"),
+    "other_vocabulary": (
+        lambda f: set_config(f, vocab_size=64),
+        "has the shape [61, 16] in the weight files and [64, 16]",
+    ),
+    "wrapped_ddp": (renamed(lambda k: f"module.{k}"), "contain 'module.'"),
     "wrapped_compile": (renamed(lambda k: f"_orig_mod.{k}"), "torch.compile"),
     "wrapped_peft": (renamed(lambda k: f"base_model.model.{k}"), "PEFT"),
     "wrapped_fsdp": (renamed(lambda k: k.replace(".mlp.", "._fsdp_wrapped_module.mlp.")), "FSDP"),
@@ -184,7 +187,7 @@ def test_every_command_refuses(dense, folder, capsys, kind, command):
     change(folder)
     capsys.readouterr()
     flags = [] if command in ("evaluate", "dense") else ["--output_dir=out"]
-    model, name = (dense, f"dense='{folder}'") if command == "dense" else (folder, f"path='{folder}'")
+    model, name = (dense, f"--dense '{folder}'") if command == "dense" else (folder, f"--model.path '{folder}'")
     if command == "dense":
         flags.append(f"--dense={folder}")
     if command == "fit":

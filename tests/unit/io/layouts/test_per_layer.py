@@ -224,7 +224,9 @@ def test_damaged_plan(saved, text):
 def test_plan_of_another_run(saved):
     folder, _ = saved
     mlp_plan(tiny(), (11, 8, 18)).save(folder / "plan.json")
-    with pytest.raises(PlanError, match=r"layers\.1\.mlp.* has the shape \[16, 7\] in the weight files and \[16, 8\] by config"):
+    with pytest.raises(
+        PlanError, match=r"layers\.1\.mlp.* has the shape \[16, 7\] in the weight files and \[16, 8\] by config"
+    ):
         hfprune.load(folder)
     data = json.loads((folder / "config.json").read_text())
     other = tiny(dtype=torch.float32)
