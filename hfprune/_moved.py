@@ -197,7 +197,8 @@ def renamed(module: str, name: str) -> Any:
     if name not in RENAMED:
         raise AttributeError(f"module '{module}' has no attribute '{name}'")
     home, _, new = RENAMED[name].rpartition(".")
-    warnings.warn(f"{name} is now {new}; the old name goes away in the next release.", FutureWarning, stacklevel=3)
+    text = f"{name} is now {new}; the old name will be removed in the next release."
+    warnings.warn(text, FutureWarning, stacklevel=3)
     return getattr(importlib.import_module(home), new)
 
 
@@ -264,4 +265,5 @@ def install() -> None:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}; the old path goes away in the next release.", DeprecationWarning, stacklevel=3)
+    text = f"{old} is now {new}; the old path will be removed in the next release."
+    warnings.warn(text, DeprecationWarning, stacklevel=3)

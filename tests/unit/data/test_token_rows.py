@@ -106,5 +106,5 @@ def test_too_few_tokens_for_one_sequence(tmp_path):
 def test_token_ids_are_not_streamed(tmp_path):
     source = saved(tmp_path / "a", [{"input_ids": [1, 2, 3, 4]}] * 3)
     data = bound(recovery=source, streaming=True, text="builtin")
-    with pytest.raises(ConfigError, match="contains token ids, which streaming=True cannot read"):
+    with pytest.raises(ConfigError, match="holds token ids, which streaming=True cannot read"):
         next(iter(data.train_dataloader()))
