@@ -1,4 +1,4 @@
-"""Measures the dense, the pruned and the recovered model of a run, and the dense control run."""
+"""Evaluation of the dense, pruned and recovered model during a run, and the dense control run."""
 
 import copy
 from typing import Any
@@ -17,20 +17,20 @@ from hfprune.recovery.lora import LoraRecovery, merge_lora
 from hfprune.utils.errors import ConfigError
 
 EXPLODED = 10.0
-"""A perplexity this many times the dense model's is reported as a warning."""
+"""Ratio to the dense model's perplexity above which a warning is reported."""
 
 
 class Stages:
-    """Measures the model at every stage, against the dense one, and lets it continue some prompts.
+    """Evaluation of the model at every stage in comparison with the dense model.
 
     Args:
-        latency: Measure prefill and decode speed (batch 1).
-        samples: Prompts from the evaluation text that every stage's model continues.
+        latency: Whether to measure prefill and decode speed (batch size 1).
+        samples: Number of prompts from the evaluation text that the models of all stages continue.
 
     Attributes:
-        stages: Stage -> figures.
+        stages: Stage -> results.
         warnings: Warnings for the report.
-        generations: Prompts, with the continuation by the model of each stage.
+        generations: Prompts with the continuations of all stages.
 
     Raises:
         ConfigError: The number of prompts is negative.
@@ -44,22 +44,22 @@ class Stages:
         self.warnings: list[str] = []
         self.generations: list[dict[str, Any]] = []
         self._reference: DenseReference | None = None
-        self._is_dense = False  # what is being measured is what the reference is made of
+        self._is_dense = False  # the measured model is the dense model itself
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was measured so far, for checkpoints."""
+        """Returns the results so far, for checkpoints."""
         return {"stages": self.stages, "warnings": self.warnings, "generations": self.generations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what was measured before an interruption."""
+        """Restores the results before an interruption."""
         self.stages, self.warnings = state["stages"], state["warnings"]
         self.generations = state.get("generations", [])
 
     def dense(self, module: PruningModule, trainer: Trainer) -> None:
-        """Measures the dense model and remembers its final hidden states."""
+        """Measures the dense model and stores its final hidden states."""
         windows = windows_of(trainer)
         if windows is not None:
-            # recovery that trains the head must not move the reference along with it
+            # the reference must not change when recovery trains the head
             self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
         self._is_dense = True
         self.add("dense", module, trainer)
@@ -67,19 +67,19 @@ class Stages:
 
     def add(self, name: str, module: PruningModule, trainer: Trainer) -> None:
         """Measures the module's model, without adapters, as stage ``name``."""
-        latency = self._latency and not module.sharded  # the time of gathering weights says nothing of the model
+        latency = self._latency and not module.sharded  # gathering weights would dominate
         self._record(name, module.run(self._figures, module.causal_lm, trainer, latency))
         if not module.sharded:
             self._sample(name, module.causal_lm, module, trainer)
 
     def recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool, name: str = "recovered") -> None:
-        """Measures the trained model on the device that Lightning has just moved it from.
+        """Measures the trained model on the trainer's device, from which Lightning has moved it.
 
         Args:
-            module: Holds it.
+            module: The module of the model.
             trainer: The trainer.
-            merge: Merge the adapters for good; else a merged copy is measured.
-            name: What the stage is called.
+            merge: Whether to merge the adapters permanently; otherwise a merged copy is measured.
+            name: Name of the stage.
         """
         if module.sharded:
             self._recovered_sharded(module, trainer, merge=merge)
@@ -98,7 +98,7 @@ class Stages:
         merged.cpu()
 
     def _recovered_sharded(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
-        """Measures with the adapters in place: merging them would need a second model."""
+        """Measures the model with unmerged adapters: merging would require a second model."""
         windows = windows_of(trainer)
         if self._reference is None and windows is not None:
             dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
@@ -133,8 +133,8 @@ class Stages:
         dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
-                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "
-                "check the calibration data."
+                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Reduce the budget, "
+                "or check the calibration data."
             )
             self.warnings.append(text)
             rank_zero_warn(text)
@@ -154,31 +154,31 @@ def _training(module: PruningModule, trainer: Trainer) -> dict[str, Any]:
 
 
 def windows_of(trainer: Trainer) -> Windows | None:
-    """Returns the evaluation windows of a trainer's data, None where they have none."""
+    """Returns the evaluation windows of a trainer's data, or None."""
     windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
     return windows() if callable(windows) else None
 
 
 STAGE = "dense_tuned"
-"""Name of the stage of the tuned dense model in reports."""
+"""Stage name of the trained dense model in reports."""
 
 
 ONE_PROCESS = "The dense control is tuned by one process: use devices=1, or recover_dense=False."
 
 
 class DenseControl(Callback):
-    """Tunes a dense ``PruningModule`` as recovery tunes a pruned one, and measures it.
+    """Trains a dense ``PruningModule`` with the recovery settings of a pruned run, and evaluates it.
 
-    A fair comparison with a recovered model needs a dense model that was trained on the same data. Use the callback in
-    a trainer of its own, with the settings, data and seed of the pruned run.
+    A fair comparison with a recovered model requires a dense model that was trained on the same data. Use the callback
+    in a separate trainer with the settings, data and seed of the pruned run.
 
     Args:
-        recovery: The adapters of the pruned run; None trains the weights themselves.
-        latency: Measure speed, too.
-        samples: Prompts from the evaluation text that the model continues.
+        recovery: Adapters of the pruned run; None trains all weights.
+        latency: Whether to measure speed.
+        samples: Number of prompts from the evaluation text that the model continues.
 
     Attributes:
-        measured: The figures, under ``dense_tuned``.
+        measured: The results, under ``dense_tuned``.
 
     Raises:
         ConfigError: The number of prompts is negative.
@@ -189,7 +189,7 @@ class DenseControl(Callback):
         self.measured = Stages(latency=latency, samples=samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads the model and adds adapters, before optimizers are built and checkpoints read."""
+        """Loads the model and adds adapters, before optimizers are built and checkpoints are read."""
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(f"DenseControl tunes a PruningModule, not a {type(pl_module).__name__}.")
         if trainer.world_size > 1:
@@ -206,11 +206,11 @@ class DenseControl(Callback):
         pl_module.check_training(adapters=self._recovery is not None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the tuned model, adapters merged."""
+        """Measures the trained model with merged adapters."""
         assert isinstance(pl_module, PruningModule)
         self.measured.recovered(pl_module, trainer, merge=True, name=STAGE)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What was measured."""
+        """Results of the trained dense model."""
         return self.measured.stages[STAGE]

@@ -93,7 +93,7 @@ def test_two_processes_fit_the_same_weights(tmp_path, folder):
 
 def test_refused_under_a_sharded_strategy(tmp_path, folder):
     errors = start(folder, tmp_path, "fsdp2", compensation={"damping": 0.1}, fails=True)
-    assert "LeastSquares goes through the layers one at a time" in errors
+    assert "LeastSquares runs layer by layer" in errors
 
 
 def test_fits_the_model_inside_a_module_of_ones_own():

@@ -261,7 +261,7 @@ def test_damaged_files_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="are corrupt. Delete the file"):
         read_all()
     other = {"input_ids": token_ids(1, 5, seed=9)}
-    with pytest.raises(ConfigError, match="the data have changed"):
+    with pytest.raises(ConfigError, match="The data have changed"):
         bad.lookup(other, supervised(other))
 
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(folder, tmp_path, c
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "some words " * 20}) for _ in range(30)))
     streaming[0] = "--data.recovery=a.jsonl"
     assert main([*common, "--overwrite=true", *streaming, "--trainer.max_steps=2"]) == 2
-    assert "needs recovery data in memory" in " ".join(capsys.readouterr().err.split())
+    assert "requires recovery data in memory" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ConfigError, match="top_k=0 must be positive"):
         DistillationRecovery(cache="x", top_k=0)
 

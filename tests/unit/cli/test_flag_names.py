@@ -32,6 +32,8 @@ FLAGS = ("importance", "importance.recovery", "importance.criterion", "overwrite
         ("path='~nobody/m': no such user.", "--model.path '~nobody/m': no such user."),
         ("config='x': there is no such file.", "--config 'x': there is no such file."),
         ("Set `look_every` as well.", "Set --importance.look_every as well."),
+        ("Or set `path` to a model.", "Or set --model.path to a model."),
+        ("`distillation.alpha` is too large.", "--model.distillation.alpha is too large."),
         ("Set ``overwrite``, or another ``output_dir``.", "Set --overwrite, or another --output_dir."),
         ("layout=uniform needs `layout`.", "--layout uniform needs --layout."),
         ("Set fresh=True to start again.", "Set --overwrite True to start again."),

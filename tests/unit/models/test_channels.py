@@ -212,7 +212,7 @@ def test_layers_that_differ_beside_a_smaller_stream(name, tmp_path):
         found = hfprune.load(tmp_path / str(size))
         torch.testing.assert_close(logits(found), logits(model), atol=1e-6, rtol=1e-6)
         if size % hidden_step(dense(name)):
-            with pytest.raises(ConfigError, match="fills up layers, not the hidden size"):
+            with pytest.raises(ConfigError, match="pads layers, not the hidden size"):
                 LAYOUTS.get("padded").check(model)
         else:
             LAYOUTS.get("padded").written(model).save_pretrained(tmp_path / "padded")

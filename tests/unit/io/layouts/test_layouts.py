@@ -212,9 +212,9 @@ def test_padded_refuses_what_no_zeros_can_stand_for():
     group = Group(name="model.layers.0.strange", kind="strange", num_units=24, slices=slices)
     plan = PruningPlan(model_class="LlamaForCausalLM", groups=(group,), keep={group.name: tuple(range(9))}, config={})
     hfprune.apply_plan(model, plan)
-    with pytest.raises(ConfigError, match="none can stand for a removed strange"):
+    with pytest.raises(ConfigError, match="cannot replace removed strange"):
         LAYOUTS.get("padded").check(model)
-    with pytest.raises(ConfigError, match="another group of an earlier one has the same channels"):
+    with pytest.raises(ConfigError, match="has the same channels as another group of an earlier plan"):
         compose([plan, mlp_plan(tiny())])
 
 
