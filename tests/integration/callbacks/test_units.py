@@ -108,7 +108,7 @@ def test_allocation_from_yaml(folder, here):
         (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected Literal['mlp', 'heads', 'experts', 'layers'"),
         (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "states one for all"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
-        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "says how much goes"),
+        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "sets the widths itself"),
         (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add them to --importance.units"),
         (["--pruning_ratio=0.9", '--importance.units=["mlp", "heads"]'], "largest possible --pruning_ratio is 0."),
         (["--pruning_ratio=0.2", "--importance.units=[channels]", "--importance.allocation=Protected"], "Uniform or Explicit"),
@@ -153,7 +153,7 @@ def test_recovery_and_convergence_after_every_kind_of_surgery(folder):
     assert parameter_count(module.causal_lm) > importance.resolved.params  # with adapters
     assert not importance.resolved.provisional
     assert module.plan.removed_layers() == importance.resolved.removed_layers
-    assert [k.kept for k in importance.resolved.by_kind] == [(17, 17), (1, 1), (2,)]
+    assert [k.kept for k in importance.resolved.kinds] == [(17, 17), (1, 1), (2,)]
     assert importance.convergence[-1][1] == 1.0
     assert all(0 <= share <= 1 for _, share in importance.convergence)
 

@@ -185,7 +185,7 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
         found = allocate(stock, Budget(target_params=least), allocation, scores=scores)
         assert found.widths == (2, 2, 2)
         assert found.params == least == stock.dense_params - 12 * stock.costs[0]
-        with pytest.raises(ConfigError, match=f"smallest possible --target_params is {least}"):
+        with pytest.raises(ConfigError, match=f"smallest possible `target_params` is {least}"):
             allocate(stock, Budget(target_params=least - 1), allocation, scores=scores)
     with pytest.raises(PlanError, match=r"layers.1.mlp.experts must keep at least 2 of its units; the plan keeps 1"):
         plan_of(model, ((0, 1), (3,), (0, 1)))
