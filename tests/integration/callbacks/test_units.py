@@ -109,7 +109,7 @@ def test_allocation_from_yaml(folder, here):
         (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "states one for all"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
         (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "sets the widths itself"),
-        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add them to --importance.units"),
+        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add 'heads' to --importance.units"),
         (["--pruning_ratio=0.9", '--importance.units=["mlp", "heads"]'], "largest possible --pruning_ratio is 0."),
         (["--pruning_ratio=0.2", "--importance.units=[channels]", "--importance.allocation=Protected"], "Uniform or Explicit"),
         (["--importance.allocation=Explicit", "--importance.allocation.channels=9", "--importance.units=[channels]"],
@@ -191,7 +191,7 @@ def test_weights_are_fitted_for_heads_too(folder):
         ({"compensation": LeastSquares(), "units": ("channels",)}, "go through all of them: leave 'channels' out"),
         ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores beforehand"),
-        ({"units": ALL, "allocation": GlobalRank()}, "does not say which whole layers go"),
+        ({"units": ALL, "allocation": GlobalRank()}, "cannot remove whole layers"),
     ],
 )
 def test_combinations_that_make_no_sense(folder, settings, match):
@@ -233,7 +233,7 @@ def test_channels_are_refused_where_weights_are_gathered_layer_by_layer(folder):
 
 
 def test_a_share_takes_the_place_of_the_budget():
-    with pytest.raises(ConfigError, match="leave out --pruning_ratio"):
+    with pytest.raises(ConfigError, match="leave out `pruning_ratio`"):
         TaylorImportanceCallback(pruning_ratio=0.2, allocation=Uniform(share=0.2))
     with pytest.raises(ConfigError, match="none was given"):
         TaylorImportanceCallback(allocation=Uniform())

@@ -125,7 +125,7 @@ def test_what_is_out_of_reach_is_refused():
         allocate(stock, Budget(pruning_ratio=0.2, round_to=64))
     with pytest.raises(ConfigError, match="largest possible `pruning_ratio` is 0.9"):
         allocate(stock, Budget(pruning_ratio=0.999))
-    with pytest.raises(ConfigError, match="removes nothing"):
+    with pytest.raises(ConfigError, match="smallest possible `pruning_ratio` is 0.016"):
         allocate(stock, Budget(pruning_ratio=0.001))
-    with pytest.raises(ConfigError, match="576 units, of which at least 1 must stay; 577 cannot be kept"):
+    with pytest.raises(ConfigError, match="576 units and must keep at least 1; 577 cannot be kept"):
         allocate(stock, OWN, Explicit(channels=577))

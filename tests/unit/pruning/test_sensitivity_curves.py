@@ -115,7 +115,7 @@ def test_a_run_measures_its_own_curves(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ("mlp", "layers")}, "does not say which whole layers go"),
+        ({"units": ("mlp", "layers")}, "cannot remove whole layers"),
         ({"criterion": Reconstruction()}, "needs all scores"),
     ],
 )
