@@ -187,8 +187,8 @@ def check_reach(
     elif target < smallest:
         problem += f"; {_limit(budget, inventory, least, most_removed=True)}"
     else:
-        found = allot(target) if target < dense else None
-        if found is not None and inventory.params_of(found) < dense:
+        found = allot(min(target, dense))
+        if target < dense and inventory.params_of(found) < dense:
             return found
         removal = 1
         while inventory.params_of(found := allot(dense - removal)) == dense:

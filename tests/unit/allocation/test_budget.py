@@ -1,5 +1,7 @@
 """Budgets, to the neuron, on meta-device models of the real sizes."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,8 +101,11 @@ def test_the_papers_own_ratio_is_refused_with_the_largest_possible():
     ],
 )
 def test_impossible_budgets_say_what_is_possible(budget, match):
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match) as caught:
         resolved("llama2_7b", **budget)
+    for name, value in re.findall(r"possible `(\w+)` is ([\d.e-]*\d)", str(caught.value)):
+        possible = float(value) if "ratio" in name else int(value)
+        assert resolved("llama2_7b", **budget | {name: possible}).params < TABLE["llama2_7b"][0]
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan")])
