@@ -221,7 +221,7 @@ class Planner:
         options, model = self._options, self._model
         assert isinstance(options.criterion, CalibratedCriterion)
         widths: Sequence[int] | Select = resolved.widths
-        if resolved.kinds:
+        if resolved.provisional or resolved.removed_layers or len(scored) < len(resolved.widths):
             widths = final_units(model, options.budget, options.allocation, options.criterion)
         calibration = Calibration(
             model,

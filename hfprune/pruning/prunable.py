@@ -3,21 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
+from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate
 from hfprune.models import (
     check_stock,
     class_name,
     config_values,
     find_groups,
     is_supported,
-    parameter_count,
-    pruned_count,
 )
 from hfprune.models.forward import (
     as_batch,
@@ -158,19 +155,16 @@ class Prunable(ABC):
         Raises:
             ConfigError: The budget cannot be met, or custom neurons are combined with units or an allocation.
         """
-        model = self.shapes()
-        groups, dense_params = self.groups(model), parameter_count(model)
-        if is_supported(model):
-            return allocate(self.inventory(), budget, allocation, scores=scores)
-        if allocation is not None or tuple(self.units) != ("mlp",):
+        described = not is_supported(self.shapes())
+        if described and (allocation is not None or tuple(self.units) != ("mlp",)):
             raise ConfigError(
                 "units and allocation require a Hugging Face model of a supported architecture; all groups of custom "
                 "neurons are pruned by the same share. Remove both arguments."
             )
-        return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
+        return allocate(self.inventory(), budget, allocation, scores=scores)
 
     def inventory(self) -> Inventory:
-        """Returns the groups of a Hugging Face model with the parameter counts of their units."""
+        """Returns the groups of the model and the parameters of their units."""
         model = self.shapes()
         return Inventory.of(model, self.groups(model), stock=self.stock)
 

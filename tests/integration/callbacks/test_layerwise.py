@@ -148,7 +148,7 @@ def test_refused_without_a_bias(folder, monkeypatch):
     [
         ({"criterion": SlimLLMHeads()}, "SlimLLMHeads"),
         ({"criterion": SlimLLMChannels(), "stop_when_settled": 0.9}, "early_stop_overlap cannot be used with"),
-        ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible --pruning_ratio"),
+        ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible `pruning_ratio`"),
     ],
 )
 def test_what_cannot_be_scored_or_reached_is_refused_before_anything_is_loaded(folder, monkeypatch, settings, match):

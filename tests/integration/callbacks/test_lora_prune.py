@@ -285,7 +285,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
         ({"allocation": GlobalRank()}, "sets widths from scores"),
         ({"lora": LoraRecovery(rank=2, dora=True)}, "plain adapters"),
         ({"lora": LoraRecovery(rank=2, target_modules=["q_proj"])}, "would have none: add them to target_modules"),
-        ({"pruning_ratio": 0.99}, "largest possible --pruning_ratio"),
+        ({"pruning_ratio": 0.99}, "largest possible `pruning_ratio`"),
     ],
 )
 def test_what_is_refused(folder, options, text):

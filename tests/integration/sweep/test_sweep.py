@@ -346,7 +346,7 @@ def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(folder, tmp
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"largest possible --pruning_ratio"):
+    with pytest.raises(ConfigError, match=r"largest possible `pruning_ratio`"):
         sweep(folder, tmp_path / "out", pruning_ratios=[0.2, 0.9])
     assert not (tmp_path / "out").exists()
 

@@ -185,11 +185,11 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
         found = allocate(stock, Budget(target_params=least), allocation, scores=scores)
         assert found.widths == (2, 2, 2)
         assert found.params == least == stock.dense_params - 12 * stock.costs[0]
-        with pytest.raises(ConfigError, match=f"smallest possible --target_params is {least}"):
+        with pytest.raises(ConfigError, match=f"smallest possible `target_params` is {least}"):
             allocate(stock, Budget(target_params=least - 1), allocation, scores=scores)
     with pytest.raises(PlanError, match=r"layers.1.mlp.experts must keep at least 2 of its units; the plan keeps 1"):
         plan_of(model, ((0, 1), (3,), (0, 1)))
-    with pytest.raises(ConfigError, match="6 units, of which at least 2 must stay; 1 cannot be kept"):
+    with pytest.raises(ConfigError, match="6 units and must keep at least 2; 1 cannot be kept"):
         allocate(stock, Budget(allocated=True), Explicit(experts=1))
     assert allocate(stock, Budget(allocated=True), Explicit(experts=[6, 3, 2])).widths == (6, 3, 2)
     assert allocate(stock, Budget(allocated=True), Uniform(share={"experts": 0.9})).widths == (2, 2, 2)
