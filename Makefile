@@ -84,6 +84,8 @@ $(DOCS_STAMP): setup.cfg constraints.txt
 
 docs: $(DOCS_STAMP)  ## the documentation site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' site --include='*.html' || \
+	  (echo "the site loads files of other hosts"; exit 1)
 
 wheel: $(STAMP)  ## build the wheel into dist/, and test one outside the repository
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

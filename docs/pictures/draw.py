@@ -127,7 +127,7 @@ def draw(importance: dict[str, list[list[float]]]) -> None:
         left, above = _PLACES.get(short, (False, 0))
         shift = (-7 if left else 7, above - 4)
         axes.annotate(short, (time, perplexity), xytext=shift, textcoords="offset points", fontsize=9, ha="right" if left else "left")
-    axes.set(xlabel="CPU time of scoring and fit, in forward passes", ylabel="WikiText-2 perplexity at 20 %", xlim=(0, 8))
+    axes.set(xlabel="CPU time of scoring and fit, in forward passes", ylabel="WikiText-2 perplexity at 20 %", xlim=(0, 8), ylim=(58, 87))
     axes.set_title("blue: forward pass only, red: gradients, green: with a fit", fontsize=10, loc="left")
     _save(figure, "cost.svg")
 
@@ -145,8 +145,8 @@ def draw(importance: dict[str, list[list[float]]]) -> None:
 
 _PLACES = {
     "entropy": (True, -3), "cross-entropy": (True, 5), "param_first": (False, -2), "param_mix": (False, 8),
-    "Fisher": (False, -2), "Wanda-style": (False, 0), "activation norm": (False, 4), "weight range": (False, 4),
-    "SlimLLM channels": (False, -4), "SDMPrune": (True, 6), "entropy, LSQ": (False, 0),
+    "Fisher": (False, -2), "Wanda-style": (False, 0), "activation norm": (False, 4), "weight range": (False, 5),
+    "SlimLLM channels": (False, -9), "SDMPrune": (True, 6), "entropy, LSQ": (False, 0),
 }  # fmt: skip
 
 
