@@ -1,4 +1,4 @@
-"""Griffe extension of the documentation site: docstrings as the rest of the project writes them, read by mkdocstrings."""
+"""Griffe extension of the documentation site: the project's docstrings as mkdocstrings reads them."""
 
 import re
 from typing import Any

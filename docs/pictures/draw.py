@@ -2,9 +2,9 @@
 
 python docs/pictures/draw.py [--importance RUN_FOLDER]
 
-The lifecycle is drawn from the list below. The two plots read the tables of ``docs/results.md``, so they show no figure that
-the page does not have. The heat map reads ``importance.json`` in this folder; ``--importance`` renews that file from the
-``importance.safetensors`` and ``plan.json`` of a run.
+The lifecycle is drawn from the list below. The two plots read the tables of ``docs/results.md``, so they show no figure
+that the page does not have. The heat map reads ``importance.json`` in this folder; ``--importance`` renews that file
+from the ``importance.safetensors`` and ``plan.json`` of a run.
 """
 
 import argparse
@@ -13,11 +13,16 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results.md"
 TEAL, GREY, RED, BLUE, INK = "#00796b", "#78909c", "#c62828", "#1565c0", "#263238"
 COLUMNS = 128
+HIGHEST = 87
+"""Perplexities above this are left out of the plot of costs."""
+GRADIENTS = 1.5
+"""Criteria that take at least so many forward passes read gradients."""
 
 STEPS = (
     ("dense model", ("a Hugging Face", "folder or id"), GREY),
@@ -82,7 +87,7 @@ def value(cell: str) -> float:
 
 
 def cost_points() -> list[tuple[str, float, float]]:
-    """Returns method, time as a multiple of a forward pass, and WikiText-2 perplexity at 20 % of each measured method."""
+    """Returns method, time in forward passes and WikiText-2 perplexity at 20 % of each measured method."""
     return [(row[0], value(row[6]), value(row[1])) for row in table("Every structured method, one-shot")]
 
 
@@ -91,21 +96,23 @@ def frontier_lines() -> list[tuple[str, list[tuple[float, float]]]]:
     methods = {row[0]: row for row in table("Every structured method, one-shot")}
     fitted = {row[0]: row for row in table("One-shot, with the kept weights fitted anew")}
     dense = value(fitted["dense"][1])
-    measured = [value(next(row for name, row in fitted.items() if key in name)[1]) for key in ("`configs/prune_s", "same curves")]
-    names = (("entropy (HFPrune)", "entropy (HFPrune)"), ("activation norm, least squares", "activation norm, least squares"))
-    lines = [(name, [(0.0, dense), (20.0, value(methods[key][1])), (30.0, value(methods[key][4]))]) for name, key in names]
+    measured = [
+        value(next(row for name, row in fitted.items() if key in name)[1])
+        for key in ("`configs/prune_s", "same curves")
+    ]
+    names = (
+        ("entropy (HFPrune)", "entropy (HFPrune)"),
+        ("activation norm, least squares", "activation norm, least squares"),
+    )
+    lines = [
+        (name, [(0.0, dense), (20.0, value(methods[key][1])), (30.0, value(methods[key][4]))]) for name, key in names
+    ]
     return [*lines, ("the same, widths by measured KL", [(0.0, dense), (20.0, measured[0]), (30.0, measured[1])])]
 
 
-def draw(importance: dict[str, list[list[float]]]) -> None:
-    """Writes the three plots."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hfprune", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+def draw_frontier() -> None:
+    """Writes perplexity over the share of removed parameters."""
+    figure, axes = _plot(4.2)
     for (name, points), colour, marker in zip(frontier_lines(), (RED, TEAL, BLUE), "osD", strict=True):
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=name)
     axes.set(xlabel="parameters removed (%)", ylabel="WikiText-2 perplexity", yscale="log", xticks=[0, 10, 20, 30])
@@ -115,28 +122,32 @@ def draw(importance: dict[str, list[list[float]]]) -> None:
     axes.legend(frameon=False)
     _save(figure, "frontier.svg")
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    points = [point for point in cost_points() if point[2] < 100]
-    for name, time, perplexity in points:
+
+def draw_cost() -> None:
+    """Writes perplexity over the time of scoring and fit."""
+    figure, axes = _plot(4.2)
+    for name, time, perplexity in cost_points():
+        if perplexity > HIGHEST:
+            continue
         fitted = "least squares" in name or "regression" in name
-        colour = TEAL if fitted else BLUE if time < 1.5 else RED
-        axes.plot(time, perplexity, "o", color=colour)
-        short = name.replace(" (HFPrune)", "").replace(" (OptiPFair)", "").replace("LLM-Pruner ", "").replace("`", "")
-        short = short.replace(" (bfloat16)", "").replace("least squares", "LSQ")
-        left, above = _PLACES.get(short, (False, 0))
-        shift = (-7 if left else 7, above - 4)
-        axes.annotate(short, (time, perplexity), xytext=shift, textcoords="offset points", fontsize=9, ha="right" if left else "left")
-    axes.set(xlabel="CPU time of scoring and fit, in forward passes", ylabel="WikiText-2 perplexity at 20 %", xlim=(0, 8), ylim=(58, 87))
+        axes.plot(time, perplexity, "o", color=TEAL if fitted else BLUE if time < GRADIENTS else RED)
+        label = re.sub(r" \((HFPrune|OptiPFair|bfloat16)\)|LLM-Pruner |`", "", name).replace("least squares", "LSQ")
+        left, above = _PLACES.get(label, (False, 0))
+        place = {"xytext": (-7 if left else 7, above - 4), "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(label, (time, perplexity), ha="right" if left else "left", **place)
+    axes.set(xlabel="CPU time of scoring and fit, in forward passes", ylabel="WikiText-2 perplexity at 20 %")
+    axes.set(xlim=(0, 8), ylim=(58, HIGHEST))
     axes.set_title("blue: forward pass only, red: gradients, green: with a fit", fontsize=10, loc="left")
     _save(figure, "cost.svg")
 
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
-    axes = figure.subplots()
+
+def draw_importance(data: dict[str, list[list[float]]]) -> None:
+    """Writes the heat map of scores by layer and rank."""
+    figure, axes = _plot(4.6)
     axes.grid(visible=False)
-    rows = importance["log10_score"]
-    shown = axes.imshow(rows, aspect="auto", interpolation="none", cmap="cividis", extent=(0, 100, len(rows) - 0.5, -0.5))
-    axes.plot([100 * importance["kept_share"][0][0]] * 2, [-0.5, len(rows) - 0.5], "--", color="white", linewidth=1.5)
+    rows, bottom = data["log10_score"], len(data["log10_score"]) - 0.5
+    shown = axes.imshow(rows, aspect="auto", interpolation="none", cmap="cividis", extent=(0, 100, bottom, -0.5))
+    axes.plot([100 * data["kept_share"][0][0]] * 2, [-0.5, bottom], "--", color="white", linewidth=1.5)
     axes.set(xlabel="neurons of the layer, highest score first (%)", ylabel="layer")
     axes.set_title("left of the dashed line: kept", fontsize=10, loc="left")
     figure.colorbar(shown, ax=axes, label="log₁₀ of the score", pad=0.02)
@@ -150,8 +161,17 @@ _PLACES = {
 }  # fmt: skip
 
 
-def _save(figure: object, name: str) -> None:
-    figure.savefig(HERE / name, metadata={"Date": None, "Creator": None})  # type: ignore[attr-defined]
+def _plot(height: float) -> tuple[Any, Any]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "hfprune", "axes.grid": True, "grid.alpha": 0.3})
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.savefig(HERE / name, metadata={"Date": None, "Creator": None})
     text = (HERE / name).read_text(encoding="utf-8")
     (HERE / name).write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
 
@@ -186,7 +206,9 @@ def main(argv: Iterable[str] | None = None) -> None:
     if args.importance:
         store.write_text(json.dumps(read_run(args.importance)) + "\n", encoding="utf-8")
     (HERE / "lifecycle.svg").write_text(lifecycle(), encoding="utf-8")
-    draw(json.loads(store.read_text(encoding="utf-8")))
+    draw_frontier()
+    draw_cost()
+    draw_importance(json.loads(store.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

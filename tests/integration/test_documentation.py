@@ -107,6 +107,8 @@ def test_the_report_has_the_documented_keys(run):
 
 def test_importance_has_one_tensor_of_each_group(run):
     plan, scores = PruningPlan.load(run), load_importance(run)
-    assert {name: tuple(tensor.shape) for name, tensor in scores.items()} == {g.name: (g.num_units,) for g in plan.groups}
+    assert {name: tuple(tensor.shape) for name, tensor in scores.items()} == {
+        g.name: (g.num_units,) for g in plan.groups
+    }
     assert {str(tensor.dtype) for tensor in scores.values()} == {"torch.float64"}
     assert AutoConfig.from_pretrained(run / "model").intermediate_size == plan.config["intermediate_size"]
