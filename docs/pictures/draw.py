@@ -146,7 +146,10 @@ def draw_importance(data: dict[str, list[list[float]]]) -> None:
     figure, axes = _plot(4.6)
     axes.grid(visible=False)
     rows, bottom = data["log10_score"], len(data["log10_score"]) - 0.5
-    shown = axes.imshow(rows, aspect="auto", interpolation="none", cmap="cividis", extent=(0, 100, bottom, -0.5))
+    scores = sorted(score for row in rows for score in row)
+    limits = {"vmin": scores[len(scores) // 100], "vmax": scores[-len(scores) // 100]}  # a few scores are far larger
+    place = (0, 100, bottom, -0.5)
+    shown = axes.imshow(rows, aspect="auto", interpolation="none", cmap="cividis", extent=place, **limits)
     axes.plot([100 * data["kept_share"][0][0]] * 2, [-0.5, bottom], "--", color="white", linewidth=1.5)
     axes.set(xlabel="neurons of the layer, highest score first (%)", ylabel="layer")
     axes.set_title("left of the dashed line: kept", fontsize=10, loc="left")

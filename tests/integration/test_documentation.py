@@ -1,5 +1,6 @@
 """What pages state of flags, YAML files and the files of a run is what the commands take and write."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -42,10 +43,10 @@ def sections():
 
 @pytest.mark.parametrize(("command", "flags"), list(sections()))
 def test_flags_of_the_page_are_in_the_help(command, flags, capsys):
-    with pytest.raises(SystemExit):
+    with contextlib.suppress(SystemExit):
         main([command, "--help"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
-    nested = {flag for flag in flags if flag.rpartition(".")[0] in known}  # options of a class: --GROUP.CLASS.OPTION
+    nested = {flag for flag in flags if flag.rpartition(".")[0] in known}  # an option of a class: --GROUP.CLASS.OPTION
     assert flags
     assert not flags - known - nested
 
