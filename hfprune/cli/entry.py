@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hfprune.cli.config_files import shipped_configs
+from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -18,6 +19,7 @@ COMMANDS = {
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
     "sweep": "compare criteria, objectives, widths and seeds in one table",
     "export": "write a pruned model in another layout",
+    **LIGHT_COMMANDS,
 }
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: list[str]) -> None:
+    if command in LIGHT_COMMANDS:
+        run_light(command, args)
+        return
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with _messages(), _current_folder():

@@ -224,8 +224,9 @@ def load(
     dtype: DTypeName | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    plan: Any = None,
 ) -> Any:
-    """Loads a model that hfprune or transformers saved, in any layout.
+    """Loads a model that hfprune or transformers saved, in any layout; with ``plan``, makes a pruned one from its base.
 
     A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
     or within their folder, also after both were moved.
@@ -235,13 +236,16 @@ def load(
         dtype: Type of the weights; ``auto`` takes what was saved.
         device: Where to put it; the CPU by default.
         revision: Branch, tag or commit of a hub id.
+        plan: What to prune from the dense model in ``folder``: a :class:`hfprune.PruningPlan`, a plan file, or a folder
+            or hub id that ``hfprune push --what plan`` wrote, whose refitted weights are put in place.
 
     Returns:
         The model in eval mode, an instance of its stock class.
 
     Raises:
         ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
-        PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+        PlanError: The plan is missing, damaged or made for another model, or config, plan and weights do not belong
+            together.
 
     Example:
         >>> import tempfile
@@ -257,7 +261,11 @@ def load(
     """
     name: Any = str(dtype).removeprefix("torch.")
     path = Path(user_path(str(folder), "folder"))
-    if is_adapter(path):
+    if plan is not None:
+        from hfprune.io.rebuild import load_rebuilt  # imports this module
+
+        model = load_rebuilt(str(folder), plan, dtype=name, revision=revision)
+    elif is_adapter(path):
         model = _load_adapted(path, dtype=name)
     else:
         model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
