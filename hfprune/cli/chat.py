@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Answers the prompts of the command line, or those that are typed."""
-    if not 0 <= arguments.temperature or arguments.max_new_tokens < 1:
+    if not arguments.temperature >= 0 or arguments.max_new_tokens < 1:
         raise ConfigError("temperature must be at least 0, and max_new_tokens at least 1.")
     speakers = dict(_loaded(arguments))
     if arguments.prompt:
@@ -41,7 +41,10 @@ def run(arguments: Namespace) -> None:
                 speaker.turns = []
         return
     for prompt in _typed():
-        _answer(speakers, prompt)
+        try:
+            _answer(speakers, prompt)
+        except ConfigError as error:  # the next prompt may do
+            print(f"error: {error}", file=sys.stderr)
 
 
 def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:

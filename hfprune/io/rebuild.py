@@ -20,7 +20,7 @@ from hfprune.io.load import DTypeName, load_causal_lm, load_config
 from hfprune.models.fingerprint import fingerprint
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.compat import is_repo_id
-from hfprune.utils.errors import ConfigError, PlanError, first_line
+from hfprune.utils.errors import ConfigError, PlanError, first_line, hub_reason
 from hfprune.utils.files import user_path, write_json, write_tensors
 from hfprune.version import __version__
 
@@ -93,7 +93,7 @@ def _fetched(repo: str, revision: str | None, where: str) -> Path:
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{where}: no such file or folder, and the hub gave none: {first_line(error)}") from error
+        raise ConfigError(f"{where}: no such file or folder, and the hub gave none: {hub_reason(error)}") from error
     if not (folder / PLAN_FILE).is_file():
         raise PlanError(f"{where}: the repository has no {PLAN_FILE}.")
     return folder

@@ -60,9 +60,8 @@ class Conversation:
         limit = max_positions(self.model.config)
         room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - ids.shape[1])
         if not ids.shape[1] or room < 1:
-            raise ConfigError(
-                f"The prompt has {ids.shape[1]} tokens; the model takes 1 to {limit or 'any number of'} with the answer."
-            )
+            most = "" if limit is None else f", and at most {limit} with the answer"
+            raise ConfigError(f"The prompt has {ids.shape[1]} tokens; the model takes at least 1{most}.")
         sampled = {"do_sample": self.temperature > 0, "temperature": self.temperature or None}
         sampled |= {"top_p": None, "top_k": None}
         ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)

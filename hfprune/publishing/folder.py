@@ -10,7 +10,7 @@ from typing import Any
 
 from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER, REPORT_FILE
 from hfprune.plan import PLAN_FILE, PruningPlan
-from hfprune.utils.errors import ConfigError, first_line
+from hfprune.utils.errors import ConfigError, first_line, hub_reason
 from hfprune.utils.files import user_path
 
 _CONFIG, _ADAPTER_CONFIG, _BITMASK, _REBUILD = "config.json", "adapter_config.json", "bitmask.json", "rebuild.json"
@@ -139,7 +139,7 @@ def _fetched(repo: str, argument: str) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{argument}='{repo}': no such folder, and the hub gave none: {first_line(error)}") from error
+        raise ConfigError(f"{argument}='{repo}': no such folder, and the hub gave none: {hub_reason(error)}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

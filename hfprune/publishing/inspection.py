@@ -9,7 +9,7 @@ from typing import Any
 
 from hfprune.plan import LAYERS, UNIT_KINDS, Group, PruningPlan
 from hfprune.publishing.engines import largest_multiple
-from hfprune.publishing.folder import PrunedFolder, open_folder
+from hfprune.publishing.folder import PrunedFolder, hub_id, open_folder
 from hfprune.utils.errors import ConfigError, first_line
 
 _STOCK = "AutoModelForCausalLM.from_pretrained('{path}')"
@@ -51,8 +51,9 @@ def inspect_folder(path: str) -> dict[str, Any]:
         ('LlamaForCausalLM', 1832, 'uniform', False)
     """
     folder = open_folder(path, argument="path")
-    found: dict[str, Any] = {"path": str(folder.model), "model": _model(folder), "layout": folder.layout}
-    found["loads_with"] = LOADERS[folder.layout].format(path=folder.model, base=folder.base)
+    shown = str(folder.model) if Path(path).expanduser().exists() else path  # the hub's cache is of no interest
+    found: dict[str, Any] = {"path": shown, "model": _model(folder), "layout": folder.layout}
+    found["loads_with"] = LOADERS[folder.layout].format(path=shown, base=hub_id(folder.base) or folder.base)
     if folder.adapter is not None:
         found["adapter"] = f"hfprune: hfprune.load('{folder.adapter}')"
     if folder.plan is not None:

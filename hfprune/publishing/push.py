@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from hfprune.io.output_folder import CARD_FILE
 from hfprune.publishing.card import What, model_card
 from hfprune.publishing.folder import PrunedFolder, hub_id, open_folder
-from hfprune.utils.errors import ConfigError, first_line
+from hfprune.utils.errors import ConfigError, first_line, hub_reason
 from hfprune.utils.files import write_json
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -126,4 +126,4 @@ def _hub(repo: str) -> Iterator[None]:
         hint = (
             " Run 'hf auth login' with a token that may write there, or set HF_TOKEN." if status in (401, 403) else ""
         )
-        raise ConfigError(f"repo='{repo}' cannot be written: {first_line(error)}{hint}") from error
+        raise ConfigError(f"repo='{repo}' cannot be written: {hub_reason(error)}{hint}") from error
