@@ -279,9 +279,11 @@ def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
     where = f"folder='{folder}'"
     base = adapter_base(folder, where)
     model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
-    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"):
+    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"), warnings.catch_warnings():
         config = PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = base
+        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
 
 

@@ -19,6 +19,8 @@ import json, sys
 import torch
 import hfprune
 from hfprune.cli import main
+from hfprune.publishing.inspection import inspect_folder
+from hfprune.utils.errors import ConfigError
 from peft import AutoPeftModelForCausalLM
 
 root, found = sys.argv[1], {}
@@ -35,15 +37,15 @@ found["plan equal"] = torch.equal(expected, hfprune.load(base, plan="me/plan")(i
 found["not dense"] = not torch.equal(expected, hfprune.load(base)(ids).logits)
 adapted = AutoPeftModelForCausalLM.from_pretrained("me/adapter").eval()
 found["adapter equal"] = torch.equal(adapted(input_ids=ids).logits, hfprune.load(f"{tuned}/adapter")(ids).logits)
-found["inspect"] = main(["inspect", "me/plan", "--json"])
+found["inspect"] = {key: inspect_folder("me/plan")[key] for key in ("layout", "path")}
 found["none"] = main(["inspect", "me/none"])
 try:
     hfprune.load(base, plan="me/none")
-except hfprune.io.load.ConfigError as error:
+except ConfigError as error:
     found["no plan"] = str(error)
 try:
     hfprune.push(refit, "me/other", token="hf_wrong")
-except hfprune.io.load.ConfigError as error:
+except ConfigError as error:
     found["refused"] = str(error)
 print(json.dumps(found))
 """
@@ -133,6 +135,8 @@ def test_errors_of_the_hub_are_one_line(published):
     )
     assert "cannot be written: Invalid username or password. Run 'hf auth login'" in found["refused"]
     assert "Traceback" not in done.stderr
-    assert (
-        json.loads(done.stdout.partition("\n{\n")[2].join(["{\n", ""]).rpartition("\n}\n")[0] + "}")["layout"] == "plan"
-    )
+
+
+def test_a_hub_id_is_inspected_under_its_own_name(published):
+    _, found, _ = published
+    assert found["inspect"] == {"layout": "plan", "path": "me/plan"}
