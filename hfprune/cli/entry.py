@@ -35,6 +35,8 @@ examples:
   hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
   hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
   hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
+  hfprune plan DIR_OR_ID --ratio 0.1 0.2 0.3
+  hfprune chat OUT --dense DIR_OR_ID
 
 Each command lists its flags with: hfprune COMMAND --help
 --config takes a YAML file, or the name of a config of the package:

@@ -42,22 +42,29 @@ class Parser(argparse.ArgumentParser):
         return [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
 
 
+def light_parser(command: str) -> Parser:
+    """Returns the argument parser of a light command."""
+    module = import_module(MODULES[command])
+    description = (module.__doc__ or "").partition("\n")[0]
+    parser = Parser(prog=f"hfprune {command}", description=description, allow_abbrev=False)
+    module.add_arguments(parser)
+    return parser
+
+
 def run_light(command: str, args: Sequence[str]) -> None:
     """Parses ``args`` for a light command and runs it.
 
     Raises:
         HFPruneError: Bad input, in one line.
     """
-    module = import_module(MODULES[command])
-    parser = Parser(prog=f"hfprune {command}", description=module.__doc__.partition("\n")[0], allow_abbrev=False)
-    module.add_arguments(parser)
+    parser = light_parser(command)
     try:
         arguments = parser.parse_args(args)
     except SystemExit:  # --help was printed; errors are raised
         return
     flags = {name: value for name, value in vars(arguments).items() if name in parser.flags()}
     try:
-        module.run(arguments)
+        import_module(MODULES[command]).run(arguments)
     except ConfigError as error:
         from hfprune.cli.flag_names import with_flags
 

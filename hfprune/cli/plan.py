@@ -46,23 +46,25 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     """Prints the forecast."""
     from hfprune.io.load import meta_model
-    from hfprune.publishing.forecast import forecast
+    from hfprune.publishing.forecast import forecast, impossible_ratios
     from hfprune.utils.errors import ConfigError
 
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, revision=arguments.revision, argument="model")
-    found = forecast(
-        model,
-        arguments.pruning_ratio,
-        units=arguments.units,
-        round_to=arguments.round_to,
-        tokens=arguments.tokens,
-    )
+    settings = {"units": arguments.units, "round_to": arguments.round_to}
+    impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
+    ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
+    if not ratios:
+        raise ConfigError(next(iter(impossible.values())))
+    found = forecast(model, ratios, tokens=arguments.tokens, **settings)
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "plans": [entry.to_dict() for entry in found]}, indent=2))
-    else:
-        print(_text(found))
+        plans = [entry.to_dict() for entry in found]
+        print(json.dumps({"model": arguments.model, "plans": plans, "impossible": impossible}, indent=2))
+        return
+    print(_text(found))
+    for reason in impossible.values():
+        print(reason)
 
 
 def _text(found: Sequence["Forecast"]) -> str:
@@ -80,7 +82,7 @@ def _text(found: Sequence["Forecast"]) -> str:
                 f"{entry.weight_bytes / 2**30:.3f}",
                 f"{entry.macs_per_token / 1e9:.3f} G",
                 f"{entry.kv_cache_bytes / 2**20:.1f}",
-                str(entry.multiple),
+                str(entry.multiple or "-"),
                 ", ".join(map(str, [1, *entry.devices])),
             ]
         )

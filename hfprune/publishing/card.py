@@ -102,7 +102,7 @@ def _tags(found: PrunedFolder, what: What) -> list[str]:
     criterion = (found.provenance.get("criterion") or {}).get("name")
     sparse = "sparsity" if found.provenance.get("sparsity") else "pruning"
     extra = {"model": [], "plan": ["pruning-plan"], "adapter": ["lora"]}[what]
-    return [_TAG, sparse, *([str(criterion).replace("_", "-")] if criterion else []), *extra]
+    return [_TAG, sparse, *([str(criterion).replace("_", "-").lower()] if criterion else []), *extra]
 
 
 def _datasets(found: PrunedFolder) -> list[str]:
@@ -220,7 +220,9 @@ def _removed(found: PrunedFolder) -> str:
     budget = found.provenance.get("budget") or {}
     if budget.get("dense_params") and budget.get("params"):
         lines.append(f"- parameters: {budget['dense_params']:,} to {budget['params']:,}")
-    return "\n".join([*lines, "", "`plan.json` lists the kept units of every layer."])
+    if found.plan is not None and found.plan.groups:
+        lines += ["", "`plan.json` lists the kept units of every layer."]
+    return "\n".join(lines)
 
 
 def _table(stages: Mapping[str, Mapping[str, Any]]) -> str:

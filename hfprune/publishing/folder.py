@@ -13,8 +13,9 @@ from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.errors import ConfigError, first_line, hub_reason
 from hfprune.utils.files import user_path
 
-_CONFIG, _ADAPTER_CONFIG, _BITMASK, _REBUILD = "config.json", "adapter_config.json", "bitmask.json", "rebuild.json"
-_HUB_FILES = [_CONFIG, _ADAPTER_CONFIG, _BITMASK, _REBUILD, "plan*.json"]
+BITMASK_FILE = "bitmask.json"
+_CONFIG, _ADAPTER_CONFIG, _REBUILD = "config.json", "adapter_config.json", "rebuild.json"
+_HUB_FILES = [_CONFIG, _ADAPTER_CONFIG, BITMASK_FILE, _REBUILD, "plan*.json"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _DATA_FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".arrow"}
@@ -52,12 +53,21 @@ class PrunedFolder:
         """Name of the layout; ``plan`` for a package without weights of the model."""
         if not self.config:
             return "plan"
-        if (self.model / _BITMASK).is_file():
+        if (self.model / BITMASK_FILE).is_file():
             return "bitmask"
         if self.config.get("model_type") == "hfprune":
             return "per_layer"
-        kept = {len(self.plan.keep[g.name]) for g in self.plan.groups if g.kind == "mlp"} if self.plan else set()
-        return "padded" if len(kept) > 1 else "uniform"
+        return "padded" if self._differs() else "uniform"
+
+    def _differs(self) -> bool:
+        """Returns whether the plan leaves the layers that stay different numbers of units of a kind."""
+        if self.plan is None:
+            return False
+        removed, kept = self.plan.removed_layers(), dict[str, set[int]]()
+        for group in self.plan.groups:
+            if group.layer is not None and group.layer not in removed:
+                kept.setdefault(group.kind, set()).add(len(self.plan.keep[group.name]))
+        return any(len(numbers) > 1 for numbers in kept.values())
 
     @property
     def base(self) -> str | None:
@@ -114,7 +124,9 @@ def open_folder(path: str, *, argument: str = "folder") -> PrunedFolder:
             return _opened(path, run / MODEL_FOLDER, run)
         raise ConfigError(f"{argument}='{path}' holds an adapter without the pruned model: give the folder of the run.")
     if (folder / PLAN_FILE).is_file():
-        return PrunedFolder(given=path, model=folder, plan=PruningPlan.load(folder), report=_json(folder / REPORT_FILE))
+        return PrunedFolder(
+            given=path, model=folder, plan=PruningPlan.load(folder), report=read_object(folder / REPORT_FILE)
+        )
     raise ConfigError(
         f"{argument}='{path}' holds neither a model (config.json, or {MODEL_FOLDER}/config.json) nor a plan."
     )
@@ -123,9 +135,9 @@ def open_folder(path: str, *, argument: str = "folder") -> PrunedFolder:
 def _opened(given: str, model: Path, run: Path | None) -> PrunedFolder:
     plan = PruningPlan.load(model) if (model / PLAN_FILE).is_file() else None
     adapter = run / ADAPTER_FOLDER if run is not None and (run / ADAPTER_FOLDER / _ADAPTER_CONFIG).is_file() else None
-    report = _json(run / REPORT_FILE) if run is not None else {}
+    report = read_object(run / REPORT_FILE) if run is not None else {}
     return PrunedFolder(
-        given=given, model=model, adapter=adapter, config=_json(model / _CONFIG), plan=plan, report=report
+        given=given, model=model, adapter=adapter, config=read_object(model / _CONFIG), plan=plan, report=report
     )
 
 
@@ -142,7 +154,7 @@ def _fetched(repo: str, argument: str) -> Path:
         raise ConfigError(f"{argument}='{repo}': no such folder, and the hub gave none: {hub_reason(error)}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Returns the object in a file; empty where there is no file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

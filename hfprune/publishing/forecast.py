@@ -11,6 +11,7 @@ from hfprune.models import mlp_widths, parameter_count
 from hfprune.plan import Budget
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.publishing.engines import largest_multiple, quantised_formats, splits, width_advice
+from hfprune.utils.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Forecast:
         macs_per_token: Multiply-accumulates per token of a forward pass over ``tokens`` tokens.
         kv_cache_bytes: Bytes of keys and values of ``tokens`` tokens at batch 1.
         tokens: Tokens that the two refer to.
-        multiple: Largest power of two, up to 256, that divides all MLP widths.
+        multiple: Largest power of two, up to 256, that divides all MLP widths; None where the MLPs are experts.
         formats: Quantised formats whose groups fit the widths and the hidden size.
         devices: Numbers of devices (2, 4, 8) over which tensor parallelism can split the model evenly.
         provisional: Whether the units of each layer follow from scores, so that the figures are close, not exact.
@@ -45,7 +46,7 @@ class Forecast:
     macs_per_token: int
     kv_cache_bytes: int
     tokens: int
-    multiple: int
+    multiple: int | None
     formats: list[str]
     devices: list[int]
     provisional: bool = False
@@ -99,6 +100,20 @@ def forecast(
     return found
 
 
+def impossible_ratios(
+    model: Any, ratios: Sequence[float], *, units: Sequence[str] = ("mlp",), round_to: int = 1
+) -> dict[float, str]:
+    """Returns the ratios that a model cannot be pruned by, with the reason; arguments as in :func:`forecast`."""
+    subject, found = PrunableModel(model, units), {}
+    subject.stock = True
+    for ratio in ratios:
+        try:
+            subject.resolve(Budget(pruning_ratio=ratio, round_to=round_to))
+        except ConfigError as error:
+            found[ratio] = str(error)
+    return found
+
+
 def _described(
     model: Any, dense: Any, kept: dict[str, list[int]], resolved: ResolvedBudget | None, *, tokens: int
 ) -> Forecast:
@@ -115,7 +130,7 @@ def _described(
         macs_per_token=size.macs // size.tokens,
         kv_cache_bytes=size.kv_cache_bytes,
         tokens=size.tokens,
-        multiple=largest_multiple(widths),
+        multiple=largest_multiple(widths) if widths else None,
         formats=quantised_formats(widths, hidden),
         devices=[] if is_per_layer(model.config) else splits(widths, _heads(model.config)),
         provisional=resolved is not None and resolved.provisional,

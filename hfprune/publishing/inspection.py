@@ -9,7 +9,7 @@ from typing import Any
 
 from hfprune.plan import LAYERS, UNIT_KINDS, Group, PruningPlan
 from hfprune.publishing.engines import largest_multiple
-from hfprune.publishing.folder import PrunedFolder, hub_id, open_folder
+from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
 from hfprune.utils.errors import ConfigError, first_line
 
 _STOCK = "AutoModelForCausalLM.from_pretrained('{path}')"
@@ -64,7 +64,9 @@ def inspect_folder(path: str) -> dict[str, Any]:
 
 def _model(folder: PrunedFolder) -> dict[str, Any]:
     config, headers = folder.config, [_header(file) for file in sorted(folder.model.glob("*.safetensors"))]
-    tensors = {name: entry for header in headers for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"}
+    if folder.layout == "bitmask":
+        tensors = _unpacked(tensors, read_object(folder.model / BITMASK_FILE).get("shapes") or {})
     metadata = next((header.get("__metadata__") for header in headers), None) or {}
     widths = _widths(tensors) if folder.config else []
     found = {
@@ -76,7 +78,7 @@ def _model(folder: PrunedFolder) -> dict[str, Any]:
         "attention_heads": config.get("num_attention_heads") or config.get("n_head"),
         "key_value_heads": config.get("num_key_value_heads"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "parameters": sum(math.prod(entry["shape"]) for entry in tensors.values()) or None,
+        "parameters": sum(math.prod(shape) for shape in tensors.values()) or None,
         "bytes": sum(file.stat().st_size for file in folder.model.glob("*.safetensors")) or None,
         "hfprune": {key.removeprefix("hfprune_"): text for key, text in metadata.items() if key.startswith("hfprune")},
     }
@@ -100,14 +102,20 @@ _DOWN = {"down_proj.weight": 1, "fc2.weight": 1, "dense_4h_to_h.weight": 1, "mlp
 """Projection that reads the neurons of an MLP -> the axis of the neurons."""
 
 
-def _widths(tensors: Mapping[str, Any]) -> list[int]:
+def _unpacked(tensors: Mapping[str, list[int]], packed: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Returns the shapes of the matrices instead of those of their values and bits."""
+    parts = {f"{name}.{part}" for name in packed for part in ("values", "bits")}
+    return {name: shape for name, shape in tensors.items() if name not in parts} | dict(packed)
+
+
+def _widths(tensors: Mapping[str, list[int]]) -> list[int]:
     """Returns the MLP width of each layer, read from the shapes of its down projection; experts have several."""
     found = []
-    for name, entry in tensors.items():
+    for name, shape in tensors.items():
         axis = next((axis for end, axis in _DOWN.items() if name.endswith(end)), None)
         number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if axis is not None and number is not None and ".experts." not in name and len(entry["shape"]) == 2:
-            found.append((number, int(entry["shape"][axis])))
+        if axis is not None and number is not None and ".experts." not in name and len(shape) == 2:
+            found.append((number, int(shape[axis])))
     return [width for _, width in sorted(found)]
 
 

@@ -64,6 +64,10 @@ def test_plan_reads_no_weights_and_explains_what_is_impossible(base, tmp_path, c
     assert main(["plan", base]) == 0
     capsys.readouterr()
     assert "--pruning_ratio 0.9 is impossible here" in error_of(capsys, "plan", base, "--ratio", "0.9")
+    assert main(["plan", base, "--ratio", "0.1", "0.9"]) == 0
+    assert "pruning_ratio=0.9 is impossible" in capsys.readouterr().out.replace(
+        "--pruning_ratio 0.9", "pruning_ratio=0.9"
+    )
     assert "--tokens 0 is not positive" in error_of(capsys, "plan", base, "--tokens", "0")
     assert "does not exist" in error_of(capsys, "plan", base + "x")
 

@@ -7,7 +7,7 @@ from hfprune.evaluation.size_and_speed import measure_size
 from hfprune.functional import apply_plan, make_plan
 from hfprune.io.layouts import empty_copy
 from hfprune.plan import Budget
-from hfprune.publishing.forecast import forecast
+from hfprune.publishing.forecast import forecast, impossible_ratios
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import tiny
 
@@ -52,3 +52,12 @@ def test_layers_are_forecast_as_provisional():
 def test_an_impossible_ratio_names_the_largest():
     with pytest.raises(ConfigError, match="largest possible"):
         forecast(empty_copy(tiny()), [0.1, 0.95])
+
+
+def test_experts_have_no_width_and_impossible_ratios_a_reason():
+    (dense, found) = forecast(empty_copy(tiny("mixtral", dtype=torch.float32)), [0.14], units=("experts",), tokens=8)
+    assert (dense.multiple, found.kept) == (None, {"experts": [5, 5, 5]})
+    reasons = impossible_ratios(empty_copy(tiny()), [0.1, 0.95, 2.0])
+    assert "largest possible" in reasons[0.95]
+    assert "not between 0 and 1" in reasons[2.0]
+    assert 0.1 not in reasons

@@ -88,3 +88,27 @@ def test_what_is_no_model_or_damaged_is_said(tmp_path):
     (tmp_path / "model/plan.json").write_text("{}")
     with pytest.raises(PlanError, match="Not a pruning plan"):
         inspect_folder(folder)
+
+
+def test_a_removed_layer_does_not_make_a_layout_padded(tmp_path):
+    model = tiny(dtype=torch.float32)
+    keep = {"model.layers": (0, 2), "model.layers.0.mlp": range(12), "model.layers.2.mlp": range(12)}
+    plan = hfprune.make_plan(model, keep=keep, units=("mlp", "layers"))
+    hfprune.apply_plan(model, plan)
+    hfprune.save(model, tmp_path / "model", plan=plan)
+    found = inspect_folder(str(tmp_path / "model"))
+    assert (found["layout"], found["model"]["mlp_widths"]) == ("uniform", [12, 12])
+    assert found["removed"]["mlp"] == {"dense": 72, "kept": 24, "removed": 48}
+    assert "layer 1: removed" in inspection_text(found)
+
+
+def test_a_bitmask_folder_has_the_parameters_of_the_model(tmp_path):
+    model = tiny(dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter[:, ::2] = 0
+    hfprune.save(model, tmp_path / "model", layout="bitmask")
+    found = inspect_folder(str(tmp_path / "model"))
+    assert found["layout"] == "bitmask"
+    assert (found["model"]["parameters"], found["model"]["mlp_widths"]) == (model.num_parameters(), [24, 24, 24])
