@@ -30,7 +30,7 @@ from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.compat import safetensors_metadata
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
-from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_json, write_tensors
+from hfprune.utils.files import FailedCheckError, replaced_folder, sort_metadata, tidy, write_json, write_tensors
 from hfprune.version import __version__
 
 
@@ -318,6 +318,8 @@ def export_model(
     with replaced_folder(target) as stage, no_progress_bars():
         with safetensors_metadata(export_facts(plan)):
             written.save_pretrained(stage)
+        for file in stage.glob("*.safetensors"):
+            sort_metadata(file)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
@@ -447,6 +449,7 @@ def _write_weights(
         waiting.setdefault(file, {})[name] = tensor.contiguous()
         if len(waiting[file]) == len(split.filename_to_tensors[file]):
             save_file(waiting.pop(file), folder / file, metadata={"format": "pt", **facts})
+            sort_metadata(folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

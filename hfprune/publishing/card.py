@@ -132,7 +132,7 @@ def _results(found: PrunedFolder, *, adapter: bool) -> Iterator[EvalResult]:
     figures = found.stages().get(name or "", {})
     perplexity, fidelity = figures.get("perplexity") or {}, figures.get("fidelity") or {}
     source = str(perplexity.get("source") or "evaluation text")
-    text = {"task_type": "text-generation", "dataset_type": hub_dataset(source) or "text"}
+    text: dict[str, Any] = {"task_type": "text-generation", "dataset_type": hub_dataset(source) or "text"}
     text["dataset_name"] = Path(source).name
     if _finite(perplexity.get("value")):
         protocol = perplexity.get("protocol")

@@ -82,7 +82,7 @@ def forecast(
         ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
         >>> dense, pruned = forecast(model, [0.2], tokens=8)
         >>> dense.widths, pruned.widths, pruned.parameters, pruned.exact_width is not None
-        ([24, 24], [15, 15], 4016, True)
+        ([24, 24], [14, 14], 3984, True)
     """
     subject = PrunableModel(model, units)
     subject.stock = True

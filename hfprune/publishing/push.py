@@ -62,7 +62,7 @@ def push(
             "base_model=... is missing: an adapter belongs to the pruned model. Publish that first, then give its hub "
             "id."
         )
-    settings = {"what": what, "license": license, "repo": repo, "base_model": hub_id(base_model)}
+    settings: dict[str, Any] = {"what": what, "license": license, "repo": repo, "base_model": hub_id(base_model)}
     card = model_card(folder, **settings)
     with tempfile.TemporaryDirectory() as made:
         source = _prepared(found, what, Path(made), base_model)

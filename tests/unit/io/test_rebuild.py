@@ -120,3 +120,11 @@ def test_missing_and_damaged_packages(made):
     (target / REBUILD_FILE).write_text('{"format": "hfprune-rebuild", "version": 9}')
     with pytest.raises(PlanError, match="version 9"):
         hfprune.load(made.base, plan=target)
+
+
+def test_equal_exports_are_equal_files(made):
+    names = [f"pruned-{number}" for number in range(6)]
+    for name in names:
+        made((12, 12, 12), name=name)
+    files = {(made.root / name / "model.safetensors").read_bytes() for name in names}
+    assert len(files) == 1
