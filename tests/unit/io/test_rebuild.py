@@ -102,9 +102,11 @@ def test_another_base_is_refused_by_its_fingerprint(made):
 def test_a_plan_alone_warns_that_refitted_weights_are_missing(made):
     made((12, 12, 12))
     plan = hfprune.PruningPlan.load(made.root / "pruned")
-    told = hfprune.PruningPlan.from_json(plan.to_json().replace('"units"', '"compensation": {"name": "X"}, "units"', 1))
+    alone = hfprune.PruningPlan.from_json(
+        plan.to_json().replace('"units"', '"compensation": {"name": "X"}, "units"', 1)
+    )
     with pytest.warns(UserWarning, match="refitted weights are not in it"):
-        hfprune.load(made.base, plan=told)
+        hfprune.load(made.base, plan=alone)
 
 
 def test_missing_and_damaged_packages(made):
