@@ -1,5 +1,6 @@
 """Shared data types: slices, groups of units, budgets and the pruning plan."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -259,6 +260,10 @@ class PruningPlan:
         text = json.dumps({**head, "provenance": dict(self.provenance), "groups": []}, indent=2)
         body = ",\n    ".join(json.dumps(g, separators=(",", ":")) for g in groups)  # one line per group
         return text.replace('"groups": []', f'"groups": [\n    {body}\n  ]') + "\n"
+
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that identify the plan: those of the SHA-256 of its JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":

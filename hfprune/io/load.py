@@ -237,8 +237,9 @@ def load(
     dtype: DTypeName | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    plan: Any = None,
 ) -> Any:
-    """Loads a model saved by hfprune (in any layout) or by transformers.
+    """Loads a model saved by hfprune (in any layout) or by transformers; with ``plan``, prunes the dense model first.
 
     For a folder of adapters (``OUT/adapter``), a PEFT model around the pruned model is returned. The pruned model is
     searched next to the adapters and in their folder first, so that both can be moved together.
@@ -248,13 +249,15 @@ def load(
         dtype: Dtype of the weights; ``auto`` uses the saved dtype.
         device: Device of the model; the CPU if not given.
         revision: Branch, tag or commit of a hub id.
+        plan: What to prune from the dense model in ``folder``: a :class:`hfprune.PruningPlan`, a plan file, or a folder
+            or hub id that ``hfprune push --what plan`` wrote, whose refitted weights are put in place.
 
     Returns:
         The model in eval mode, an instance of its stock class.
 
     Raises:
         ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
-        PlanError: The plan is missing or damaged, or config, plan and weights are inconsistent.
+        PlanError: The plan is missing, damaged or made for another model, or config, plan and weights are inconsistent.
 
     Example:
         >>> import tempfile
@@ -268,7 +271,11 @@ def load(
     """
     name: Any = str(dtype).removeprefix("torch.")
     path = Path(user_path(str(folder), "folder"))
-    if is_adapter(path):
+    if plan is not None:
+        from hfprune.io.rebuild import load_rebuilt  # imports this module
+
+        model = load_rebuilt(str(folder), plan, dtype=name, revision=revision)
+    elif is_adapter(path):
         model = _load_adapted(path, dtype=name)
     else:
         model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
@@ -282,9 +289,11 @@ def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
     where = f"folder='{folder}'"
     base = adapter_base(folder, where)
     model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
-    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"):
+    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"), warnings.catch_warnings():
         config = PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = base
+        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
 
 

@@ -12,6 +12,7 @@ from hfprune.utils.files import OwnFolder, tidy
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
+CARD_FILE = "README.md"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 FIGURES_FOLDER = "figures"
@@ -72,9 +73,19 @@ def _foreign(folder: Path) -> str | None:
     for name in names:
         path = folder / name
         own = name == _TEMPLATES if path.is_dir() else name.endswith(_MODEL_SUFFIXES)
-        if not own and not (adapter and name == "README.md"):
+        if not own and not (name == CARD_FILE and (adapter or is_card(path))):
             return name
     return None
+
+
+def is_card(path: Path) -> bool:
+    """Returns whether a file is a model card that hfprune wrote: ``hfprune`` is among the tags of its metadata."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    metadata = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    return "- hfprune" in (line.strip() for line in metadata.splitlines())
 
 
 def check_results(out: Path, argument: str = "output_dir") -> None:

@@ -28,8 +28,10 @@ from hfprune.io.progress import no_progress_bars
 from hfprune.models.groups import class_name, mlp_widths, parameter_count
 from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.utils.compat import safetensors_metadata
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
-from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_json, write_tensors
+from hfprune.utils.files import FailedCheckError, replaced_folder, sort_metadata, tidy, write_json, write_tensors
+from hfprune.version import __version__
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
@@ -313,7 +315,10 @@ def export_model(
     chosen = LAYOUTS.get(layout)
     written = chosen.written(model)
     with replaced_folder(target) as stage, no_progress_bars():
-        written.save_pretrained(stage)
+        with safetensors_metadata(export_facts(plan)):
+            written.save_pretrained(stage)
+        for file in stage.glob("*.safetensors"):
+            sort_metadata(file)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
@@ -325,6 +330,20 @@ def export_model(
         with checking():
             difference = check_reload(stage, model, written=written, tolerance=chosen.tolerance(model.dtype))
         return saved | {"max_logit_difference_after_reload": difference}
+
+
+def export_facts(plan: PruningPlan) -> dict[str, str]:
+    """Returns the metadata of exported safetensors files: version, plan, and the model that was pruned.
+
+    Of a model in a folder the folder's name is given, not its place on this machine.
+
+    >>> plan = PruningPlan(model_class="X", groups=(), keep={}, config={}, provenance={"model": {"path": "org/base"}})
+    >>> sorted(export_facts(plan))
+    ['hfprune_base_model', 'hfprune_plan', 'hfprune_version']
+    """
+    base = (plan.provenance.get("model") or {}).get("path")
+    facts = {"hfprune_version": __version__, "hfprune_plan": plan.digest()}
+    return facts | ({"hfprune_base_model": Path(base).name if Path(base).is_dir() else str(base)} if base else {})
 
 
 def _check_target(target: Path, model: Any, *, overwrite: bool) -> None:
@@ -373,7 +392,7 @@ def export_sharded(
             return {}
         _check_target(Path(target), model, overwrite=overwrite)
         with replaced_folder(Path(target)) as stage:
-            _write_weights(model, parameters, stage, file_bytes=file_bytes)
+            _write_weights(model, parameters, stage, file_bytes=file_bytes, facts=export_facts(plan))
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
             model.config.save_pretrained(stage)
@@ -400,7 +419,12 @@ def check_shards(layout: str) -> None:
 
 
 def _write_weights(
-    model: nn.Module, parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int
+    model: nn.Module,
+    parameters: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    file_bytes: int,
+    facts: Mapping[str, str],
 ) -> None:
     """Writes the weight files and their index for ``from_pretrained``.
 
@@ -409,6 +433,7 @@ def _write_weights(
         parameters: The gathered parameters. Those of an incomplete file are held in memory.
         folder: The model folder.
         file_bytes: Maximum size of a file, unless a single tensor is larger.
+        facts: Metadata of every file.
     """
     split = split_state_dict_into_shards_factory(
         dict(model.named_parameters()),
@@ -421,7 +446,8 @@ def _write_weights(
         file = split.tensor_to_filename[name]
         waiting.setdefault(file, {})[name] = tensor.contiguous()
         if len(waiting[file]) == len(split.filename_to_tensors[file]):
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+            save_file(waiting.pop(file), folder / file, metadata={"format": "pt", **facts})
+            sort_metadata(folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

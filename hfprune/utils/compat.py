@@ -5,7 +5,8 @@ Each function names the releases it was tested with and why the public API is no
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ def attention_implementation(config: Any) -> str:
         config: A Hugging Face config.
     """
     return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+@contextmanager
+def safetensors_metadata(facts: Mapping[str, str]) -> Iterator[None]:
+    """Adds entries to the metadata of the safetensors files that ``save_pretrained`` writes inside the block.
+
+    transformers 5.20 to 5.23: ``transformers.modeling_utils.safe_save_file``. ``save_pretrained`` has no argument for
+    metadata; without the private name every file would be written twice.
+
+    Args:
+        facts: Name -> text.
+    """
+    from transformers import modeling_utils
+
+    original: Any = modeling_utils.safe_save_file  # type: ignore[attr-defined]
+
+    def save(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+        return original(tensors, filename, metadata={**(metadata or {}), **facts})
+
+    modeling_utils.safe_save_file = save  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = original  # type: ignore[attr-defined]
 
 
 def is_repo_id(text: str) -> bool:

@@ -36,3 +36,14 @@ def first_line(error: BaseException) -> str:
     ('the reason', 'KeyError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hub_reason(error: BaseException) -> str:
+    """Returns why the Hugging Face Hub gave nothing, in one line.
+
+    >>> hub_reason(OSError("Connection refused"))
+    'Connection refused'
+    """
+    if type(error).__name__ == "RepositoryNotFoundError":
+        return "there is no such repository, or it is private and the token may not read it."
+    return str(getattr(error, "server_message", None) or first_line(error))

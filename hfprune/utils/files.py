@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -18,13 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from hfprune.utils.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if sys.platform != "win32":  # Windows has no fcntl: stages of killed processes are not removed there
     import fcntl
@@ -253,7 +255,7 @@ def _strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file atomically.
 
     Args:
@@ -264,9 +266,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OutputError: Writing failed; an existing file is unchanged.
     """
+    from safetensors.torch import save_file  # imports torch, which plans and folders are read without
+
     with replaced_file(path) as new:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, new, metadata=None if metadata is None else dict(metadata))
+        sort_metadata(new)
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in the order of its names, in place; no tensor is touched.
+
+    safetensors writes several entries in an order that changes from run to run; equal models give equal files.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = header.get("__metadata__") or {}
+        if len(metadata) < 2:
+            return
+        ordered = header | {"__metadata__": dict(sorted(metadata.items()))}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()  # as safetensors writes it
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 class OwnFolder:
@@ -326,7 +349,7 @@ class OwnFolder:
             self.path.rmdir()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts: str) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, **facts: str) -> None:
     """Writes tensors atomically, with a key that :func:`load_tensors` compares.
 
     Args:
@@ -341,7 +364,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts
     write_tensors(path, tensors, {"key": key, **facts})
 
 
-def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
+def load_tensors(path: Path, *, key: str) -> "dict[str, Tensor] | None":
     """Returns the tensors saved with ``key``, or None if the file is missing, damaged or has another key."""
     if not path.is_file():
         return None

@@ -203,7 +203,7 @@ def test_a_run_killed_while_it_wrote_goes_on_with_what_is_missing(tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfprune.utils.files.save_file", killed)
+        patch.setattr("safetensors.torch.save_file", killed)
         cache = opened(tmp_path / "killed")
         with pytest.raises(KeyboardInterrupt):
             cache.fill(lambda: teacher, rows)
