@@ -63,7 +63,7 @@ class SweepCLI(BaseCLI):
             latency=c.latency,
             device=trainer.strategy.root_device,
         )
-        result = sweep.run()
+        self.result = result = sweep.run()
         show(markdown(result))
         Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
 

@@ -32,6 +32,7 @@ from hfprune.sweep.results import write_results
 from hfprune.sweep.score_cache import ScoreBook
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path, write_json
+from hfprune.utils.progress import phase
 
 _log = logging.getLogger(__name__)
 
@@ -100,10 +101,13 @@ class Sweep:
         folder = self.out / "scores"
         book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key)
         kept: dict[str, Kept] = {}
-        for cell in self.grid.cells():
-            kept[cell.name] = keep = self._keep(cell, book)
-            make = partial(self._measure_pruned, cell, keep, book, windows)
-            cells[cell.name] = self._cell(cell.name, [texts, *self._depends(cell, keep, book)], make)
+        wanted = list(self.grid.cells())
+        with phase("sweep", total=len(wanted), unit="model") as current:
+            for number, cell in enumerate(wanted, start=1):
+                kept[cell.name] = keep = self._keep(cell, book)
+                make = partial(self._measure_pruned, cell, keep, book, windows)
+                cells[cell.name] = self._cell(cell.name, [texts, *self._depends(cell, keep, book)], make)
+                current.update(number)
         if self.latency:
             self._add_speeds(dense, kept, cells, book)
         if self.zero_shot is not None:
@@ -172,8 +176,9 @@ class Sweep:
         found = _read_cell(path, key)
         if found is not None:
             return found
-        _log.info("Measuring %s.", name)
-        write_json(path, {"key": key, **make()})
+        with phase(f"measuring {name}"):
+            figures = make()
+        write_json(path, {"key": key, **figures})
         again = _read_cell(path, key)  # as a resumed sweep would have it
         assert again is not None
         return again
