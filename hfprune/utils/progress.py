@@ -99,11 +99,11 @@ def duration(seconds: float) -> str:
     """Returns a time in words.
 
     >>> duration(4.25), duration(605), duration(7384)
-    ('4 s', '10 min 5 s', '2 h 3 min')
+    ('4.2 s', '10 min 5 s', '2 h 3 min')
     """
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
