@@ -133,7 +133,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Layout": _layout(report.get("saved") or {}),
     }
     for role, summary in (report.get("data") or {}).items():
-        facts[f"{role.capitalize()} data"] = _data(summary)
+        facts[f"{role.capitalize()} data"] = data_text(summary)
     for label, key in (("Seed", "seed_everything"), ("Data seed", "data.seed")):
         seed = look_up(report.get("config"), *key.split("."))
         facts[label] = "" if seed is None else str(seed)
@@ -181,7 +181,8 @@ def _settings(settings: Any) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in known)
 
 
-def _data(summary: Any) -> str:
+def data_text(summary: Any) -> str:
+    """Returns where data came from, how much of it was used and its hash."""
     if not isinstance(summary, Mapping):
         return str(summary or "")
     parts = [str(summary["source"])] if summary.get("source") else []

@@ -26,12 +26,14 @@ from hfprune.io.save import check_output_dir, command_line
 from hfprune.models import parameter_count
 from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.sweep.grid import Cell, SweepGrid, digest
+from hfprune.pruning.planner import versions
+from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
+from hfprune.sweep.recommendation import RECIPE_FILE
 from hfprune.sweep.results import write_results
 from hfprune.sweep.score_cache import ScoreBook
 from hfprune.utils.errors import ConfigError
-from hfprune.utils.files import user_path, write_json
+from hfprune.utils.files import user_path, write_json, write_text
 from hfprune.utils.progress import phase
 
 _log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class Sweep:
         zero_shot: Tasks to run on the cells of the first seeds and on the dense model.
         latency: Measure speed, of the dense model and one model per ratio, in alternation.
         device: Where to run.
+        recipe: Returns the configuration of a run by a method at a ratio, as YAML: that of the recommended method is
+            written to ``recommended.yaml``.
 
     Raises:
         ConfigError: A ratio is impossible for the model, or the folder cannot be written.
@@ -66,7 +70,9 @@ class Sweep:
         zero_shot: ZeroShotTasks | None = None,
         latency: bool = True,
         device: torch.device | None = None,
+        recipe: Callable[[Method, float], str] | None = None,
     ) -> None:
+        self.recipe = recipe
         self.module, self.grid, self.make_data = module, grid, make_data
         module.check_loadable()
         folder = Path(user_path(output_dir, "output_dir"))
@@ -115,13 +121,23 @@ class Sweep:
         facts = {
             "command": command_line(),
             "model": self.module.path,
+            "model_hash": self._model_key,
+            "versions": versions(),
+            "has_recipe": self.recipe is not None,
             "warnings": self.warnings,
             "budgets": self._budgets(),
             "calibration": {
                 str(seed): data.summary()["calibration"] | {"ngrams": None} for seed, data in by_seed.items()
             },
         }
-        return write_results(self.out, self.grid, cells, kept, book.first(), facts)
+        groups = (group for method in self.grid.methods for group in self.pruner.inventory(method).groups)
+        units = {group.name: group.num_units for group in groups}
+        result = write_results(self.out, self.grid, cells, kept, book.first(), facts, units)
+        if self.recipe is not None and result["recommended"]:
+            first = result["recommended"][0]
+            method = next(method for method in self.grid.methods if method.name == first["method"])
+            write_text(self.out / RECIPE_FILE, self.recipe(method, first["pruning_ratio"]))
+        return result
 
     def _warn_of_budgets(self) -> None:
         """Says, before anything is loaded, where more than half of the parameters are removed."""
