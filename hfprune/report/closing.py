@@ -1,5 +1,6 @@
 """The block that ends a run: what was removed, what it cost in quality, where the results are, and what to run next."""
 
+import math
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,11 @@ def quality(report: Mapping[str, Any]) -> str:
     texts = []
     for name, value in values.items():
         dense = values.get("dense")
-        change = f" ({(value / dense - 1) * 100:+.1f} %)" if dense and name != "dense" else ""
+        change = (
+            f" ({(value / dense - 1) * 100:+.1f} %)"
+            if dense and name != "dense" and math.isfinite(value / dense)
+            else ""
+        )
         texts.append(f"{decimals(2)(value)} {name}{change}")
     parts = [f"perplexity {', '.join(texts)}"] if texts else []
     last = next((name for name in ("recovered", "pruned") if name in stages), None)
