@@ -65,11 +65,8 @@ def quality(report: Mapping[str, Any]) -> str:
     texts = []
     for name, value in values.items():
         dense = values.get("dense")
-        change = (
-            f" ({(value / dense - 1) * 100:+.1f} %)"
-            if dense and name != "dense" and math.isfinite(value / dense)
-            else ""
-        )
+        ratio = value / dense if dense and name != "dense" else math.nan
+        change = f" ({(ratio - 1) * 100:+.1f} %)" if math.isfinite(ratio) else ""
         texts.append(f"{decimals(2)(value)} {name}{change}")
     parts = [f"perplexity {', '.join(texts)}"] if texts else []
     last = next((name for name in ("recovered", "pruned") if name in stages), None)
