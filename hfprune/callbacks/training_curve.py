@@ -22,7 +22,7 @@ class TrainingCurve:
         self._train: list[Point] = []
         self._validation: list[Point] = []
         self._sum: Any = 0.0
-        self._batches, self._every = 0, 1
+        self._batches, self._every, self._step = 0, 1, 0
 
     def batch(self, trainer: Trainer, module: LightningModule) -> None:
         """Notes the loss of the batch that was just trained on."""
@@ -31,8 +31,9 @@ class TrainingCurve:
             return
         self._sum, self._batches = self._sum + torch.as_tensor(loss).detach(), self._batches + 1
         step = trainer.global_step
-        if self._train and self._train[-1][0] >= step:
+        if step == self._step:
             return  # within an accumulated step
+        self._step = step
         if step % self._every == 0:
             self._train.append((step, _tokens(module), self._sum / self._batches))
         self._sum, self._batches = 0.0, 0
@@ -61,6 +62,7 @@ class TrainingCurve:
             [(int(step), int(tokens), loss) for step, tokens, loss in state.get(name, ())]
             for name in ("train", "validation")
         )
+        self._step = self._train[-1][0] if self._train else 0
 
 
 def _tokens(module: LightningModule) -> int:
