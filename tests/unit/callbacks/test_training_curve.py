@@ -1,5 +1,6 @@
 """The training curve: one point per optimizer step, few enough for a report, kept in checkpoints."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ def test_a_long_curve_is_thinned_evenly(monkeypatch, accumulate):
     points = curve.to_dict()["train"]
     assert 4 <= len(points) < 8
     steps = [step for step, *_ in points]
-    assert len({b - a for a, b in zip(steps, steps[1:], strict=False)}) == 1
+    assert len({b - a for a, b in pairwise(steps)}) == 1
     assert [loss for *_, loss in points] == steps
 
 
