@@ -42,6 +42,7 @@ from hfprune.pruning.sensitivity_curves import check_curves
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import phase
 
 
 def check_positive(**values: float | None) -> None:
@@ -256,7 +257,8 @@ class PruningCallback(Callback, PruningEvents, ABC):
             listener.on_pruning_start(trainer, module)
         with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
             plan = self._make_plan(trainer, target)
-        self._apply(target, plan)
+        with phase("pruning"):
+            self._apply(target, plan)
         for listener in listeners(trainer):
             listener.on_pruning_end(trainer, module, plan)
         self._add_adapters(target)

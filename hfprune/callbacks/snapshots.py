@@ -15,6 +15,7 @@ from hfprune.io.load import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.recovery.lora import LoraRecovery, merge_lora
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import phase
 
 EXPLODED = 10.0
 """Ratio to the dense model's perplexity above which a warning is reported."""
@@ -58,16 +59,21 @@ class Stages:
     def dense(self, module: PruningModule, trainer: Trainer) -> None:
         """Measures the dense model and stores its final hidden states."""
         windows = windows_of(trainer)
-        if windows is not None:
-            # the reference must not change when recovery trains the head
-            self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
-        self._is_dense = True
-        self.add("dense", module, trainer)
-        self._is_dense = False
+        with phase("measuring the dense model"):
+            if windows is not None:
+                # recovery that trains the head must not move the reference along with it
+                self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
+            self._is_dense = True
+            self._measure("dense", module, trainer)
+            self._is_dense = False
 
     def add(self, name: str, module: PruningModule, trainer: Trainer) -> None:
         """Measures the module's model, without adapters, as stage ``name``."""
-        latency = self._latency and not module.sharded  # gathering weights would dominate
+        with phase(f"measuring the {name} model"):
+            self._measure(name, module, trainer)
+
+    def _measure(self, name: str, module: PruningModule, trainer: Trainer) -> None:
+        latency = self._latency and not module.sharded  # the time of gathering weights says nothing of the model
         self._record(name, module.run(self._figures, module.causal_lm, trainer, latency))
         if not module.sharded:
             self._sample(name, module.causal_lm, module, trainer)
@@ -81,9 +87,13 @@ class Stages:
             merge: Whether to merge the adapters permanently; otherwise a merged copy is measured.
             name: Name of the stage.
         """
-        if module.sharded:
-            self._recovered_sharded(module, trainer, merge=merge)
-            return
+        with phase(f"measuring the {name} model"):
+            if module.sharded:
+                self._recovered_sharded(module, trainer, merge=merge)
+            else:
+                self._recovered(module, trainer, merge=merge, name=name)
+
+    def _recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool, name: str) -> None:
         device, windows = trainer.strategy.root_device, windows_of(trainer)
         if self._reference is None and windows is not None:  # a resumed run
             dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)

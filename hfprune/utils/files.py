@@ -243,15 +243,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes ``data`` to ``path`` in one step; raises ``OutputError``."""
-    write_text(path, json.dumps(_strict(data), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """Returns ``value`` with NaN and infinities as text: strict JSON has no such numbers."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
