@@ -349,23 +349,8 @@ class OwnFolder:
             self.path.rmdir()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, **facts: str) -> None:
-    """Writes tensors atomically, with a key that :func:`load_tensors` compares.
-
-    Args:
-        path: The file; its folder is created if missing.
-        tensors: Name -> tensor of any shape, on any device.
-        key: Identifies the inputs that the tensors were computed from.
-        facts: Further metadata of the file.
-
-    Raises:
-        OutputError: Writing failed; an existing file is unchanged.
-    """
-    write_tensors(path, tensors, {"key": key, **facts})
-
-
 def load_tensors(path: Path, *, key: str) -> "dict[str, Tensor] | None":
-    """Returns the tensors saved with ``key``, or None if the file is missing, damaged or has another key."""
+    """Returns the tensors in a file whose metadata has this ``key``, or None if it is missing, damaged or differs."""
     if not path.is_file():
         return None
     try:

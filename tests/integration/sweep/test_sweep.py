@@ -364,7 +364,10 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
     [
         ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction processes the layers"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
-        ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
+        (
+            {"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()},
+            "known before scoring",
+        ),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
         ({"criterion": SlimLLMHeads()}, "Method 'a': SlimLLMHeads"),
         ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "requires projections with a bias"),
