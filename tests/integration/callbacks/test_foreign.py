@@ -393,7 +393,9 @@ def refuse(match, module=None, loader=None, error=ConfigError, **kwargs):
 
 def test_what_cannot_be_pruned_is_said():
     refuse("no supported Hugging Face model.*neurons=")
-    refuse("no module has the name 'net.1x'. Linear projections here: net.0, net.3", neurons=[Neurons("net.1x", "net.3")])
+    refuse(
+        "no module has the name 'net.1x'. Linear projections here: net.0, net.3", neurons=[Neurons("net.1x", "net.3")]
+    )
     refuse("widths of producers and consumers differ", neurons=[Neurons("net.0", "net.5")])
     refuse("described twice", neurons=[Neurons("net.0", "net.3"), Neurons("net.0", "net.3")])
     refuse("not a projection", neurons=[Neurons("net.1", "net.3")], error=HFPruneError)

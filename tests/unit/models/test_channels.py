@@ -136,9 +136,7 @@ def test_rotary_factors_fix_the_hidden_size_of_phi3():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_streams_with_layer_norms_are_refused_by_name(name):
-    with pytest.raises(
-        UnsupportedArchitectureError, match=r"LayerNorms subtract the mean.*Leave 'channels' out"
-    ):
+    with pytest.raises(UnsupportedArchitectureError, match=r"LayerNorms subtract the mean.*Leave 'channels' out"):
         find_groups(dense(name), ("mlp", "channels"))
 
 
