@@ -155,6 +155,8 @@ class Budget:
         round_to: Kept MLP widths and hidden sizes are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast
             kernels). Heads and layers are counted one by one.
         allocated: The allocation says how much goes, and none of the four is given.
+        auto_round: Kept MLP widths are multiples of 256, 128 or 64, the largest that misses the budget by at most 3 %;
+            exact where none does. ``round_to`` is then 1.
     """
 
     pruning_ratio: float | None = None
@@ -163,6 +165,7 @@ class Budget:
     mlp_ratio: float | None = None
     round_to: int = 1
     allocated: bool = False
+    auto_round: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` when not exactly one target is given or a value is out of range."""
@@ -187,7 +190,8 @@ class Budget:
         """Returns the budget as the user typed it, for example ``pruning_ratio=0.2``."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return ", ".join(given if self.round_to == 1 else [*given, f"round_to={self.round_to}"])
+        rounding = "auto" if self.auto_round else self.round_to
+        return ", ".join(given if rounding == 1 else [*given, f"round_to={rounding}"])
 
 
 PLAN_FILE = "plan.json"

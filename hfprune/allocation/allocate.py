@@ -1,9 +1,11 @@
 """From a budget, an allocation and scores to the units that stay."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
 from hfprune.allocation.budget import KindWidths, ResolvedBudget, common, resolve
+from hfprune.allocation.round_to import auto_rounded
 from hfprune.allocation.uniform import Uniform
 from hfprune.plan import LAYERS, Budget, Group
 from hfprune.utils.errors import ConfigError
@@ -25,6 +27,9 @@ def allocate(
         ConfigError: The budget is out of reach, the message gives the largest possible value; or it does not go with
             the allocation or the units.
     """
+    if budget.auto_round:
+        from_shapes = partial(allocate, inventory, allocation=allocation)
+        return auto_rounded(budget, partial(from_shapes, scores=scores), shapes=from_shapes)
     chosen = allocation or Uniform()
     chosen.check(inventory)
     _check_budget(inventory, budget, chosen)

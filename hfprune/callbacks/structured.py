@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
+from hfprune.allocation.round_to import RoundTo, rounding
 from hfprune.callbacks.base import (
     PruningCallback,
     callbacks_of,
@@ -299,6 +300,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         intermediate_size: MLP width to keep.
         mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
         round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
+            ``auto`` takes the largest of 256, 128 and 64 that misses the budget by at most 3 %.
         units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
             that read it), ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the
             residual stream).
@@ -344,7 +346,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         target_params: int | None = None,
         intermediate_size: int | None = None,
         mlp_ratio: float | None = None,
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         units: Sequence[UnitKind] = ("mlp",),
         allocation: Allocation | None = None,
         criterion: Criterion | None = None,
@@ -370,7 +372,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             target_params=target_params,
             intermediate_size=intermediate_size,
             mlp_ratio=mlp_ratio,
-            round_to=round_to,
+            **rounding(round_to),
             allocated=allocation is not None and allocation.own_budget,
         )
         calibration = CalibrationOptions(

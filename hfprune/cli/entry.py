@@ -7,7 +7,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from hfprune.cli.arguments import understood
 from hfprune.cli.config_files import shipped_configs
+from hfprune.cli.help_pages import help_text
+from hfprune.cli.recipes import announce
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -30,11 +33,11 @@ commands:
 
 examples:
   hfprune fit --config quickstart
-  hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
-  hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
-  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
+  hfprune prune DIR_OR_ID --ratio 0.2 --data FILE -o OUT
+  hfprune fit DIR_OR_ID --ratio 0.2 --data.recovery FILE -o OUT --trainer.max_epochs 2
+  hfprune evaluate OUT --dense DIR_OR_ID --data TEXT --tasks paper10
 
-Each command lists its flags with: hfprune COMMAND --help
+What most people need of a command: hfprune COMMAND --help; every flag: hfprune COMMAND --help-all
 --config takes a YAML file, or the name of a config of the package:
 {textwrap.indent(textwrap.fill(", ".join(shipped_configs()), width=100), "  ")}
 """
@@ -61,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hfprune {args[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:  # a full disk, a folder that went away
         if debug:
             raise
@@ -73,9 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: list[str]) -> None:
+    if (text := help_text(command, args)) is not None:
+        print(text)
+        return
+    args = understood(command, args)
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with _messages(), _current_folder():
+        announce(args)
         launch(command, args)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
+from hfprune.allocation.round_to import auto_rounded
 from hfprune.models import (
     check_stock,
     class_name,
@@ -167,7 +168,9 @@ class Prunable(ABC):
                 "units and allocation apply to Hugging Face models that hfprune knows; described neurons all lose the "
                 "same share. Leave both out."
             )
-        return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
+        count = partial(pruned_count, model, groups)
+        shares = partial(resolve_shares, groups=groups, count=count, dense_params=dense_params)
+        return auto_rounded(budget, shares, shapes=shares) if budget.auto_round else shares(budget)
 
     def inventory(self) -> Inventory:
         """Returns the groups of a Hugging Face model and what their units cost."""
