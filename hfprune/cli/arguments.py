@@ -70,7 +70,7 @@ def understood(command: str, args: Sequence[str]) -> list[str]:
     flags = flags_of(command)
     if not flags:
         return list(args)
-    given = [_named(item, command) for item in _split(command, args, flags)]
+    given = [_named(item) for item in _split(command, args, flags)]
     for item in given:
         _check_known(item, command, flags)
     given = [_valued(item, flags) for item in given]
@@ -94,7 +94,7 @@ def _split(command: str, args: Sequence[str], flags: Mapping[str, Flag]) -> list
             found.append(_model(word, found, command, flags))
             continue
         name, equals, value = word.partition("=")
-        full = _full(name, command, flags)
+        full = full_name(name, command, flags)
         if equals:
             found.append(Given(full, value))
         elif full.rpartition(".")[2] in _NO_VALUE:
@@ -108,7 +108,7 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not _NUMBER.fullmatch(word)
 
 
-def _full(name: str, command: str, flags: Mapping[str, Flag]) -> str:
+def full_name(name: str, command: str, flags: Mapping[str, Flag]) -> str:
     """Returns the flag that a name or alias stands for."""
     plain = name.lstrip("-")
     dashed = plain.replace("-", "_")
@@ -163,19 +163,14 @@ def _kind(flag: Flag | None) -> str:
 # ---- names and values ------------------------------------------------------------------------------------------------
 
 
-def _named(item: Given, command: str) -> Given:
+def _named(item: Given) -> Given:
     """Returns a flag whose value shows what was meant: a file of options of a group, or a model."""
-    if item.name == "model.path" and item.value is not None:
-        if Path(item.value).suffix in (".yaml", ".yml") or item.value.lstrip().startswith("{"):
-            return Given("model", item.value)
-        return Given(item.name, _model_folder(item.value))
-    group = item.name.partition(".")[0]
-    if item.name in ("data.calibration", "data.text") and item.value is not None:
-        if Path(item.value).suffix in (".yaml", ".yml") or item.value.lstrip().startswith("{"):
-            return Given(group, item.value)
-    if command != "sweep" and item.name == "dense" and item.value is not None:
-        return Given(item.name, _model_folder(item.value))
-    return item
+    value = item.value
+    if value is None or item.name not in ("model.path", "data.calibration", "data.text", "dense"):
+        return item
+    if item.name != "dense" and (Path(value).suffix in (".yaml", ".yml") or value.lstrip().startswith("{")):
+        return Given(item.name.partition(".")[0], value)
+    return Given(item.name, value if item.name.startswith("data.") else _model_folder(value))
 
 
 def _model_folder(path: str) -> str:

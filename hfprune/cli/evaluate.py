@@ -10,7 +10,6 @@ from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.errors import ConfigError
 
-
 _UNUSED = {
     "model": (
         "objective",

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -38,10 +39,8 @@ def parser_of(command: str) -> LightningArgumentParser:
         raise _ParserFoundError
 
     kind = type("ParserOnly", (CLASSES[command],), {"parse_arguments": stop})
-    try:
+    with suppress(_ParserFoundError):
         kind(command, [])
-    except _ParserFoundError:
-        pass
     return found[0]
 
 

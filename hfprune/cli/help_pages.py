@@ -17,7 +17,7 @@ _SHARED: tuple[tuple[str, str], ...] = (
     ("--print_config", "print all settings as YAML, and stop"),
 )
 _BUDGET = (
-    ("--ratio SHARE", "share of ALL parameters to remove (0.2); or one of --target_params, --intermediate_size"),
+    ("--ratio SHARE", "share of ALL parameters to remove (0.2); or --target_params, --intermediate_size"),
     ("--round_to N", "widths are multiples of N; auto: the largest of 256, 128, 64 that costs at most 3 %"),
     ("--recipe fast|best|paper", "fast (default): activation norms + least squares, one width; best: widths by"),
     ("", "measured KL, loads with hfprune; paper: entropy, exact width"),

@@ -8,13 +8,13 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from hfprune.allocation.round_to import RoundTo
 from hfprune.callbacks import (
     LoraPruningCallback,
     PruningCallback,
     SparsePruningCallback,
     TaylorImportanceCallback,
 )
-from hfprune.allocation.round_to import RoundTo
 from hfprune.cli.argument_errors import class_path_of, import_error
 from hfprune.io.output_folder import STATE_FOLDER
 from hfprune.recovery import LoraRecovery

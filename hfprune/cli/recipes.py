@@ -113,7 +113,8 @@ def check_budget(command: str, given: Sequence["Given"]) -> None:
     own = any(flag.startswith("importance.allocation") for flag in stated)  # it may set the number of units itself
     if command in ("fit", "prune") and not other and not own and not stated.keys() & set(BUDGETS):
         raise ConfigError(
-            f"Give exactly one of {', '.join('--' + name for name in BUDGETS)}; none was given. For example --ratio 0.2."
+            f"Give exactly one of {', '.join('--' + name for name in BUDGETS)}; none was given. For example: "
+            "--ratio 0.2."
         )
 
 

@@ -404,7 +404,7 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--data.eval_window=999"], "more than the 64 positions"),
         (["--data.text=empty.txt"], "holds no text"),
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
-        (["--output=folder"], "output='folder' is a folder"),
+        (["--output=folder"], "--output 'folder' is a folder"),
         (["--output=empty.txt/eval.json"], "'empty.txt/eval.json' cannot be written"),
         (["--dense_cache=cache"], "dense_cache stores the dense model's predictions and needs dense"),
         (["--dense=./nowhere/at/all"], "--dense './nowhere/at/all' does not exist"),
@@ -483,6 +483,9 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
-    flags = [f"--config={path}"]
+    flags = [
+        f"--config={path}",
+        *(["--output_dir=out", "--pruning_ratio=0.2"] if path.parent.name == "recipes" else []),
+    ]
     cli = CLASSES[command](command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()
