@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(__version__)
         return 0
+    if args[0].startswith("--completion"):
+        return _complete(args)
     if args[0] not in COMMANDS:
         print(_unknown(args[0]), file=sys.stderr)
         return 2
@@ -122,6 +124,19 @@ def _current_folder() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+
+
+def _complete(args: list[str]) -> int:
+    """Prints the completion script for the shell that is named; returns the exit status."""
+    from hfprune.cli.completion import script
+
+    name, _, shell = args[0].partition("=")
+    try:
+        print(script(shell or "".join(args[1:2]), list(COMMANDS)), end="")
+    except HFPruneError as error:
+        print(f"hfprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _unknown(command: str) -> str:
