@@ -66,9 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hfprune {args[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # a full disk, a folder that went away
         if debug:
             raise
@@ -130,7 +127,7 @@ def _complete(args: list[str]) -> int:
     """Prints the completion script for the shell that is named; returns the exit status."""
     from hfprune.cli.completion import script
 
-    name, _, shell = args[0].partition("=")
+    shell = args[0].partition("=")[2]
     try:
         print(script(shell or "".join(args[1:2]), list(COMMANDS)), end="")
     except HFPruneError as error:

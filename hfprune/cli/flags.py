@@ -81,7 +81,7 @@ def sparse_methods() -> list[str]:
 def knows_trainer() -> bool:
     """Returns whether the table was made with the installed release of Lightning, whose Trainer has ``--trainer.*``."""
     try:
-        return version("lightning") == _table()["lightning"]
+        return bool(version("lightning") == _table()["lightning"])
     except PackageNotFoundError:  # installed under its other name, pytorch-lightning
         return False
 

@@ -26,9 +26,10 @@ def plan_of(folder):
     return json.loads(Path(folder, "report.json").read_text())["plan"]
 
 
-def test_prune_then_evaluate_the_output_folder(dense, capsys):
+def test_prune_then_evaluate_the_output_folder(dense, caplog):
+    caplog.set_level("INFO", logger="hfprune")
     assert main(["prune", dense, "--ratio", "0.2", "-o", "out", *TINY_FLAGS]) == 0
-    messages = capsys.readouterr().err
+    messages = caplog.text
     assert "Recipe fast (of best, fast, paper)" in messages
     assert "round_to auto: no multiple of 64 is within 3% of the budget, the width is exact" in messages
     plan = plan_of("out")
@@ -41,7 +42,11 @@ def test_prune_then_evaluate_the_output_folder(dense, capsys):
 def test_a_method_is_the_same_model_in_prune_and_sweep(dense):
     assert main(["prune", dense, "--method", "entropy", "--ratio", "0.2", "-o", "out", *TINY_FLAGS]) == 0
     plan = plan_of("out")
-    assert (plan["criterion"]["name"], plan["objective"], plan["compensation"]) == ("activation_taylor", "entropy", None)
+    assert (plan["criterion"]["name"], plan["objective"], plan["compensation"]) == (
+        "activation_taylor",
+        "entropy",
+        None,
+    )
     Path("words.txt").write_text("The assert is a statement of the language and so is while. " * 20)
     sweep = ["sweep", dense, "--methods", "entropy,fast", "--ratios", "0.2", "--data.text", "words.txt", "-o", "sweep"]
     assert main([*sweep, "--latency", "false", *TINY_DATA_FLAGS]) == 0

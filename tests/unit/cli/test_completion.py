@@ -12,7 +12,7 @@ def completed(*words):
     line = " ".join(f"'{word}'" for word in ("hfprune", *words))
     code = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _hfprune; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(
-        ["bash", "-c", f"{script('bash', list(COMMANDS))}\n{code}"], capture_output=True, text=True, check=True
+        ["/bin/bash", "-c", f"{script('bash', list(COMMANDS))}\n{code}"], capture_output=True, text=True, check=True
     )
     assert not done.stderr
     return done.stdout.split()
