@@ -86,7 +86,7 @@ def test_fisher_brings_its_own_objective(folder):
     [
         ({"criterion": ActivationNorm(), "objective": "entropy"}, "ActivationNorm reads activations .* no objective"),
         ({"criterion": Magnitude(), "objective": "entropy"}, "Magnitude reads weights alone"),
-        ({"criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
+        ({"criterion": Fisher(), "objective": "entropy"}, "not 'entropy'"),
         (
             {"criterion": Magnitude(), "distillation": SelfDistillation()},
             "reads gradients of any objective, .*; Magnitude does not",
