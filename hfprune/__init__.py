@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SparsePruningCallback,
         StructuredPruningCallback,
         TaylorImportanceCallback,
+        load_from_checkpoint,
     )
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
@@ -57,6 +58,7 @@ _HOMES = {
     "WeightTaylor": "hfprune.criteria",
     "apply_plan": "hfprune.io.layouts",
     "load": "hfprune.io.load",
+    "load_from_checkpoint": "hfprune.callbacks",
     "make_plan": "hfprune.functional",
     "mask_plan": "hfprune.models.surgery",
     "refit": "hfprune.functional",
@@ -86,6 +88,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "load",
+    "load_from_checkpoint",
     "make_plan",
     "mask_plan",
     "refit",

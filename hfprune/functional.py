@@ -41,6 +41,7 @@ from hfprune.criteria import (
 from hfprune.io.layouts import apply_plan
 from hfprune.io.layouts.per_layer import cut_of, is_per_layer
 from hfprune.io.load import load
+from hfprune.io.recorded_plan import recorded_plan
 from hfprune.io.save import export_model
 from hfprune.models import class_name, config_values, find_groups
 from hfprune.objectives import OBJECTIVES
@@ -293,8 +294,8 @@ def save(
         folder: The model folder. Nothing may be there, or an empty folder, or, with ``overwrite``, a model that hfprune
             wrote.
         tokenizer: Its tokenizer, saved with it; optional.
-        plan: What was pruned, saved as ``plan.json``. If not given: the model's own plan where its layers differ in
-            width, else a plan that keeps all that is there.
+        plan: What was pruned, saved as ``plan.json``. If not given: the plan that was applied to the model last, or
+            a plan that keeps all that is there.
         layout: ``uniform`` (``AutoModelForCausalLM.from_pretrained`` loads it), ``per_layer`` (:func:`load` does),
             ``padded`` or ``bitmask``.
         overwrite: Replace a model that hfprune wrote.
@@ -320,10 +321,10 @@ def save(
 
 
 def _own_plan(model: Any) -> PruningPlan:
-    """Returns the last plan of a model whose layers differ, else one that keeps all."""
+    """Returns the last plan of a pruned model, else one that keeps all."""
     if is_per_layer(model.config):
         return cut_of(model.config).plans[-1]
-    return make_plan(model, keep={})
+    return recorded_plan(model) or make_plan(model, keep={})
 
 
 def _data(batches: Iterable[Any]) -> CalibrationData:

@@ -237,7 +237,7 @@ class PruneTrainer(Trainer):
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
-    ) -> None:
+    ) -> PruningPlan:
         """Calibrates and prunes, without recovery: the same phase as in ``fit``, and no loop after it.
 
         Trainer and callbacks have their own settings again afterwards, so that ``fit`` trains.
@@ -246,6 +246,9 @@ class PruneTrainer(Trainer):
             model: The dense model's module.
             datamodule: Provides ``calibration_dataloader()``.
             ckpt_path: Checkpoint of an interrupted run to go on from.
+
+        Returns:
+            The plan that was applied; with several callbacks that prune, the last one's.
 
         Raises:
             ConfigError: The trainer has no callback that prunes.
@@ -262,6 +265,9 @@ class PruneTrainer(Trainer):
             restored.enter_context(_changed(self, limit_train_batches=0, limit_val_batches=0, num_sanity_val_steps=0))
             warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        plan = found[-1].plan
+        assert plan is not None, "fit has applied it"
+        return plan
 
     def evaluate(
         self,

@@ -23,7 +23,6 @@ from hfprune.callbacks.communicator import LightningCommunicator, say
 from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
-from hfprune.io.checkpoint_record import Record
 from hfprune.models import class_name, find_spec
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import as_batch, sequences
@@ -33,7 +32,7 @@ from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
 from hfprune.pruning.hooks import evaluating
 from hfprune.pruning.planner import versions
-from hfprune.recovery.masked import hold_zeros, mask_adapters
+from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
 from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
 from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
@@ -238,12 +237,6 @@ class SparsePruningCallback(PruningCallback):
         self._settings = _data_settings(trainer)
         super()._save(trainer, checkpoint)
 
-    def _replay(self, trainer: Trainer, record: Record) -> None:
-        assert self._target is not None
-        super()._replay(trainer, record)
-        if self.keep_zeros:
-            mask_adapters(self._target.model)
-
     # ---- the work ----------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer, target: Target) -> None:
@@ -263,11 +256,6 @@ class SparsePruningCallback(PruningCallback):
         seconds = time.perf_counter() - start
         say(trainer, f"Made {zeros:,} of {weights:,} weights zero ({zeros / weights:.2%}) in {seconds:.1f} s.")
         return plan
-
-    def _add_adapters(self, target: Target) -> None:
-        super()._add_adapters(target)
-        if self.recovery is not None and self.keep_zeros:
-            mask_adapters(target.model)
 
     def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
         if self.keep_zeros:

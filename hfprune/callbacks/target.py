@@ -1,6 +1,8 @@
 """Targets: the model inside a LightningModule that a callback prunes, its groups and its objective."""
 
+import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from hfprune.io.checkpoint_record import Phase, Record
+from hfprune.io.load import load_causal_lm
 from hfprune.models import find_groups, is_supported
 from hfprune.models.forward import run_backbone
 from hfprune.modules.causal_lm import PruningModule
@@ -15,7 +18,7 @@ from hfprune.objectives import Objective
 from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.pruning.prunable import Prunable
-from hfprune.recovery.lora import LoraRecovery, check_lora
+from hfprune.recovery.lora import LoraRecovery, check_lora, merge_lora
 from hfprune.utils.errors import ConfigError
 
 
@@ -61,6 +64,60 @@ class Target(Prunable):
     @abstractmethod
     def check_training(self, *, adapters: bool) -> None:
         """Raises ``ConfigError`` where the module cannot train its weights or adapters, before it is calibrated."""
+
+    # ---- what a report reads -----------------------------------------------------------------------------------------
+
+    def check_measurable(self) -> None:
+        """Raises ``ConfigError`` where there is no Hugging Face model to measure and to export."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str | None:
+        """Folder or hub id of the dense model, where it is known."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where the module has none."""
+
+    @abstractmethod
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the trained model with its adapters merged, to be measured.
+
+        Args:
+            merge: The adapters may be merged for good.
+        """
+
+    @abstractmethod
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Returns the model without adapters, to be exported.
+
+        Args:
+            merge: Merge the adapters; else they are left out.
+        """
+
+    @property
+    @abstractmethod
+    def adapted(self) -> Any:
+        """PEFT's model around the model; None without adapters."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns ``function(*args)``, where a sharded model has its head and embeddings whole."""
+        return function(*args)
+
+    def load_dense(self) -> Any:
+        """Returns the dense model, loaded again; None where it comes from nowhere else."""
+        return None
+
+    def training_figures(self) -> dict[str, Any]:
+        """Returns what recovery read and computed, as far as it was counted."""
+        return {}
+
+    def run_facts(self) -> dict[str, Any]:
+        """Returns what a report says about how the run was resumed and what recovery learnt from."""
+        return {"resumed": [], "distillation": None}
+
+    # ---- a run of a trainer ------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +222,52 @@ class ModuleTarget(Target):
 
     def forward(self, item: Any, index: int) -> None:
         """Runs the model without its head."""
-        self.module.run(run_backbone, self.module.causal_lm, item)
+        self.run(run_backbone, self.module.causal_lm, item)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function where the model is whole."""
+        return self.module.run(function, *args)
+
+    @property
+    def source(self) -> str | None:
+        """The module's path."""
+        path: str = self.module.path
+        return path
+
+    @property
+    def tokenizer(self) -> Any:
+        """The module's tokenizer."""
+        return self.module.tokenizer
+
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the module's model, or a merged copy where its adapters have to stay."""
+        if merge or not self.module.lora:
+            return self.module.unwrap()
+        return merge_lora(copy.deepcopy(self.module.model))
+
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Merges or drops the module's adapters."""
+        return self.module.unwrap(merge=merge)
+
+    @property
+    def adapted(self) -> Any:
+        """The module's model."""
+        return self.module.model if self.module.lora else None
+
+    def load_dense(self) -> Any:
+        """Returns the model of the module's path."""
+        return load_causal_lm(self.module.path, dtype=self.module.dtype_name, revision=self.module.revision)
+
+    def training_figures(self) -> dict[str, Any]:
+        """Returns tokens, FLOPs and seconds of recovery."""
+        module = self.module
+        cost = {"tokens": module.seen_tokens, "flops": module.training_flops, "seconds": module.training_seconds}
+        return {"supervised_tokens": module.trained_tokens, "training": cost}
+
+    def run_facts(self) -> dict[str, Any]:
+        """Returns the module's resumes and its distillation."""
+        distillation = self.module.distillation
+        return {"resumed": self.module.resumed, "distillation": distillation.to_dict() if distillation else None}
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""

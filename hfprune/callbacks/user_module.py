@@ -1,8 +1,10 @@
 """Targets in LightningModules of somebody else."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from hfprune.callbacks.target import ModuleTarget, Target
 from hfprune.io.checkpoint_record import Phase, Record
 from hfprune.io.layouts import apply_plan
 from hfprune.io.layouts.apply import restate_width
+from hfprune.io.recorded_plan import record_plan
 from hfprune.models import ARCHITECTURES, Neurons, class_name, custom_groups, find_groups, is_supported
 from hfprune.models.fingerprint import structure_fingerprint
 from hfprune.models.forward import objective_sum, run_backbone
@@ -23,7 +26,9 @@ from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
-from hfprune.recovery.lora import LoraRecovery, add_lora
+from hfprune.recovery.adapters import PrunedPeftModel
+from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
+from hfprune.recovery.masked import mask_adapters
 from hfprune.utils.errors import CalibrationError, ConfigError, HFPruneError
 
 _STATE = "_hfprune"  # attribute of the module that remembers what was done to it
@@ -51,7 +56,17 @@ class ForeignTarget(Target):
         neurons: Sequence[Neurons] = (),
     ) -> None:
         self.module, self.objective, self._name, self._neurons = module, objective, model, tuple(neurons)
+        self._described = bool(self._neurons)
         self._check_objective()
+
+    @classmethod
+    def of_record(cls, module: LightningModule, record: Record) -> "ForeignTarget":
+        """Returns the target of a module that was just built, as the run that wrote a checkpoint had it."""
+        found = record.plan.provenance.get("model", {}) if record.plan is not None else {}
+        several = len({id(m) for m in module.modules() if is_supported(m)}) > 1
+        target = cls(module, OBJECTIVES.get("entropy"), model=found.get("name") if several else None)
+        target._described = record.plan is not None and record.plan.model_class == class_name(module)
+        return target
 
     def _check_objective(self) -> None:
         kind = type(self.module).__name__
@@ -84,7 +99,7 @@ class ForeignTarget(Target):
         Raises:
             ConfigError: No supported model is in the module, or several are.
         """
-        if self._neurons:
+        if self._described:
             return self.module
         if self._name is not None:
             return self._named(self._name)
@@ -130,7 +145,7 @@ class ForeignTarget(Target):
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
         """Returns the described groups, or those of the Hugging Face model's unit kinds."""
-        return custom_groups(model, self._neurons) if self._neurons else find_groups(model, self.units)
+        return custom_groups(model, self._neurons) if self._described else find_groups(model, self.units)
 
     def shapes(self) -> Any:
         """Returns the model."""
@@ -192,7 +207,7 @@ class ForeignTarget(Target):
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""
         apply_plan(self.model, plan)
-        if self._neurons:
+        if self._described:
             _restate(self.module, plan)
         self._state["plan"] = plan
 
@@ -202,18 +217,76 @@ class ForeignTarget(Target):
         Raises:
             ConfigError: The model is not a Hugging Face model within the module.
         """
-        model = self.model
-        name = next((n for n, m in self.module.named_modules() if m is model), "")
-        if self._neurons or not name:
+        model, name = self.model, self.name
+        if not name:
             raise ConfigError(
                 "recovery=LoraRecovery adapts Hugging Face models; without it the pruned model trains on."
             )
-        owner, _, attribute = name.rpartition(".")
         self.module.requires_grad_(False)
         wrapped = add_lora(model, lora, seed=self._state.get("seed", 0))
         wrapped.plan = self.plan
-        setattr(self.module.get_submodule(owner), attribute, wrapped)
+        if self.plan is not None and self.plan.provenance.get("keep_zeros"):
+            mask_adapters(wrapped)
+        self._put(name, wrapped)
         self._state["lora"] = lora.to_dict()
+
+    def merge_lora(self) -> None:
+        """Puts the model with its adapters merged in the place of PEFT's; what it was wrapped by is spent."""
+        wrapped = self.adapted
+        if wrapped is not None:
+            name = next(name for name, module in self.module.named_modules() if module is wrapped)
+            self._put(name, merge_lora(wrapped))
+            del self._state["lora"]
+
+    @property
+    def name(self) -> str:
+        """Name of the Hugging Face model within the module; empty for described neurons."""
+        model = self.model
+        return next((name for name, module in self.module.named_modules() if module is model), "")
+
+    def _put(self, name: str, model: nn.Module) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(self.module.get_submodule(owner), attribute, model)
+
+    # ---- what a report reads -----------------------------------------------------------------------------------------
+
+    def check_measurable(self) -> None:
+        """Raises ``ConfigError`` for described neurons: there is no Hugging Face model."""
+        if self._described:
+            raise ConfigError(
+                f"ReportCallback measures and exports a Hugging Face model, and the neurons of "
+                f"{type(self.module).__name__} are described by neurons=...: remove the callback, and save the "
+                "module's state_dict."
+            )
+
+    @property
+    def source(self) -> str | None:
+        """Where the model says that it was loaded from."""
+        return getattr(self.model.config, "_name_or_path", None) or None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The attribute ``tokenizer`` of the module."""
+        return getattr(self.module, "tokenizer", None)
+
+    @property
+    def adapted(self) -> Any:
+        """The PEFT model that was put in the model's place."""
+        return next((m for m in self.module.modules() if isinstance(m, PrunedPeftModel)), None)
+
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the model, or a merged copy of it: the module keeps its adapters."""
+        return self.unwrapped(merge=True)
+
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Returns the model, or a copy without adapters: the module keeps them."""
+        wrapped = self.adapted
+        if wrapped is None:
+            return self.model
+        alone = copy.deepcopy(wrapped)
+        return merge_lora(alone) if merge else alone.unload()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns what was noted and done."""
@@ -228,7 +301,7 @@ class ForeignTarget(Target):
         )
 
     def replay(self, record: Record) -> None:
-        """Rebuilds plan and adapters on a module that was made anew."""
+        """Rebuilds plan and adapters on a module that was just built."""
         if self.plan is None:
             self._state["fingerprint"] = structure_fingerprint(self.model)
         record.check_model(self._state["fingerprint"], class_name(self.model))
@@ -239,9 +312,10 @@ class ForeignTarget(Target):
             self.add_lora(LoraRecovery(**record.lora))
 
     def describe(self) -> dict[str, Any]:
-        """Returns the classes and the structure's fingerprint."""
+        """Returns the classes, the model's name within the module, and the structure's fingerprint."""
         return {
             "module": type(self.module).__name__,
+            "name": self.name,
             "class": class_name(self.model),
             "fingerprint": self._state.get("fingerprint"),
         }
@@ -293,3 +367,19 @@ def _restate(module: nn.Module, plan: PruningPlan) -> None:
                 "layer.",
                 stacklevel=2,
             )
+        else:
+            record_plan(model, _within(plan, inside, prefix, class_name(model)))
+
+
+def _within(plan: PruningPlan, groups: Sequence[Group], prefix: str, model_class: str) -> PruningPlan:
+    """Returns the part of a plan that concerns a model called ``prefix`` in a module, in names of that model."""
+    renamed = {
+        group.name: replace(
+            group,
+            name=group.name.removeprefix(prefix),
+            slices=tuple(replace(s, module=s.module.removeprefix(prefix)) for s in group.slices),
+        )
+        for group in groups
+    }
+    keep = {group.name: plan.keep[name] for name, group in renamed.items()}
+    return replace(plan, model_class=model_class, groups=tuple(renamed.values()), keep=keep)

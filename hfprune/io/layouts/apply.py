@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hfprune.io.layouts.base import Cut
 from hfprune.io.layouts.per_layer import cut_of, dense_config, finish, is_per_layer, stock_config, to_stock
+from hfprune.io.recorded_plan import record_plan
 from hfprune.models import find_spec, surgery
 from hfprune.plan import PruningPlan
 
@@ -19,7 +20,8 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the plan's kept units; its config then describes it.
 
     Where one value per config field can express the result, the config stays a stock one. Else it becomes one whose
-    layers differ (:mod:`hfprune.io.layouts.per_layer`), which ``save_pretrained`` writes with the plan.
+    layers differ (:mod:`hfprune.io.layouts.per_layer`). ``save_pretrained`` of the model writes the plan in both cases
+    (:mod:`hfprune.io.recorded_plan`).
 
     Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
 
@@ -50,6 +52,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     dense = dense_config(config)
     before = cut_of(config).plans if is_per_layer(config) else ()
     surgery.apply_plan(model, plan)
+    record_plan(model, plan)
     if not_expressed(model) is None:
         to_stock(config)
         return

@@ -1,0 +1,58 @@
+"""Pruning metrics: what a plan removed and what it cost, as numbers for the trainer's loggers."""
+
+from collections import defaultdict
+
+from lightning import Trainer
+
+from hfprune.plan import PruningPlan
+
+
+def pruning_metrics(
+    plan: PruningPlan, *, before: int, after: int, calibration_seconds: float | None = None
+) -> dict[str, float]:
+    """Returns the figures of a pruning by their names in loggers.
+
+    Args:
+        plan: What was pruned.
+        before: Parameters of the dense model.
+        after: Parameters of the pruned model.
+        calibration_seconds: Time from the first calibration batch to the plan, in seconds.
+
+    Returns:
+        ``pruning/params_before``, ``pruning/params_after`` and ``pruning/removed_share``; for each unit kind
+        ``pruning/KIND_kept_share`` and the ``min``, ``mean`` and ``max`` of the units that a group (a layer) keeps, as
+        ``pruning/KIND_width_min`` and so on; ``pruning/calibration_seconds`` and ``pruning/calibration_tokens`` where
+        there was a calibration; ``pruning/zero_share`` where single weights were set to zero.
+
+    >>> from hfprune.plan import Group
+    >>> groups = tuple(Group(name=str(i), kind="mlp", num_units=8, slices=()) for i in range(2))
+    >>> plan = PruningPlan(model_class="M", groups=groups, keep={"0": range(4), "1": range(6)}, config={})
+    >>> pruning_metrics(plan, before=100, after=75)["pruning/removed_share"]
+    0.25
+    >>> {name: n for name, n in pruning_metrics(plan, before=100, after=75).items() if "mlp" in name}
+    {'pruning/mlp_kept_share': 0.625, 'pruning/mlp_width_min': 4.0, 'pruning/mlp_width_mean': 5.0, 'pruning/mlp_width_max': 6.0}
+    """
+    found = {"params_before": float(before), "params_after": float(after), "removed_share": 1 - after / before}
+    widths: dict[str, list[int]] = defaultdict(list)
+    dense: dict[str, int] = defaultdict(int)
+    for group in plan.groups:
+        widths[group.kind].append(len(plan.keep[group.name]))
+        dense[group.kind] += group.num_units
+    for kind, kept in widths.items():
+        found[f"{kind}_kept_share"] = sum(kept) / dense[kind]
+        found |= {f"{kind}_width_min": float(min(kept)), f"{kind}_width_mean": sum(kept) / len(kept)}
+        found[f"{kind}_width_max"] = float(max(kept))
+    calibration = plan.provenance.get("calibration")
+    if calibration and calibration_seconds is not None:
+        found["calibration_seconds"] = calibration_seconds
+        if calibration.get("tokens") is not None:
+            found["calibration_tokens"] = float(calibration["tokens"])
+    if "sparsity" in plan.provenance:
+        found["zero_share"] = float(plan.provenance["sparsity"]["achieved"])
+    return {f"pruning/{name}": value for name, value in found.items()}
+
+
+def log_pruning(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Logs the figures of a pruning to every logger of ``trainer``, at its current step; without loggers nothing."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
