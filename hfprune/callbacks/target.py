@@ -45,6 +45,10 @@ class Target(Prunable):
         """Adds adapters."""
 
     @abstractmethod
+    def merge_lora(self) -> None:
+        """Merges the adapters into the weights of the module, for good; does nothing without adapters."""
+
+    @abstractmethod
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns the pruning state that checkpoints carry."""
 
@@ -276,6 +280,10 @@ class ModuleTarget(Target):
     def add_lora(self, lora: LoraRecovery) -> None:
         """Adds adapters."""
         self.module.add_lora(lora)
+
+    def merge_lora(self) -> None:
+        """Merges the module's adapters."""
+        self.module.unwrap(merge=True)
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns the module's record."""
