@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*num_workers"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
 WINDOWS = token_ids(3, 16, seed=5)
@@ -55,7 +56,7 @@ def taylor(**kwargs):
 
 
 def rows(folder):
-    return list(csv.DictReader((folder / "metrics.csv").open()))
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
 
 
 def logits(model):
@@ -201,7 +202,7 @@ def test_zeros_are_logged():
 
 
 def test_tensorboard_gets_the_figures(tmp_path):
-    pytest.importorskip("tensorboardX", reason="TensorBoardLogger needs tensorboardX or tensorboard")
+    pytest.importorskip("tensorboard", reason="TensorBoardLogger needs tensorboard", exc_type=ImportError)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer(taylor(), logger=TensorBoardLogger(tmp_path)).fit(FineTuner())
@@ -224,7 +225,7 @@ def test_the_plan_is_public(tmp_path):
     folder = save_tiny(tmp_path / "dense")
     quiet = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     second = StructuredPruningCallback(0.2, criterion=ActivationNorm())
-    data = TextDataModule(seq_len=16, calibration_sequences=4)
+    data = TextDataModule(seq_len=16, calibration_sequences=4, eval_windows=0)
     plan = PruneTrainer(accelerator="cpu", devices=1, callbacks=[second], **quiet).prune(PruningModule(folder), data)
     assert plan == second.plan
     assert plan.widths()
@@ -303,7 +304,9 @@ def test_a_resumed_run_reports_what_was_measured_before(tmp_path):
     report = ReportCallback(str(tmp_path / "out"), text=WINDOWS, latency=False, overwrite=True)
     trainer(taylor(), report, max_epochs=2).fit(FineTuner(), ckpt_path=str(tmp_path / "checkpoints/last.ckpt"))
     after = json.loads((tmp_path / "out/report.json").read_text())["stages"]
-    assert {name: after[name] for name in first.stages} == first.stages
+    assert {name: stage["seconds"] for name, stage in first.stages.items()}.items() <= {
+        name: stage["seconds"] for name, stage in after.items()
+    }.items()  # the dense and the pruned model were not measured again
     assert after["recovered"]["optimizer_steps"] == 12
     assert after["recovered"]["perplexity"]["value"] > 1
 
