@@ -221,7 +221,8 @@ class ReportCallback(Callback, PruningEvents):
         state = {name: whole(p.detach()) for name, p in adapted.named_parameters() if "lora_" in name}
         if trainer.is_global_zero:
             with replaced_folder(self.output_dir / ADAPTER_FOLDER) as stage:
-                base, adapted.plan, adapted.base_folder = adapted.base_folder, target.plan, self.output_dir / MODEL_FOLDER
+                base, adapted.base_folder = adapted.base_folder, self.output_dir / MODEL_FOLDER
+                adapted.plan = target.plan
                 try:
                     adapted.save_pretrained(stage, state_dict=state)
                 finally:

@@ -44,7 +44,8 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: str | Path
     """
     if Path(checkpoint_path).is_dir():
         raise ConfigError(
-            f"checkpoint_path='{checkpoint_path}' is a folder of shards: restore it with fit or validate and its strategy."
+            f"checkpoint_path='{checkpoint_path}' is a folder of shards: restore it with fit or validate, under the "
+            "strategy that wrote it."
         )
     if issubclass(module_class, PruningModule):  # which applies the plan itself
         return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
@@ -62,7 +63,7 @@ def _replaying(module_class: type[LightningModule]) -> Iterator[None]:
     kinds = [kind for kind in _family(module_class) if kind is module_class or "on_load_checkpoint" in vars(kind)]
     own = {kind: vars(kind).get("on_load_checkpoint") for kind in kinds}
     for kind in kinds:
-        kind.on_load_checkpoint = _after_replay(kind.on_load_checkpoint)  # type: ignore[method-assign]
+        kind.on_load_checkpoint = _after_replay(kind.on_load_checkpoint)
     try:
         yield
     finally:
@@ -70,7 +71,7 @@ def _replaying(module_class: type[LightningModule]) -> Iterator[None]:
             if method is None:
                 del kind.on_load_checkpoint
             else:
-                kind.on_load_checkpoint = method  # type: ignore[method-assign]
+                kind.on_load_checkpoint = method
 
 
 def _family(kind: type[Any]) -> set[type[Any]]:

@@ -34,10 +34,11 @@ from hfprune.pruning.hooks import evaluating
 from hfprune.pruning.planner import versions
 from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
-from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
+from hfprune.sparse import SavedLayers, SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
 from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
 from hfprune.sparse.layer import SparseLayer
 from hfprune.sparse.state import LayerState
+from hfprune.utils.deprecation import old_keyword
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
@@ -110,6 +111,10 @@ def _model_on_cpu(model: nn.Module, offload: Offload | None, device: torch.devic
         model.to(device)
 
 
+def _saved_layers(state_dir: str | Path | None, fresh: bool) -> SavedLayers | None:
+    return None if state_dir is None else SavedLayers(folder=state_dir, fresh=fresh)
+
+
 class SparsePruningCallback(PruningCallback):
     """Sets single weights, or N:M groups of them, to zero in ``on_fit_start``, then hands the model to training.
 
@@ -132,9 +137,8 @@ class SparsePruningCallback(PruningCallback):
             data.
         offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
             layer of the model at a time is on the accelerator; None keeps everything on the device.
-        state_dir: Folder for finished layers, from which an interrupted run continues; None keeps none. It must be new,
-            empty or of an earlier run: a folder with other files is refused, and no other file is ever removed.
-        fresh: Drop the layers of an earlier run in ``state_dir``.
+        state_dir: Folder for finished layers, from which an interrupted run continues, or a
+            :class:`~hfprune.sparse.SavedLayers` that drops those of an earlier run; None keeps none.
         model: Name of the Hugging Face model within a module of your own, needed when it holds several.
 
     Raises:
@@ -148,7 +152,8 @@ class SparsePruningCallback(PruningCallback):
 
     prunes: ClassVar[Literal["units", "weights"]] = "weights"
 
-    def __init__(  # noqa: PLR0913
+    @old_keyword("fresh", "state_dir", "state_dir=SavedLayers(folder=..., fresh=True)", _saved_layers)
+    def __init__(
         self,
         *,
         method: SparseMethod | str,
@@ -159,8 +164,7 @@ class SparsePruningCallback(PruningCallback):
         keep_zeros: bool = True,
         calibration_batches: int | None = None,
         offload: Offload | None = None,
-        state_dir: str | Path | None = None,
-        fresh: bool = False,
+        state_dir: str | Path | SavedLayers | None = None,
         model: str | None = None,
     ) -> None:
         check_positive(calibration_batches=calibration_batches)
@@ -182,8 +186,10 @@ class SparsePruningCallback(PruningCallback):
             raise ConfigError(f"update='{update}' is unknown. Known: sparsegpt.")
         self.update = SparseGPT() if isinstance(update, str) else update
         self.allocation, self.keep_zeros = allocation, keep_zeros
-        self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh
-        self.state_dir = None if state_dir is None else Path(state_dir)
+        self.calibration_batches, self.offload = calibration_batches, offload
+        saved = state_dir if isinstance(state_dir, SavedLayers | None) else SavedLayers(folder=state_dir)
+        self.state_dir = None if saved is None else Path(saved.folder)
+        self.fresh = saved is not None and saved.fresh
         self.model = model
         self.layers: list[SparseLayer] = []
         """The error and the zeros of each layer, after pruning."""

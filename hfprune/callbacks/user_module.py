@@ -1,10 +1,8 @@
 """Targets in LightningModules of somebody else."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +10,11 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from hfprune.callbacks.described_neurons import restate_widths
 from hfprune.callbacks.target import ModuleTarget, Target
 from hfprune.io.checkpoint_record import Phase, Record
 from hfprune.io.layouts import apply_plan
-from hfprune.io.layouts.apply import restate_width
-from hfprune.io.recorded_plan import record_plan
 from hfprune.models import ARCHITECTURES, Neurons, class_name, custom_groups, find_groups, is_supported
 from hfprune.models.fingerprint import structure_fingerprint
 from hfprune.models.forward import objective_sum, run_backbone
@@ -208,7 +204,7 @@ class ForeignTarget(Target):
         """Cuts the model."""
         apply_plan(self.model, plan)
         if self._described:
-            _restate(self.module, plan)
+            restate_widths(self.module, plan)
         self._state["plan"] = plan
 
     def add_lora(self, lora: LoraRecovery) -> None:
@@ -348,38 +344,3 @@ def find_target(
             raise ConfigError("model=... and neurons=... describe modules of your own; a PruningModule needs neither.")
         return ModuleTarget(module, chosen)
     return ForeignTarget(module, chosen, model=model, neurons=neurons)
-
-
-def _restate(module: nn.Module, plan: PruningPlan) -> None:
-    """Makes configs of Hugging Face models in ``module`` state described widths; warns where none can."""
-    models = {name: m for name, m in module.named_modules() if isinstance(m, PreTrainedModel)}
-    for name, model in models.items():
-        prefix = f"{name}." if name else ""
-        inside = [group for group in plan.groups if all(s.module.startswith(prefix) for s in group.slices)]
-        if not inside or any(name.startswith(f"{other}.") for other in models):  # parts of a model share its config
-            continue
-        widths = {(group.num_units, len(plan.keep[group.name])) for group in inside}
-        reason = "layers differ" if len(widths) > 1 else restate_width(model, *next(iter(widths)))
-        if reason is not None:
-            warnings.warn(
-                f"No config of {type(model).__name__} states what is left of '{name}' ({reason}): from_pretrained will "
-                "not load what its save_pretrained writes. Save its state_dict, or give neurons of one width in every "
-                "layer.",
-                stacklevel=2,
-            )
-        else:
-            record_plan(model, _within(plan, inside, prefix, class_name(model)))
-
-
-def _within(plan: PruningPlan, groups: Sequence[Group], prefix: str, model_class: str) -> PruningPlan:
-    """Returns the part of a plan that concerns a model called ``prefix`` in a module, in names of that model."""
-    renamed = {
-        group.name: replace(
-            group,
-            name=group.name.removeprefix(prefix),
-            slices=tuple(replace(s, module=s.module.removeprefix(prefix)) for s in group.slices),
-        )
-        for group in groups
-    }
-    keep = {group.name: plan.keep[name] for name, group in renamed.items()}
-    return replace(plan, model_class=model_class, groups=tuple(renamed.values()), keep=keep)

@@ -1,7 +1,8 @@
 """Recorded plan: a model that was pruned in memory knows its plan, and its ``save_pretrained`` writes ``plan.json``.
 
 Only the pruned instance is changed: an object in the place of its ``save_pretrained`` calls the method of its class and
-writes the plan next to the weights. It survives pickling and ``copy.deepcopy``. Classes of transformers stay as they are.
+writes the plan next to the weights. It survives pickling and ``copy.deepcopy``. The classes of transformers stay as
+they are.
 """
 
 import weakref
@@ -32,7 +33,7 @@ class PlanWriter:
             args: Other arguments of the class's ``save_pretrained``; the first is ``is_main_process``.
             kwargs: The same by name.
         """
-        model = self._model()
+        model: Any = self._model()
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
         main = args[0] if args else kwargs.get("is_main_process", True)
         if main and Path(save_directory).is_dir():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from hfprune.utils.errors import ConfigError, OutputError
 from hfprune.utils.files import OwnFolder, write_json, write_tensors
 
 _SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayers:
+    """Where a sparse run keeps the layers that it has finished.
+
+    Attributes:
+        folder: New, empty or of an earlier run: a folder with other files is refused, and no other file is removed.
+        fresh: Drop the layers of an earlier run.
+    """
+
+    folder: str | Path
+    fresh: bool = False
 
 
 class LayerState:

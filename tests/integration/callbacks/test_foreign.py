@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from hfprune import ActivationTaylor, LoraRecovery, Neurons, TaylorImportanceCallback
+from hfprune import ActivationTaylor, LoraRecovery, Neurons, PruningPlan, TaylorImportanceCallback, apply_plan
 from hfprune.models import find_groups, parameter_count
 from hfprune.models.surgery import mask_plan
 from hfprune.utils.errors import ConfigError, HFPruneError
@@ -259,6 +259,10 @@ def test_described_neurons_of_a_hugging_face_model_change_its_config(name, names
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+    dense = tiny(name, dtype=torch.float32)
+    apply_plan(dense, PruningPlan.load(tmp_path))  # its names are those of the model, not of the module around it
+    shapes = {key: tensor.shape for key, tensor in dense.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
 def test_described_neurons_that_no_config_states_are_warned_of():
