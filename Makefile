@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links wheel format bench clean
+.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links docs wheel format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,7 @@ test: $(STAMP)  ## the default tests, two files at a time (JOBS=N for more)
 
 test-slow: $(STAMP)  ## the tests that take minutes on the embedded model
 	$(BIN)/python -m pytest -m slow --timeout 1800
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest -m hypothesis --timeout 1800
 
 OLD := .transformers4
 OLD_RELEASES := 4.38.2:0.15.2 4.42.4:0.19.1 4.46.3:0.20.3 4.51.3:0.21.4 4.57.6:0.22.2
@@ -71,6 +72,22 @@ check: $(STAMP)  ## linters, types, import contracts, spelling
 links: $(STAMP)  ## relative links and anchors of the Markdown files
 	$(BIN)/python -m pytest tests/unit/test_links.py
 
+# The API pages are read from the sources, so torch is not needed: the site has an environment of its own.
+DOCS_VENV ?= .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
+$(DOCS_STAMP): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(DOCS_VENV)/bin/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+	  print(p['options.extras_require']['docs'].strip())" > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet -r $(DOCS_VENV)/requirements.txt -c constraints.txt
+	touch $@
+
+docs: $(DOCS_STAMP)  ## the documentation site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@! grep -rnE '<(script|link|img|iframe)[^>]* (src|href)="(https?:)?//' site --include='*.html' || \
+	  (echo "the site loads files of other hosts"; exit 1)
+
 wheel: $(STAMP)  ## build the wheel into dist/, and test one outside the repository
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python -m pytest -m slow tests/integration/test_configs_by_name.py --timeout 600
@@ -86,4 +103,4 @@ bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passe
 	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLD) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) .venv-lowest .venv-newest $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hfprune.models.surgery import mask_plan
     from hfprune.modules import PruningModule
     from hfprune.plan import Budget, PruningPlan
+    from hfprune.publishing.card import model_card
+    from hfprune.publishing.push import push
     from hfprune.recovery import LoraRecovery
     from hfprune.trainer import PruneTrainer
 
@@ -61,6 +63,8 @@ _HOMES = {
     "load_from_checkpoint": "hfprune.callbacks",
     "make_plan": "hfprune.functional",
     "mask_plan": "hfprune.models.surgery",
+    "model_card": "hfprune.publishing.card",
+    "push": "hfprune.publishing.push",
     "refit": "hfprune.functional",
     "save": "hfprune.functional",
     "score": "hfprune.functional",
@@ -91,6 +95,8 @@ __all__ = [
     "load_from_checkpoint",
     "make_plan",
     "mask_plan",
+    "model_card",
+    "push",
     "refit",
     "save",
     "score",

@@ -1,4 +1,4 @@
-"""Old module paths, which work for one release with a ``DeprecationWarning`` that names the new path."""
+"""Old module paths, which still work for one release with a ``DeprecationWarning``."""
 
 import importlib
 import importlib.util
@@ -137,7 +137,7 @@ MODULES = {
     "hfprune.tensor_files": "hfprune.utils.files",
     "hfprune.types": "hfprune.plan",
 }
-"""Old module -> new module, which holds all of its names but those in ``NAMES``."""
+"""Old module -> new module of all names that are not in ``NAMES``."""
 
 NAMES = {
     "hfprune.callbacks.calibrate": {
@@ -174,7 +174,7 @@ NAMES = {
         "packed_hidden": "hfprune.models.forward.forward_packed",
     },
 }
-"""Old module -> its names whose home or spelling differs, with their new paths."""
+"""Old module -> old name -> new path, for names that were moved elsewhere or renamed."""
 
 
 RENAMED = {
@@ -185,23 +185,28 @@ RENAMED = {
 
 
 def renamed(module: str, name: str) -> Any:
-    """Returns what an old public name stands for, with a ``FutureWarning``; called by ``__getattr__`` of modules.
+    """Returns the object of an old public name, with a ``FutureWarning``; for ``__getattr__`` of modules.
+
+    Args:
+        module: The module that is asked for the name.
+        name: The name.
 
     Raises:
-        AttributeError: The name was never there.
+        AttributeError: The name is unknown.
     """
     if name not in RENAMED:
         raise AttributeError(f"module '{module}' has no attribute '{name}'")
     home, _, new = RENAMED[name].rpartition(".")
-    warnings.warn(f"{name} is now {new}; the old name goes away in the next release.", FutureWarning, stacklevel=3)
+    text = f"{name} is now {new}; the old name will be removed in the next release."
+    warnings.warn(text, FutureWarning, stacklevel=3)
     return getattr(importlib.import_module(home), new)
 
 
 class _Names(ModuleType):
-    """An old module whose names are in several places, or have other names, now."""
+    """Old module whose names were moved to several modules or renamed."""
 
     def __getattr__(self, name: str) -> Any:
-        """Imports a name from its new home."""
+        """Imports a name from its new module."""
         known = NAMES[self.__name__]
         if name in known:
             home, _, new = known[name].rpartition(".")
@@ -245,7 +250,7 @@ class _Finder(MetaPathFinder):
             parent, _, leaf = fullname.rpartition(".")
             if parent not in MODULES:
                 return None
-            new = f"{MODULES[parent]}.{leaf}"  # a module that was never at the old path: not a second copy of it
+            new = f"{MODULES[parent]}.{leaf}"  # a module that never had this path
             if importlib.util.find_spec(new) is None:
                 return None
         if new is not None:
@@ -254,10 +259,11 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Lets old paths be imported. Costs one look-up for each import that is not cached."""
+    """Registers the finder of old paths. It costs one dictionary lookup per import that is not cached."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}; the old path goes away in the next release.", DeprecationWarning, stacklevel=3)
+    text = f"{old} is now {new}; the old path will be removed in the next release."
+    warnings.warn(text, DeprecationWarning, stacklevel=3)

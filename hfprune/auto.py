@@ -1,8 +1,8 @@
-"""``import hfprune.auto``: from then on transformers' Auto classes load what only hfprune writes.
+"""Registration of hfprune's model types with transformers' Auto classes, by ``import hfprune.auto``.
 
-``AutoConfig``, ``AutoModelForCausalLM`` and what is built on them (lm-eval, pipelines) then read folders with
-``model_type`` ``hfprune`` (layers that differ in width) or ``hfprune_bitmask`` (zeros left out), without
-``trust_remote_code``. Everything else of hfprune that reads models imports this.
+``AutoConfig``, ``AutoModelForCausalLM`` and libraries built on them (lm-eval, pipelines) then load folders with
+``model_type`` ``hfprune`` (layers that differ in width) or ``hfprune_bitmask`` (zeros not stored), without
+``trust_remote_code``.
 """
 
 from hfprune.io.layouts.bitmask import BitmaskConfig, BitmaskForCausalLM

@@ -1,6 +1,7 @@
 """Functional API: score, plan, prune, refit, save and load a model without a Trainer.
 
-Scores are plain tensors, one per layer (or group of units), and a plan can be made from indices of your own:
+Scores are plain tensors, one per group of units, such as the neurons of an MLP. A plan can also be made from
+user-defined indices:
 
 >>> import torch
 >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,26 +69,27 @@ def score(
     exact: bool = True,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Returns the importance of the units of a model.
+    """Returns the importance scores of the units of a model, which is not changed.
 
-    The scores are those of ``PruneTrainer.prune`` on the same batches, bit for bit. The model is not changed.
+    The scores are bitwise equal to those of ``PruneTrainer.prune`` for the same batches.
 
     Args:
         model: A supported Hugging Face causal LM, on any device.
         batches: Calibration batches: token ids [B, T], or mappings with ``input_ids`` [B, T] and optionally
-            ``attention_mask`` and ``labels`` [B, T]. Criteria that read weights alone need none.
-        criterion: How signals become scores; ``ActivationTaylor()`` if not given.
-        objective: Name of the objective that is differentiated; the criterion's own, or ``entropy``, if not given.
+            ``attention_mask`` and ``labels`` [B, T]. Not needed by criteria of the weights.
+        criterion: The criterion; ``ActivationTaylor()`` if not given.
+        objective: Name of the differentiated objective; that of the criterion, or ``entropy``, if not given.
         units: Unit kinds to score, for example ``("mlp", "heads")``.
-        exact: Run each sequence alone, so that scores do not depend on batch size and padding. False is faster.
-        progress: Show a progress bar.
+        exact: Whether sequences run one at a time, so that scores do not depend on batch size and padding. False is
+            faster.
+        progress: Whether to show a progress bar.
 
     Returns:
-        Group name -> importance [U], float64, on the CPU; the unit with the lowest score is removed first.
+        Group name -> scores [U], float64, on the CPU. Units with low scores are removed first.
 
     Raises:
-        ConfigError: The criterion does not score these units, does not take the objective, or scores layer by layer.
-        CalibrationError: There is no token, or a score is not finite.
+        ConfigError: The criterion does not support these units or the objective, or scores layer by layer.
+        CalibrationError: The batches have no tokens, or a score is not finite.
         UnsupportedArchitectureError: The model's class is unknown.
 
     Example:
@@ -103,8 +105,8 @@ def score(
     check_experts(criterion, units)
     if isinstance(criterion, LayerwiseCriterion):
         raise ConfigError(
-            f"criterion={type(criterion).__name__} scores a layer when those before it are pruned: it has no scores of "
-            "the dense model. Prune with StructuredPruningCallback or TaylorImportanceCallback."
+            f"criterion={type(criterion).__name__} scores each layer after the previous layers were pruned, and has no "
+            "scores of the dense model. Prune with StructuredPruningCallback or TaylorImportanceCallback."
         )
     subject = PrunableModel(model, units, objective=OBJECTIVES.get(name or "entropy"))
     groups = subject.groups(model)
@@ -128,24 +130,24 @@ def make_plan(
     allocation: Allocation | None = None,
     keep: Mapping[str, Any] | None = None,
 ) -> PruningPlan:
-    """Returns a pruning plan from scores and a budget, or from indices of your own.
+    """Returns a pruning plan from scores and a budget, or from user-defined indices.
 
     Args:
-        model: The dense model; its shapes alone are read.
-        scores: Group name -> importance [U], from :func:`score` or your own.
-        budget: A :class:`hfprune.Budget`, or the share of all parameters to remove, in (0, 1). None with ``keep``, and
-            for an allocation that sets the widths itself.
-        units: Unit kinds that may be removed; those of ``scores`` or ``keep`` if not given.
-        allocation: How the budget is spread over groups; the same share of every group if not given.
-        keep: Group name -> kept units, any integers in any order, instead of scores and budget. Groups that are not
-            named keep all of their units.
+        model: The dense model; only its shapes are read.
+        scores: Group name -> scores [U], from :func:`score` or user-defined.
+        budget: A :class:`hfprune.Budget`, or the share of all parameters to remove, in (0, 1). Not used with ``keep``,
+            or with an allocation that sets the widths itself.
+        units: Unit kinds to prune; those of ``scores`` or ``keep`` if not given.
+        allocation: Distribution of the budget over groups; the same share of every group if not given.
+        keep: Group name -> indices of the kept units, in any order, instead of scores and budget. Other groups keep all
+            units.
 
     Returns:
-        The plan, for :func:`apply_plan`; ``plan.keep`` holds the kept units of every group.
+        The plan for :func:`apply_plan`; ``plan.keep`` holds the kept units of every group.
 
     Raises:
-        ConfigError: The budget is impossible, scores are missing, or the arguments exclude each other.
-        PlanError: ``keep`` names a unit that the model does not have.
+        ConfigError: The budget is impossible, scores are missing, or arguments are mutually exclusive.
+        PlanError: ``keep`` contains a unit that the model does not have.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,13 +162,13 @@ def make_plan(
     groups = subject.groups(model)
     if unknown := sorted(set(named) - {group.name for group in groups}):
         raise ConfigError(
-            f"{'scores' if keep is None else 'keep'} names '{unknown[0]}', which is no group of these units; groups "
-            f"are {', '.join(group.name for group in groups[:3])} and so on."
+            f"{'scores' if keep is None else 'keep'} has an unknown group '{unknown[0]}'. Groups of these units are "
+            f"{', '.join(group.name for group in groups[:3])}, ..."
         )
     provenance: dict[str, Any] = {"units": list(subject.units), "model": subject.describe(), "versions": versions()}
     if keep is not None:
         if budget is not None or allocation is not None:
-            raise ConfigError("keep=... lists the kept units: leave budget and allocation out.")
+            raise ConfigError("keep=... lists the kept units: remove budget and allocation.")
         kept = {group.name: keep.get(group.name, range(group.num_units)) for group in groups}
     else:
         kept, found = _within_budget(subject, groups, dict(scores or {}), budget, allocation)
@@ -188,34 +190,34 @@ def _within_budget(
     """Returns the kept units, and the provenance of the budget."""
     if allocation is not None and allocation.measures:
         raise ConfigError(
-            f"allocation={type(allocation).__name__}() measures on calibration data: give it {allocation.measures}."
+            f"allocation={type(allocation).__name__}() requires measurements: pass {allocation.measures} to it."
         )
     if budget is None and allocation is not None and allocation.own_budget:
         budget = Budget(allocated=True)
     if budget is None:
-        raise ConfigError("budget=... is missing: a share of all parameters to remove, a Budget, or keep=...")
+        raise ConfigError("budget=... is missing: set it to the share of parameters to remove or to a Budget.")
     asked = budget if isinstance(budget, Budget) else Budget(pruning_ratio=budget)
     for group in groups:
         if group.name not in scores:
             raise ConfigError(f"scores has no entry for {group.name}: score the model with the same units.")
         if tuple(scores[group.name].shape) != (group.num_units,):
             shape = list(scores[group.name].shape)
-            raise ConfigError(f"scores['{group.name}'] has the shape {shape}, not [{group.num_units}].")
+            raise ConfigError(f"scores['{group.name}'] has shape {shape}, expected [{group.num_units}].")
     plain = {name: torch.as_tensor(found).detach().double().cpu() for name, found in scores.items()}
     if bad := next((name for name, found in plain.items() if bool(found.isnan().any())), None):
-        raise ConfigError(f"scores['{bad}'] holds a NaN, which ranks no unit.")
+        raise ConfigError(f"scores['{bad}'] contains NaN.")
     resolved = subject.resolve(asked, allocation, plain)
     described = None if allocation is None else allocation.describe()
     return dict(kept_units(plain, groups, resolved)), {"budget": resolved.to_dict(), "allocation": described}
 
 
 def _units_of(model: Any, named: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the unit kinds whose groups are named; MLP neurons where none is."""
+    """Returns the unit kinds of the named groups, or MLP neurons if there are none."""
     found: list[str] = []
     for kind in UNIT_KINDS:
         try:
             groups = find_groups(model, (kind,))
-        except HFPruneError:  # a kind that this class does not have names nothing
+        except HFPruneError:  # the model has no units of this kind
             continue
         if any(group.name in named for group in groups):
             found.append(kind)
@@ -230,25 +232,25 @@ def refit(
     *,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Fits the weights that read the kept units so that they make up for the removed ones, layer by layer.
+    """Refits the weights of the kept units to compensate for the removed units, layer by layer and in place.
 
-    Call it between :func:`make_plan` and :func:`apply_plan`: the model is dense, and is changed in place. Inputs of
-    removed units have weight zero afterwards.
+    Call this function between :func:`make_plan` and :func:`apply_plan`. The model remains dense; the weights of removed
+    units are set to zero.
 
     Args:
         model: The dense model.
         plan: The plan.
         batches: Calibration batches, see :func:`score`.
-        compensation: How the weights are fitted; ``LeastSquares()`` if not given.
-        progress: Show a progress bar.
+        compensation: Method of the fit; ``LeastSquares()`` if not given.
+        progress: Whether to show a progress bar.
 
     Returns:
-        Group name -> share of the energy of the projection's output that the fitted weights do not reproduce.
+        Group name -> relative squared error of the projection's output after the fit.
 
     Raises:
-        ConfigError: The units of the plan cannot be fitted.
+        ConfigError: The units of the plan cannot be refitted.
         PlanError: The model is not the dense model of the plan.
-        CalibrationError: There is no token.
+        CalibrationError: The batches have no tokens.
 
     Example:
         >>> import torch
@@ -287,25 +289,24 @@ def save(
     layout: str = "uniform",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a pruned model as a folder, and compares the folder with the model in memory.
+    """Writes a pruned model to a folder, and compares the files with the model in memory.
 
     Args:
         model: The pruned model, without adapters.
-        folder: The model folder. Nothing may be there, or an empty folder, or, with ``overwrite``, a model that hfprune
-            wrote.
-        tokenizer: Its tokenizer, saved with it; optional.
-        plan: What was pruned, saved as ``plan.json``. If not given: the plan that was applied to the model last, or
-            a plan that keeps all that is there.
-        layout: ``uniform`` (``AutoModelForCausalLM.from_pretrained`` loads it), ``per_layer`` (:func:`load` does),
-            ``padded`` or ``bitmask``.
-        overwrite: Replace a model that hfprune wrote.
+        folder: The model folder. It must not exist or be empty, unless ``overwrite`` is set.
+        tokenizer: Tokenizer to save with the model, or None.
+        plan: Pruning plan, saved as ``plan.json``. If not given, the plan that was applied last, or a plan that keeps
+            all units.
+        layout: ``uniform`` (loads with stock transformers), ``per_layer`` (loads with :func:`load`), ``padded`` or
+            ``bitmask``, see :func:`hfprune.io.save.export_model`.
+        overwrite: Whether to replace a model written by hfprune.
 
     Returns:
-        Parameters, widths and bytes as measured on the saved files, and the largest difference of logits after reload.
+        Parameters, widths and bytes measured on the files, and the largest difference of logits after reloading.
 
     Raises:
         ConfigError: The layout cannot express the model, or ``folder`` may not be replaced; nothing was written.
-        OutputError: Writing failed, or the files do not hold the model in memory; ``folder`` is as it was.
+        OutputError: Writing failed, or the files do not hold the model in memory; ``folder`` is unchanged.
 
     Example:
         >>> import tempfile
@@ -321,13 +322,13 @@ def save(
 
 
 def _own_plan(model: Any) -> PruningPlan:
-    """Returns the last plan of a pruned model, else one that keeps all."""
+    """Returns the last plan of a pruned model, or a plan that keeps all units."""
     if is_per_layer(model.config):
         return cut_of(model.config).plans[-1]
     return recorded_plan(model) or make_plan(model, keep={})
 
 
 def _data(batches: Iterable[Any]) -> CalibrationData:
-    """Returns batches as calibration data; one batch alone is one."""
+    """Returns batches, or a single batch, as calibration data."""
     found = [batches] if isinstance(batches, Tensor | Mapping) else batches
     return CalibrationData(batches=lambda: found)

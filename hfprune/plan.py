@@ -1,5 +1,6 @@
-"""The words that all rooms share: slices, groups of units, budgets and the pruning plan."""
+"""Shared data types: slices, groups of units, budgets and the pruning plan."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -50,15 +51,15 @@ UNIT_KINDS: Mapping[str, KindInfo] = {
         KindInfo(name="channels", plural="hidden channels", label="hidden size", per_layer=False, rounded=True),
     )
 }
-"""Name -> unit kind: MLP neurons, attention heads (a key-value head with the query heads that read it), experts of
-mixture-of-experts layers, layers, hidden channels (those of the residual stream)."""
+"""Name -> unit kind: MLP neurons, attention heads (a key-value head with its query heads), experts of
+mixture-of-experts layers, layers, and hidden channels of the residual stream."""
 
 _FILED = {"block": LAYERS, "blocks": LAYERS}
-"""Kinds in the plans of earlier versions -> their names now."""
+"""Kinds in plans of earlier versions -> current names."""
 
 
 def kind_name(kind: str) -> str:
-    """Returns the units of a kind in words, also by the kind's name in files of earlier versions.
+    """Returns the plural of a unit kind, also for names from earlier versions.
 
     >>> kind_name("mlp"), kind_name("block")
     ('MLP neurons', 'layers')
@@ -68,7 +69,7 @@ def kind_name(kind: str) -> str:
 
 
 def unit_kinds(units: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of unit kinds; a deprecated name is replaced, with a ``FutureWarning``.
+    """Returns the names of unit kinds. Deprecated names are replaced, with a ``FutureWarning``.
 
     >>> unit_kinds(["mlp", "heads"])
     ('mlp', 'heads')
@@ -77,7 +78,7 @@ def unit_kinds(units: Iterable[str]) -> tuple[str, ...]:
     names = []
     for unit in units:
         if unit in renamed:
-            text = f"The unit kind '{unit}' is now '{renamed[unit]}'; the old name goes away in the next release."
+            text = f"The unit kind '{unit}' is now '{renamed[unit]}'; the old name will be removed in the next release."
             warnings.warn(text, FutureWarning, stacklevel=3)
         names.append(renamed.get(unit, unit))
     return tuple(names)
@@ -92,15 +93,15 @@ class Slice:
     """The channels that each unit of a group owns on one side of one projection.
 
     Unit ``j`` owns channels ``offset + j * width`` up to ``offset + (j + 1) * width``. Scoring, masking and surgery all
-    read this table, so they cannot disagree on what a unit is.
+    use this definition of a unit.
 
     Attributes:
-        module: Qualified name of the projection, relative to the Hugging Face model; an embedding or a norm where the
-            units are hidden channels.
+        module: Qualified name of the projection, relative to the Hugging Face model. For hidden channels also an
+            embedding or a norm.
         side: ``out`` or ``in`` channels.
-        offset: First channel (fused projections hold several blocks side by side).
+        offset: First channel; not 0 within fused projections.
         width: Channels per unit.
-        parameter: Attribute of the module that holds the weights; experts have several.
+        parameter: Attribute of the module that holds the weights; expert modules have several.
     """
 
     module: str
@@ -110,7 +111,7 @@ class Slice:
     parameter: str = "weight"
 
     def channels(self, units: Iterable[int]) -> list[int]:
-        """Returns the channels that ``units`` own, in the order of the units."""
+        """Returns the channels of ``units``, in the order of the units."""
         return [self.offset + unit * self.width + k for unit in units for k in range(self.width)]
 
 
@@ -120,11 +121,11 @@ class Group:
 
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
-        kind: Unit kind, a name of ``UNIT_KINDS``. The names in plans of earlier versions are replaced.
+        kind: Unit kind, a name of ``UNIT_KINDS``. Names from earlier versions are replaced.
         num_units: Number of units in the dense model.
-        slices: What each unit owns; none for ``layers``.
-        layer: Index of the layer that the units are in; None for ``layers``, ``channels`` and modules without layers.
-        least: Fewest units that can stay: of experts as many as a token goes through.
+        slices: The channels of each unit; empty for ``layers``.
+        layer: Index of the layer that contains the units; None for ``layers``, ``channels`` and modules without layers.
+        least: Smallest number of units that must be kept. For experts, the router's top-k.
     """
 
     name: str
@@ -135,26 +136,26 @@ class Group:
     least: int = 1
 
     def __post_init__(self) -> None:
-        """Replaces the kind's name of an earlier version."""
+        """Replaces the name of the kind from an earlier version."""
         object.__setattr__(self, "kind", _FILED.get(self.kind, self.kind))
 
     def inputs(self) -> tuple[Slice, ...]:
-        """Returns the slices on the input side, where a unit's activation can be read."""
+        """Returns the slices on the input side, where the activations of units are read."""
         return tuple(s for s in self.slices if s.side == "in")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How far to go: exactly one of the first four fields, or none where the allocation says how much goes.
+    """How much to prune: exactly one of the first four fields, or none where the allocation sets the widths itself.
 
     Attributes:
-        pruning_ratio: Share of ALL parameters to remove, in (0, 1); tied weights count once.
+        pruning_ratio: Share of all parameters to remove, in (0, 1); tied weights count once.
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep in every layer.
         mlp_ratio: MLP width to keep as a multiple of the hidden size, truncated as in the HFPrune script.
-        round_to: Kept MLP widths and hidden sizes are multiples of this (1 for the exact numbers; 8, 64 or 128 for fast
-            kernels). Heads and layers are counted one by one.
-        allocated: The allocation says how much goes, and none of the four is given.
+        round_to: Kept MLP widths and hidden sizes are multiples of this: 8, 64 or 128 for fast kernels. Heads, experts
+            and layers are not rounded.
+        allocated: Whether the allocation sets the widths itself, without a budget.
     """
 
     pruning_ratio: float | None = None
@@ -165,26 +166,26 @@ class Budget:
     allocated: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ``ConfigError`` when not exactly one target is given or a value is out of range."""
+        """Raises ``ConfigError`` unless exactly one target is given and every value is in range."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
         given = [name for name in names if getattr(self, name) is not None]
         if self.allocated and given:
-            raise ConfigError(f"The allocation says how much goes: leave out --{given[0]}, or choose another one.")
+            raise ConfigError(f"The allocation sets the widths itself: leave out `{given[0]}`.")
         if not self.allocated and len(given) != 1:
-            found = "none was" if not given else " and ".join(f"--{name}" for name in given) + " were"
-            raise ConfigError(f"Give exactly one of {', '.join('--' + n for n in names)}; {found} given.")
+            found = "none was" if not given else " and ".join(f"`{name}`" for name in given) + " were"
+            raise ConfigError(f"Give exactly one of {', '.join(f'`{name}`' for name in names)}; {found} given.")
         if self.pruning_ratio is not None and not 0 < self.pruning_ratio < 1:
             raise ConfigError(
-                f"--pruning_ratio {self.pruning_ratio} is not between 0 and 1 (both excluded): it is the share of all "
+                f"pruning_ratio={self.pruning_ratio} is not between 0 and 1 (both excluded). It is the share of all "
                 "parameters to remove, for example 0.2."
             )
         for name in ("target_params", "intermediate_size", "mlp_ratio", "round_to"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ConfigError(f"--{name} {value} is not positive.")
+                raise ConfigError(f"{name}={value} must be positive.")
 
     def describe(self) -> str:
-        """Returns the budget as the user typed it, for example ``pruning_ratio=0.2``."""
+        """Returns the given fields, for example ``pruning_ratio=0.2``."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
         return ", ".join(given if self.round_to == 1 else [*given, f"round_to={self.round_to}"])
@@ -197,14 +198,14 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruningPlan:
-    """Kept units per group, the config keys that change with them, and the plan's provenance.
+    """The kept units of every group, the config keys that change with them, and the provenance of the plan.
 
     Attributes:
         model_class: Exact class name of the model that the plan was made for.
         groups: The groups of the dense model.
-        keep: Group name -> kept units in the dense model's numbering, each once. Any integers are taken (a list, a
-            range, a NumPy array, a tensor), in any order; they become a sorted tuple of ``int``.
-        config: Config keys to rewrite, with their new values. Applying a plan adds those that follow from the units.
+        keep: Group name -> kept units, as indices of the dense model, each once. Any sequence of integers is accepted
+            (a list, a range, a NumPy array, a tensor), in any order; it becomes a sorted tuple of ``int``.
+        config: Config key -> new value. ``apply_plan`` adds the keys that follow from the kept units.
         provenance: How the plan was made (budget, criterion, seed, data hash, token count, versions, ...), JSON-able.
     """
 
@@ -215,7 +216,7 @@ class PruningPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Sorts the kept units; raises ``PlanError`` unless each group has enough, each once and within its range."""
+        """Sorts the kept units; raises ``PlanError`` unless they are unique, in range and enough for every group."""
         object.__setattr__(self, "groups", tuple(self.groups))
         names = [g.name for g in self.groups]
         if sorted(names) != sorted(self.keep) or len(set(names)) != len(names):
@@ -235,12 +236,12 @@ class PruningPlan:
                 )
 
     def removed(self, group: Group) -> list[int]:
-        """Returns the units of ``group`` that go, ascending."""
+        """Returns the removed units of ``group``, ascending."""
         keep = set(self.keep[group.name])
         return [unit for unit in range(group.num_units) if unit not in keep]
 
     def removed_layers(self) -> tuple[int, ...]:
-        """Returns the layers that go as a whole, ascending; what the plan says of their other units does not matter."""
+        """Returns the removed layers, ascending; the kept units of their other groups are ignored."""
         return tuple(sorted(unit for group in self.groups if group.kind == LAYERS for unit in self.removed(group)))
 
     def widths(self) -> dict[str, int]:
@@ -248,7 +249,7 @@ class PruningPlan:
         return {group.name: len(self.keep[group.name]) for group in self.groups}
 
     def to_json(self) -> str:
-        """Returns the plan as JSON; ``from_json`` gives an equal plan back."""
+        """Returns the plan as JSON; ``from_json`` restores an equal plan."""
         groups = [{**asdict(g), "keep": list(self.keep[g.name])} for g in self.groups]
         head = {
             "format": PLAN_FORMAT,
@@ -260,14 +261,18 @@ class PruningPlan:
         body = ",\n    ".join(json.dumps(g, separators=(",", ":")) for g in groups)  # one line per group
         return text.replace('"groups": []', f'"groups": [\n    {body}\n  ]') + "\n"
 
+    def digest(self) -> str:
+        """Returns 16 hexadecimal digits that identify the plan: those of the SHA-256 of its JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
-        """Returns the plan that ``text`` describes; raises ``PlanError`` when it is not one."""
+        """Returns the plan in ``text``; raises ``PlanError`` if it contains none."""
         try:
             data = json.loads(text)
             if data["format"] != PLAN_FORMAT or data["version"] != _VERSION:
                 raise PlanError(
-                    f"Not a plan that this version reads: format {data['format']!r}, version {data['version']!r}; "
+                    f"This version cannot read the plan: format {data['format']!r}, version {data['version']!r}; "
                     f"expected {PLAN_FORMAT!r}, version {_VERSION}."
                 )
             groups, keep = [], {}
@@ -286,12 +291,12 @@ class PruningPlan:
             raise PlanError(f"Not a pruning plan: {type(error).__name__}: {error}.") from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan to ``path`` in one step; raises ``OutputError``."""
+        """Writes the plan to ``path`` atomically; raises ``OutputError``."""
         write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "PruningPlan":
-        """Reads a plan; ``path`` may be the file or a folder that holds ``plan.json``."""
+        """Reads a plan from a file, or from ``plan.json`` in a folder; raises ``PlanError``."""
         path = Path(path)
         path = path / PLAN_FILE if path.is_dir() else path
         try:
@@ -308,8 +313,8 @@ def _units(name: str, units: Any) -> tuple[int, ...]:
         listed = [_plain(unit) for unit in _plain(units)]
         if any(isinstance(unit, bool) for unit in listed):
             raise PlanError(
-                f"The kept units of {name} are a mask of booleans: give the indices of what stays, for a mask "
-                "mask.nonzero()."
+                f"The kept units of {name} are a boolean mask. Give the indices of the kept units, for example "
+                "mask.nonzero().flatten()."
             )
         return tuple(sorted(index(unit) for unit in listed))
     except TypeError as error:
@@ -317,12 +322,12 @@ def _units(name: str, units: Any) -> tuple[int, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a number of NumPy or a tensor as one of Python, which JSON can hold."""
+    """Returns a NumPy number, array or tensor as plain Python, which JSON can represent."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _shown(units: tuple[int, ...]) -> str:
-    """Returns what is wrong with kept units, shortly: the repeated ones, else the first and the last."""
+    """Returns a short description of invalid kept units: a repeated unit, or the first and the last."""
     if not units:
         return "none"
     repeated = sorted({unit for unit, following in pairwise(units) if unit == following})

@@ -1,4 +1,4 @@
-"""The Lightning trainer of hfprune: ``fit``, ``prune`` and ``evaluate``."""
+"""Lightning trainer with ``fit``, ``prune`` and ``evaluate``."""
 
 import warnings
 from collections.abc import Iterator
@@ -37,17 +37,19 @@ from hfprune.utils.files import user_path, write_json
 
 
 class Evaluation:
-    """Evaluation of one model, or of two to compare: checks before weights are loaded, then ``run`` measures.
+    """Evaluation of a model, optionally in comparison with the dense model.
+
+    The constructor checks the arguments before weights are loaded; ``run`` measures.
 
     Args:
-        module: The model to measure.
-        data: Its ``text`` is the evaluation text.
-        device: Where to run.
-        dense: Folder or hub id of the dense model to compare with.
+        module: The model to evaluate.
+        data: Datamodule whose ``text`` is the evaluation text.
+        device: Device of the evaluation.
+        dense: Folder or hub id of the dense model.
         ckpt_path: Lightning checkpoint to restore into ``module``.
 
     Raises:
-        ConfigError: The dense model has another vocabulary, or the checkpoint is not one that can be measured.
+        ConfigError: The dense model has another vocabulary, or the checkpoint cannot be evaluated.
     """
 
     def __init__(
@@ -70,8 +72,8 @@ class Evaluation:
             other_vocab = load_config(self.dense, argument="dense").vocab_size
             if other_vocab != module.vocab_size:
                 raise ConfigError(
-                    f"dense='{dense}' has {other_vocab} tokens, the model {module.vocab_size}: their predictions "
-                    "cannot be compared."
+                    f"dense='{dense}' has {other_vocab} tokens, but the model has {module.vocab_size}: their "
+                    "predictions cannot be compared."
                 )
         if self.ckpt_path is not None:
             _check_checkpoint(Path(self.ckpt_path))
@@ -84,7 +86,7 @@ class Evaluation:
         dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures; see :meth:`hfprune.trainer.PruneTrainer.evaluate`."""
+        """Evaluates; arguments and result as in :meth:`PruneTrainer.evaluate`."""
         module, data = self.module, self.data
         dense_cache = None if dense_cache is None else user_path(dense_cache, "dense_cache")
         output = None if output is None else user_path(output, "output")
@@ -117,25 +119,25 @@ class Evaluation:
         return stages
 
     def _check_outputs(self, dense_cache: str | None, output: str | None) -> None:
-        """Raises ``ConfigError`` where results could not be written: before anything is read."""
+        """Raises ``ConfigError`` if results cannot be written, before anything is read."""
         if output is not None:
             check_output_file(output, "output")
             check_apart(Path(output), self._sources(), argument="output", names=None)
         if dense_cache is None:
             return
         if self.dense is None:
-            raise ConfigError("dense_cache stores the dense model's predictions and needs dense.")
+            raise ConfigError("dense_cache stores the dense model's predictions and requires `dense`.")
         if Path(dense_cache).exists() and not Path(dense_cache).is_dir():
             raise ConfigError(f"dense_cache='{dense_cache}' is a file, not a folder.")
         check_writable(Path(dense_cache), "dense_cache")
         check_apart(Path(dense_cache), self._sources(), argument="dense_cache", names=())
 
     def _sources(self) -> dict[str, str | Path | None]:
-        """Returns the model and data folders that nothing is written into, by argument."""
+        """Returns the input models and data, by argument."""
         return {"model.path": self.module.path, "dense": self.dense, **self.data.local_sources()}
 
     def _load(self, windows: Windows | None, dense_cache: str | None) -> tuple[dict[str, Any], Reference | None]:
-        """Returns the models by stage, the dense one first, and the dense one's predictions."""
+        """Returns the models by stage, the dense model first, and the dense model's predictions."""
         models: dict[str, Any] = {}
         reference: Reference | None = None
         if self.dense is not None:
@@ -159,7 +161,7 @@ class Evaluation:
         return model
 
     def _warn_of_overlap(self, windows: Windows | None) -> None:
-        """Warns when the evaluation text occurs in the calibration or recovery data that the model's plan lists."""
+        """Warns if the evaluation text overlaps with the calibration or recovery data listed in the model's plan."""
         plan = self._plan()
         if plan is None or windows is None:
             return
@@ -170,8 +172,8 @@ class Evaluation:
             share = Sketch.from_text(seen["ngrams"]).share_of(windows.ids.tolist())
             if share >= SUSPICIOUS:
                 text = (
-                    f"{share:.0%} of the evaluation text's 13-grams occur in the text of the model's {role} "
-                    f"('{seen['source']}'): its figures look better than they are."
+                    f"{share:.0%} of the evaluation text's 13-grams occur in the model's {role} data "
+                    f"('{seen['source']}'): the results are too optimistic."
                 )
                 self.warnings.append(text)
                 warnings.warn(text, stacklevel=2)
@@ -187,17 +189,17 @@ class Evaluation:
 
 
 def _check_checkpoint(path: Path) -> None:
-    """Raises ``ConfigError`` unless ``path`` is a checkpoint in one file that a ``PruningModule`` wrote."""
+    """Raises ``ConfigError`` unless ``path`` is a single-file checkpoint of a ``PruningModule``."""
     if path.is_dir():
         raise ConfigError(
-            f"ckpt_path='{path}' is a folder of shards: resume it with its strategy and evaluate the exported model."
+            f"ckpt_path='{path}' is a sharded checkpoint: resume it with its strategy and evaluate the exported model."
         )
     if Record.of(read_metadata(path)) is None:
-        raise ConfigError(f"ckpt_path='{path}' was not written by a PruningModule: it carries no pruning state.")
+        raise ConfigError(f"ckpt_path='{path}' was not written by a PruningModule: it has no pruning state.")
 
 
 class PruneTrainer(Trainer):
-    """A Lightning ``Trainer`` that checks budgets before it loads weights, prunes without training, and evaluates.
+    """Lightning ``Trainer`` that checks settings before loading weights, prunes without training, and evaluates.
 
     Example:
         >>> trainer = PruneTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
@@ -214,7 +216,11 @@ class PruneTrainer(Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Calibrates, prunes and recovers; arguments as in Lightning."""
+        """Calibrates, prunes and recovers; arguments as in ``lightning.Trainer.fit``.
+
+        Raises:
+            ConfigError: Model, callbacks and trainer are incompatible.
+        """
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
         for callback in pruning_callbacks(self):
             callback.check(_plain(model))
@@ -226,44 +232,48 @@ class PruneTrainer(Trainer):
 
     @contextmanager
     def _training_or_not(self) -> Iterator[None]:
-        """Turns training and validation off while a callback prunes with ``recovery="none"``, as ``prune`` does."""
-        modes = [callback.recovery_mode.word for callback in pruning_callbacks(self)]
-        with ExitStack() as restored, warnings.catch_warnings():
-            if "none" in modes:
-                off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-                restored.enter_context(_changed(self, **off))
-                warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
+        """Disables training and validation if a callback prunes with ``recovery="none"``."""
+        if any(callback.recovery_mode.word == "none" for callback in pruning_callbacks(self)):
+            with self._no_training():
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def _no_training(self) -> Iterator[None]:
+        """Disables training and validation inside the block."""
+        off = {"limit_train_batches": 0, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        with _changed(self, **off), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")
             yield
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
     ) -> PruningPlan:
-        """Calibrates and prunes, without recovery: the same phase as in ``fit``, and no loop after it.
+        """Calibrates and prunes as ``fit`` does, without training.
 
-        Trainer and callbacks have their own settings again afterwards, so that ``fit`` trains.
+        The settings of trainer and callbacks are restored afterwards.
 
         Args:
-            model: The dense model's module.
-            datamodule: Provides ``calibration_dataloader()``.
-            ckpt_path: Checkpoint of an interrupted run to go on from.
+            model: The module of the dense model.
+            datamodule: Datamodule with a ``calibration_dataloader()``.
+            ckpt_path: Checkpoint of an interrupted run to resume.
 
         Returns:
             The plan that was applied; with several callbacks that prune, the last one's.
 
         Raises:
-            ConfigError: The trainer has no callback that prunes.
+            ConfigError: The trainer has no callback that prunes before training.
         """
         found = [callback for callback in pruning_callbacks(self) if callback.before_training]
         if not found:
             raise ConfigError(
-                "prune needs a callback that prunes before training among the trainer's callbacks, such as "
-                "StructuredPruningCallback or SparsePruningCallback."
+                "prune needs a callback that prunes before training, such as StructuredPruningCallback or "
+                "SparsePruningCallback, among the trainer's callbacks."
             )
-        with ExitStack() as restored, warnings.catch_warnings():
+        with ExitStack() as restored, self._no_training():
             for callback in found:
                 restored.enter_context(_changed(callback, recovery=None))
-            restored.enter_context(_changed(self, limit_train_batches=0, limit_val_batches=0, num_sanity_val_steps=0))
-            warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # nothing will be validated
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         plan = found[-1].plan
         assert plan is not None, "fit has applied it"
@@ -281,24 +291,24 @@ class PruneTrainer(Trainer):
         dense_cache: str | None = None,
         output: str | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Measures size, perplexity, speed and zero-shot tasks of a model, and of a dense one to compare with.
+        """Measures size, perplexity, speed and zero-shot accuracy of a model, and optionally of the dense model.
 
         Args:
-            model: The model to measure; one that is configured is measured as it is.
-            datamodule: Its ``text`` is the evaluation text.
-            dense: Folder or hub id of the dense model to compare with.
-            ckpt_path: Lightning checkpoint to measure, written while pruning or recovering ``model``; adapters are
-                merged.
-            latency: Measure prefill and decode speed, of both models in alternation.
+            model: The module of the model; a loaded model is evaluated without reloading.
+            datamodule: Datamodule whose ``text`` is the evaluation text.
+            dense: Folder or hub id of the dense model.
+            ckpt_path: Lightning checkpoint written while pruning or recovering ``model``; its adapters are merged.
+            latency: Whether to measure prefill and decode speed, of both models in alternation.
             zero_shot: Tasks to run.
-            dense_cache: Folder that keeps the top logits of the dense model for later comparisons.
-            output: JSON file for the figures.
+            dense_cache: Folder in which the dense model's top logits are stored for later evaluations.
+            output: JSON file for the results.
 
         Returns:
-            Stage name (``dense``, ``model``) -> figures.
+            Stage name (``dense``, ``model``) -> results.
 
         Raises:
-            ConfigError: A model, text, task or checkpoint cannot be used; most are found before weights are loaded.
+            ConfigError: A model, text, task or checkpoint cannot be used. Most errors are raised before weights are
+                loaded.
         """
         return Evaluation(model, datamodule, device=self.strategy.root_device, dense=dense, ckpt_path=ckpt_path).run(
             latency=latency, zero_shot=zero_shot, dense_cache=dense_cache, output=output
@@ -307,7 +317,7 @@ class PruneTrainer(Trainer):
 
 @contextmanager
 def _changed(owner: Any, **values: Any) -> Iterator[None]:
-    """Sets attributes of ``owner`` within the context, and restores them."""
+    """Sets attributes of ``owner`` inside the block."""
     before = {name: getattr(owner, name) for name in values}
     for name, value in values.items():
         setattr(owner, name, value)
@@ -319,6 +329,6 @@ def _changed(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def _plain(module: Any) -> LightningModule:
-    """Returns the LightningModule itself, also when ``torch.compile`` was given it."""
+    """Returns the LightningModule, without the wrapper of ``torch.compile``."""
     plain: LightningModule = getattr(module, "_orig_mod", module)
     return plain

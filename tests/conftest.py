@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The default tests draw the same examples in every run; `make test-slow` draws new ones.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("random", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -1,9 +1,10 @@
-"""From a budget, an allocation and scores to the units that stay."""
+"""Allocation of a budget: kept widths for every group, and the kept units with the largest scores."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
-from hfprune.allocation.budget import KindWidths, ResolvedBudget, common, resolve
+from hfprune.allocation.budget import KindWidths, ResolvedBudget, check_reach, common, target_params
 from hfprune.allocation.uniform import Uniform
 from hfprune.plan import LAYERS, Budget, Group
 from hfprune.utils.errors import ConfigError
@@ -12,41 +13,46 @@ from hfprune.utils.errors import ConfigError
 def allocate(
     inventory: Inventory, budget: Budget, allocation: Allocation | None = None, *, scores: Scores | None = None
 ) -> ResolvedBudget:
-    """Returns how many units each group keeps, and which layers go.
+    """Returns how many units each group keeps, and which layers are removed.
 
     Args:
         inventory: The groups of the dense model.
-        budget: What was asked.
-        allocation: How it is spent; the same share of every group of a kind if not given.
-        scores: Importance of the units. None before calibration: where widths or layers depend on scores the result is
-            then provisional, and its parameters are right up to one step.
+        budget: The budget.
+        allocation: How the budget is spread over groups; ``Uniform()`` if not given.
+        scores: Group name -> importance [U]. None before calibration: the result is then provisional where widths or
+            removed layers depend on scores, and its parameter count is right up to one rounding step.
 
     Raises:
-        ConfigError: The budget is out of reach, the message gives the largest possible value; or it does not go with
-            the allocation or the units.
+        ConfigError: The budget is out of reach (the message gives the limit), or it does not fit the allocation or the
+            units.
+
+    Example:
+        >>> groups = tuple(Group(name=f"{i}.mlp", kind="mlp", num_units=8, slices=(), layer=i) for i in range(2))
+        >>> inventory = Inventory(groups=groups, costs=(10, 10), dense_params=200, hidden_size=4, layer_params=(80, 80))
+        >>> allocate(inventory, Budget(pruning_ratio=0.25)).widths
+        (6, 6)
     """
     chosen = allocation or Uniform()
     chosen.check(inventory)
     _check_budget(inventory, budget, chosen)
-    if _is_plain(inventory, allocation):
-        params, hidden = inventory.dense_params, inventory.hidden_size
-        return resolve(budget, inventory.groups, inventory.costs, dense_params=params, hidden_size=hidden)
-    target = 0
-    if not chosen.own_budget:
-        target = _target(inventory, budget)
-        _check_reach(inventory, budget, chosen, target, scores)
-    found = chosen.allot(inventory, target, round_to=budget.round_to, scores=scores)
-    params = inventory.params(found.widths, found.removed_layers)
-    if params == inventory.dense_params:
-        raise ConfigError(f"{_asked(inventory, budget, allocation)} removes nothing: it is less than half a unit.")
+    asked = _asked(inventory, budget, allocation)
+    allot = partial(chosen.allot, inventory, round_to=budget.round_to, scores=scores)
+    if chosen.own_budget:
+        found = allot(0)
+        target = inventory.params_of(found)
+        if target == inventory.dense_params:
+            raise ConfigError(f"{asked} removes nothing: every group keeps all of its units.")
+    else:
+        target = target_params(budget, inventory)
+        found = check_reach(asked, budget, inventory, target, allot)
     return ResolvedBudget(
-        asked=_asked(inventory, budget, allocation),
+        asked=asked,
         widths=found.widths,
         dense_widths=inventory.dense_widths(),
         exact_width=found.exact_width,
         dense_params=inventory.dense_params,
-        target_params=params if chosen.own_budget else target,
-        params=params,
+        target_params=target,
+        params=inventory.params_of(found),
         kinds=_by_kind(inventory, found),
         removed_layers=found.removed_layers,
         provisional=scores is None and chosen.needs_scores(inventory),
@@ -55,12 +61,12 @@ def allocate(
 
 
 def kept_units(scores: Scores, groups: Sequence[Group], resolved: ResolvedBudget) -> dict[str, tuple[int, ...]]:
-    """Returns the kept units of every group: those with the largest scores; all, where the whole layer goes.
+    """Returns the kept units of every group: those with the largest scores, or all units of removed layers.
 
     Args:
-        scores: Importance of the units of groups that lose some.
+        scores: Group name -> importance [U], for the groups that lose units.
         groups: The groups.
-        resolved: How many units each keeps.
+        resolved: How many units each group keeps.
     """
     kept = {}
     for group, width in zip(groups, resolved.widths, strict=True):
@@ -72,62 +78,32 @@ def kept_units(scores: Scores, groups: Sequence[Group], resolved: ResolvedBudget
     return kept
 
 
-def _is_plain(inventory: Inventory, allocation: Allocation | None) -> bool:
-    """Returns whether one MLP width for all layers is asked for, and nothing else."""
-    return allocation is None and inventory.kinds() == ("mlp",) and common(inventory.dense_widths()) is not None
-
-
 def _check_budget(inventory: Inventory, budget: Budget, allocation: Allocation) -> None:
+    """Raises ``ConfigError`` where the budget does not fit the allocation or the units."""
     if budget.allocated != allocation.own_budget:
-        found = "says itself how much goes: give no budget" if allocation.own_budget else "needs a budget"
+        found = "sets the number of units itself: give no budget" if allocation.own_budget else "needs a budget"
         raise ConfigError(f"{allocation} {found}.")
-    if budget.pruning_ratio is None and budget.target_params is None and not budget.allocated:
-        same = common(inventory.dense_widths()) is not None
-        if inventory.kinds() != ("mlp",) or type(allocation) is not Uniform or not same:
-            raise ConfigError(
-                f"{budget.describe()} is one MLP width for all layers and says nothing of other units or widths. Give "
-                "--pruning_ratio or --target_params, or Explicit(mlp=..., heads=..., layers=...)."
-            )
-
-
-def _target(inventory: Inventory, budget: Budget) -> int:
-    """Returns the number of parameters to leave."""
-    if budget.pruning_ratio is not None:
-        return round(inventory.dense_params * (1 - budget.pruning_ratio))
-    if budget.target_params is not None:
-        return budget.target_params
-    resolved = resolve(
-        budget,
-        inventory.groups,
-        inventory.costs,
-        dense_params=inventory.dense_params,
-        hidden_size=inventory.hidden_size,
-    )
-    return resolved.target_params
-
-
-def _check_reach(
-    inventory: Inventory, budget: Budget, allocation: Allocation, target: int, scores: Scores | None
-) -> None:
-    """Raises ``ConfigError`` with the possible values unless ``target`` can be reached."""
-    least = allocation.allot(inventory, 0, round_to=budget.round_to, scores=scores)
-    smallest = inventory.params(least.widths, least.removed_layers)
-    if smallest <= target < inventory.dense_params:
+    if budget.intermediate_size is None and budget.mlp_ratio is None:
         return
-    dense = inventory.dense_params
-    possible = (
-        f"the largest possible --pruning_ratio is {int((1 - smallest / dense) * 1e4) / 1e4:.4f}"
-        if budget.target_params is None
-        else f"the smallest possible --target_params is {smallest}, the largest {dense - 1}"
-    )
+    widths = inventory.dense_widths()
+    if inventory.kinds() != ("mlp",):
+        problem = f"the units are {', '.join(inventory.kinds())}"
+    elif common(widths) is None:
+        problem = f"the dense widths are {', '.join(map(str, sorted(set(widths))))}"
+    elif type(allocation) is not Uniform:
+        problem = f"{type(allocation).__name__} gives each layer its own"
+    elif budget.mlp_ratio is not None and inventory.hidden_size is None:
+        problem = "this module has no hidden size"
+    else:
+        return
     raise ConfigError(
-        f"{_asked(inventory, budget, allocation)} is impossible here: these units can shrink the model from {dense:,} "
-        f"to {smallest:,} parameters; {possible}."
+        f"{budget.describe()} sets one MLP width for all layers, but {problem}. Use `pruning_ratio`, `target_params` "
+        "or allocation=Explicit(...)."
     )
 
 
 def _asked(inventory: Inventory, budget: Budget, allocation: Allocation | None) -> str:
-    """Returns budget, units and allocation in the user's words."""
+    """Returns budget, units and allocation as the user wrote them."""
     parts = [budget.describe()]
     if inventory.kinds() != ("mlp",):
         parts.append(f"units={'+'.join(inventory.kinds())}")
@@ -136,7 +112,7 @@ def _asked(inventory: Inventory, budget: Budget, allocation: Allocation | None) 
 
 
 def _limits(inventory: Inventory, allocation: Allocation) -> str:
-    """Returns which numbers of heads there were to choose from, where not any number was."""
+    """Returns the numbers of key-value heads that could be chosen, where a stock config restricts them."""
     counts = inventory.head_counts
     heads = inventory.numbers("heads")
     if counts is None or not isinstance(allocation, Uniform) or allocation.own_budget or "mlp" not in inventory.kinds():
@@ -144,7 +120,7 @@ def _limits(inventory: Inventory, allocation: Allocation) -> str:
     if len(counts) == max(inventory.groups[i].num_units for i in heads):
         return ""
     numbers = ", ".join(map(str, counts))
-    return f"a stock config states {numbers} key-value heads, another --layout any number"
+    return f"a stock config states {numbers} key-value heads, other layouts any number"
 
 
 def _by_kind(inventory: Inventory, found: Allotment) -> tuple[KindWidths, ...]:

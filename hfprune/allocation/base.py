@@ -1,23 +1,27 @@
-"""Allocations: widths from an inventory of groups and a budget."""
+"""Inventories of a model's groups, and the base class of allocations."""
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from hfprune.allocation.rounding import bisected
 from hfprune.models import (
     CHANNELS,
     channel_cost,
     find_spec,
     head_counts,
     hidden_step,
+    is_supported,
     layer_params,
     parameter_count,
     per_channel,
+    pruned_count,
     unit_cost,
 )
 from hfprune.plan import LAYERS, Group
@@ -26,7 +30,7 @@ from hfprune.utils.settings import Configured
 
 
 def keep_top(scores: Tensor, width: int) -> tuple[int, ...]:
-    """Returns the ``width`` units with the largest scores, ascending; equal scores: the lower index stays.
+    """Returns the ``width`` units with the largest scores, ascending; of equal scores, the lower index is kept.
 
     >>> keep_top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
     (1, 2)
@@ -49,13 +53,13 @@ Scores = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelCosts:
-    """What goes with one hidden channel, all other units being there.
+    """Parameters of one hidden channel in the dense model.
 
     Attributes:
-        per_unit: Parameters of one unit of each group, 0 for ``layers`` and ``channels`` groups.
-        per_layer: Parameters of each layer.
-        per_model: Parameters of the model.
-        step: A stock config states hidden sizes that are multiples of this, one for every query head or 1.
+        per_unit: Those that also belong to one unit of each group; 0 for ``layers`` and ``channels`` groups.
+        per_layer: Those within each layer.
+        per_model: Those of the whole model.
+        step: Hidden sizes that a stock config states are multiples of this: the number of query heads, or 1.
     """
 
     per_unit: tuple[int, ...]
@@ -65,7 +69,7 @@ class ChannelCosts:
 
     @classmethod
     def of(cls, model: Any, groups: tuple[Group, ...]) -> "ChannelCosts | None":
-        """Returns what goes with a channel of a supported model; None where hidden channels are no units."""
+        """Returns the costs for a supported model, or None where hidden channels are not pruned."""
         channels = next((group for group in groups if group.kind == CHANNELS), None)
         if channels is None:
             return None
@@ -82,40 +86,46 @@ class ChannelCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """The groups of a model and what their units cost.
+    """The groups of a model and the parameters of their units.
 
     Attributes:
         groups: The groups of the dense model.
-        costs: Parameters that one unit of each group owns, 0 for ``layers`` groups; no parameter belongs to two units,
-            but for those that belong to a hidden channel, too.
+        costs: Parameters of one unit of each group, 0 for ``layers`` groups. A parameter belongs to one unit at most,
+            and in addition to a hidden channel.
         dense_params: Parameters of the dense model, tied weights once.
-        hidden_size: Hidden size of the model.
+        hidden_size: Hidden size of the model; None for a module that has none.
         layer_params: Parameters of each layer.
         fixed_layers: Layers that may not be removed.
-        channels: What goes with each hidden channel, None where these are no units.
-        head_counts: Key-value heads per layer to choose from, where one number holds for all layers: those that a stock
-            config can state. None: any number.
+        channels: Parameters of a hidden channel; None where hidden channels are not pruned.
+        head_counts: Numbers of key-value heads to choose from, one for all layers: those that a stock config can state.
+            None: any number.
+        count: Kept units per group -> parameters of the model, where groups share matrices so that costs do not add up.
     """
 
     groups: tuple[Group, ...]
     costs: tuple[int, ...]
     dense_params: int
-    hidden_size: int
+    hidden_size: int | None
     layer_params: tuple[int, ...] = ()
     fixed_layers: frozenset[int] = field(default_factory=frozenset)
     channels: ChannelCosts | None = None
     head_counts: tuple[int, ...] | None = None
+    count: Callable[[Sequence[int]], int] | None = None
 
     @classmethod
     def of(cls, model: Any, groups: tuple[Group, ...], *, stock: bool = False) -> "Inventory":
-        """Returns the inventory of some groups of a supported Hugging Face model.
+        """Returns the inventory of some groups of a model.
 
         Args:
-            model: The dense model; the meta device will do.
+            model: The dense model, which may be on the meta device: a supported Hugging Face model, or any module whose
+                groups were described by their projections.
             groups: Its groups.
-            stock: A stock config has to state the number of heads. Classes that state the dense number alone are left
-                unrestricted: heads that cannot be pruned are an error, not a choice.
+            stock: Whether a stock config has to state the number of heads. Classes that can state the dense number only
+                are not restricted here; pruning their heads is refused elsewhere.
         """
+        if not is_supported(model):
+            costs, count = tuple(unit_cost(model, group) for group in groups), partial(pruned_count, model, groups)
+            return cls(groups=groups, costs=costs, dense_params=parameter_count(model), hidden_size=None, count=count)
         heads = any(group.kind == "heads" for group in groups)
         counts = head_counts(model) if stock and heads else ()
         return cls(
@@ -130,28 +140,28 @@ class Inventory:
 
     @property
     def layers(self) -> Group | None:
-        """The group of whole layers, None where layers are no units."""
+        """The group of whole layers, or None where layers are not pruned."""
         return next((group for group in self.groups if group.kind == LAYERS), None)
 
     @property
     def stream(self) -> int:
-        """Position of the group of hidden channels; only where these are units."""
+        """Position of the group of hidden channels, which must be pruned."""
         return next(i for i, group in enumerate(self.groups) if group.kind == CHANNELS)
 
     def at(self, kept: int) -> "Inventory":
-        """Returns the inventory of the model with ``kept`` hidden channels, which are no units of it any more."""
+        """Returns the inventory of the model with ``kept`` hidden channels, without the group of hidden channels."""
         costs = self.channels
         assert costs is not None
         number = self.stream
-        gone = self.groups[number].num_units - kept
+        removed = self.groups[number].num_units - kept
         others = [i for i in range(len(self.groups)) if i != number]
         return replace(
             self,
             groups=tuple(self.groups[i] for i in others),
-            costs=tuple(self.costs[i] - gone * costs.per_unit[i] for i in others),
-            dense_params=self.dense_params - gone * costs.per_model,
+            costs=tuple(self.costs[i] - removed * costs.per_unit[i] for i in others),
+            dense_params=self.dense_params - removed * costs.per_model,
             hidden_size=kept,
-            layer_params=tuple(n - gone * each for n, each in zip(self.layer_params, costs.per_layer, strict=True)),
+            layer_params=tuple(n - removed * each for n, each in zip(self.layer_params, costs.per_layer, strict=True)),
             channels=None,
             head_counts=None,
         )
@@ -161,7 +171,7 @@ class Inventory:
         return tuple(dict.fromkeys(group.kind for group in self.groups))
 
     def numbers(self, kind: str, *, removed_layers: Collection[int] = ()) -> list[int]:
-        """Returns the positions of the groups of a kind in layers that stay."""
+        """Returns the positions of the groups of a kind in kept layers."""
         return [i for i, g in enumerate(self.groups) if g.kind == kind and g.layer not in removed_layers]
 
     def dense_widths(self) -> tuple[int, ...]:
@@ -169,12 +179,14 @@ class Inventory:
         return tuple(group.num_units for group in self.groups)
 
     def params(self, widths: Sequence[int], removed_layers: Collection[int] = ()) -> int:
-        """Returns the parameters of the model with ``widths`` units left per group and some layers gone.
+        """Returns the parameters of a pruned model.
 
         Args:
-            widths: Kept units per group; those of removed layers and of the ``layers`` group do not matter.
-            removed_layers: Layers that go as a whole.
+            widths: Kept units per group; values for removed layers and for the ``layers`` group are ignored.
+            removed_layers: Removed layers.
         """
+        if self.count is not None:
+            return self.count(widths)
         if self.channels is not None:
             place = self.stream
             return self.at(widths[place]).params([*widths[:place], *widths[place + 1 :]], removed_layers)
@@ -184,20 +196,20 @@ class Inventory:
                 removed += (group.num_units - width) * cost
         return self.dense_params - removed
 
-    def common_share(self, target: int) -> float:
-        """Returns the share that meets the target when whole layers, heads and neurons could be divided.
+    def params_of(self, allotment: "Allotment") -> int:
+        """Returns the parameters that an allotment leaves."""
+        return self.params(allotment.widths, allotment.removed_layers)
 
-        Hidden channels are not among the units.
-        """
-        low, high = 0.0, 1.0
+    def common_share(self, target: int) -> float:
+        """Returns the share of every kind to remove that meets the target before rounding; without hidden channels."""
         within = sum(g.num_units * cost for g, cost in zip(self.groups, self.costs, strict=True))
         movable = sum(n for layer, n in enumerate(self.layer_params) if layer not in self.fixed_layers)
-        for _ in range(100):
-            share = (low + high) / 2
+
+        def too_small(share: float) -> bool:
             layers = share if self.layers is not None else 0.0
-            removed = layers * movable + (1 - layers) * share * within
-            low, high = (share, high) if removed < self.dense_params - target else (low, share)
-        return high
+            return layers * movable + (1 - layers) * share * within < self.dense_params - target
+
+        return bisected(too_small)[1]
 
     def select(self, numbers: Sequence[int]) -> "Inventory":
         """Returns an inventory of some of the groups, of the same model."""
@@ -211,8 +223,8 @@ class Inventory:
         layers = [layer for layer in range(len(self.layer_params)) if layer not in self.fixed_layers]
         if scores is None:
             return tuple(layers[len(layers) - number :])
-        stay = keep_top(scores[group.name][layers], len(layers) - number)
-        return tuple(layer for place, layer in enumerate(layers) if place not in stay)
+        kept = keep_top(scores[group.name][layers], len(layers) - number)
+        return tuple(layer for place, layer in enumerate(layers) if place not in kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +232,9 @@ class Allotment:
     """How many units each group keeps.
 
     Attributes:
-        widths: Kept units per group; all units for groups of removed layers.
-        removed_layers: Layers that go as a whole, ascending.
-        exact_width: The MLP width that meets the target before rounding, where there is one.
+        widths: Kept units per group; all units for the groups of removed layers.
+        removed_layers: Removed layers, ascending.
+        exact_width: The MLP width that meets the target before rounding; None where MLPs differ in width.
     """
 
     widths: tuple[int, ...]
@@ -231,25 +243,25 @@ class Allotment:
 
 
 class Measurements(Protocol):
-    """What an allocation can measure on the dense model and the first calibration sequences.
+    """Measurements on the dense model and the first calibration sequences, the same on every rank.
 
-    Results are the same on every rank. The pruning room implements it.
+    ``hfprune.pruning`` implements them.
     """
 
     def kl_curves(self, shares: Sequence[float]) -> dict[str, dict[float, float]]:
-        """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone being pruned."""
+        """Returns group name -> kept share -> KL to the dense model, nats per token, with that group alone pruned."""
 
     def layer_cosines(self) -> dict[int, float]:
         """Returns layer -> mean over tokens of the cosine between the layer's input and output."""
 
 
 class Allocation(Configured, ABC):
-    """Spreads a budget over groups. An instance holds settings only.
+    """Spreads a budget over groups. Instances hold settings only.
 
     Attributes:
-        takes_layers: Whether whole layers may be among the units.
-        takes_channels: Whether hidden channels may be.
-        sequences: Calibration sequences that ``measure`` reads; of allocations that measure.
+        takes_layers: Whether it can remove whole layers.
+        takes_channels: Whether it can remove hidden channels.
+        sequences: Number of calibration sequences that ``measure`` reads; 0 without measurements.
     """
 
     sequences: int = 0
@@ -261,44 +273,44 @@ class Allocation(Configured, ABC):
         """Reads the deprecated attribute ``takes_blocks`` as ``takes_layers``."""
         super().__init_subclass__(**kwargs)
         if "takes_blocks" in cls.__dict__:
-            text = f"{cls.__name__}.takes_blocks is now takes_layers; the old name goes away in the next release."
+            text = f"{cls.__name__}.takes_blocks is now takes_layers; the old name will be removed in the next release."
             warnings.warn(text, FutureWarning, stacklevel=2)
             cls.takes_layers = cls.__dict__["takes_blocks"]
 
     @property
     def own_budget(self) -> bool:
-        """Whether the allocation says itself how much goes, so that no budget is given."""
+        """Whether the allocation sets the number of removed units itself, without a budget."""
         return False
 
     @property
     def measures(self) -> str:
-        """What is to be measured after calibration (``curves``, ``cosines``); empty where nothing is, or is known."""
+        """Name of the measurement needed after calibration (``curves``, ``cosines``); empty if none is needed."""
         return ""
 
     def measure(self, on: Measurements) -> "Allocation":
-        """Returns the allocation with what it measured; itself where it measures nothing.
+        """Returns the allocation with its measurements; itself if it needs none.
 
         Args:
-            on: What can be measured.
+            on: The measurements.
         """
         return self
 
     def needs_scores(self, inventory: Inventory) -> bool:
-        """Returns whether widths, or which layers go, depend on scores: by default where layers are among the units."""
+        """Returns whether widths or removed layers depend on scores; by default, where layers are pruned."""
         return inventory.layers is not None
 
     @abstractmethod
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns how many units each group keeps so that about ``target`` parameters are left.
 
-        Where that is out of reach, the nearest that is within. Equal inputs give equal results: ties go to the lower
-        layer, or to the lower index of a unit.
+        A target out of reach gives the nearest possible result. Equal inputs give equal results: in ties, the lower
+        layer or the lower index of a unit is preferred.
 
         Args:
             inventory: The groups.
-            target: Parameters to leave; without meaning where ``own_budget``.
+            target: Number of parameters to leave; ignored where ``own_budget``.
             round_to: Kept MLP widths are multiples of this, or the dense width.
-            scores: Importance of the units; None before calibration: then widths that need scores are a guess.
+            scores: Group name -> importance [U]; None before calibration, when widths that need scores are provisional.
 
         Raises:
             ConfigError: The settings do not fit the model.
@@ -309,23 +321,23 @@ class Allocation(Configured, ABC):
         return {"name": type(self).__name__, **self.settings()}
 
     def __str__(self) -> str:
-        """Returns name and settings as one would write them."""
+        """Returns name and settings, as in Python."""
         name, *settings = self.describe().items()
         return f"{name[1]}({', '.join(f'{key}={value}' for key, value in settings)})"
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where whole layers or hidden channels are units and the allocation takes none."""
+        """Raises ``ConfigError`` where layers or hidden channels are pruned and the allocation supports neither."""
         if inventory.layers is not None and not self.takes_layers:
             raise ConfigError(
-                f"{type(self).__name__} does not say which whole layers go: leave 'layers' out of the units, or use "
-                "Uniform, Protected(Uniform) or Explicit."
+                f"{type(self).__name__} cannot remove whole layers: leave 'layers' out of the units, or use Uniform, "
+                "Protected(Uniform) or Explicit."
             )
         self.check_channels(inventory)
 
     def check_channels(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where hidden channels are among the units and the allocation does not take them."""
+        """Raises ``ConfigError`` where hidden channels are pruned and the allocation does not support them."""
         if inventory.channels is not None and not self.takes_channels:
             raise ConfigError(
-                f"{type(self).__name__} spreads a budget over layers, and a hidden channel goes through all of them: "
-                "leave 'channels' out of the units, or use Uniform or Explicit."
+                f"{type(self).__name__} cannot remove hidden channels, which all layers share: leave 'channels' out of "
+                "the units, or use Uniform or Explicit."
             )

@@ -1,4 +1,4 @@
-"""Hidden channels: their number is chosen first, since the cost of every other unit depends on it."""
+"""Hidden channels: their number is chosen first, because the parameters of all other units depend on it."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hfprune.models import CHANNELS
 from hfprune.utils.errors import ConfigError
 
 _TRIES = 8
-"""Hidden sizes to try, the nearest ones first."""
+"""Number of hidden sizes to try, the nearest ones first."""
 
 
 class Spend(Protocol):
@@ -23,16 +23,16 @@ class Spend(Protocol):
 def with_channels(
     inventory: Inventory, target: int, spend: Spend, *, round_to: int, scores: Scores | None
 ) -> Allotment:
-    """Returns the allotment that takes about the same share of hidden channels as of the other units.
+    """Returns the allotment that removes about the same share of hidden channels as of the other units.
 
-    The hidden size nearest to that share, for which ``spend`` on the model of that size meets the target within half a
-    step, and which a stock config states together with the number of heads. Where no MLP neurons make up for the rest
-    of the budget, the hidden size itself does.
+    The hidden size is the one nearest to that share for which ``spend``, on the model of that size, meets the target
+    within half a step, and which a stock config can state together with the number of heads. Where MLP neurons are not
+    pruned, the hidden size absorbs the remainder of the budget.
 
     Args:
         inventory: The groups, hidden channels among them.
-        target: Parameters to leave.
-        spend: Spends what is left of the budget on the other units.
+        target: Number of parameters to leave.
+        spend: Spends the rest of the budget on the other units.
         round_to: MLP widths and hidden sizes are multiples of this.
         scores: As for ``Allocation.allot``.
     """
@@ -44,7 +44,7 @@ def with_channels(
     def at(size: int) -> Allotment:
         return _at(inventory, target, size, spend if others else None, round_to=round_to, scores=scores)
 
-    step = _step(inventory, at(_nearest(sizes, wished, 1)[0]).widths)  # the number of heads hardly depends on the size
+    step = _step(inventory, at(_nearest(sizes, wished, 1)[0]).widths)  # heads hardly depend on the size
     found: list[tuple[tuple[bool, float, float], Allotment]] = []
     for size in _fitting(sizes, wished, step, round_to):
         allotment = at(size)
@@ -64,7 +64,7 @@ def with_channels(
 def _wished(inventory: Inventory, target: int, sizes: Sequence[int]) -> float:
     """Returns the hidden size at which channels and the other units would lose the same share."""
     units, low, high = inventory.groups[inventory.stream].num_units, 0, len(sizes) - 1
-    while low < high:  # with the hidden size rises the share of the others, and falls that of the channels
+    while low < high:  # a larger hidden size: fewer channels and more of the other units are removed
         middle = (low + high) // 2
         more = 1 - sizes[middle] / units > inventory.at(sizes[middle]).common_share(target)
         low, high = (middle + 1, high) if more else (low, middle)
@@ -72,7 +72,7 @@ def _wished(inventory: Inventory, target: int, sizes: Sequence[int]) -> float:
 
 
 def _solved(inventory: Inventory, target: int, widths: Sequence[int], removed: Sequence[int]) -> float:
-    """Returns the hidden size that meets the target at given widths of the other units; the count is linear in it."""
+    """Returns the hidden size that meets the target with given widths of the other units (the count is linear)."""
     place = inventory.stream
     units = inventory.groups[place].num_units
     most, least = (inventory.params([*widths[:place], n, *widths[place + 1 :]], removed) for n in (units, 0))
@@ -80,18 +80,18 @@ def _solved(inventory: Inventory, target: int, widths: Sequence[int], removed: S
 
 
 def _nearest(sizes: Sequence[int], wished: float, step: int) -> list[int]:
-    """Returns the multiples of ``step``, and the dense size, from the nearest on; ties go to the larger one."""
+    """Returns the multiples of ``step`` and the dense size, nearest first; in ties, the larger one."""
     fitting = [size for size in sizes if size % step == 0 or size == sizes[-1]]
     return sorted(fitting, key=lambda size: (abs(size - wished), -size))
 
 
 def _fitting(sizes: Sequence[int], wished: float, step: int, round_to: int) -> list[int]:
-    """Returns the sizes to try; raises ``ConfigError`` where the dense one is the only one."""
+    """Returns the sizes to try; raises ``ConfigError`` if only the dense size is possible."""
     found = _nearest(sizes, wished, step)
     if len(found) == 1:
         raise ConfigError(
-            f"--round_to {round_to}: the dense hidden size, {sizes[-1]}, alone is a multiple of it and of the number "
-            f"of query heads, {step}. Give a smaller --round_to."
+            f"round_to={round_to} allows no hidden size below the dense {sizes[-1]}: hidden sizes are also multiples "
+            f"of the number of query heads, {step}. Give a smaller `round_to`."
         )
     return found[:_TRIES]
 
@@ -113,15 +113,15 @@ def _resized(inventory: Inventory, allotment: Allotment, size: int) -> Allotment
 
 
 def _step(inventory: Inventory, widths: Sequence[int]) -> int:
-    """Returns the number of which a stock config states multiples as hidden sizes, at given numbers of heads."""
+    """Returns the step of the hidden sizes that a stock config can state with given numbers of heads."""
     assert inventory.channels is not None
     heads = [(w, g.num_units) for w, g in zip(widths, inventory.groups, strict=True) if g.kind == "heads"]
-    kept, dense = min(heads, default=(1, 1))  # layers that go as a whole have all of theirs
+    kept, dense = min(heads, default=(1, 1))  # removed layers list all of their heads
     return max(inventory.channels.step * kept // dense, 1)
 
 
 def _half_step(inventory: Inventory, allotment: Allotment, round_to: int) -> float:
-    """Returns half of what the finest kind changes by: MLP neurons of all layers, or hidden channels."""
+    """Returns half of the parameters of the finest step: one MLP step in all layers, or hidden channels."""
     inner = inventory.at(allotment.widths[inventory.stream])
     members = inner.numbers("mlp", removed_layers=allotment.removed_layers)
     if members:

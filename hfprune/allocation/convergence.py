@@ -1,4 +1,4 @@
-"""How the kept units settle while calibration goes on."""
+"""Convergence of the kept units during calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ class KeptHistory:
 
     Args:
         groups: The groups.
-        widths: Kept units of each; or, where these follow from the scores, what returns the kept units of every group
-            at given scores.
+        widths: Kept units of each; or, where widths depend on scores, a function from scores to the kept units of every
+            group.
     """
 
     def __init__(self, groups: Sequence[Group], widths: Sequence[int] | Select) -> None:
@@ -29,10 +29,10 @@ class KeptHistory:
         self._kept: list[Tensor] = []  # [all units] boolean
 
     def add(self, tokens: int, scores: Mapping[str, Tensor]) -> float | None:
-        """Notes what ``scores`` keep after ``tokens`` tokens.
+        """Records the units that ``scores`` keep after ``tokens`` tokens.
 
         Returns:
-            The share of the kept units that were kept at the position before, too; None at the first.
+            The share of the kept units that were also kept at the previous position; None at the first.
         """
         kept = self._mask(scores)
         before = self._kept[-1] if self._kept else None
@@ -41,7 +41,7 @@ class KeptHistory:
         return None if before is None else self._overlap(before, kept)
 
     def convergence(self, scores: Mapping[str, Tensor]) -> list[tuple[int, float]]:
-        """Returns, for every position, its tokens and the share of the units that ``scores`` keep that it kept, too."""
+        """Returns tokens and overlap of every position: the share of the units kept by ``scores`` that it kept."""
         final = self._mask(scores)
         return [(tokens, self._overlap(kept, final)) for tokens, kept in zip(self._tokens, self._kept, strict=True)]
 
@@ -56,7 +56,7 @@ class KeptHistory:
         return torch.cat(parts)
 
     def _overlap(self, one: Tensor, other: Tensor) -> float:
-        """Returns the share of ``other`` that is in ``one``."""
+        """Returns the share of ``other`` that is also in ``one``."""
         return int((one & other).sum()) / int(other.sum())
 
     def state(self) -> dict[str, Any]:
@@ -65,11 +65,11 @@ class KeptHistory:
         return {"tokens": list(self._tokens), "kept": torch.stack(self._kept) if self._kept else empty}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``state`` returned.
+        """Restores a history from ``state``.
 
         Raises:
-            ConfigError: It belongs to other groups.
+            ConfigError: The state belongs to other groups.
         """
         if state["kept"].shape[1] != sum(g.num_units for g in self._groups):
-            raise ConfigError("The history of the calibration belongs to other groups.")
+            raise ConfigError("The saved calibration history belongs to other groups.")
         self._tokens, self._kept = list(state["tokens"]), list(state["kept"])

@@ -1,4 +1,4 @@
-"""Explicit allocation: given widths, one for all layers or one for each."""
+"""Explicit allocation: the user gives the widths, one for all layers or one for each."""
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
@@ -7,18 +7,18 @@ from hfprune.utils.errors import ConfigError
 
 
 class Explicit(Allocation):
-    """Keeps the named numbers of units; kinds that are not named stay as they are.
+    """Keeps the given numbers of units. Kinds without a number keep all units.
 
     Args:
         mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
         heads: Key-value heads to keep, likewise.
         experts: Experts to keep, likewise.
-        layers: Number of layers to keep, those with the largest scores; or a list of the layers to remove.
-        channels: Number of hidden channels to keep: the hidden size.
+        layers: Number of layers to keep, by score; or a list of the layers to remove.
+        channels: Number of hidden channels to keep, the new hidden size.
         blocks: Deprecated name of ``layers``.
 
     Raises:
-        ConfigError: Nothing is named.
+        ConfigError: No number is given.
 
     Example:
         >>> from hfprune.plan import Group
@@ -43,11 +43,11 @@ class Explicit(Allocation):
     ) -> None:
         if blocks is not None:
             if layers is not None:
-                raise ConfigError("Explicit: blocks is the old name of layers; give layers alone.")
+                raise ConfigError("Explicit: `blocks` is the old name of `layers`; give `layers` only.")
             unit_kinds(["blocks"])
             layers = blocks
         if all(value is None for value in (mlp, heads, experts, layers, channels)):
-            raise ConfigError("Explicit names what to keep: give mlp, heads, experts, layers or channels.")
+            raise ConfigError("Explicit: give the number of units to keep as mlp, heads, experts, layers or channels.")
         self.mlp, self.heads, self.experts, self.channels, self.layers = mlp, heads, experts, channels, layers
 
     @property
@@ -56,21 +56,21 @@ class Explicit(Allocation):
         return True
 
     def needs_scores(self, inventory: Inventory) -> bool:
-        """Returns whether a number of layers was given, and not which."""
+        """Returns whether a number of layers was given rather than a list."""
         return isinstance(self.layers, int)
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where a kind is named that is no unit, or a number does not fit the model."""
+        """Raises ``ConfigError`` if a kind is not pruned or a number does not fit the model."""
         for kind in self.settings():
             if kind not in inventory.kinds():
-                raise ConfigError(f"{self} names units that are not pruned: add them to --importance.units.")
+                raise ConfigError(f"{self} names units that are not pruned: add '{kind}' to `units`.")
         for kind, value in self._numbers().items():
             self._widths(inventory, kind, value)
         if self.layers is not None:
             self._removed(inventory, None)
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the named widths."""
+        """Returns the given widths."""
         removed = self._removed(inventory, scores) if self.layers is not None else ()
         widths = list(inventory.dense_widths())
         for kind, value in self._numbers().items():
@@ -80,7 +80,7 @@ class Explicit(Allocation):
         return settled(inventory, widths, removed)
 
     def _numbers(self) -> dict[str, int | list[int]]:
-        """Returns unit kind -> number or numbers of units to keep, without whole layers."""
+        """Returns unit kind -> numbers of units to keep, without layers."""
         return {kind: value for kind, value in self.settings().items() if kind != LAYERS}
 
     def _removed(self, inventory: Inventory, scores: Scores | None) -> tuple[int, ...]:
@@ -92,11 +92,11 @@ class Explicit(Allocation):
             return inventory.worst_layers(scores, layers - self.layers)
         named = sorted(set(self.layers or ()))
         if len(named) >= layers or any(not 0 <= layer < layers or layer in inventory.fixed_layers for layer in named):
-            raise ConfigError(f"{self} removes layers that are protected or not there, or all of {layers}.")
+            raise ConfigError(f"{self} removes protected layers, layers that do not exist, or all of {layers}.")
         return tuple(named)
 
     def _widths(self, inventory: Inventory, kind: str, value: int | list[int]) -> dict[int, int]:
-        """Returns group number -> width."""
+        """Returns position of the group -> width."""
         members = inventory.numbers(kind)
         layers = len(inventory.layer_params)
         if not isinstance(value, int) and len(value) != layers:
@@ -107,8 +107,8 @@ class Explicit(Allocation):
             width = value if isinstance(value, int) else value[group.layer or 0]
             if not group.least <= width <= group.num_units:
                 raise ConfigError(
-                    f"{self}: {group.name} has {group.num_units} units, of which at least {group.least} must "
-                    f"stay; {width} cannot be kept."
+                    f"{self}: {group.name} has {group.num_units} units and must keep at least {group.least}; {width} "
+                    "cannot be kept."
                 )
             found[number] = width
         return found

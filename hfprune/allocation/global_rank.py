@@ -1,4 +1,4 @@
-"""Global ranking: the units of all layers compete for the budget."""
+"""Global ranking: the units of all layers are ranked together."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -35,18 +35,17 @@ class _Steps:
 
 
 class GlobalRank(Allocation):
-    """Removes the units with the lowest scores of the whole model, whatever layer they are in.
+    """Removes the units with the lowest scores in the whole model.
 
-    With ``round_to``, units of a group go in steps of so many, a step's score being the mean of its units'. Where the
-    next step in the ranking would take too much (a head, when neurons are left), it and the rest of its group stay, and
-    what follows in the ranking makes up for the budget.
+    With ``round_to``, the units of a group are removed in steps of that size; the score of a step is the mean over its
+    units. A step that would exceed the budget (a head, when only neurons still fit) is skipped with the rest of its
+    group, and later steps in the ranking use up the budget.
 
     Args:
-        comparable: How scores of different groups are made comparable. ``none``: as they are; heads, which sum over
-            more weights, then seldom go. ``per_parameter``: divided by the parameters of a unit: what a removed
-            parameter costs. ``mean``: divided by the group's mean score. ``standard``: minus the group's mean, divided
-            by its standard deviation.
-        floor: Least share of its units that every group keeps; one step at least.
+        comparable: How scores of different groups are made comparable. ``none``: unchanged; heads sum over more
+            weights and are then rarely removed. ``per_parameter``: divided by the parameters of a unit. ``mean``:
+            divided by the group's mean score. ``standard``: minus the group's mean, divided by its standard deviation.
+        floor: Smallest share of its units that every group keeps; at least one step.
         ceiling: Largest share of its units that a group keeps.
 
     Raises:
@@ -64,7 +63,7 @@ class GlobalRank(Allocation):
     def __init__(self, *, comparable: Comparable = "mean", floor: float = 0.1, ceiling: float = 1.0) -> None:
         check_choice("comparable", comparable, _COMPARABLE)
         if not 0 <= floor <= ceiling <= 1:
-            raise ConfigError(f"GlobalRank: floor {floor} and ceiling {ceiling} need 0 <= floor <= ceiling <= 1.")
+            raise ConfigError(f"GlobalRank: floor={floor} and ceiling={ceiling} need 0 <= floor <= ceiling <= 1.")
         self.comparable, self.floor, self.ceiling = comparable, floor, ceiling
 
     def needs_scores(self, inventory: Inventory) -> bool:
@@ -72,7 +71,7 @@ class GlobalRank(Allocation):
         return True
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the widths that one ranking leaves."""
+        """Returns the widths after removal in the order of one ranking."""
         slots = [
             slot(
                 g.kind,
@@ -90,8 +89,9 @@ class GlobalRank(Allocation):
         if left < -max(s.step * s.cost for s in slots):
             dense, most = inventory.dense_params, target + left
             raise ConfigError(
-                f"GlobalRank: the ceiling {self.ceiling:g} alone leaves {most:,} of {dense:,} parameters, and the "
-                f"budget {target:,}: give a higher ceiling, or a --pruning_ratio of at least {1 - most / dense:.4f}."
+                f"GlobalRank: ceiling={self.ceiling:g} already removes more than the budget: it leaves {most:,} of "
+                f"{dense:,} parameters, the budget {target:,}. Use a higher ceiling, or a `pruning_ratio` of at least "
+                f"{1 - most / dense:.4f}."
             )
         parts = []
         for number, (group, s) in enumerate(zip(inventory.groups, slots, strict=True)):
@@ -101,7 +101,7 @@ class GlobalRank(Allocation):
 
 
 def _steps(number: int, s: Slot, scores: Tensor) -> _Steps:
-    """Returns the steps of one group from its ceiling to its floor; their scores rise."""
+    """Returns the steps of one group from its ceiling to its floor, by rising score."""
     kept = [s.high]
     while (below := s.below(kept[-1])) is not None:
         kept.append(below)
@@ -110,23 +110,23 @@ def _steps(number: int, s: Slot, scores: Tensor) -> _Steps:
     units = edges[:-1] - edges[1:]
     score = (total[edges[:-1]] - total[edges[1:]]) / units
     if len(score):
-        score = score.cummax(0).values  # against rounding
+        score = score.cummax(0).values  # rounding errors must not reorder steps
     return _Steps(score=score, params=units * s.cost, units=units, kept=edges[1:], group=torch.full_like(units, number))
 
 
 def _ranking(parts: list[_Steps]) -> _Steps:
-    """Returns the steps of all groups by rising score; equal scores: the lower group, then its own order."""
+    """Returns the steps of all groups by rising score; of equal scores, the lower group first."""
     columns = {f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Steps)}
     order = columns["score"].sort(stable=True).indices
     return _Steps(**{name: column[order] for name, column in columns.items()})
 
 
 def _taken(ranking: _Steps, widths: list[int], left: int) -> list[int]:
-    """Returns the widths after the steps, in their order, that do not take more than ``left`` parameters."""
+    """Returns the widths after all steps, in their order, that fit into ``left`` parameters."""
     if not len(ranking.params):
         return widths
     total = ranking.params.cumsum(0)
-    whole = int(torch.searchsorted(total, left, right=True)) if left > 0 else 0  # taken without a gap
+    whole = int(torch.searchsorted(total, left, right=True)) if left > 0 else 0  # steps that all fit
     for group, kept in zip(ranking.group[:whole].tolist(), ranking.kept[:whole].tolist(), strict=True):
         widths[group] = kept
     left -= int(total[whole - 1]) if whole else 0
@@ -151,16 +151,16 @@ def _taken(ranking: _Steps, widths: list[int], left: int) -> list[int]:
 
 
 def _give_back(ranking: _Steps, widths: list[int], excess: int, *, finer_than: int) -> int:
-    """Undoes the last steps, in ``widths``, while this brings the total nearer to the target.
+    """Undoes the last steps, in ``widths``, that bring the total closer to the target.
 
     Args:
         ranking: All steps.
         widths: Kept units of each group; changed in place.
         excess: Parameters that are removed beyond the target.
-        finer_than: Only steps of fewer parameters than this are undone.
+        finer_than: Only steps with fewer parameters than this are undone.
 
     Returns:
-        The excess after it; negative where too few are removed.
+        The remaining excess; negative if too few parameters are removed.
     """
     for place in reversed(range(len(ranking.params))):
         group, params, units, kept = (

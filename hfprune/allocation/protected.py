@@ -1,4 +1,4 @@
-"""Protected layers: the first and last layers keep all units (LLM-Pruner); another allocation spends the budget."""
+"""Protected layers: the first and last layers keep all units, and another allocation spends the budget."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hfprune.utils.errors import ConfigError
 
 
 class Protected(Allocation):
-    """Leaves the first and last layers as they are and spends the whole budget on those between.
+    """Keeps the first and last layers dense and spends the whole budget on the layers between.
 
     LLM-Pruner's scripts keep the first 4 and the last 2 of 32 layers: ``Protected(first=4, last=2,
     allocation=Uniform(share=0.25, compat="llm_pruner"))``.
@@ -16,7 +16,7 @@ class Protected(Allocation):
     Args:
         first: Number of first layers to protect.
         last: Number of last layers to protect.
-        allocation: How the budget is spent on the others; ``Uniform()`` if not given.
+        allocation: How the budget is spent on the other layers; ``Uniform()`` if not given.
 
     Raises:
         ConfigError: A number is negative.
@@ -35,11 +35,11 @@ class Protected(Allocation):
 
     def __init__(self, *, first: int = 4, last: int = 2, allocation: Allocation | None = None) -> None:
         if first < 0 or last < 0:
-            raise ConfigError(f"Protected: first={first} and last={last} are numbers of layers, not negative.")
+            raise ConfigError(f"Protected: first={first} and last={last} must not be negative.")
         if allocation is not None and allocation.measures:
             raise ConfigError(
-                f"Protected: give {type(allocation).__name__} its {allocation.measures}; within Protected it does not "
-                "measure any."
+                f"Protected: {type(allocation).__name__} cannot measure within Protected. Give it its "
+                f"{allocation.measures}."
             )
         self.first, self.last, self.allocation = first, last, allocation or Uniform()
 
@@ -53,7 +53,7 @@ class Protected(Allocation):
         return self.allocation.needs_scores(inventory)
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where no layer is left to prune, or the inner allocation does not take the units."""
+        """Raises ``ConfigError`` if no layer is left to prune or the inner allocation does not support the units."""
         self.check_channels(inventory)
         layers = len(inventory.layer_params)
         if self.first + self.last >= layers:
@@ -61,7 +61,7 @@ class Protected(Allocation):
         self.allocation.check(inventory)
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the inner allotment of the other layers."""
+        """Returns the inner allotment for the other layers."""
         layers = len(inventory.layer_params)
         between = range(self.first, layers - self.last)
         open_to = [i for i, g in enumerate(inventory.groups) if g.layer is None or g.layer in between]

@@ -1,4 +1,4 @@
-"""Rounding: turns the fractional widths of an allocation into whole units that meet the budget.
+"""Rounding of fractional widths to whole units that meet a budget.
 
 Coarse units (layers, heads) are rounded first; MLP neurons absorb the remainder.
 
@@ -14,17 +14,44 @@ Desired = Callable[[float], Sequence[float]]
 """Position in [0, 1] -> units [S] that each slot should lose there; rises with the position."""
 
 
+def bisected(below: Callable[[float], bool]) -> tuple[float, float]:
+    """Returns two neighbouring positions in [0, 1]: the condition holds at the first and not at the second.
+
+    Args:
+        below: The condition, true up to some position and false from there on.
+
+    Example:
+        >>> low, high = bisected(lambda position: position < 0.3)
+        >>> low < 0.3 <= high, high - low < 1e-15
+        (True, True)
+    """
+    low, high = 0.0, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low, high
+
+
+def round_width(exact: float, round_to: int) -> int:
+    """Returns the multiple of ``round_to`` nearest to ``exact``; halves are rounded up.
+
+    >>> [round_width(7580.66, 1), round_width(7580.66, 128)]
+    [7581, 7552]
+    """
+    return int(exact / round_to + 0.5) * round_to
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Units that shrink by one number: a group.
+    """The numbers of units that a group may keep.
 
     Attributes:
         kind: Unit kind.
         units: Units of the dense model.
         cost: Parameters of one unit.
         step: Kept numbers are multiples of this, or ``high``.
-        low: Smallest number that may be kept, a multiple of ``step``.
-        high: Largest number that may be kept.
+        low: Smallest allowed number, a multiple of ``step``.
+        high: Largest allowed number.
     """
 
     kind: str
@@ -40,12 +67,12 @@ class Slot:
         return max(self.low, number) if number <= self.high else self.high
 
     def below(self, kept: int) -> int | None:
-        """Returns the next smaller allowed number, None at the end."""
+        """Returns the next smaller allowed number, or None."""
         number = (kept - 1) // self.step * self.step
         return number if number >= self.low else None
 
     def above(self, kept: int) -> int | None:
-        """Returns the next larger allowed number, None at the end."""
+        """Returns the next larger allowed number, or None."""
         number = (kept // self.step + 1) * self.step
         return None if kept >= self.high else min(number, self.high)
 
@@ -56,13 +83,13 @@ def slot(
     """Returns the slot of a group.
 
     Args:
-        kind: Its kind; only MLP neurons are rounded.
+        kind: Its unit kind; MLP neurons and hidden channels are rounded.
         units: Units of the dense model.
         cost: Parameters of one unit.
-        round_to: Rounding of MLP widths.
-        floor: Least share of the units to keep; one step always stays.
-        ceiling: Largest share to keep.
-        least: Fewest units that can be kept, whatever the shares.
+        round_to: Kept MLP widths and hidden sizes are multiples of this.
+        floor: Smallest share of the units to keep; at least one step is kept.
+        ceiling: Largest share of the units to keep.
+        least: Smallest number of units to keep, even below ``floor`` or above ``ceiling``.
     """
     step = min(round_to, units) if UNIT_KINDS[kind].rounded else 1
     high = units if ceiling == 1 else max(int(ceiling * units) // step * step, step)
@@ -72,12 +99,12 @@ def slot(
 
 
 def fill(slots: Sequence[Slot], desired: Desired, removal: int) -> list[int]:
-    """Returns the kept units [S] that remove about ``removal`` parameters, as near to ``desired`` as whole units allow.
+    """Returns the kept units [S], close to ``desired``, that remove about ``removal`` parameters.
 
-    Kind by kind, from the one with the largest step in parameters to the finest: the position at which what is wished
-    for removes ``removal`` is found, the kind is rounded there with as little error in its total as possible (the
-    largest remainders first, ties to the lower slot), and the kinds that follow make up for the rest. What is left is
-    made up for by single steps.
+    Kinds are rounded one after another, from the largest step in parameters to the smallest. For each, the position is
+    found at which the desired numbers remove ``removal`` parameters, and the kind is rounded there with the smallest
+    error in its total (largest remainders first, the lower slot in ties). Later kinds absorb the error; single steps
+    absorb the rest.
     """
     kept: dict[int, int] = {}
     for kind in sorted({s.kind for s in slots}, key=lambda k: (-max(s.cost * s.step for s in slots if s.kind == k), k)):
@@ -89,24 +116,23 @@ def fill(slots: Sequence[Slot], desired: Desired, removal: int) -> list[int]:
 
 
 def _wishes(slots: Sequence[Slot], desired: Desired, position: float) -> list[float]:
-    """Returns the numbers [S] to keep at a position, within bounds, not rounded."""
+    """Returns the numbers [S] to keep at a position, within bounds and not rounded."""
     wished = desired(position)
     return [min(max(s.units - w, s.low), s.high) for s, w in zip(slots, wished, strict=True)]
 
 
 def _position(slots: Sequence[Slot], desired: Desired, kept: dict[int, int], removal: int) -> float:
-    """Returns where the kinds that are settled, and the wishes of the others, remove ``removal`` parameters."""
-    low, high = 0.0, 1.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        wished = _wishes(slots, desired, middle)
-        removed = sum(s.cost * (s.units - kept.get(i, w)) for i, (s, w) in enumerate(zip(slots, wished, strict=True)))
-        low, high = (middle, high) if removed < removal else (low, middle)
-    return high
+    """Returns where the rounded kinds, and the desired numbers of the others, remove ``removal`` parameters."""
+
+    def too_small(position: float) -> bool:
+        numbers = enumerate(zip(slots, _wishes(slots, desired, position), strict=True))
+        return sum(s.cost * (s.units - kept.get(i, number)) for i, (s, number) in numbers) < removal
+
+    return bisected(too_small)[1]
 
 
 def _rounded(slots: Sequence[Slot], members: Sequence[int], wished: Sequence[float], room: float) -> dict[int, int]:
-    """Returns allowed numbers next to the wishes of some slots that together remove about ``room`` parameters."""
+    """Returns allowed numbers next to the desired ones of some slots; they remove about ``room`` parameters."""
     kept = {i: slots[i].up(wished[i]) for i in members}
     room -= sum(slots[i].cost * (slots[i].units - kept[i]) for i in members)
     gaps = {i: kept[i] - wished[i] for i in members if kept[i] > wished[i]}
@@ -121,11 +147,11 @@ def _rounded(slots: Sequence[Slot], members: Sequence[int], wished: Sequence[flo
 
 
 def _made_up(slots: Sequence[Slot], kept: list[int], removal: int) -> list[int]:
-    """Returns ``kept`` after single steps, coarse ones first, while these bring the total nearer to ``removal``."""
+    """Returns ``kept`` after single steps, coarse ones first, that bring the total closer to ``removal``."""
     order = sorted(range(len(slots)), key=lambda i: (-slots[i].cost * slots[i].step, i))
     kept = _stepped(slots, kept, removal, order)
     finest = min(s.cost * s.step for s in slots)
-    for i in order:  # one coarse step too far, and fine ones back, where fine ones alone did not reach
+    for i in order:  # where fine steps did not suffice: one coarse step too far, then fine steps back
         error = _error(slots, kept, removal)
         if abs(error) <= finest / 2:
             break
@@ -138,7 +164,7 @@ def _made_up(slots: Sequence[Slot], kept: list[int], removal: int) -> list[int]:
 
 
 def _error(slots: Sequence[Slot], kept: Sequence[int], removal: int) -> int:
-    """Returns how many parameters are still to be removed."""
+    """Returns how many more parameters have to be removed."""
     return removal - sum(s.cost * (s.units - k) for s, k in zip(slots, kept, strict=True))
 
 

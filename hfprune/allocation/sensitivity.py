@@ -1,4 +1,4 @@
-"""Sensitivity allocation: spends the budget by measured curves of KL per removed parameter."""
+"""Sensitivity allocation: spends the budget by measured curves of the KL divergence per group."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,24 +13,24 @@ from hfprune.plan import PLAN_FORMAT, Group
 from hfprune.utils.errors import ConfigError
 
 Curves = Mapping[str, Mapping[float, float]]
-"""Group name -> kept share of its units -> KL to the dense model, nats per token, that group alone being pruned so."""
+"""Group name -> kept share of its units -> KL to the dense model, nats per token, with that group alone pruned."""
 
 _Piece = tuple[float, int, float, float]
-"""KL per removed parameter, group, units at its start, units at its end."""
+"""KL per removed parameter, position of the group, removed units at its start and at its end."""
 
 
 class Sensitivity(Allocation):
     """Removes units where the measured KL divergence increases least per removed parameter, until the budget is met.
 
-    Each curve is replaced by its lower convex hull from (no unit removed, KL 0), over parameters; pieces of all hulls
-    are taken in the order of their slopes. That minimises the sum of the hulls at the budget, which is the KL to the
-    extent that the effects of several groups add up. Nothing goes beyond the smallest share measured. Coarse kinds are
-    rounded first and MLP neurons make up for the rest.
+    Each curve, over removed parameters, is replaced by its lower convex hull from (no unit removed, KL 0). The
+    pieces of all hulls are taken in the order of their slopes. This minimises the sum of the hulls at the budget,
+    which is the KL if the effects of several groups add up. No group loses more units than at its smallest measured
+    share. Coarse kinds are rounded first; MLP neurons absorb the remainder.
 
     Args:
-        curves: Group name -> kept share -> KL, as :func:`measure_curves` makes them; or the path of a JSON file, or of
-            the ``plan.json`` of a run that measured them. None: measured after calibration, on the first ``sequences``
-            sequences of its data; a forward pass of these for every group and share.
+        curves: Group name -> kept share -> KL, as returned by :func:`measure_curves`; or the path of a JSON file, or of
+            the ``plan.json`` of a run that measured them. None: measured after calibration on its first ``sequences``
+            sequences, with one forward pass over them for every group and share.
         shares: Kept shares to measure at.
         sequences: Number of sequences to measure on.
 
@@ -54,17 +54,17 @@ class Sensitivity(Allocation):
     ) -> None:
         self.shares, self.sequences, self.measured = tuple(shares), sequences, False
         if not self.shares or not all(0 < share < 1 for share in self.shares) or sequences < 1:
-            raise ConfigError(f"Sensitivity: shares {list(shares)} are in (0, 1), sequences {sequences} at least 1.")
+            raise ConfigError(f"Sensitivity: shares={list(shares)} must be in (0, 1), sequences={sequences} positive.")
         if curves is None:
             self.curves: dict[str, dict[float, float]] | None = None
             return
         self.curves = _read(curves) if isinstance(curves, str) else {n: dict(c) for n, c in curves.items()}
         if not all(0 <= share <= 1 and kl == kl for curve in self.curves.values() for share, kl in curve.items()):
-            raise ConfigError("Sensitivity: a kept share is not in [0, 1], or a KL is NaN.")
+            raise ConfigError("Sensitivity: every kept share must be in [0, 1], and no KL NaN.")
 
     @property
     def measures(self) -> str:
-        """``curves`` where none were given."""
+        """``curves`` if none were given."""
         return "curves" if self.curves is None else ""
 
     def measure(self, on: Measurements) -> "Allocation":
@@ -72,7 +72,7 @@ class Sensitivity(Allocation):
         return self if self.curves is not None else self.with_curves(on.kl_curves(self.shares))
 
     def with_curves(self, curves: Curves) -> "Sensitivity":
-        """Returns the allocation that goes by curves which were measured as it says."""
+        """Returns the allocation with curves that were measured with its settings."""
         found = Sensitivity(
             {name: dict(curve) for name, curve in curves.items()}, shares=self.shares, sequences=self.sequences
         )
@@ -80,11 +80,11 @@ class Sensitivity(Allocation):
         return found
 
     def needs_scores(self, inventory: Inventory) -> bool:
-        """Returns whether widths wait for the scores: by which the units of the curves' points are chosen."""
+        """Returns whether widths depend on scores: the units removed at each point of a curve are chosen by score."""
         return self.curves is None or super().needs_scores(inventory)
 
     def describe(self) -> dict[str, Any]:
-        """Returns name and curves, and how these were measured where the allocation says so."""
+        """Returns name and curves, and the settings of their measurement."""
         found: dict[str, Any] = {"name": "Sensitivity"}
         if self.curves is None or self.measured:
             found |= {"shares": list(self.shares), "sequences": self.sequences}
@@ -93,13 +93,13 @@ class Sensitivity(Allocation):
         return found
 
     def __str__(self) -> str:
-        """Returns the name and what the curves are; the same before and after they were measured."""
+        """Returns name and settings; the same before and after the measurement."""
         if self.curves is None or self.measured:
             return f"Sensitivity(shares={list(self.shares)}, sequences={self.sequences})"
         return f"Sensitivity({len(self.curves)} curves)"
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-        """Returns the widths at the end of the cheapest pieces; of straight lines until curves are measured."""
+        """Returns the widths at the end of the cheapest pieces; straight lines replace curves not yet measured."""
         if self.curves is None:
             return self._provisional(inventory).allot(inventory, target, round_to=round_to, scores=scores)
         missing = [group.name for group in inventory.groups if group.name not in self.curves]
@@ -118,7 +118,7 @@ class Sensitivity(Allocation):
         return settled(inventory, widths, ())
 
     def _provisional(self, inventory: Inventory) -> "Sensitivity":
-        """Returns an allocation with straight curves: the same limits, and layers of different widths."""
+        """Returns an allocation with straight curves within the same limits."""
         lines = {}
         for group in inventory.groups:
             shares = [width / group.num_units for width in _measured(group, self.shares)]
@@ -129,13 +129,13 @@ class Sensitivity(Allocation):
 def measure_curves(
     groups: Sequence[Group], shares: Sequence[float], measure: Callable[[Group, Sequence[int]], Sequence[float]]
 ) -> dict[str, dict[float, float]]:
-    """Returns the curves that :class:`Sensitivity` takes.
+    """Returns the curves for :class:`Sensitivity`.
 
     Args:
         groups: The groups.
         shares: Kept shares to measure at, each in (0, 1).
-        measure: Takes a group and numbers of units that it alone keeps, descending; returns the KL to the dense model
-            for each of them.
+        measure: Group and numbers of kept units, descending -> KL to the dense model for each, with that group alone
+            pruned.
     """
     curves = {}
     for group in groups:
@@ -146,7 +146,7 @@ def measure_curves(
 
 
 def _measured(group: Group, shares: Sequence[float]) -> list[int]:
-    """Returns the widths that kept shares are, descending."""
+    """Returns the kept units at each share, descending."""
     widths = {max(group.least, int(share * group.num_units + 0.5)) for share in shares}
     return sorted((width for width in widths if width < group.num_units), reverse=True)
 
@@ -158,11 +158,11 @@ def _read(path: str) -> dict[str, dict[float, float]]:
             data = ((data.get("provenance") or {}).get("allocation") or {})["curves"]
         return {name: {float(share): float(kl) for share, kl in curve.items()} for name, curve in data.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"Sensitivity: '{path}' holds no curves (group -> share -> KL): {error}.") from error
+        raise ConfigError(f"Sensitivity: '{path}' contains no curves (group -> share -> KL): {error}.") from error
 
 
 def _hull(number: int, units: int, cost: int, curve: Mapping[float, float]) -> list[_Piece]:
-    """Returns the pieces of the lower convex hull of a curve, slopes rising."""
+    """Returns the pieces of the lower convex hull of a curve, by rising slope."""
     points = sorted({(units * (1 - share), kl) for share, kl in curve.items() if share < 1})
     hull = [(0.0, 0.0)]
     for point in points:
@@ -177,7 +177,7 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def _walk(pieces: Sequence[_Piece], costs: Sequence[int]) -> Callable[[float], list[float]]:
-    """Returns the function from a position in [0, 1] to the units that each group has lost there."""
+    """Returns the function from a position in [0, 1] to the units that each group has lost."""
     total = sum((end - start) * costs[group] for _, group, start, end in pieces)
 
     def desired(position: float) -> list[float]:

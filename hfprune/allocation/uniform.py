@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from itertools import product
 from typing import Literal
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
-from hfprune.allocation.budget import round_width
 from hfprune.allocation.channel_widths import with_channels
-from hfprune.allocation.rounding import Slot, slot
+from hfprune.allocation.rounding import Slot, bisected, round_width, slot
 from hfprune.models import CHANNELS
 from hfprune.plan import LAYERS, UNIT_KINDS, Group, unit_kinds
 from hfprune.utils.errors import ConfigError
@@ -17,17 +17,18 @@ Compat = Literal["llm_pruner", "slimllm"]
 
 
 class Uniform(Allocation):
-    """The same share of every group of a kind: one MLP width, one number of heads for all layers.
+    """Removes the same share of every group of a kind: one MLP width and one number of heads for all layers.
 
-    With a budget, all kinds lose about the same share: the numbers of layers, heads and hidden channels nearest to it
-    are taken, and MLP neurons make up for the rest of the budget; without these, hidden channels do. Where a stock
-    config has to state the result, the number of heads is one of those that it can state. With ``share``, that share
-    goes, whatever it amounts to in parameters.
+    With a budget, all kinds lose about the same share: layers, heads and hidden channels are rounded to the nearest
+    whole number, and MLP neurons absorb the remainder (hidden channels, where MLP neurons are not pruned). MLPs of one
+    width keep the exact width that meets the budget, rounded to the nearest multiple of ``round_to``, halves up. A
+    layout that needs a stock config restricts the number of heads to those that it can state. With ``share``, that
+    share of the units is removed, independent of their parameters.
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
-            (``mlp``, ``heads``, ``experts``, ``layers``, ``channels``), 0 where none is given.
-        compat: Rounding of ``share``. None: nearest, ties remove less. ``llm_pruner``: C - int(C (1 - share)) of a
+            (``mlp``, ``heads``, ``experts``, ``layers``, ``channels``), 0 for kinds that are not listed.
+        compat: Rounding of ``share``. None: nearest, halves remove less. ``llm_pruner``: C - int(C (1 - share)) of a
             group's C channels, and as many whole heads as these fill. ``slimllm``: Python's ``round(share U)``.
 
     Raises:
@@ -49,9 +50,9 @@ class Uniform(Allocation):
         shares = share if isinstance(share, dict) else dict.fromkeys(UNIT_KINDS, share or 0.0)
         if not set(shares) <= set(UNIT_KINDS) or not all(0 <= value < 1 for value in shares.values()):
             known = ", ".join(UNIT_KINDS)
-            raise ConfigError(f"Uniform: share {share} is not in [0, 1), or not for kinds among {known}.")
+            raise ConfigError(f"Uniform: share={share} must be in [0, 1), for kinds among {known}.")
         if compat is not None and (compat not in _COMPAT or share is None):
-            raise ConfigError(f"Uniform: compat '{compat}' is one of {', '.join(_COMPAT)}, and rounds a share.")
+            raise ConfigError(f"Uniform: compat='{compat}' must be one of {', '.join(_COMPAT)}. It needs `share`.")
         self.share, self.compat = share, compat
         self._shares = {kind: shares.get(kind, 0.0) for kind in UNIT_KINDS}
 
@@ -61,13 +62,13 @@ class Uniform(Allocation):
         return self.share is not None
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where a share is given for units that are not pruned."""
+        """Raises ``ConfigError`` if a share is given for units that are not pruned."""
         super().check(inventory)
         named = self.share if isinstance(self.share, Mapping) else {}
         idle = sorted(kind for kind, share in named.items() if share and kind not in inventory.kinds())
         if idle:
             pruned = ", ".join(inventory.kinds())
-            raise ConfigError(f"{self} names {', '.join(idle)}, units that are not pruned: the units are {pruned}.")
+            raise ConfigError(f"{self} names {', '.join(idle)}, units that are not pruned. The units are {pruned}.")
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the same share of every group of a kind."""
@@ -97,7 +98,7 @@ _COMPAT = ("llm_pruner", "slimllm")
 
 
 def removed_units(group: Group, share: float, compat: str | None) -> int:
-    """Returns how many units of ``group`` a share of them is; see :class:`Uniform`.
+    """Returns how many units of ``group`` a share removes; see :class:`Uniform`.
 
     >>> from hfprune.plan import Slice
     >>> heads = Group(name="a", kind="heads", num_units=32, slices=(Slice(module="k", side="out", width=128),))
@@ -116,14 +117,14 @@ def removed_units(group: Group, share: float, compat: str | None) -> int:
 def settled(
     inventory: Inventory, widths: Sequence[int], removed: Sequence[int], exact: float | None = None
 ) -> Allotment:
-    """Returns the allotment of these widths, with the number of layers that stay in its place."""
+    """Returns the allotment of these widths; the ``layers`` group gets the number of kept layers."""
     left = len(inventory.layer_params) - len(removed)
     found = [left if g.kind == LAYERS else width for g, width in zip(inventory.groups, widths, strict=True)]
     return Allotment(widths=tuple(found), removed_layers=tuple(removed), exact_width=exact)
 
 
 def _most_layers(inventory: Inventory) -> int:
-    """Returns how many layers can go: one stays."""
+    """Returns how many layers can be removed; one is always kept."""
     return min(_free_layers(inventory), len(inventory.layer_params) - 1)
 
 
@@ -132,7 +133,7 @@ def _free_layers(inventory: Inventory) -> int:
 
 
 def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
-    """Returns the allotment that meets the budget with shares as equal as whole layers and heads allow."""
+    """Returns the allotment that meets the budget with the most equal shares that whole layers and heads allow."""
     share = inventory.common_share(target)
     layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.layers is not None else (0,)
     near = [number for number in layers if abs(number - share * _free_layers(inventory)) < 1]
@@ -145,13 +146,13 @@ def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scor
 
 
 _Distance = tuple[float, float, int]
-"""Error in parameters beyond half a step, sum of the kinds' distances from equal shares, error in parameters."""
+"""Error in parameters beyond half a step, distance of the kinds from equal shares (summed), error in parameters."""
 
 
 def _at(
     inventory: Inventory, target: int, number: int, share: float, round_to: int, scores: Scores | None
 ) -> tuple[_Distance, Allotment]:
-    """Returns the best allotment with ``number`` layers gone."""
+    """Returns the best allotment that removes ``number`` layers."""
     removed = inventory.worst_layers(scores, number) if number else ()
     members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != LAYERS}
     kinds = sorted((k for k in members if members[k]), key=lambda k: -max(inventory.costs[i] for i in members[k]))
@@ -172,7 +173,7 @@ def _at(
 
 
 def _widths_of(inventory: Inventory, kind: str, members: Sequence[int], round_to: int) -> list[list[int]]:
-    """Returns every set of widths that one share can give to the groups of a kind."""
+    """Returns every list of widths that one share can give to the groups of a kind."""
     if kind == "heads" and inventory.head_counts is not None:
         return [[number] * len(members) for number in inventory.head_counts]
     slots = [_slot(inventory, i, round_to) for i in members]
@@ -189,15 +190,22 @@ def _fill_last(
     widths: list[int],
     round_to: int,
 ) -> float | None:
-    """Sets the widths of the last kind to what meets the target; returns the exact width where groups have one."""
+    """Sets the widths of the last kind to meet the target; returns its exact width where groups have the same one."""
+    slots = [_slot(inventory, i, round_to) for i in members]
     need = inventory.params(widths, removed) - target
-    held = sum(inventory.costs[i] * inventory.groups[i].num_units for i in members)
-    share = min(max(need / held, 0.0), 1.0)
-    for i in members:
-        units = inventory.groups[i].num_units
-        widths[i] = _nearest(_slot(inventory, i, round_to), units * (1 - share))
-    dense = {inventory.groups[i].num_units for i in members}
-    return dense.pop() * (1 - need / held) if len(dense) == 1 else None
+    share: float | Fraction = Fraction(need, sum(s.units * s.cost for s in slots))  # exact, so that halves round up
+
+    def count(share: float | Fraction) -> int:
+        number, of = share.as_integer_ratio()
+        for i, s in zip(members, slots, strict=True):
+            widths[i] = _nearest(s, s.units * (of - number) / of)
+        return inventory.params(widths, removed)
+
+    if inventory.count is not None:
+        share = min(bisected(lambda x: count(x) > target), key=lambda x: abs(count(x) - target))
+    count(min(max(share, 0), 1))
+    dense = {s.units for s in slots}
+    return float(dense.pop() * (1 - share)) if len(dense) == 1 and inventory.count is None else None
 
 
 def _slot(inventory: Inventory, number: int, round_to: int) -> Slot:
@@ -216,7 +224,7 @@ def _share_away(inventory: Inventory, members: Sequence[int], widths: Sequence[i
 
 
 def _half_step(inventory: Inventory, round_to: int) -> float:
-    """Returns half of what the finest kind changes by when each of its groups changes by one step."""
+    """Returns half of the parameters of the finest step: one step of every group of a kind, or one layer."""
     steps = {}
     for kind in inventory.kinds():
         members = inventory.numbers(kind)

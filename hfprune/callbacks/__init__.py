@@ -1,4 +1,4 @@
-"""Callbacks: pruning and its report inside a Lightning ``fit``."""
+"""Lightning callbacks that prune a model in ``fit`` and report the results."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""PruningCallback: the life that structured, sparse and LoRA pruning share in a Lightning ``fit``, and its checks."""
+"""PruningCallback: common base class of structured, sparse and LoRA pruning in a Lightning ``fit``, with its checks."""
 
 import os
 import time
@@ -47,7 +47,7 @@ from hfprune.utils.errors import ConfigError
 
 
 def check_positive(**values: float | None) -> None:
-    """Raises ``ConfigError`` that names the first argument which is given and not positive."""
+    """Raises ``ConfigError`` for the first argument that is not None and not positive."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{name}={value} must be positive.")
@@ -65,42 +65,38 @@ def pruning_callbacks(trainer: Trainer) -> list["PruningCallback"]:
 
 
 def listeners(trainer: Trainer) -> list[PruningEvents]:
-    """Returns the trainer's callbacks that receive the events of pruning."""
+    """Returns the trainer's callbacks with pruning hooks."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningEvents)]
 
 
 def needs_stock(trainer: Trainer) -> bool:
-    """Returns whether a callback of the trainer writes the pruned model with a stock config."""
+    """Returns whether a callback of the trainer saves the pruned model with a stock config."""
     return any(listener.needs_stock for listener in listeners(trainer))
 
 
 class PruningCallback(Callback, PruningEvents, ABC):
-    """Base of the callbacks that prune a model in ``fit``.
+    """Base class of the callbacks that prune a model in ``fit``.
 
-    The life of a run, in which subclasses fill in the methods in brackets:
+    Subclasses implement the methods in brackets.
 
-    1. ``setup``: find the model (``_find``), check trainer, settings and shapes (``_check_run``, ``check``), and route
-       the strategy's checkpoints through the callback (``_save``, ``_load``);
-    2. ``on_fit_start``: compare with the checkpoint that the run resumes from (``_begin``); without one calibrate and
-       plan (``_make_plan``), cut (``_apply``) and add the adapters of ``recovery`` (``_add_adapters``); set the
-       strategy up for the model as it is now (``_ready``);
-    3. training, which is Lightning's;
-    4. ``teardown``: restore the strategy's methods and remove the progress that was saved (``_finish``); after an
-       exception the progress stays.
-
-    Trainer, report and command line use these members, and ask for no subclass:
+    1. ``setup`` finds the model (``_find``), checks trainer, settings and shapes (``_check_run``, ``check``), and
+       routes the strategy's checkpoints through the callback (``_save``, ``_load``).
+    2. ``on_fit_start`` compares the settings with those of a resumed checkpoint (``_begin``). In a new run, it
+       calibrates and plans (``_make_plan``), prunes (``_apply``) and adds the adapters of ``recovery``
+       (``_add_adapters``). It then sets the strategy up for the pruned model (``_ready``).
+    3. Lightning trains the model.
+    4. ``teardown`` restores the strategy's methods and removes saved progress (``_finish``), which is kept after an
+       exception.
 
     Attributes:
-        prunes: ``units`` (neurons, heads, layers, ...), after which the model is smaller, or single ``weights``.
-        before_training: Whether the model is pruned in ``on_fit_start``, so that ``PruneTrainer.prune`` can do it.
-        recovery_mode: What recovery trains.
-        recovery: Adapters that recovery trains; None without adapters.
-        importance: Group name -> scores [units], after pruning; empty where single weights are pruned.
-        orders: ``LAYER.NAME`` -> order of a projection's inputs, where a sparse method has permuted them.
-        stock: Whether a stock config has to describe the pruned model; set from the callbacks that write it.
-        resume_from: Checkpoint that ``fit`` will restore, where it is known beforehand; ``PruneTrainer`` sets it.
-
-    Further members: ``plan``, ``check``, ``check_stock``, ``expected_model`` and ``describe``.
+        prunes: ``units`` (neurons, heads, layers, ...), which are removed, or single ``weights``, which become zero.
+        before_training: Whether the model is pruned in ``on_fit_start``, as ``PruneTrainer.prune`` requires.
+        recovery_mode: The recovery mode.
+        recovery: Settings of the adapters, or None without adapters.
+        importance: Group name -> scores [units], after pruning; empty if single weights are pruned.
+        orders: ``LAYER.NAME`` -> order of a projection's inputs, if a sparse method has permuted them.
+        stock: Whether a stock config must describe the pruned model; set from the callbacks that save it.
+        resume_from: Checkpoint that ``fit`` will restore, if known in advance; set by ``PruneTrainer``.
     """
 
     prunes: ClassVar[Literal["units", "weights"]] = "units"
@@ -118,11 +114,11 @@ class PruningCallback(Callback, PruningEvents, ABC):
         self._settings: dict[str, Any] = {}
         self._failed = False
 
-    # ---- what others use ---------------------------------------------------------------------------------------------
+    # ---- public interface --------------------------------------------------------------------------------------------
 
     @property
     def plan(self) -> PruningPlan | None:
-        """The plan that was applied to the model; None before."""
+        """Plan that was applied to the model, or None."""
         return None if self._target is None else self._target.plan
 
     @property
@@ -140,12 +136,12 @@ class PruningCallback(Callback, PruningEvents, ABC):
 
     @property
     def orders(self) -> dict[str, torch.Tensor]:
-        """Orders of inputs that sparse projections have."""
+        """Input orders of permuted sparse projections."""
         return {}
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns the settings that decide what is pruned, as plain data."""
+        """Returns the settings that determine what is pruned, as plain data."""
 
     @abstractmethod
     def check(self, module: LightningModule) -> ResolvedBudget | None:
@@ -155,11 +151,11 @@ class PruningCallback(Callback, PruningEvents, ABC):
             module: The module to prune.
 
         Returns:
-            What the budget means for the model; None where it is not known yet, or there is no budget of units.
+            The budget resolved for the model; None if the model is not known yet, or without a budget of units.
 
         Raises:
-            ConfigError: The settings do not fit the model.
-            UnsupportedArchitectureError: hfprune does not know the model's class.
+            ConfigError: The settings are impossible for the model.
+            UnsupportedArchitectureError: The model's class is unknown.
         """
 
     def check_stock(self, module: LightningModule) -> None:
@@ -169,30 +165,30 @@ class PruningCallback(Callback, PruningEvents, ABC):
             target.check_stock(resolved)
 
     def expected_model(self, module: LightningModule) -> Any:
-        """Returns a Hugging Face model on the meta device with the shapes that pruning will leave.
+        """Returns a Hugging Face model on the meta device with the shapes of the pruned model.
 
-        None where these are not known yet, or stay as they are, and for a module that is pruned already.
+        None if the shapes are not known yet or do not change, and for a module that is already pruned.
         """
         resolved, target = self.check(module), self._find(module)
         if resolved is None or target.plan is not None or resolved.provisional:
             return None
         return pruned_shapes(target.shapes(), target.outline(resolved))
 
-    # ---- what subclasses fill in -------------------------------------------------------------------------------------
+    # ---- implemented by subclasses -----------------------------------------------------------------------------------
 
     @abstractmethod
     def _find(self, module: LightningModule) -> Target:
-        """Returns what is pruned in ``module``."""
+        """Returns the pruning target in ``module``."""
 
     @abstractmethod
     def _check_run(self, trainer: Trainer, target: Target) -> None:
-        """Raises ``ConfigError`` where trainer, model and settings do not go together; loads no weights."""
+        """Raises ``ConfigError`` if trainer, model and settings are incompatible; loads no weights."""
 
     def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
-        """Logs what will be done, at the end of ``setup``."""
+        """Logs the resolved budget at the end of ``setup``."""
 
     def _begin(self, trainer: Trainer, target: Target) -> None:
-        """Raises ``ConfigError`` where the run resumes from a checkpoint that was pruned with other settings."""
+        """Raises ``ConfigError`` if the resumed checkpoint was pruned with other settings."""
 
     @abstractmethod
     def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
@@ -208,10 +204,10 @@ class PruningCallback(Callback, PruningEvents, ABC):
             target.add_lora(self.recovery)
 
     def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
-        """Called at the end of ``on_fit_start``; ``pruned`` is false where a pruned model was resumed."""
+        """Called at the end of ``on_fit_start``; ``pruned`` is False if a pruned model was resumed."""
 
     def _finish(self, trainer: Trainer) -> None:
-        """Removes what was kept to resume a run that has now ended; called on every rank."""
+        """Removes the saved progress of a finished run; called on every rank."""
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -247,18 +243,18 @@ class PruningCallback(Callback, PruningEvents, ABC):
         self._ready(trainer, target, pruned=pruned)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps count of epochs across resumes."""
+        """Corrects the epoch count of a resumed run."""
         count_epoch(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the strategy's methods and removes the progress of a run that has ended."""
+        """Restores the strategy's methods and removes the saved progress of a finished run."""
         self._detach()
         self.recovery_mode.end(trainer)
         if stage == "fit" and not self._failed:
             self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restores the strategy's methods; progress stays, to resume from."""
+        """Restores the strategy's methods; saved progress is kept for a resume."""
         self._detach()
         self.recovery_mode.end(trainer)
         self._failed = True
@@ -266,7 +262,7 @@ class PruningCallback(Callback, PruningEvents, ABC):
     # ---- the work ----------------------------------------------------------------------------------------------------
 
     def _start(self, trainer: Trainer, target: Target) -> None:
-        """Fixes the run's seed, on every rank the same; that of the checkpoint in a resumed run."""
+        """Sets the seed of the run, equal on every rank; a resumed run has the seed of its checkpoint."""
         seed = self._record.seed if self._record else torch.initial_seed() % 2**32
         target.start(trainer.strategy.broadcast(seed))
 
@@ -291,13 +287,13 @@ class PruningCallback(Callback, PruningEvents, ABC):
             listener.on_pruning_end(trainer, module, plan)
 
     def _set_up_again(self, trainer: Trainer) -> None:
-        """Wraps the model as it is now, and builds optimizers, schedulers and averages for it."""
+        """Sets the strategy up again: wraps the pruned model, and builds optimizers, schedulers and averages for it."""
         _average_again(trainer)
         trainer.strategy.model = trainer.lightning_module
         trainer.strategy.setup(trainer)
 
     def _detach(self) -> None:
-        """Leaves strategy and model without hooks of this callback."""
+        """Removes the callback's hooks from strategy and model."""
         if self._checkpoints is not None:
             self._checkpoints.detach()
             self._checkpoints = None
@@ -305,13 +301,13 @@ class PruningCallback(Callback, PruningEvents, ABC):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Adds the pruning state to a checkpoint that is about to be written."""
+        """Adds the pruning state to a checkpoint before it is written."""
         assert self._target is not None
         checkpoint[KEY] = replace(self._target.record("training", None), settings=self._settings).to_dict()
         keep_cut_epoch(trainer, checkpoint)
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Rebuilds the shapes of a checkpoint that was just read, before anything is restored from it."""
+        """Rebuilds the shapes of a checkpoint after it is read, before anything is restored from it."""
         self._record = Record.of(checkpoint)
         if self._record is not None:
             self._replay(trainer, self._record)
@@ -327,17 +323,15 @@ def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: Pr
 
     Args:
         checkpoint: The checkpoint that Lightning is restoring.
-        target: The model, still dense, and the trainer's optimizers for it.
-        plan: Units that will be removed.
-        keep: False drops states and schedules with a warning, because adapters are trained instead of these weights.
+        target: The dense model and its optimizers.
+        plan: The pruning plan.
+        keep: Whether states and schedules are kept; False drops them with a warning, since adapters are trained.
     """
     states = checkpoint.get("optimizer_states")
     if not states or not any(state["state"] for state in states):
         return
     if not keep:
-        rank_zero_warn(
-            "The checkpoint's optimizer states are dropped: adapters are trained instead of the weights they belong to."
-        )
+        rank_zero_warn("The checkpoint's optimizer states are dropped: adapters are trained instead of the weights.")
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         return
     cuts = plan_cuts(target.model, plan)
@@ -346,13 +340,13 @@ def cut_restored_optimizers(checkpoint: dict[str, Any], target: Target, plan: Pr
     lost = 0
     for optimizer, state in zip(target.module.trainer.optimizers, states, strict=True):
         order = [(names.get(id(p), ""), p.shape) for group in optimizer.param_groups for p in group["params"]]
-        lost += cut_optimizer_state(state, order, cuts, gone=removed)
+        lost += cut_optimizer_state(state, order, cuts, removed=removed)
     if lost:
-        rank_zero_warn(f"The optimizer state of {lost} parameters is reset: its shapes do not match theirs.")
+        rank_zero_warn(f"The optimizer state of {lost} parameters is reset: its shapes do not match.")
 
 
 def _average_again(trainer: Trainer) -> None:
-    """Lets weight averaging copy the model as it is now; the copy of its own ``setup`` was of the dense one."""
+    """Restarts weight averaging with the pruned model; its ``setup`` has copied the dense model."""
     for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging):
             callback.setup(trainer, trainer.lightning_module, "fit")
@@ -370,8 +364,8 @@ def check_strategy(trainer: Trainer, target: Target, method: Compensation | Crit
     if isinstance(strategy, ModelParallelStrategy):
         if isinstance(method, Compensation | LayerwiseCriterion):
             raise ConfigError(
-                f"{type(method).__name__} goes through the layers one at a time, which is not supported under "
-                "ModelParallelStrategy. Use a single device or DDP."
+                f"{type(method).__name__} runs layer by layer, which is not supported under ModelParallelStrategy. Use "
+                "a single device or DDP."
             )
         if "channels" in target.units:
             raise ConfigError(
@@ -411,12 +405,12 @@ def _holds_experts(target: Target) -> bool:
 
 
 def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None:
-    """Raises ``ConfigError`` where trainer, model and options of structured pruning do not go together.
+    """Raises ``ConfigError`` if trainer, model and options of structured pruning are incompatible.
 
     Args:
-        trainer: Before its ``fit`` loads anything.
-        target: What is pruned.
-        options: How.
+        trainer: The trainer, before ``fit`` loads weights.
+        target: The pruning target.
+        options: The options of structured pruning.
     """
     check_strategy(trainer, target, options.compensation or options.criterion)
     check_layerwise(target, options.criterion, options.compensation, options.allocation)
@@ -439,21 +433,21 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
     """Raises ``ConfigError`` for trainer settings that pruning or recovery does not support.
 
     Args:
-        trainer: Before its ``fit`` loads anything.
+        trainer: The trainer, before ``fit`` loads weights.
         module: The module that it trains.
-        pruned: Whether the module is pruned already.
+        pruned: Whether the module is already pruned.
     """
     callbacks = callbacks_of(trainer)
     finder = next((c for c in callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)
     if finder is not None and not pruned:
         raise ConfigError(
-            f"{type(finder).__name__} runs before pruning, on the dense model. Prune first, then use it on a module "
-            "that holds the pruned model."
+            f"{type(finder).__name__} runs before pruning, on the dense model. Prune first, then use it with a module "
+            "of the pruned model."
         )
     endless = trainer.max_epochs == -1 and trainer.max_steps == -1 and trainer.limit_train_batches != 0
     if endless and isinstance(module, PruningModule):
         raise ConfigError(
-            "max_epochs or max_steps is needed: the learning rate decays to zero over a known number of steps."
+            "max_epochs or max_steps is required: the learning rate decays to zero over a known number of steps."
         )
     if trainer.limit_train_batches != 0:
         _check_loggers(trainer)
@@ -461,22 +455,22 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
-            f"num_nodes={trainer.num_nodes} needs the environment variable MASTER_ADDR: start every process with "
+            f"num_nodes={trainer.num_nodes} requires the environment variable MASTER_ADDR: start every process with "
             "torchrun or srun, or use num_nodes=1."
         )
 
 
 def _check_loggers(trainer: Trainer) -> None:
-    """Raises ``ConfigError`` for a callback that needs a logger, before calibration; Lightning checks after it."""
+    """Raises ``ConfigError`` for a callback that needs a logger; Lightning only checks after calibration."""
     callbacks = callbacks_of(trainer)
     if not trainer.loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
         raise ConfigError("LearningRateMonitor needs a logger, and logger=False: set a logger, or remove the callback.")
 
 
 def _check_monitors(trainer: Trainer, module: LightningModule) -> None:
-    """Raises ``ConfigError`` for a callback that monitors a metric which a ``PruningModule`` does not log.
+    """Raises ``ConfigError`` for a callback that monitors a metric not logged by a ``PruningModule``.
 
-    Callbacks from outside may log any metric: with one of them, unknown names are accepted.
+    Unknown names are accepted if other callbacks are present, which may log any metric.
     """
     callbacks = callbacks_of(trainer)
     if not isinstance(module, PruningModule):

@@ -1,4 +1,4 @@
-"""Checkpoints of pruning runs: atomic writes, the pruning state that they carry, and when they are saved."""
+"""Checkpoints of pruning runs: atomic writes, pruning state, and schedule."""
 
 import os
 import re
@@ -20,13 +20,13 @@ from hfprune.utils.files import Stage, writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name, then renames it: a killed run leaves the old or the new file.
+    """Checkpoint IO that writes to a temporary name and renames: a killed run leaves the old or the new file.
 
-    Lightning's own writer stages in the system's temporary folder, from where a move to another disk is a copy.
+    Lightning's writer uses the system's temporary folder, from which a move to another disk is not atomic.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Saves to a local path in one step; leaves remote ones to Lightning."""
+        """Saves atomically to a local path; remote paths are saved by Lightning."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -35,21 +35,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 with stage.new.open("wb") as file:
                     torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's own writer, on a full disk
+            except RuntimeError as error:  # torch's writer on a full disk
                 raise OutputError(f"Writing '{target}' failed: {error}") from error
-            stage.publish(swap=True)  # a sharded strategy's is a folder
+            stage.publish(swap=True)  # the checkpoint of a sharded strategy is a folder
 
 
 class CheckpointHook:
     """Routes the checkpoints of a trainer's strategy through a callback, from ``setup`` to ``teardown``.
 
-    Strategies that restore after the model was laid out (FSDP2) call no hook in time to rebuild a pruned model, and a
-    user's LightningModule has no hook of hfprune; every checkpoint passes the strategy's ``load_checkpoint``.
+    Lightning's hooks are not sufficient: FSDP2 calls them too late to rebuild a pruned model, and a user's
+    LightningModule does not implement them for hfprune. All checkpoints pass the strategy's ``load_checkpoint``.
 
     Args:
-        trainer: The trainer; its strategy is changed until ``detach``.
-        saving: Called with every checkpoint before it is written; may add to it.
-        loaded: Called with every checkpoint that was read, before anything is restored from it.
+        trainer: The trainer, whose strategy is changed until ``detach``.
+        saving: Called with every checkpoint before it is written; may add entries.
+        loaded: Called with every checkpoint after it is read, before anything is restored from it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointHook:
             self._strategy.__dict__.pop(name, None)
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Saves ``checkpoint`` with what ``saving`` adds."""
+        """Saves ``checkpoint`` with the entries of ``saving``."""
         self._saving(checkpoint)
         strategy = self._strategy
         if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
@@ -78,7 +78,7 @@ class CheckpointHook:
             self._save(checkpoint, filepath, storage_options)
 
     def load(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a checkpoint, shows it to ``loaded``, and returns it."""
+        """Loads a checkpoint, passes it to ``loaded``, and returns it."""
         if not isinstance(self._strategy, ModelParallelStrategy):
             if Path(checkpoint_path).is_dir():
                 checkpoint = _folder_without_weights(Path(checkpoint_path))
@@ -87,13 +87,13 @@ class CheckpointHook:
             self._loaded(checkpoint)
             return checkpoint
         checkpoint = read_metadata(self._strategy.broadcast(checkpoint_path))
-        self._loaded(checkpoint)  # rebuilds the model whose weights come next
-        if checkpoint.get(KEY, {}).get("phase", "training") != "training":  # it carries no weights
+        self._loaded(checkpoint)  # rebuilds the shapes before weights are restored
+        if checkpoint.get(KEY, {}).get("phase", "training") != "training":  # without weights
             return checkpoint
         return self._load(checkpoint_path, weights_only)
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path, storage_options: Any | None) -> None:
-        """Saves a folder of shards under a temporary name, then renames it."""
+        """Saves a folder of shards atomically."""
         strategy = self._strategy
         with writing(target), ExitStack() as held:
             stage = held.enter_context(Stage(target)) if strategy.is_global_zero else None
@@ -106,11 +106,14 @@ class CheckpointHook:
 
 
 def count_epoch(trainer: Trainer) -> None:
-    """Counts the running epoch where Lightning did not, so that checkpoints written in it resume within it.
+    """Counts the current epoch if Lightning did not, so that checkpoints written in it resume within it.
 
-    After a resume from the checkpoint of an epoch's last batch, Lightning 2.6 begins the next epoch without counting it
-    as ready and started. A checkpoint written then looks like one of a finished epoch: the next resume would run that
-    epoch's batches from the first one again.
+    After a resume from the checkpoint of an epoch's last batch, Lightning 2.6 starts the next epoch without counting it
+    as ready and started. A checkpoint written in it looks like one of a finished epoch, and a second resume would
+    repeat the batches of that epoch.
+
+    Args:
+        trainer: The trainer.
     """
     progress = trainer.fit_loop.epoch_progress
     if progress.current.ready == progress.current.completed:
@@ -119,16 +122,16 @@ def count_epoch(trainer: Trainer) -> None:
 
 
 def _folder_without_weights(path: Path) -> dict[str, Any]:
-    """Returns a sharded checkpoint without weights, written before training, which every strategy can resume from.
+    """Returns a sharded checkpoint without weights, which was written before training.
 
     Raises:
-        ConfigError: It holds shards of weights.
+        ConfigError: The checkpoint has weights.
     """
     checkpoint = {"state_dict": {}, "optimizer_states": []} | read_metadata(path)
     if checkpoint.get(KEY, {}).get("phase", "training") == "training":
         raise ConfigError(
-            f"'{path}' holds weights in shards: resume it under ModelParallelStrategy, with any number of processes. "
-            "(ModelParallelStrategy(save_distributed_checkpoint=False) writes files that every strategy resumes.)"
+            f"'{path}' has sharded weights: resume it under ModelParallelStrategy, with any number of processes. "
+            "(ModelParallelStrategy(save_distributed_checkpoint=False) writes files that every strategy can resume.)"
         )
     return checkpoint
 
@@ -137,10 +140,10 @@ _OURS = re.compile(r"(last(-pruning)?|epoch=\d+-step=\d+|step-\d+)\.ckpt")
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """A ``ModelCheckpoint`` that saves nothing between the batches of an accumulated step.
+    """``ModelCheckpoint`` that does not save between the batches of an accumulated step.
 
-    Accumulated gradients are in no checkpoint, so a run that resumes from the middle of a step would lose them. This
-    concerns validation within a step, and the first batches after a resume, which still have the last step's number.
+    Checkpoints contain no accumulated gradients, so a run resumed within a step would lose them. This concerns
+    validation within a step, and the first batches after a resume, which still have the number of the last step.
 
     Example:
         >>> StepCheckpoint(every_n_train_steps=100, filename="step-{step}").monitor is None
@@ -161,13 +164,13 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 class OneRun(Callback):
-    """Keeps the checkpoints of one run apart from those of an earlier one in the same folder.
+    """Separates the checkpoints of a run from those of an earlier run in the same folder.
 
-    A new run moves earlier checkpoints to a sub-folder, so that ``ckpt_path="last"`` never restores the earlier model.
-    When a run has ended, the files of earlier runs and of killed attempts are removed.
+    A new run moves earlier checkpoints to a subfolder, so that ``ckpt_path="last"`` never restores the earlier model.
+    At the end of a run, the files of earlier runs and of killed attempts are removed.
 
     Args:
-        folder: The run's folder of checkpoints.
+        folder: Checkpoint folder of the run.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -188,7 +191,7 @@ class OneRun(Callback):
             os.replace(path, target)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes stale files; files with other names than hfprune's stay."""
+        """Removes stale files with names of hfprune."""
         if not trainer.is_global_zero:
             return
         for path in (*checkpoints_in(self.aside, links=True), *self._stale(trainer)):
@@ -200,7 +203,7 @@ class OneRun(Callback):
             self.aside.rmdir()
 
     def _stale(self, trainer: Trainer) -> list[Path]:
-        """Returns the files of killed attempts, which no callback of the run knows."""
+        """Returns the files of killed attempts, which do not belong to a callback of the run."""
         found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         if any(not isinstance(c, StepCheckpoint) and c.dirpath == str(self.folder.absolute()) for c in found):
             return []
@@ -213,8 +216,8 @@ def checkpoints_in(folder: Path, *, links: bool = False) -> list[Path]:
     """Returns the checkpoints in ``folder``, the oldest first.
 
     Args:
-        folder: The folder of a run.
-        links: Include symbolic links, which name one of the others.
+        folder: Checkpoint folder of a run.
+        links: Whether to include symbolic links.
     """
     found = [path for path in folder.glob("[!.]*.ckpt") if links or (path.exists() and not path.is_symlink())]
     return sorted(found, key=lambda path: path.lstat().st_mtime)

@@ -1,4 +1,4 @@
-"""Communicator of a Lightning Trainer, and log lines that one process writes."""
+"""Communicator of a Lightning Trainer, and logging on process 0."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class LightningCommunicator:
     """The processes of a ``Trainer``, for scoring and planning; see :class:`hfprune.pruning.communicator.Communicator`.
 
     Args:
-        trainer: The trainer, its strategy set up.
+        trainer: The trainer, with its strategy set up.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -20,7 +20,7 @@ class LightningCommunicator:
 
     @property
     def rank(self) -> int:
-        """Number of this process, from 0."""
+        """Index of this process, from 0."""
         return self._trainer.global_rank
 
     @property

@@ -1,4 +1,4 @@
-"""Described neurons within a Hugging Face model: its config and its plan after they were removed."""
+"""Described neurons in a Hugging Face model: the config and the plan of the model after pruning."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from hfprune.plan import Group, PruningPlan
 
 
 def restate_widths(module: nn.Module, plan: PruningPlan) -> None:
-    """Makes configs of Hugging Face models in ``module`` state described widths; warns where none can."""
+    """Updates the configs of Hugging Face models in ``module`` to the new widths; warns if this is impossible."""
     models = {name: m for name, m in module.named_modules() if isinstance(m, PreTrainedModel)}
     for name, model in models.items():
         prefix = f"{name}." if name else ""
         inside = [group for group in plan.groups if all(s.module.startswith(prefix) for s in group.slices)]
-        if not inside or any(name.startswith(f"{other}.") for other in models):  # parts of a model share its config
+        if not inside or any(name.startswith(f"{other}.") for other in models):  # submodules share the config
             continue
         widths = {(group.num_units, len(plan.keep[group.name])) for group in inside}
         reason = "layers differ" if len(widths) > 1 else restate_width(model, *next(iter(widths)))
         if reason is not None:
             warnings.warn(
-                f"No config of {type(model).__name__} states what is left of '{name}' ({reason}): from_pretrained will "
-                "not load what its save_pretrained writes. Save its state_dict, or give neurons of one width in every "
-                "layer.",
+                f"No config of {type(model).__name__} describes the pruned '{name}' ({reason}): from_pretrained cannot "
+                "load the files of save_pretrained. Save the state_dict, or describe neurons with the same width in "
+                "every layer.",
                 stacklevel=2,
             )
         else:
@@ -35,7 +35,7 @@ def restate_widths(module: nn.Module, plan: PruningPlan) -> None:
 
 
 def _within(plan: PruningPlan, groups: Sequence[Group], prefix: str, model: nn.Module) -> PruningPlan:
-    """Returns the part of a plan that concerns ``model``, called ``prefix`` in a module, in names of that model."""
+    """Returns the part of a plan for ``model``, with the names of that model instead of the module's names."""
     own = {_channels(group): group for group in find_groups(model)} if is_supported(model) else {}
     found, keep = [], {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""LoraPruningCallback: gradual pruning while adapters are trained, cut at the end (LoRAPrune)."""
+"""LoraPruningCallback: gradual pruning during the training of adapters (LoRAPrune)."""
 
 import warnings
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ from hfprune.utils.errors import ConfigError
 class LoraPruningCallback(PruningCallback):
     """Prunes a model while its adapters are trained (LoRAPrune, Zhang et al., 2023, arXiv:2305.18403).
 
-    Every optimizer step adds to a running mean of importance, S <- 0.9 S + 0.1 s, from the gradients of the adapters
-    alone. Between a warm-up and a cool-down the units with the lowest S are held at zero, more of them every ``every``
-    steps: r_f + (r_0 - r_f)(1 - progress)^3 of the units stay. At the end adapters are merged and the units cut.
+    Every optimizer step updates a running mean of importance, S <- 0.9 S + 0.1 s, which is computed from the gradients
+    of the adapters only. Between warm-up and cool-down, the units with the lowest S are masked, and more of them every
+    ``every`` steps: the share of kept units is r_f + (r_0 - r_f)(1 - progress)^3. At the end, adapters are merged and
+    the masked units are removed.
 
     The callback works on a ``PruningModule`` and on any LightningModule that makes one supported Hugging Face model in
     its constructor and uses automatic optimization. The trainer's ``max_epochs`` or ``max_steps`` gives the length of
@@ -38,19 +39,19 @@ class LoraPruningCallback(PruningCallback):
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
         target_params: Number of parameters to keep.
-        round_to: Kept MLP widths are multiples of this.
+        round_to: Kept MLP widths are multiples of this number.
         units: ``mlp``, ``heads`` or both.
-        allocation: How the budget is spread; by default every layer loses the same share, with a number of heads that a
-            stock config can state where the layout needs one. Published:
-            ``Protected(first=int(0.1 * layers), last=1)``, which needs another layout.
-        lora: The adapters; by default the published ones: rank 8, alpha 16, dropout 0.05.
-        every: Optimizer steps between two selections of units.
+        allocation: Distribution of the budget over layers. By default, every layer loses the same share, with a number
+            of heads that a stock config can describe if the layout requires one. The published setting is
+            ``Protected(first=int(0.1 * layers), last=1)``, which requires another layout.
+        lora: Settings of the adapters; the published ones (rank 8, alpha 16, dropout 0.05) if not given.
+        every: Number of optimizer steps between selections of units.
         warmup: Share of the steps before the first selection.
-        cooldown: Share of the steps after the last one, trained at the final widths.
-        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        cooldown: Share of the steps after the last selection, trained at the final widths.
+        model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
-        ConfigError: A value is out of range, or units cannot be held at zero one by one.
+        ConfigError: A value is out of range, or the units cannot be masked individually.
 
     Example:
         >>> callback = LoraPruningCallback(pruning_ratio=0.2, units=("mlp",), every=20)
@@ -78,14 +79,14 @@ class LoraPruningCallback(PruningCallback):
             raise ConfigError(f"units={list(units)} must be of mlp and heads, which can be held at zero.")
         if every < 1 or not 0 <= warmup < 1 or not 0 <= cooldown < 1 or warmup + cooldown >= 1:
             raise ConfigError(
-                f"LoRAPrune needs every >= 1, and warmup and cooldown that leave steps between; got {every}, {warmup}, "
-                f"{cooldown}."
+                f"every={every} must be >= 1, and warmup={warmup} and cooldown={cooldown} not negative, with a sum "
+                "below 1."
             )
         if allocation is not None and allocation.own_budget:
             raise ConfigError(f"allocation={allocation} sets the number of units itself; a budget is needed.")
         super().__init__(recovery=lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05))
         if self.lora.init == "pissa" or self.lora.dora:
-            raise ConfigError("lora must be plain adapters, without dora and init: importance is read from them.")
+            raise ConfigError("lora must not set dora or init: importance is computed from plain adapters.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
         self.units, self.allocation = unit_kinds(units), allocation
         self.every, self.warmup, self.cooldown, self.model = every, warmup, cooldown, model
@@ -97,12 +98,12 @@ class LoraPruningCallback(PruningCallback):
 
     @property
     def lora(self) -> LoraRecovery:
-        """The adapters that are trained."""
+        """Settings of the adapters."""
         assert self.recovery is not None
         return self.recovery
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings that decide which units are kept, as plain data."""
+        """Returns the settings that determine the kept units, as plain data."""
         widths = None if self._resolved is None else list(self._resolved.widths)
         schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
         return {"units": list(self.units), "widths": widths, **schedule}
@@ -110,11 +111,12 @@ class LoraPruningCallback(PruningCallback):
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def check(self, module: LightningModule) -> ResolvedBudget:
-        """Returns what the budget means for ``module``'s model, from its shapes alone.
+        """Returns the budget resolved for ``module``'s model, from its shapes only.
 
         Raises:
-            ConfigError: The module lacks what the class needs, the budget is impossible, or widths wait for scores.
-            UnsupportedArchitectureError: No table describes the class, or no stock config what would be left.
+            ConfigError: The module does not meet the requirements of this class, the budget is impossible, or its
+                widths depend on scores.
+            UnsupportedArchitectureError: The class is unknown, or no stock config can describe the pruned model.
         """
         target = self._find(module)
         shapes = target.shapes()
@@ -122,8 +124,8 @@ class LoraPruningCallback(PruningCallback):
         resolved = target.resolve(self.budget, self.allocation)
         if resolved.provisional:
             raise ConfigError(
-                f"allocation={self.allocation} needs scores to set widths; LoraPruningCallback needs them before it "
-                "starts."
+                f"allocation={self.allocation} sets widths from scores, but LoraPruningCallback requires them before "
+                "training."
             )
         self._resolved = resolved
         return resolved
@@ -150,8 +152,8 @@ class LoraPruningCallback(PruningCallback):
         for listener in events[: events.index(self)]:
             if not isinstance(listener, PruningCallback):
                 raise ConfigError(
-                    f"{type(listener).__name__} must come after LoraPruningCallback among the trainer's callbacks: "
-                    "both act at the end of fit, and the model has to be cut first."
+                    f"{type(listener).__name__} must come after LoraPruningCallback in the trainer's callbacks: both "
+                    "run at the end of fit, and the model must be pruned first."
                 )
 
     def _announce(self, trainer: Trainer, resolved: ResolvedBudget | None) -> None:
@@ -177,8 +179,8 @@ class LoraPruningCallback(PruningCallback):
         missing = adapted(target.model, self._groups)
         if missing:
             raise ConfigError(
-                f"LoRAPrune reads importance from adapters, and {', '.join(missing[:3])} would have none: add them to "
-                "target_modules."
+                f"LoRAPrune computes importance from adapters, but {', '.join(missing[:3])} would have none: add them "
+                "to target_modules."
             )
         self._mask(target)
 
@@ -188,7 +190,7 @@ class LoraPruningCallback(PruningCallback):
             self.on_gradients_ready(trainer, pl_module)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the step's importance to the running mean; skips steps whose gradients are not finite."""
+        """Updates the running mean of importance; skips steps with gradients that are not finite."""
         assert self._target is not None
         scores = {group.name: unit_importance(self._target.model, group) for group in self._groups}
         if not all(bool(now.isfinite().all()) for now in scores.values()):
@@ -200,10 +202,10 @@ class LoraPruningCallback(PruningCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Chooses more units to hold at zero, every ``every`` steps of the schedule."""
+        """Masks more units every ``every`` steps of the schedule."""
         assert self._target is not None
         step, total = _position(trainer, pl_module)
-        if step == self._step:  # batches of one step are still being gathered
+        if step == self._step:  # gradients are still accumulated
             return
         self._step = step
         first, last = round(self.warmup * total), round((1 - self.cooldown) * total)
@@ -212,7 +214,7 @@ class LoraPruningCallback(PruningCallback):
             self._mask(self._target)
 
     def _choose(self, progress: float) -> None:
-        """Selects the units to keep after a share of the schedule; units that were held at zero may come back."""
+        """Selects the kept units at a share of the schedule; masked units can be selected again."""
         assert self._resolved is not None
         kept = {}
         for group, final in zip(self._groups, self._resolved.widths, strict=True):
@@ -228,16 +230,16 @@ class LoraPruningCallback(PruningCallback):
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merges the adapters and cuts the units; callbacks that export come after this one."""
+        """Merges the adapters and removes the masked units, before callbacks that export."""
         target = self._target
         assert target is not None
         if not self.importance:
-            raise ConfigError("LoRAPrune took no step of the optimizer: there is no recovery data to learn from.")
+            raise ConfigError("LoRAPrune took no optimizer step: there are no recovery data.")
         step, total = _position(trainer, pl_module)
         if step < round((1 - self.cooldown) * total):
             warnings.warn(
-                f"LoRAPrune ended after {step} of {total} steps, before the end of its schedule: the adapters were not "
-                "trained at the final widths.",
+                f"LoRAPrune stopped after {step} of {total} steps, before the end of its schedule: the adapters were "
+                "not trained at the final widths.",
                 stacklevel=2,
             )
         self._choose(1.0)
@@ -277,7 +279,7 @@ class LoraPruningCallback(PruningCallback):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the running mean, what is kept, and the settings."""
+        """Returns the running mean, the kept units and the settings."""
         kept = None if self._kept is None else dict(self._kept)
         return {"importance": self.importance, "kept": kept, "settings": self.describe()}
 
@@ -285,23 +287,23 @@ class LoraPruningCallback(PruningCallback):
         """Restores the mean and the kept units.
 
         Raises:
-            ConfigError: They were computed with other settings.
+            ConfigError: The checkpoint was written with other settings.
         """
         before, now = state_dict["settings"], self.describe()
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             text = ", ".join(f"{name} {before.get(name)} -> {now[name]}" for name in changed)
-            raise ConfigError(f"The checkpoint's LoRAPrune run had other settings: {text}. Resume with the same ones.")
+            raise ConfigError(f"The checkpoint's LoRAPrune run had other settings: {text}. Resume with those.")
         self.importance = dict(state_dict["importance"])
         kept = state_dict["kept"]
         self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}
 
 
 def _position(trainer: Trainer, module: LightningModule) -> tuple[int, int]:
-    """Returns the step in the schedule and its end; steps of another size, taken before a resume, count by epochs.
+    """Returns the current and the last step of the schedule; steps before a resume are converted by epochs.
 
     Raises:
-        ConfigError: The trainer of a module of your own has no end.
+        ConfigError: The trainer of a user-defined module sets neither ``max_epochs`` nor ``max_steps``.
     """
     if isinstance(module, PruningModule):
         schedule = module.schedule

@@ -1,4 +1,4 @@
-"""ReportCallback: measures the model at every stage of a run, exports it and writes the report."""
+"""ReportCallback: evaluation of the model at every stage of a run, export and report."""
 
 import time
 from pathlib import Path
@@ -47,29 +47,35 @@ from hfprune.utils.files import replaced_folder, user_path, write_json
 
 
 class ReportCallback(Callback, PruningEvents):
-    """Measures the dense, pruned and recovered model, exports the last, writes ``report.json``, prints a table.
+    """Evaluates the dense, pruned and recovered model, exports the last one, writes a report and prints a table.
 
-    It works with a ``PruningModule`` and with any LightningModule that contains one supported Hugging Face model, which
-    keeps its adapters: a merged copy is measured and exported.
+    It works with a ``PruningModule`` and with any LightningModule that contains one supported Hugging Face model. A
+    user-defined module keeps its adapters: a merged copy is measured and exported.
 
-    Perplexity and fidelity need an evaluation text: ``text``, or the datamodule's ``evaluation_windows()``. Without one
-    only sizes and speed are measured. The model in memory at the end of ``fit`` is measured, not the best checkpoint.
+    Perplexity and fidelity are measured on ``text``, or on the datamodule's ``evaluation_windows()``. Without an
+    evaluation text, only size and speed are measured. The model at the end of ``fit`` is measured, not the best
+    checkpoint.
 
     Args:
-        output_dir: Receives ``model/``, ``plan.json``, ``importance.safetensors``, ``report.json``, ``report.html`` and
-            ``figures/``.
-        overwrite: Accept a folder that is not empty (also to resume); its results stay until new ones replace them.
-        latency: Measure prefill and decode speed (batch 1).
-        merge_adapters: Merge the LoRA adapters into ``model/``; false saves them in ``adapter/``, apart from it.
-        config: The run's configuration, copied into the report.
-        samples: Prompts from the evaluation text that every stage's model continues, for the report; 0 for none.
-        layout: How ``model/`` is written, see :func:`hfprune.io.save.export_model`.
+        output_dir: Output folder for ``model/``, ``plan.json``, ``importance.safetensors``, ``report.json``,
+            ``report.html`` and ``figures/``.
+        overwrite: Whether the folder may hold files, as for a resumed run; results are kept until replaced.
+        latency: Whether to measure prefill and decode speed (batch size 1).
+        merge_adapters: Whether to merge the LoRA adapters into ``model/``; otherwise they are saved in ``adapter/``.
+        config: Configuration of the run, copied to the report.
+        samples: Number of prompts from the evaluation text that the models of all stages continue.
+        layout: Layout of ``model/``, see :func:`hfprune.io.save.export_model`.
         text: Evaluation text, see :class:`~hfprune.callbacks.evaluation_text.EvaluationText`: a file or data set, a
-            ``TextDataModule`` with one, or token ids [N, W].
-        tokenizer: Tokenizer of the model; by default the module's attribute ``tokenizer``.
+            ``TextDataModule`` with an evaluation text, or token ids [N, W].
+        tokenizer: Tokenizer of the model; the module's attribute ``tokenizer`` if not given.
 
     Raises:
-        ConfigError: The folder is not empty, or cannot be written, or the layout is unknown.
+        ConfigError: The folder is not empty or not writable, or the layout is unknown.
+
+    Example:
+        >>> import tempfile
+        >>> ReportCallback(tempfile.mkdtemp(), layout="per_layer").needs_stock
+        False
     """
 
     def __init__(
@@ -88,12 +94,12 @@ class ReportCallback(Callback, PruningEvents):
         self.layout = LAYOUTS.get(layout)
         if not self.layout.by_runs:
             raise ConfigError(
-                f"layout='{layout}' is written from a saved model: use another one here, and then run hfprune export "
-                f"--model.path {output_dir}/{MODEL_FOLDER} --layout {layout} --output_dir SMALL."
+                f"layout='{layout}' is written from a saved model: choose another layout for this run, and then export "
+                f"'{output_dir}/{MODEL_FOLDER}' with it (hfprune export)."
             )
         self.output_dir = Path(user_path(output_dir, "output_dir"))
         self._unchecked: bool | None = overwrite
-        if getattr(rank_zero_only, "rank", 0) == 0:  # other ranks start when the first may have begun to write
+        if getattr(rank_zero_only, "rank", 0) == 0:  # rank 0 may already be writing when others start
             self._check_folder()
         self.merge_adapters, self.config = merge_adapters, config
         self.measured = Stages(latency=latency, samples=samples, text=EvaluationText(text, tokenizer))
@@ -102,16 +108,16 @@ class ReportCallback(Callback, PruningEvents):
 
     @property
     def needs_stock(self) -> bool:
-        """Whether the layout is described by a stock config."""
+        """Whether the layout requires a stock config."""
         return self.layout.stock
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Figures of the dense, the pruned and the recovered model, as ``report.json`` holds them."""
+        """Results of the dense, pruned and recovered model, as in ``report.json``."""
         return self.measured.stages
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ``ConfigError`` where nothing is pruned, or the layout cannot express what the budget will leave."""
+        """Raises ``ConfigError`` without a pruning callback, or if the layout cannot express the pruned model."""
         pruning = pruning_callbacks(trainer)
         if not pruning:
             raise ConfigError(
@@ -123,13 +129,13 @@ class ReportCallback(Callback, PruningEvents):
         if target.known:
             check_apart(self.output_dir, {"model.path": target.source, **_sources(trainer)}, names=RESULTS)
             self.measured.text.check(target)
-        if trainer.is_global_zero:  # also where a variable in the environment says that this is another rank
+        if trainer.is_global_zero:  # an environment variable may have reported another rank before
             self._check_folder()
         if stage == "fit" and target.known:
             self._check_layout(trainer, pl_module, pruning[0])
 
     def _check_folder(self) -> None:
-        """Checks the output folder, once, on the process that writes; raises ``ConfigError``."""
+        """Raises ``ConfigError`` if the output folder cannot be used; once, on the writing process."""
         if self._unchecked is not None:
             check_output_dir(self.output_dir, overwrite=self._unchecked)
             self._unchecked = None
@@ -137,7 +143,7 @@ class ReportCallback(Callback, PruningEvents):
     def _check_layout(self, trainer: Trainer, module: LightningModule, pruning: PruningCallback) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
-        pruning.stock = self.layout.stock  # the order of ``setup`` calls is the user's
+        pruning.stock = self.layout.stock  # its ``setup`` may run before or after this one
         if self.layout.stock:
             pruning.check_stock(module)
         expected = pruning.expected_model(module)
@@ -149,18 +155,18 @@ class ReportCallback(Callback, PruningEvents):
         return self.measured.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the stages measured before the interruption."""
+        """Restores the stages measured before the interruption."""
         self.measured.load_state_dict(state_dict)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the dense model and remembers its final hidden states."""
+        """Measures the dense model and stores its final hidden states."""
         target = self._target(trainer)
-        copies = 1 + bool(trainer.checkpoint_callbacks)  # the exported model, and a checkpoint of as many weights
+        copies = 1 + bool(trainer.checkpoint_callbacks)  # the exported model, and a checkpoint of the same size
         check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(target.model))
         self.measured.dense(target, trainer)
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
-        """Checks the layout against what is there now, writes ``plan.json`` and measures the pruned model."""
+        """Checks the layout, writes ``plan.json`` and measures the pruned model."""
         target = self._target(trainer)
         self.layout.check(target.model)
         self.measured.warnings += plan.provenance.get("warnings") or []
@@ -170,13 +176,13 @@ class ReportCallback(Callback, PruningEvents):
             if pruning.importance:
                 save_importance(pruning.importance, self.output_dir)
             save_orders(pruning.orders, self.output_dir)
-        if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else what was recovered is all there is
+        if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else only the recovered model exists
             self.measured.add("pruned", target, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merges adapters, exports, checks what was saved, writes the report and prints the table."""
+        """Merges adapters, exports the model, checks the files, writes the report and prints the table."""
         target = self._target(trainer)
-        if not trainer.is_global_zero and not target.sharded:  # the ranks of a sharded model gather it together
+        if not trainer.is_global_zero and not target.sharded:  # all ranks gather a sharded model
             return
         recovery = target.lora.to_dict() if target.lora else None
         if recovery and not self.merge_adapters:
@@ -193,7 +199,7 @@ class ReportCallback(Callback, PruningEvents):
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Drops the references to the module that Lightning gave the callback as ``log`` and ``log_dict``."""
+        """Removes ``log`` and ``log_dict``, through which Lightning's callback refers to the module."""
         for name in ("log", "log_dict"):
             self.__dict__.pop(name, None)
 
@@ -261,11 +267,11 @@ class ReportCallback(Callback, PruningEvents):
         write_report(shown, self.output_dir / REPORT_PAGE)
 
     def add_stage(self, name: str, measured: Stages) -> None:
-        """Adds what was measured of another model to the report that was written; prints the table again.
+        """Adds the results of another model to the written report, and prints the table again.
 
         Args:
-            name: The stage.
-            measured: Its figures and continuations.
+            name: Name of the stage.
+            measured: Its results and continuations.
         """
         self.stages[name] = measured.stages[name]
         for item, other in zip(self.measured.generations, measured.generations, strict=True):
@@ -274,23 +280,23 @@ class ReportCallback(Callback, PruningEvents):
         show(stage_table(self.stages))
 
     def _log_figures(self, trainer: Trainer) -> None:
-        """Logs the figures of every stage, as ``stage/figure``."""
+        """Logs the results of every stage as ``stage/name``."""
         for logger in trainer.loggers:
             for step, (name, figures) in enumerate(self.stages.items()):
                 logger.log_metrics({f"{name}/{key}": value for key, value in flat(figures).items()}, step=step)
 
 
 def _used(summary: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
-    """Returns the provenance of the data that were used: criteria that read weights do not calibrate."""
+    """Returns the provenance of the data, without calibration data that the criterion did not use."""
     return {role: found for role, found in summary.items() if role != "calibration" or plan.provenance["calibration"]}
 
 
 def _sources(trainer: Trainer) -> dict[str, Path]:
-    """Returns the files and folders that the data come from, by argument."""
+    """Returns the files and folders of the data, by argument."""
     found = getattr(trainer.datamodule, "local_sources", None)  # type: ignore[attr-defined]
     return found() if callable(found) else {}
 
 
 def _size(model: Any) -> int:
-    """Returns the bytes of a saved copy of ``model``: an upper bound of what pruning leaves."""
+    """Returns the size of a saved copy of ``model`` in bytes, an upper bound for the pruned model."""
     return parameter_count(model) * int(next(model.parameters()).element_size())

@@ -1,4 +1,4 @@
-"""Settings of a pruning run that its checkpoints store and a resumed run must share."""
+"""Settings of a pruning run that are stored in checkpoints and must not change on resume."""
 
 import json
 from dataclasses import asdict
@@ -16,13 +16,13 @@ from hfprune.pruning.rounds import Rounds
 
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
-    """Returns the settings that decide which units are kept, and with which weights, as plain data.
+    """Returns the settings that determine the kept units and their weights, as plain data.
 
     Args:
-        trainer: The trainer, its data set up.
-        target: The model to prune.
+        trainer: The trainer, with its data set up.
+        target: The pruning target.
         options: The options of structured pruning.
-        asked: The budget as the user gave it.
+        asked: The requested budget.
     """
     settings = describe_options(options) | {
         "budget": asked,
@@ -31,7 +31,7 @@ def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, 
         "precision": str(trainer.precision),
         "seed": given_seed(),
     }
-    if not isinstance(target.module, PruningModule):  # which compares its own
+    if not isinstance(target.module, PruningModule):  # a PruningModule compares its own settings
         settings["training"] = _training_settings(trainer)
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
@@ -69,7 +69,7 @@ def _training_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def check_settings(record: Record, now: dict[str, Any]) -> None:
-    """Raises ``ConfigError`` where the settings differ from those of the checkpoint that the run resumes from."""
+    """Raises ``ConfigError`` if the settings differ from those of the resumed checkpoint."""
     if record.plan is None and record.phase != "calibrating":
         return
     before, now = dict(record.settings), dict(now)
@@ -81,7 +81,7 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
 
 
 def _named(setting: str, value: Any) -> Any:
-    """Returns a value of a setting for a message: with the name of its class, or as that class says it."""
+    """Returns the value of a setting for a message, with the name of its class."""
     if value is None:
         return None
     if setting == "distillation":
@@ -90,5 +90,5 @@ def _named(setting: str, value: Any) -> Any:
 
 
 def whence(trainer: Trainer) -> str:
-    """Returns " from PATH" of the checkpoint that a trainer has resumed from, for a log line; else an empty text."""
+    """Returns " from PATH" for log lines of a resumed run, or an empty text."""
     return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""

@@ -1,4 +1,4 @@
-"""Measures the dense, the pruned and the recovered model of a run, and the dense control run."""
+"""Evaluation of the dense, pruned and recovered model during a run, and the dense control run."""
 
 from typing import Any
 
@@ -16,21 +16,21 @@ from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
 
 EXPLODED = 10.0
-"""A perplexity this many times the dense model's is reported as a warning."""
+"""Ratio to the dense model's perplexity above which a warning is reported."""
 
 
 class Stages:
-    """Measures the model at every stage, against the dense one, and lets it continue some prompts.
+    """Evaluation of the model at every stage in comparison with the dense model.
 
     Args:
-        latency: Measure prefill and decode speed (batch 1).
-        samples: Prompts from the evaluation text that every stage's model continues.
-        text: The evaluation text; that of the trainer's datamodule if not given.
+        latency: Whether to measure prefill and decode speed (batch size 1).
+        samples: Number of prompts from the evaluation text that the models of all stages continue.
+        text: Evaluation text; the text of the trainer's datamodule if not given.
 
     Attributes:
-        stages: Stage -> figures.
+        stages: Stage -> results.
         warnings: Warnings for the report.
-        generations: Prompts, with the continuation by the model of each stage.
+        generations: Prompts with the continuations of all stages.
 
     Raises:
         ConfigError: The number of prompts is negative.
@@ -44,22 +44,22 @@ class Stages:
         self.warnings: list[str] = []
         self.generations: list[dict[str, Any]] = []
         self._reference: DenseReference | None = None
-        self._is_dense = False  # what is being measured is what the reference is made of
+        self._is_dense = False  # the measured model is the dense model itself
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was measured so far, for checkpoints."""
+        """Returns the results so far, for checkpoints."""
         return {"stages": self.stages, "warnings": self.warnings, "generations": self.generations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what was measured before an interruption."""
+        """Restores the results before an interruption."""
         self.stages, self.warnings = state["stages"], state["warnings"]
         self.generations = state.get("generations", [])
 
     def dense(self, target: Target, trainer: Trainer) -> None:
-        """Measures the dense model and remembers its final hidden states."""
+        """Measures the dense model and stores its final hidden states."""
         windows = self.text.windows(trainer, target)
         if windows is not None:
-            # recovery that trains the head must not move the reference along with it
+            # the reference must not change when recovery trains the head
             self._reference = target.run(DenseReference.collect, target.model, windows)
         self._is_dense = True
         self.add("dense", target, trainer)
@@ -67,19 +67,19 @@ class Stages:
 
     def add(self, name: str, target: Target, trainer: Trainer) -> None:
         """Measures the target's model, without adapters, as stage ``name``."""
-        latency = self._latency and not target.sharded  # the time of gathering weights says nothing of the model
+        latency = self._latency and not target.sharded  # gathering weights would dominate
         self._record(name, target.run(self._figures, target.model, target, trainer, latency))
         if not target.sharded:
             self._sample(name, target.model, target, trainer)
 
     def recovered(self, target: Target, trainer: Trainer, *, merge: bool, name: str = "recovered") -> None:
-        """Measures the trained model on the device that Lightning has just moved it from.
+        """Measures the trained model on the trainer's device, from which Lightning has moved it.
 
         Args:
-            target: Holds it.
+            target: The target of the model.
             trainer: The trainer.
-            merge: Merge the adapters for good; else a merged copy is measured.
-            name: What the stage is called.
+            merge: Whether to merge the adapters permanently; otherwise a merged copy is measured.
+            name: Name of the stage.
         """
         if target.sharded:
             self._recovered_sharded(target, trainer, merge=merge)
@@ -94,7 +94,7 @@ class Stages:
         model.cpu()
 
     def _recovered_sharded(self, target: Target, trainer: Trainer, *, merge: bool) -> None:
-        """Measures with the adapters in place: merging them would need a second model."""
+        """Measures the model with unmerged adapters: merging would require a second model."""
         module, windows = target.module, self.text.windows(trainer, target)
         if self._reference is None and windows is not None:
             dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
@@ -129,38 +129,38 @@ class Stages:
         dense, found = self.stages.get("dense", {}).get("perplexity"), figures.get("perplexity")
         if name == "pruned" and dense and found and not found["value"] < EXPLODED * dense["value"]:
             text = (
-                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Remove less, or "
-                "check the calibration data."
+                f"PERPLEXITY EXPLODED: {dense['value']:,.1f} dense, {found['value']:,.1f} pruned. Reduce the budget, "
+                "or check the calibration data."
             )
             self.warnings.append(text)
             rank_zero_warn(text)
 
 
 def _training(target: Target, trainer: Trainer) -> dict[str, Any]:
-    """Returns the steps of the training, and what it cost where that was counted."""
+    """Returns the optimizer steps and, where the module counts them, tokens, FLOPs and seconds of the training."""
     return {"optimizer_steps": trainer.global_step, **target.training_figures()}
 
 
 STAGE = "dense_tuned"
-"""Name of the stage of the tuned dense model in reports."""
+"""Stage name of the trained dense model in reports."""
 
 
 ONE_PROCESS = "The dense control is tuned by one process: use devices=1, or recover_dense=False."
 
 
 class DenseControl(Callback):
-    """Tunes a dense ``PruningModule`` as recovery tunes a pruned one, and measures it.
+    """Trains a dense ``PruningModule`` with the recovery settings of a pruned run, and evaluates it.
 
-    A fair comparison with a recovered model needs a dense model that was trained on the same data. Use the callback in
-    a trainer of its own, with the settings, data and seed of the pruned run.
+    A fair comparison with a recovered model requires a dense model that was trained on the same data. Use the callback
+    in a separate trainer with the settings, data and seed of the pruned run.
 
     Args:
-        recovery: The adapters of the pruned run; None trains the weights themselves.
-        latency: Measure speed, too.
-        samples: Prompts from the evaluation text that the model continues.
+        recovery: Adapters of the pruned run; None trains all weights.
+        latency: Whether to measure speed.
+        samples: Number of prompts from the evaluation text that the model continues.
 
     Attributes:
-        measured: The figures, under ``dense_tuned``.
+        measured: The results, under ``dense_tuned``.
 
     Raises:
         ConfigError: The number of prompts is negative.
@@ -171,7 +171,7 @@ class DenseControl(Callback):
         self.measured = Stages(latency=latency, samples=samples)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads the model and adds adapters, before optimizers are built and checkpoints read."""
+        """Loads the model and adds adapters, before optimizers are built and checkpoints are read."""
         if not isinstance(pl_module, PruningModule):
             raise ConfigError(f"DenseControl tunes a PruningModule, not a {type(pl_module).__name__}.")
         if trainer.world_size > 1:
@@ -188,11 +188,11 @@ class DenseControl(Callback):
         pl_module.check_training(adapters=self._recovery is not None)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the tuned model, adapters merged."""
+        """Measures the trained model with merged adapters."""
         assert isinstance(pl_module, PruningModule)
         self.measured.recovered(ModuleTarget(pl_module, None), trainer, merge=True, name=STAGE)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What was measured."""
+        """Results of the trained dense model."""
         return self.measured.stages[STAGE]

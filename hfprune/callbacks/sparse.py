@@ -1,4 +1,4 @@
-"""SparsePruningCallback: sets single weights, or N:M groups of them, to zero, one layer at a time."""
+"""SparsePruningCallback: unstructured and N:M pruning, layer by layer."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ from hfprune.utils.progress import sparse_progress
 
 
 def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
-    """Returns zeros and weights in all, and by layer and matrix, as plain data."""
+    """Returns the numbers of zeros and weights, in total and per layer and matrix, as plain data."""
     found = [
         {
             "layer": layer.index,
@@ -63,21 +63,21 @@ def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
 
 
 def check_sparse_strategy(trainer: Trainer, method: str) -> None:
-    """Raises ``ConfigError`` unless every rank holds the whole model, as on a single device and under DDP."""
+    """Raises ``ConfigError`` unless every rank holds the full model, as on a single device and under DDP."""
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigError(
-            f"{method} goes through the layers one at a time, which is not supported under {type(strategy).__name__}. "
-            "Use a single device or DDP; if memory is short, offload='cpu' or 'disk'."
+            f"{method} runs layer by layer, which is not supported under {type(strategy).__name__}. Use a single "
+            "device or DDP, with offload='cpu' or 'disk' if memory is short."
         )
 
 
 def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[str, Tensor]], str, dict[str, int]]:
-    """Returns this rank's calibration sequences, each alone, and the digest and counts of those of all ranks.
+    """Returns this rank's calibration sequences, one per batch, and the digest and counts of those of all ranks.
 
     Args:
         trainer: The trainer, in ``fit``.
-        limit: Use at most this many batches.
+        limit: Maximum number of batches.
 
     Raises:
         CalibrationError: There are fewer sequences than ranks.
@@ -91,7 +91,7 @@ def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[st
             if index % trainer.world_size == trainer.global_rank:
                 own.append({"input_ids": ids})
             index, tokens = index + 1, tokens + ids.numel()
-    if index < trainer.world_size:  # every rank says so
+    if index < trainer.world_size:  # raised on every rank
         raise CalibrationError(
             f"Calibration has {index} sequences for {trainer.world_size} processes: each needs at least one."
         )
@@ -116,33 +116,31 @@ def _saved_layers(state_dir: str | Path | None, fresh: bool) -> SavedLayers | No
 
 
 class SparsePruningCallback(PruningCallback):
-    """Sets single weights, or N:M groups of them, to zero in ``on_fit_start``, then hands the model to training.
+    """Sets single weights, or N:M groups of weights, to zero in ``on_fit_start``, before training.
 
-    Every sequence of the calibration data is run alone and sums are exact, so that the same weights become zero for
-    every batch size and number of processes. It works on a ``PruningModule`` or on any LightningModule that
-    contains one supported Hugging Face model, on a single device or under DDP.
+    Calibration sequences run one at a time with exact sums, so that the zeros do not depend on the batch size or the
+    number of processes. The module is a ``PruningModule``, or any LightningModule with one supported Hugging Face
+    model, on a single device or under DDP.
 
     Args:
         method: A method of :mod:`hfprune.sparse`, or its name: ``wanda``, ``sparsegpt``, ...
         sparsity: Share of zeros (``0.5``), or n zeros in every m consecutive inputs (``2:4``).
-        update: ``sparsegpt``, or a ``SparseGPT(...)`` with its block size and damping: adjusts the remaining weights of
-            a matrix for the removed ones, after any method.
-        allocation: How many zeros each matrix gets: the same share by default, ``OutlierWeighed()``,
-            ``ExplicitSparsity({...})``.
-        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
-            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
-            :class:`~hfprune.recovery.mode.RecoveryMode`.
-        keep_zeros: Keep pruned weights at zero in recovery; adapters change the other weights only, also once merged.
-        calibration_batches: Use at most this many batches of the calibration data; needed when these are the training
-            data.
-        offload: Between layers hidden states wait in the CPU's memory (``cpu``) or in files (``disk``), and only one
-            layer of the model at a time is on the accelerator; None keeps everything on the device.
-        state_dir: Folder for finished layers, from which an interrupted run continues, or a
-            :class:`~hfprune.sparse.SavedLayers` that drops those of an earlier run; None keeps none.
-        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
+        update: ``sparsegpt``, or a ``SparseGPT(...)``: adjusts the remaining weights of each matrix to compensate for
+            the removed ones, with any method.
+        allocation: Distribution of the zeros over matrices: ``OutlierWeighed()``, ``ExplicitSparsity({...})``, or the
+            same share for every matrix if not given.
+        recovery: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights), ``"mlp"`` (projections of the
+            MLPs) or ``"none"``; see :class:`~hfprune.recovery.mode.RecoveryMode`.
+        keep_zeros: Whether pruned weights remain zero during recovery, including after adapters are merged.
+        calibration_batches: Maximum number of calibration batches; required if the training data are used.
+        offload: Where hidden states are kept between layers: ``cpu`` or ``disk``, with only one layer of the model on
+            the accelerator, or None for the device of the model.
+        state_dir: Folder for finished layers, from which an interrupted run continues, or None. A
+            :class:`~hfprune.sparse.SavedLayers` can discard the layers of an earlier run.
+        model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
-        ConfigError: A value is out of range, the method is unknown, or arguments exclude each other.
+        ConfigError: A value is out of range, the method is unknown, or arguments are mutually exclusive.
 
     Example:
         >>> callback = SparsePruningCallback(method="wanda", sparsity="2:4", calibration_batches=32)
@@ -197,11 +195,11 @@ class SparsePruningCallback(PruningCallback):
 
     @property
     def orders(self) -> dict[str, Tensor]:
-        """Orders of inputs that sparse projections have, by ``LAYER.NAME``."""
+        """Input orders of permuted projections, by ``LAYER.NAME``."""
         return {f"{layer.index}.{name}": order for layer in self.layers for name, order in layer.orders.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings that decide which weights become zero, as plain data."""
+        """Returns the settings that determine the zeros, as plain data."""
         return {
             "method": self.method.describe(),
             "sparsity": str(self.sparsity),
@@ -212,11 +210,11 @@ class SparsePruningCallback(PruningCallback):
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def check(self, module: LightningModule) -> ResolvedBudget | None:
-        """Checks the settings against the shapes of ``module``'s model; returns None, for there is no budget of units.
+        """Checks the settings against the shapes of ``module``'s model; returns None, without a budget of units.
 
         Raises:
-            ConfigError: They do not.
-            UnsupportedArchitectureError: No table describes the model's class.
+            ConfigError: The settings are impossible for the model.
+            UnsupportedArchitectureError: The model's class is unknown.
         """
         target = self._find(module)
         if target.known:
@@ -226,7 +224,7 @@ class SparsePruningCallback(PruningCallback):
         return None
 
     def check_stock(self, module: LightningModule) -> None:
-        """Accepts every model: its shapes stay."""
+        """Accepts every model: its shapes do not change."""
 
     def _find(self, module: LightningModule) -> Target:
         return find_target(module, objective="entropy", model=self.model, neurons=())
@@ -307,7 +305,7 @@ class SparsePruningCallback(PruningCallback):
                     done(layer.index, layer.error)
         resumed = sum(layer.resumed for layer in self.layers)
         if resumed:
-            say(trainer, f"Resumed behind layer {resumed - 1}: {resumed} layers were there.")
+            say(trainer, f"Resumed after layer {resumed - 1}: {resumed} layers were finished.")
         return {**counts, "digest": digest, "data": data_summary(trainer, "calibration")}
 
     def _open_state(self, trainer: Trainer, target: Target, digest: str) -> LayerState | None:
@@ -318,7 +316,7 @@ class SparsePruningCallback(PruningCallback):
         return LayerState(self.state_dir, self.describe() | model, fresh=self.fresh, writer=writer, broadcast=broadcast)
 
     def _plan(self, trainer: Trainer, target: Target, calibration: dict[str, Any]) -> PruningPlan:
-        """Returns a plan that removes no unit and lists the zeros."""
+        """Returns a plan that removes no units and records the zeros."""
         plan = PruningPlan(
             model_class=class_name(target.model),
             groups=(),
@@ -345,7 +343,7 @@ def _data_settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings as they come back from JSON."""
+    """Returns settings after a JSON round trip."""
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 

@@ -1,4 +1,4 @@
-"""StructuredPruningCallback: calibrates and removes neurons, heads, experts, layers or channels before training."""
+"""StructuredPruningCallback: removal of neurons, heads, experts, layers or channels before training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,46 +35,43 @@ from hfprune.recovery.mode import RecoverySetting
 from hfprune.utils.errors import ConfigError
 
 PROGRESS_CHECKPOINT = "last-pruning.ckpt"
-"""Written beside the checkpoints of a ``ModelCheckpoint`` until the fit has ended; ``ckpt_path="last"`` finds it."""
+"""Progress file in the folder of a ``ModelCheckpoint``, until the end of ``fit``; ``ckpt_path="last"`` finds it."""
 
 
 class StructuredPruningCallback(PruningCallback):
-    """Scores units with a criterion, removes those with the lowest scores, and hands the small model to training.
+    """Scores units with a criterion and removes the units with the lowest scores, before training.
 
-    Scoring and surgery run in ``on_fit_start``. The strategy is then set up a second time: it wraps the small model and
-    builds optimizers and schedulers for it, so ``global_step``, schedules and checkpoints count recovery only.
+    Scoring and surgery run in ``on_fit_start``. The strategy is then set up again, which wraps the pruned model and
+    builds its optimizers and schedulers: ``global_step``, schedules and checkpoints count recovery only.
 
-    The callback works on a ``PruningModule``, on any LightningModule that contains one supported Hugging Face model,
-    and on one whose neurons are described by ``neurons``; on a single device, under DDP and, with a ``PruningModule``,
-    under FSDP2 (``ModelParallelStrategy``).
+    The module is a ``PruningModule``, any LightningModule with one supported Hugging Face model, or a module whose
+    neurons are described by ``neurons``. Single devices and DDP are supported, and FSDP2 (``ModelParallelStrategy``)
+    with a ``PruningModule``.
 
-    With a ``ModelCheckpoint`` in the trainer, progress is saved with its checkpoints, and ``fit(ckpt_path="last")``
-    continues within the calibration data, between pruning and recovery, or in recovery, also with another number of
-    processes.
+    If the trainer has a ``ModelCheckpoint``, progress is saved in its folder. ``fit(ckpt_path="last")`` then continues
+    during calibration, after pruning or during recovery, possibly with another number of processes.
 
     Args:
-        budget: How much is removed: a share of ALL parameters in (0, 1), or a :class:`hfprune.Budget`. None where the
-            allocation sets the number of units itself (``Explicit(...)``, ``share=...``).
-        criterion: How activations, gradients or weights become one score per unit, see :mod:`hfprune.criteria`.
-        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
-            that read it), ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the
-            residual stream).
-        allocation: How the budget is spread over the layers, see :mod:`hfprune.allocation`; by default every layer
-            loses the same share.
-        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
-            else a ``PruningModule``'s objective (entropy unless set) or, in a module of your own, the loss of its
-            ``training_step``. Criteria that read weights or activations alone have none.
-        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
-            in closed form, for example ``LeastSquares()``; None keeps their weights.
-        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
-            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
-            :class:`~hfprune.recovery.mode.RecoveryMode`.
-        calibration: How calibration runs.
-        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
-        neurons: Neurons of a module of your own that holds no Hugging Face model.
+        budget: Share of ALL parameters to remove, in (0, 1), or a :class:`hfprune.Budget`. None if the allocation sets
+            the number of units itself (``Explicit(...)``, ``share=...``).
+        criterion: Criterion that scores units from activations, gradients or weights, see :mod:`hfprune.criteria`.
+        units: Unit kinds to prune: ``mlp`` (neurons), ``heads`` (a key-value head with its query heads), ``experts``,
+            ``layers`` (whole layers), ``channels`` (hidden channels of the residual stream).
+        allocation: Distribution of the budget over layers, see :mod:`hfprune.allocation`; the same share of every layer
+            if not given.
+        objective: Differentiated objective: ``entropy``, ``cross_entropy`` or ``sampled``. If not given, that of the
+            criterion or of the ``PruningModule`` (``entropy`` by default), or the ``training_step`` loss of a
+            user-defined module. Criteria of weights or activations have no objective.
+        compensation: Closed-form refit of the projections that read pruned units, for example ``LeastSquares()``; None
+            keeps their weights.
+        recovery: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights), ``"mlp"`` (projections of the
+            MLPs) or ``"none"``; see :class:`~hfprune.recovery.mode.RecoveryMode`.
+        calibration: Options of the calibration.
+        model: Name of the Hugging Face model in a user-defined module with several models.
+        neurons: Neurons of a user-defined module without a Hugging Face model.
 
     Raises:
-        ConfigError: A value is out of range, or arguments exclude each other.
+        ConfigError: A value is out of range, or arguments are mutually exclusive.
 
     Example:
         >>> from hfprune.criteria import ActivationNorm
@@ -114,7 +111,7 @@ class StructuredPruningCallback(PruningCallback):
         )
         self.model, self.neurons = model, tuple(neurons)
         self.convergence: list[tuple[int, float]] = []
-        """Calibration tokens, and the share of the finally kept units that were kept after so many."""
+        """Number of calibration tokens -> share of the finally kept units that were selected at that point."""
         self.resolved: ResolvedBudget | None = None
         self._phase: Phase = "training"
         self._planner: Planner | None = None
@@ -123,17 +120,17 @@ class StructuredPruningCallback(PruningCallback):
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def check(self, module: LightningModule) -> ResolvedBudget | None:
-        """Returns what the budget means for ``module``'s model, from its shapes alone.
+        """Returns the budget resolved for ``module``'s model, from its shapes only.
 
-        None where these are not known yet: a module of your own that makes its model in ``configure_model``.
+        None for a user-defined module that creates its model in ``configure_model``.
 
         Raises:
-            ConfigError: There is nothing to prune in the module, the criterion does not score what is in its layers, or
-                the budget is impossible for it.
-            UnsupportedArchitectureError: No table describes the model's class.
+            ConfigError: The module has no units to prune, the criterion does not support them, or the budget is
+                impossible.
+            UnsupportedArchitectureError: The model's class is unknown.
         """
         target = self._find(module)
-        if target.plan is not None and self.resolved is not None:  # fitted before: it is pruned already
+        if target.plan is not None and self.resolved is not None:  # pruned by an earlier fit
             return self.resolved
         self.resolved = None
         if target.known:
@@ -143,7 +140,7 @@ class StructuredPruningCallback(PruningCallback):
         return self.resolved
 
     def describe(self) -> dict[str, Any]:
-        """Returns the settings that decide which units are kept, as plain data."""
+        """Returns the settings that determine the kept units, as plain data."""
         return describe_options(self.options)
 
     def _find(self, module: LightningModule) -> Target:
@@ -167,7 +164,7 @@ class StructuredPruningCallback(PruningCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
             path = self.resume_from or trainer.ckpt_path
-            if path is not None:  # "last" and the like become a file
+            if path is not None:  # resolves "last" and other keywords
                 path = trainer._checkpoint_connector._parse_ckpt_path(
                     TrainerFn.FITTING, path, model_provided=True, model_connected=True
                 )
@@ -246,7 +243,7 @@ class StructuredPruningCallback(PruningCallback):
         keep_cut_epoch(trainer, checkpoint)
         if phase == "training":
             return
-        # training has not begun: what a dense checkpoint brought along waits to be restored, else there is nothing yet
+        # before training: states of a dense checkpoint are still to be restored, otherwise there are none
         checkpoint.pop("loops", None)
         for name in ("loops", "epoch", "global_step"):
             if name in self._loaded:
@@ -257,13 +254,13 @@ class StructuredPruningCallback(PruningCallback):
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         if (
             self._target.reloads_weights and self.options.compensation is None
-        ):  # they follow from the dense weights, the plan and the seed
+        ):  # weights follow from the dense model, the plan and the seed
             checkpoint["state_dict"] = {}
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         assert self._target is not None
         record, self._loaded = Record.of(checkpoint), checkpoint
-        if record is None:  # a dense checkpoint: what was known beforehand stays
+        if record is None:  # a dense checkpoint
             return
         self._record = record
         if record.phase != "calibrating" or self._target.plan is None:
@@ -271,7 +268,7 @@ class StructuredPruningCallback(PruningCallback):
 
 
 def _progress_path(trainer: Trainer) -> Path | None:
-    """Returns where progress is saved: beside the first ``ModelCheckpoint``'s files; None without one."""
+    """Returns the progress file in the folder of the first ``ModelCheckpoint``, or None without one."""
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None or "://" in str(callback.dirpath):
         return None
@@ -279,7 +276,7 @@ def _progress_path(trainer: Trainer) -> Path | None:
 
 
 def _budget(budget: Budget | float | None, allocation: Allocation | None) -> Budget:
-    """Returns the budget, with the note that the allocation decides where it does."""
+    """Returns the budget; ``Budget(allocated=True)`` if the allocation sets the number of units."""
     allocated = allocation is not None and allocation.own_budget
     if isinstance(budget, Budget):
         return replace(budget, allocated=allocated)
@@ -287,50 +284,46 @@ def _budget(budget: Budget | float | None, allocation: Allocation | None) -> Bud
 
 
 class TaylorImportanceCallback(StructuredPruningCallback):
-    """Structured pruning by first-order Taylor scores of the output entropy, with every option a keyword of its own.
+    """Structured pruning with first-order Taylor scores of the output entropy (HFPrune), with flat keyword arguments.
 
-    The same as :class:`StructuredPruningCallback` with ``criterion=ActivationTaylor()``, HFPrune's per-token activation
-    Taylor, and, in a ``PruningModule``, the entropy objective as defaults. The groups ``budget`` and ``calibration``
-    are spelled out.
+    Equal to :class:`StructuredPruningCallback` with ``criterion=ActivationTaylor()``, and the entropy objective in a
+    ``PruningModule``. The fields of ``budget`` and ``calibration`` are separate arguments.
 
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep.
-        mlp_ratio: MLP width to keep as a multiple of the hidden size (the HFPrune script's flag).
-        round_to: Kept MLP widths and hidden sizes are multiples of this; 1 gives exact numbers, 64 or 128 fast kernels.
-        units: Kinds of units that may be removed: ``mlp`` (neurons), ``heads`` (a key-value head with the query heads
-            that read it), ``experts`` (of mixtures), ``layers`` (whole layers), ``channels`` (hidden channels of the
-            residual stream).
-        allocation: How the budget is spread over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
-            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` set the number of units themselves,
-            and take the place of a budget.
-        criterion: How activations and gradients become scores; ``ActivationTaylor()`` by default.
-        objective: ``entropy``, ``cross_entropy`` or ``sampled``, of the model's logits. None takes the criterion's own,
-            else a ``PruningModule``'s objective or the loss of the ``training_step`` of a module of your own. Criteria
-            that read weights or activations alone have none.
-        distillation: Scores in two stages, with the dense model as the teacher (SDMPrune); None for one stage.
-        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
-        schedule: How the removal is spread over the rounds: after a share x of them ``cubic`` has removed
-            1 - (1 - x)^3, and ``linear`` x.
-        compensation: How projections that read pruned units are fitted to the dense model's outputs, layer by layer and
-            in closed form, for example ``LeastSquares()``; None keeps their weights.
-        recovery: What is trained after pruning: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights),
-            ``"mlp"`` (projections of the MLPs) or ``"none"`` (nothing); see
-            :class:`~hfprune.recovery.mode.RecoveryMode`.
-        calibration_batches: Number of calibration batches; all if not given. Needed when the training data serve for
-            calibration.
-        exact: Run each sequence alone, without padding: kept units are then the same, bit for bit, for every batch
-            size, padding, packing and number of processes. False runs batches as they come: faster on a GPU when
-            sequences are short, and equal up to rounding.
-        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
-            never if None.
-        look_every: Compare the kept units with those of the comparison before each time that so many sequences (or
-            batches) were scored, for the report's convergence curve; never if None.
-        stop_when_settled: End calibration when two comparisons in a row find this share of the kept units unchanged,
-            for example 0.99; None runs all batches. ``look_every`` must then be a multiple of the number of processes.
-        model: Name of the Hugging Face model within a module of your own, needed when it holds several.
-        neurons: Neurons of a module of your own that holds no Hugging Face model.
+        mlp_ratio: MLP width to keep as a multiple of the hidden size, as in the HFPrune script.
+        round_to: Kept MLP widths and hidden sizes are multiples of this number; 64 or 128 gives fast kernels.
+        units: Unit kinds to prune, see :class:`StructuredPruningCallback`.
+        allocation: Distribution of the budget over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
+            ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` set the number of units themselves
+            and replace the budget.
+        criterion: The criterion; ``ActivationTaylor()`` if not given.
+        objective: Differentiated objective, see :class:`StructuredPruningCallback`.
+        distillation: Two-stage scoring with the dense model as the teacher (SDMPrune); None for one stage.
+        rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
+        schedule: Distribution of the removal over rounds: after a share x of the rounds, ``cubic`` has removed the
+            share 1 - (1 - x)^3 and ``linear`` the share x.
+        compensation: Closed-form refit of the projections that read pruned units, for example ``LeastSquares()``; None
+            keeps their weights.
+        recovery: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights), ``"mlp"`` (projections of the
+            MLPs) or ``"none"``; see :class:`~hfprune.recovery.mode.RecoveryMode`.
+        calibration_batches: Number of calibration batches; all if not given. Required if the training data are used.
+        exact: Whether sequences run one at a time without padding, so that the kept units are bitwise the same for
+            every batch size, padding, packing and number of processes. False runs whole batches: faster on a GPU for
+            short sequences, and equal up to rounding.
+        checkpoint_every: Number of sequences (batches, unless ``exact``) between saves of the progress; None for none.
+        look_every: Number of sequences (or batches) between comparisons of the kept units, for the convergence curve of
+            the report; None for none.
+        stop_when_settled: Share of unchanged kept units, for example 0.99, at which calibration stops after two
+            comparisons in a row; None runs all batches. ``look_every`` must then be a multiple of the number of
+            processes.
+        model: Name of the Hugging Face model in a user-defined module with several models.
+        neurons: Neurons of a user-defined module without a Hugging Face model.
+
+    Raises:
+        ConfigError: A value is out of range, or arguments are mutually exclusive.
 
     Example:
         >>> TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=32).describe()["criterion"]["name"]
@@ -364,7 +357,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
     ) -> None:
         check_positive(calibration_batches=calibration_batches, look_every=look_every)
         if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
-            raise ConfigError(f"stop_when_settled={stop_when_settled} must be a share in (0, 1], and needs look_every.")
+            raise ConfigError(f"stop_when_settled={stop_when_settled} must be in (0, 1] and requires look_every.")
         budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,

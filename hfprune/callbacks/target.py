@@ -1,4 +1,4 @@
-"""Targets: the model inside a LightningModule that a callback prunes, its groups and its objective."""
+"""Targets: the model in a LightningModule that a callback prunes, with its groups and objective."""
 
 import copy
 from abc import abstractmethod
@@ -23,10 +23,10 @@ from hfprune.utils.errors import ConfigError
 
 
 class Target(Prunable):
-    """The model inside a LightningModule, and the life of that module in a run.
+    """Base class of pruning targets: the model in a LightningModule.
 
     Attributes:
-        reloads_weights: Whether the dense weights come back without a checkpoint.
+        reloads_weights: Whether the module reloads the dense weights, so that checkpoints need not contain them.
     """
 
     reloads_weights: bool = False
@@ -34,7 +34,7 @@ class Target(Prunable):
     @property
     @abstractmethod
     def plan(self) -> PruningPlan | None:
-        """What was pruned."""
+        """The applied plan, or None."""
 
     @abstractmethod
     def apply_plan(self, plan: PruningPlan) -> None:
@@ -50,24 +50,24 @@ class Target(Prunable):
 
     @abstractmethod
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
-        """Returns the pruning state that checkpoints carry."""
+        """Returns the pruning state for checkpoints."""
 
     @abstractmethod
     def replay(self, record: Record) -> None:
-        """Rebuilds the shapes that a checkpoint describes."""
+        """Applies the plan and adds the adapters of a checkpoint."""
 
     @abstractmethod
     def start(self, seed: int) -> None:
-        """Takes over the run's seed, with the dense model in place."""
+        """Sets the seed of the run, before the dense model is pruned."""
 
     @property
     @abstractmethod
     def lora(self) -> LoraRecovery | None:
-        """The adapters that are there."""
+        """Settings of the model's adapters, or None."""
 
     @abstractmethod
     def check_training(self, *, adapters: bool) -> None:
-        """Raises ``ConfigError`` where the module cannot train its weights or adapters, before it is calibrated."""
+        """Raises ``ConfigError`` if the module cannot train its weights or adapters, before calibration."""
 
     # ---- what a report reads -----------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Target(Prunable):
         return device
 
     def to_device(self, item: Any) -> Any:
-        """Moves an item as the trainer's strategy moves its batches."""
+        """Moves an item to the device with the trainer's strategy."""
         return self.module.trainer.strategy.batch_to_device(item)
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -139,32 +139,32 @@ class Target(Prunable):
         return context
 
     def check_recovery(self, recovery: LoraRecovery | None) -> None:
-        """Raises ``ConfigError`` for adapters that the model has no place for, from its shapes alone."""
+        """Raises ``ConfigError`` for adapters that do not fit the model, from its shapes only."""
         if recovery is not None and self.lora is None and self.known and is_supported(self.shapes()):
             check_lora(self.shapes(), recovery)
 
     def lacks_adapters(self, recovery: LoraRecovery | None, record: Record | None) -> bool:
-        """Returns whether a model that is pruned already has yet to get the adapters of ``recovery``.
+        """Returns whether the adapters of ``recovery`` are still to be added to an already pruned model.
 
         Args:
-            recovery: What this run asks for.
-            record: Of the checkpoint that the run goes on from; None where the model was pruned by an earlier call.
+            recovery: Adapters of this run, or None.
+            record: Record of the resumed checkpoint; None if the model was pruned by an earlier call.
 
         Raises:
-            ConfigError: Training has begun with other ones.
+            ConfigError: Training was started with other adapters.
         """
         if self.lora == recovery:
             return False
         if self.lora is None and (record is None or record.phase != "training"):
             return True
         raise ConfigError(
-            f"The model was recovered with {self.lora or 'no adapters'}; this run asks for {recovery or 'none'}. Give "
-            "the same recovery to go on."
+            f"The model was recovered with {self.lora or 'no adapters'}, but this run has {recovery or 'none'}. Set "
+            "the same recovery to continue."
         )
 
 
 class ModuleTarget(Target):
-    """A ``PruningModule``."""
+    """Target of a ``PruningModule``."""
 
     reloads_weights = True
 
@@ -184,7 +184,7 @@ class ModuleTarget(Target):
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are spread over ranks."""
+        """Whether weights are sharded over ranks."""
         return bool(self.module.sharded)
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
@@ -196,7 +196,7 @@ class ModuleTarget(Target):
         return self.module.meta_model()
 
     def start(self, seed: int) -> None:
-        """Takes over the run's seed."""
+        """Sets the seed of the run."""
         self.module.run_seed = seed
 
     @property
@@ -206,17 +206,17 @@ class ModuleTarget(Target):
         return lora
 
     def check_recovery(self, recovery: LoraRecovery | None) -> None:
-        """Refuses hidden states that would be compared with wider ones, too."""
+        """Also raises ``ConfigError`` for distillation of hidden states after channels are removed."""
         super().check_recovery(recovery)
         distillation = self.module.distillation
         if distillation is not None and distillation.hidden and "channels" in self.units:
             raise ConfigError(
-                "--model.distillation.hidden compares hidden states with the dense model's, which removing channels "
-                "makes wider: leave it out, or leave 'channels' out of the units."
+                "`distillation.hidden` compares hidden states of the pruned and the dense model, whose sizes differ "
+                "when channels are removed: set it to 0, or remove 'channels' from the units."
             )
 
     def check_training(self, *, adapters: bool) -> None:
-        """Refuses to train what is of half precision."""
+        """Raises ``ConfigError`` for weights of half precision."""
         self.module.check_training(adapters=adapters)
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
@@ -295,7 +295,7 @@ class ModuleTarget(Target):
         self.module.replay(record)
 
     def describe(self) -> dict[str, Any]:
-        """Returns path, revision, type and fingerprint."""
+        """Returns path, revision, dtype and fingerprint of the model."""
         module = self.module
         return {
             "path": module.path,

@@ -1,4 +1,4 @@
-"""Targets in LightningModules of somebody else."""
+"""Targets in user-defined LightningModules."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,20 +27,20 @@ from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
 from hfprune.utils.errors import CalibrationError, ConfigError, HFPruneError
 
-_STATE = "_hfprune"  # attribute of the module that remembers what was done to it
+_STATE = "_hfprune"  # attribute of the module with its pruning state
 
 
 class ForeignTarget(Target):
-    """A LightningModule of somebody else: the supported Hugging Face model in it, or neurons that its owner described.
+    """Target of a user-defined LightningModule: a supported Hugging Face model in it, or described neurons.
 
     Args:
         module: The LightningModule.
-        objective: An objective on the Hugging Face model's logits; None takes the module's ``training_step`` loss.
-        model: Name of the Hugging Face model within the module, needed when there are several.
-        neurons: Descriptions of neurons; names are relative to the module.
+        objective: Objective of the Hugging Face model's logits; None for the ``training_step`` loss.
+        model: Name of the Hugging Face model in a module with several models.
+        neurons: Descriptions of neurons, with names relative to the module.
 
     Raises:
-        ConfigError: ``training_step`` cannot be run for its loss.
+        ConfigError: ``training_step`` cannot provide the loss.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class ForeignTarget(Target):
             raise ConfigError(f"{kind} has no training_step whose loss could be the objective.")
         if not self.module.automatic_optimization:
             raise ConfigError(
-                f"{kind} optimizes by hand: its training_step steps the optimizers itself, so it cannot be run for its "
-                "loss alone. Give objective='entropy' or 'cross_entropy', which read the model's logits."
+                f"{kind} uses manual optimization: its training_step cannot run without optimizer steps. Set "
+                "objective='entropy' or 'cross_entropy', which use the model's logits."
             )
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise ConfigError(f"{kind}.training_step takes the data iterator; calibration passes it single batches.")
@@ -90,10 +90,10 @@ class ForeignTarget(Target):
 
     @property
     def model(self) -> Any:
-        """The Hugging Face model, or the module itself when its neurons were described.
+        """The Hugging Face model, or the module itself if its neurons are described.
 
         Raises:
-            ConfigError: No supported model is in the module, or several are.
+            ConfigError: The module has no supported model, or several.
         """
         if self._described:
             return self.module
@@ -105,7 +105,7 @@ class ForeignTarget(Target):
         kind = type(self.module).__name__
         if found:
             raise ConfigError(
-                f"{kind} holds several models: {', '.join(found)}. Say which: model='{next(iter(found))}'."
+                f"{kind} holds several models: {', '.join(found)}. Choose one, such as model='{next(iter(found))}'."
             )
         raise ConfigError(
             f"{kind} holds no supported Hugging Face model (known: {', '.join(ARCHITECTURES)}). Describe its neurons: "
@@ -114,7 +114,7 @@ class ForeignTarget(Target):
 
     @property
     def known(self) -> bool:
-        """Whether the model is there: a module may make it in ``configure_model`` only."""
+        """Whether the model exists; a module may create it in ``configure_model``."""
         if not is_overridden("configure_model", self.module, LightningModule):
             return True
         try:
@@ -123,7 +123,7 @@ class ForeignTarget(Target):
             return False
 
     def _named(self, name: str) -> nn.Module:
-        """Returns the model called ``name``; when PEFT was put in its place, the model inside."""
+        """Returns the model called ``name``, without a PEFT wrapper."""
         try:
             found: nn.Module = self.module.get_submodule(name)
         except AttributeError as error:
@@ -135,12 +135,12 @@ class ForeignTarget(Target):
 
     @property
     def plan(self) -> PruningPlan | None:
-        """What was pruned."""
+        """The applied plan, or None."""
         plan: PruningPlan | None = self._state.get("plan")
         return plan
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns the described groups, or those of the Hugging Face model's unit kinds."""
+        """Returns the described groups, or the groups of the Hugging Face model's unit kinds."""
         return custom_groups(model, self._neurons) if self._described else find_groups(model, self.units)
 
     def shapes(self) -> Any:
@@ -148,12 +148,12 @@ class ForeignTarget(Target):
         return self.model
 
     def start(self, seed: int) -> None:
-        """Notes seed and structure of the dense model."""
+        """Stores the seed and the structure of the dense model."""
         self._state.setdefault("seed", seed)
         self._state.setdefault("fingerprint", structure_fingerprint(self.model))
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
-        """Runs the model, or the module's ``training_step``, without its logging."""
+        """Runs the model, or the module's ``training_step`` without logging."""
         if self.objective is not None:
             total, valid = objective_sum(self.model, self.objective, item)
             mask = item.get("attention_mask")
@@ -162,7 +162,7 @@ class ForeignTarget(Target):
         loss = loss.get("loss") if isinstance(loss, dict) else loss
         if not isinstance(loss, Tensor):
             raise CalibrationError(f"training_step returned {type(loss).__name__}, not a loss.")
-        # the loss is one number, whatever it is a mean of: it counts once
+        # the loss is one number and counts once: the number of averaged terms is unknown
         return ObjectiveSum(total=loss, num_tokens=torch.ones(1, dtype=torch.int64, device=loss.device), padding=None)
 
     def _training_step(self, item: Any, index: int) -> Any:
@@ -178,7 +178,7 @@ class ForeignTarget(Target):
             self._training_step(item, index)
 
     def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the tokens that count; what a module of one's own runs at once counts once, as its loss does."""
+        """Returns the numbers of counted tokens; a batch of a ``training_step`` counts once, as its loss."""
         if self.objective is not None:
             return super().token_counts(item)
         return torch.ones(1, dtype=torch.int64, device=self.module.device), None
@@ -194,11 +194,11 @@ class ForeignTarget(Target):
 
     @property
     def lora(self) -> LoraRecovery | None:
-        """Adapters that hfprune added."""
+        """Settings of the adapters added by hfprune, or None."""
         return LoraRecovery(**self._state["lora"]) if "lora" in self._state else None
 
     def check_training(self, *, adapters: bool) -> None:
-        """Accepts everything: how a module of somebody else trains is its owner's."""
+        """Accepts every module: training is defined by the user."""
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""
@@ -208,15 +208,15 @@ class ForeignTarget(Target):
         self._state["plan"] = plan
 
     def add_lora(self, lora: LoraRecovery) -> None:
-        """Puts the model with adapters in the place of the model.
+        """Replaces the model by a model with adapters.
 
         Raises:
-            ConfigError: The model is not a Hugging Face model within the module.
+            ConfigError: The target is not a Hugging Face model within the module.
         """
         model, name = self.model, self.name
         if not name:
             raise ConfigError(
-                "recovery=LoraRecovery adapts Hugging Face models; without it the pruned model trains on."
+                "recovery='lora' requires a Hugging Face model: set recovery='full' to train the pruned module."
             )
         self.module.requires_grad_(False)
         wrapped = add_lora(model, lora, seed=self._state.get("seed", 0))
@@ -285,7 +285,7 @@ class ForeignTarget(Target):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
-        """Returns what was noted and done."""
+        """Returns the pruning state of the module."""
         return Record(
             phase=phase,
             fingerprint=self._state.get("fingerprint", ""),
@@ -297,7 +297,7 @@ class ForeignTarget(Target):
         )
 
     def replay(self, record: Record) -> None:
-        """Rebuilds plan and adapters on a module that was just built."""
+        """Applies plan and adapters of a checkpoint to a new module."""
         if self.plan is None:
             self._state["fingerprint"] = structure_fingerprint(self.model)
         record.check_model(self._state["fingerprint"], class_name(self.model))
@@ -308,7 +308,7 @@ class ForeignTarget(Target):
             self.add_lora(LoraRecovery(**record.lora))
 
     def describe(self) -> dict[str, Any]:
-        """Returns the classes, the model's name within the module, and the structure's fingerprint."""
+        """Returns the classes, the name of the model in the module, and the fingerprint of the structure."""
         return {
             "module": type(self.module).__name__,
             "name": self.name,
@@ -319,7 +319,7 @@ class ForeignTarget(Target):
 
 @contextmanager
 def _without_logging(module: LightningModule) -> Iterator[None]:
-    """Lets ``training_step`` log into nothing: what it logs during calibration is not training."""
+    """Disables logging of ``training_step`` during calibration."""
     names = ("log", "log_dict")
     for name in names:
         module.__dict__[name] = lambda *args, **kwargs: None
@@ -333,7 +333,7 @@ def _without_logging(module: LightningModule) -> Iterator[None]:
 def find_target(
     module: LightningModule, *, objective: str | None, model: str | None, neurons: Sequence[Neurons]
 ) -> Target:
-    """Returns the target of ``module``; see :class:`ForeignTarget` for the arguments.
+    """Returns the target of ``module``; arguments as in :class:`ForeignTarget`.
 
     Raises:
         ConfigError: The objective is unknown, or an argument does not apply.
@@ -341,6 +341,6 @@ def find_target(
     chosen = None if objective is None else OBJECTIVES.get(objective)
     if isinstance(module, PruningModule):
         if model is not None or neurons:
-            raise ConfigError("model=... and neurons=... describe modules of your own; a PruningModule needs neither.")
+            raise ConfigError("model=... and neurons=... are for user-defined modules: remove them here.")
         return ModuleTarget(module, chosen)
     return ForeignTarget(module, chosen, model=model, neurons=neurons)

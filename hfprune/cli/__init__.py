@@ -1,4 +1,4 @@
-"""The command line: ``hfprune fit|prune|evaluate|sweep|export``."""
+"""The command line: ``hfprune fit|prune|evaluate|sweep|export|plan|inspect|chat|card|push``."""
 
 from hfprune.cli.entry import main
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hfprune.cli.config_files import shipped_configs
+from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -18,6 +19,7 @@ COMMANDS = {
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
     "sweep": "compare criteria, objectives, widths and seeds in one table",
     "export": "write a pruned model in another layout",
+    **LIGHT_COMMANDS,
 }
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
@@ -33,6 +35,8 @@ examples:
   hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
   hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
   hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
+  hfprune plan DIR_OR_ID --ratio 0.1 0.2 0.3
+  hfprune chat OUT --dense DIR_OR_ID
 
 Each command lists its flags with: hfprune COMMAND --help
 --config takes a YAML file, or the name of a config of the package:
@@ -73,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: list[str]) -> None:
+    if command in LIGHT_COMMANDS:
+        run_light(command, args)
+        return
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with _messages(), _current_folder():

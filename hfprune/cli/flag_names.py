@@ -15,6 +15,10 @@ _ARGUMENT = re.compile(
 )
 
 
+_RENAMED = {"fresh": "overwrite"}
+"""Argument -> flag, where the command line has another name."""
+
+
 def with_flags(text: str, settings: Mapping[str, Any]) -> str:
     """Returns a message in which ``argument=value`` and `` `argument` `` are flags: ``--group.argument value``.
 
@@ -79,6 +83,7 @@ def _leaves(config: Any, flag: str) -> Iterator[tuple[str, Any]]:
 
 def _flag(name: str, settings: Mapping[str, Any], after: str | None = None) -> str | None:
     """Returns the flag of an argument; ``after`` is the text behind ``argument=``, which begins with its value."""
+    name = _RENAMED.get(name, name)
     if name in settings:
         return name
     found = [flag for flag in settings if flag.endswith(f".{name}")]

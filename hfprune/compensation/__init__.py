@@ -1,4 +1,4 @@
-"""Closed-form recovery: weights on the kept units that make up for the removed ones, one file per method."""
+"""Compensation: closed-form fits of the kept weights that reduce the error of the removed units, by method."""
 
 from hfprune.compensation.base import Compensation, Fit
 from hfprune.compensation.least_squares import LeastSquares

@@ -1,4 +1,4 @@
-"""The contract of a compensation: moments of a projection's inputs in, weights on the kept inputs out; no training.
+"""Base class of compensations: second moments of a projection's inputs in, weights on the kept inputs out.
 
 Shape legend: O outputs, C inputs, K kept inputs.
 """
@@ -14,12 +14,12 @@ from hfprune.utils.second_moments import Moments
 from hfprune.utils.settings import Configured, check_choice
 
 Tokens = Literal["normalised", "equal"]
-"""How much a token's error counts: ``normalised`` divides it by the mean square of the layer's output there, which is
-what the next norm divides by (a few tokens carry outputs hundreds of times larger than others); ``equal`` does not."""
+"""Weight of a token's error. ``normalised`` divides it by the mean square of the layer's output, as the next norm does:
+the outputs of a few tokens are hundreds of times larger than others. ``equal`` weighs all tokens the same."""
 
 Target = Literal["module", "dense"]
-"""What a projection is fitted to: ``module`` is its own output before pruning, on the inputs that the pruned layers
-before it give; ``dense`` is its output in the dense model, so that errors of the layers before are made up for too."""
+"""Target of a fit. ``module`` is the projection's output before pruning on the outputs of the pruned layers before it.
+``dense`` is its output in the dense model, so that the fit also corrects errors of the layers before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Fit:
 
     Attributes:
         weight: [O, K], float64.
-        bias: [O], float64; None where the projection has none.
+        bias: [O], float64; None for projections without bias.
     """
 
     weight: Tensor
@@ -36,28 +36,28 @@ class Fit:
 
 
 class Compensation(Configured, ABC):
-    """Changes the projections that read pruned units, in place: no parameter and no bias is added.
+    """Base class. Updates the projections that read pruned units in place, without adding parameters.
 
     Args:
-        target: What a projection is fitted to.
-        sequential: Fit each layer on the inputs that the pruned and fitted layers before it give; False takes the dense
-            model's inputs everywhere.
-        tokens: How much each token counts.
+        target: Target of the fit, ``module`` or ``dense``.
+        sequential: Fit each layer on the outputs of the pruned and fitted layers before it. False uses the inputs of
+            the dense model in all layers.
+        tokens: Weight of each token, ``normalised`` or ``equal``.
 
     Raises:
-        ConfigError: An unknown value, or ``target="dense"`` without ``sequential``, where it would say nothing.
+        ConfigError: A value is unknown, or ``target="dense"`` is used without ``sequential``.
     """
 
     needs_bias: ClassVar[bool] = False
     """Whether projections without bias are refused."""
     fits_inputs: ClassVar[bool] = False
-    """Whether each output gets a weight of its own for every kept input, which takes more tokens than inputs."""
+    """Whether a separate weight is fitted for every pair of output and kept input; needs more tokens than inputs."""
 
     def __init__(self, *, target: Target = "module", sequential: bool = True, tokens: Tokens = "normalised") -> None:
         check_choice("target", target, get_args(Target))
         if target == "dense" and not sequential:
             raise ConfigError(
-                "target='dense' needs sequential=True: on the dense model's inputs it is target='module'."
+                "target='dense' needs sequential=True: on the dense model's inputs it equals target='module'."
             )
         check_choice("tokens", tokens, get_args(Tokens))
         self.target, self.sequential, self.tokens = target, sequential, tokens
@@ -67,12 +67,12 @@ class Compensation(Configured, ABC):
         """Returns the weights on the kept inputs.
 
         Args:
-            weight: [O, C], dense.
-            bias: [O] or None.
-            moments: Of the C inputs; paired with the dense model's inputs when ``target="dense"``.
-            keep: [K], int64, ascending.
+            weight: Dense weight [O, C].
+            bias: Bias [O], or None.
+            moments: Second moments of the C inputs, paired with the dense model's inputs for ``target="dense"``.
+            keep: Kept inputs [K], int64, ascending.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Returns name and settings, for the plan's provenance."""
+        """Returns name and settings for the plan's provenance."""
         return {"name": type(self).__name__, **self.settings()}

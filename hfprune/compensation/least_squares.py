@@ -1,4 +1,4 @@
-"""Full least squares of a projection on its kept inputs."""
+"""Least-squares fit of a projection on its kept inputs."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,14 @@ from hfprune.utils.second_moments import Moments
 
 
 class LeastSquares(Compensation):
-    """Fits all weights on the kept inputs so that the outputs change least, summed over calibration tokens.
+    """Fits all weights on the kept inputs by least squares over the calibration tokens.
 
-    V = W_K + W_R M_RK (M_KK + damping I)^-1, M the second moments of the inputs (:mod:`hfprune.utils.least_squares`).
-    With a bias the moments are taken about their means and the bias takes up the rest. Costs one forward pass per kind
-    of unit, [C, C] float64 per layer, and a Cholesky factorisation.
+    V = W_K + W_R M_RK (M_KK + damping I)^-1, with K the kept inputs, R the removed ones and M the second moments of the
+    inputs (:mod:`hfprune.utils.least_squares`). With a bias, the moments are centred and the bias restores the mean
+    output. Cost: one forward pass per unit kind, a [C, C] float64 matrix per layer, and a Cholesky factorisation.
 
     Args:
-        damping: Ridge towards the dense weights, relative to the inputs' mean second moment.
+        damping: Ridge towards the dense weights, relative to the mean second moment of the inputs.
         target: See :class:`Compensation`.
         sequential: See :class:`Compensation`.
         tokens: See :class:`Compensation`.
@@ -46,17 +46,17 @@ class LeastSquares(Compensation):
     ) -> None:
         super().__init__(target=target, sequential=sequential, tokens=tokens)
         if not damping > 0:
-            raise ConfigError(f"damping {damping} is not positive: moments of few tokens have no inverse.")
+            raise ConfigError(f"damping={damping} must be positive: the moments of few tokens have no inverse.")
         self.damping = damping
 
     def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
-        """Returns the least-squares weights, and the bias that keeps the mean output."""
+        """Returns the least-squares weights and the bias that preserves the mean output."""
         used = moments if bias is None else moments.centred()
         new = refit(weight, used, keep, damping=self.damping)
         return Fit(new, None if bias is None else bias + mean_output(weight, moments) - new @ moments.mean(keep))
 
 
 def mean_output(weight: Tensor, moments: Moments) -> Tensor:
-    """Returns the mean over tokens of what the fit aims at, without the bias: W E[x] or W E[y], [O] float64."""
+    """Returns the mean over tokens of the fit's target without bias: W E[x], or W E[y] if paired, [O] float64."""
     mean = (moments.y if moments.paired else moments.x) / moments.count
     return weight.to(torch.float64) @ mean

@@ -1,4 +1,4 @@
-"""Mean compensation: the bias takes up what the removed inputs gave on average."""
+"""Mean compensation: the bias absorbs the mean contribution of the removed inputs."""
 
 import torch
 from torch import Tensor
@@ -10,17 +10,16 @@ from hfprune.utils.second_moments import Moments
 
 
 class MeanCompensation(Compensation):
-    """Leaves the kept weights and adds W_R E[x_R] to the bias, with R the removed inputs.
+    """Keeps the weights and adds W_R E[x_R] to the bias, with R the removed inputs.
 
-    FLAP compensates in this way (An et al., 2023, arXiv:2312.11983).
-
-    Only for projections that have a bias (OPT, GPT-2, GPT-NeoX); others would need a parameter that their config cannot
-    say, and are refused.
+    Requires projections with a bias (OPT, GPT-2, GPT-NeoX). Other architectures have no parameter for it.
 
     Args:
         target: See :class:`Compensation`.
-        sequential: Likewise.
-        tokens: Likewise; ``equal`` is the plain mean, the default here.
+        sequential: See :class:`Compensation`.
+        tokens: See :class:`Compensation`; the default ``equal`` is the plain mean.
+
+    Source: FLAP (An et al., 2023, arXiv:2312.11983).
 
     Example:
         >>> moments = Moments(2, device=torch.device("cpu"))
@@ -42,8 +41,8 @@ class MeanCompensation(Compensation):
         """
         if bias is None:
             raise ConfigError(
-                "MeanCompensation needs projections with a bias, which this model's have not. LeastSquares and "
-                "OutputRegression need none."
+                "MeanCompensation requires projections with a bias; those of this model have none. Use LeastSquares or "
+                "OutputRegression."
             )
         kept = weight.to(torch.float64)[:, keep]
         return Fit(kept, bias + mean_output(weight, moments) - kept @ moments.mean(keep))

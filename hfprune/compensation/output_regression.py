@@ -1,4 +1,4 @@
-"""SlimLLM's regression: one factor per output."""
+"""Output regression (SlimLLM): one factor per output channel."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,19 @@ from hfprune.utils.second_moments import Moments
 
 
 class OutputRegression(Compensation):
-    """Scales each output so that it fits the unpruned one best (SlimLLM, Guo et al., 2025, arXiv:2505.22689).
+    """Scales each output to the best fit of the unpruned one.
 
-    With o = W_K x_K the output of the kept inputs and t the target, per output d: A_d = cov(o_d, t_d) / var(o_d), and
-    the new weights are diag(A) W_K. Where the projection has a bias it takes up mean(t) - A mean(o), as in the
-    published method. Where it has none, the line goes through the origin (A_d = sum o t / sum o^2): SlimLLM would add
-    a bias, which stock configs of bias-free models cannot say.
+    With o = W_K x_K the output of the kept inputs and t the target, the factor of output d is
+    A_d = cov(o_d, t_d) / var(o_d), and the new weights are diag(A) W_K. A bias absorbs mean(t) - A mean(o), as in the
+    published method. Without a bias the regression line passes through the origin (A_d = sum o t / sum o^2): SlimLLM
+    would add a bias, which stock configs of bias-free models cannot describe.
 
     Args:
         target: See :class:`Compensation`.
-        sequential: Likewise.
-        tokens: Likewise; ``equal`` is SlimLLM's regression, the default here.
+        sequential: See :class:`Compensation`.
+        tokens: See :class:`Compensation`; the default ``equal`` is SlimLLM's regression.
+
+    Source: SlimLLM (Guo et al., 2025, arXiv:2505.22689).
 
     Example:
         >>> moments = Moments(2, device=torch.device("cpu"))

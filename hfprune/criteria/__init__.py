@@ -1,6 +1,6 @@
 """Criteria: scores of units from weights, activations and gradients.
 
-Each criterion is one file of this package, and its classes are found there; nothing else lists them.
+Each file of this package defines one criterion. The package discovers the classes; there is no other list of them.
 """
 
 from typing import Any
@@ -64,5 +64,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Raises ``AttributeError``; tells type checkers that the package has the classes of its modules."""
+    """Raises ``AttributeError``; declares the discovered classes to type checkers."""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Sums of one criterion over all groups: ranks add them up, checkpoints carry them, scores follow from them."""
+"""Accumulated sums of one criterion over all groups: reduced over ranks, saved in checkpoints, turned into scores."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,13 +27,13 @@ Pending = Mapping[tuple[str, str], Sequence[Tensor]]
 
 
 class AccumulatedSums:
-    """Rows of all groups in one vector, in the order of the groups; moments; the objective; counts.
+    """Sums of a criterion: the rows of all groups in one vector, the moments, the objective and the token counts.
 
     Args:
-        groups: What is scored.
-        criterion: How.
+        groups: Groups to score.
+        criterion: Criterion that scores them.
         shapes: Group name -> [out, in] of the projection of each of its slices.
-        device: Where sums live.
+        device: Device of the sums.
 
     Raises:
         ConfigError: The criterion cannot score one of the groups.
@@ -67,9 +67,9 @@ class AccumulatedSums:
         """Adds one batch.
 
         Args:
-            pending: (group's name, name of the rows) -> rows [R, S]; what did not run is left out.
-            num_tokens: [B].
-            objective: Scalar.
+            pending: (group's name, name of the rows) -> rows [R, S]. Modules that did not run have no entry.
+            num_tokens: [B], tokens that count in each sequence.
+            objective: Scalar, the summed objective in nats.
 
         Raises:
             CalibrationError: A row is not finite.
@@ -100,7 +100,7 @@ class AccumulatedSums:
         )
 
     def tensors(self) -> list[Tensor]:
-        """Returns every sum, in a fixed order: adding them over ranks gives the sums of the whole set."""
+        """Returns every sum in a fixed order. Sums of several ranks add up to those of the whole data set."""
         rows = self._rows.tensors() if self._rows is not None else ()
         return [*rows, *self._moment_tensors(), *self._objective.tensors(), self._counts]
 
@@ -108,10 +108,13 @@ class AccumulatedSums:
         return [tensor for by_name in self.moments.values() for tensor in by_name.values()]
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Takes over sums that ``tensors`` returned, here or on all ranks together.
+        """Replaces the sums.
+
+        Args:
+            tensors: Result of :meth:`tensors`, of this rank or added up over all ranks.
 
         Raises:
-            CalibrationError: They belong to other groups or another criterion.
+            CalibrationError: The sums belong to other groups or another criterion.
         """
         if [(t.shape, t.dtype) for t in self.tensors()] != [(t.shape, t.dtype) for t in tensors]:
             raise CalibrationError("The saved calibration sums belong to another model or criterion.")
@@ -126,22 +129,22 @@ class AccumulatedSums:
         self._counts.copy_(counts)
 
     def totals(self) -> Totals:
-        """Returns how much was accumulated."""
+        """Returns the numbers of accumulated tokens and sequences."""
         tokens, sequences = self._counts.tolist()
         return Totals(num_tokens=tokens, num_sequences=sequences)
 
     def objective_total(self) -> float:
-        """Returns the sum of the objective, in nats."""
+        """Returns the accumulated objective, in nats."""
         return float(self._objective.total())
 
     def scores(self, weights: Callable[[Group], Sequence[Tensor]]) -> dict[str, Tensor]:
         """Returns group name -> importance [U], float64, on the CPU.
 
         Args:
-            weights: Returns the weight [out, in] of each of a group's slices.
+            weights: Function that returns the weight [out, in] of each slice of a group.
 
         Raises:
-            CalibrationError: No token was seen, a moment is not finite, or a group's scores do not rank its units.
+            CalibrationError: No token was accumulated, a moment is not finite, or scores do not rank a group's units.
         """
         totals = self.totals()
         if not totals.num_tokens:
@@ -166,8 +169,8 @@ class AccumulatedSums:
         if not isinstance(self._criterion, GradientCriterion):
             return "its activations or its weights are zero."
         return (
-            "the objective does not depend on its units (a model that predicts one token with certainty, or zero "
-            "weights, does that)."
+            "the objective does not depend on its units. The weights may be zero, or the model predicts one token with "
+            "certainty."
         )
 
 
@@ -177,13 +180,16 @@ def score_batch(
     signals: Sequence[Signal | Activation],
     weights: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Returns the scores [U] of a group from one batch of sequences of equal length, for trying out a criterion.
+    """Scores a group on one batch of sequences of equal length, to try out a criterion.
 
     Args:
         criterion: The criterion.
         group: The group.
-        signals: One for each slice that the criterion reads, in the order of the slices, [B, T, channels].
-        weights: Weight [out, in] of every slice's projection; those of the signals if not given.
+        signals: One signal [B, T, channels] for each slice that the criterion reads, in the order of the slices.
+        weights: Weight [out, in] of the projection of every slice; defaults to the weights of the signals.
+
+    Returns:
+        Scores [U], float64.
 
     Raises:
         CalibrationError: The scores do not rank the units.

@@ -9,12 +9,12 @@ from hfprune.plan import Group, Slice
 
 
 class ActivationNorm(ActivationCriterion):
-    """Root mean square over tokens of the L2 norm of a unit's activation, where consumers read it.
+    """Root mean square over tokens of the L2 norm of a unit's activation, at the input of the consumers.
 
-    With a_t the unit's channels at token t: sqrt(sum_t norm(a_t)^2 / tokens). Up to the factor sqrt(tokens), which
-    changes no ranking, this is the norm of the unit's activation over the calibration set. The activation of an expert
-    is what it adds to the layer's output: its own output times the weight that the router gives it, 0 for tokens that
-    do not go through it. So it counts how often, how strongly and with how large outputs an expert is used.
+    With a_t the unit's channels at token t, the score is sqrt(sum_t norm(a_t)^2 / tokens). Up to the factor
+    sqrt(tokens), which changes no ranking, this is the norm of the unit's activation over the calibration set. The
+    activation of an expert is its contribution to the layer's output: its output times its router weight, and 0 for
+    tokens that are not routed to it.
 
     Source: the norm of the activation is the data-dependent factor of Wanda (Sun et al., 2024, arXiv:2306.11695).
 
@@ -33,7 +33,7 @@ class ActivationNorm(ActivationCriterion):
         return part.side == "in"
 
     def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns each sequence's sums of squares, [B, U]."""
+        """Returns the sum of squares of each sequence, [B, U]."""
         return {UNITS: by_unit(group, part, squares(seen.input, batch)[:, channels(group, part)])}
 
     def score(self, group: Group, sums: Sums) -> Tensor:
@@ -42,7 +42,7 @@ class ActivationNorm(ActivationCriterion):
 
 
 def squares(signal: Tensor, batch: BatchInfo) -> Tensor:
-    """Returns the sum over each sequence's real tokens of the square of every channel, [B, C] float64."""
+    """Returns the sum of squares of every channel over the real tokens of each sequence, [B, C] float64."""
     if signal.is_cuda and signal.dtype.itemsize < 4:  # one pass over the signal, products and sums in float32
         found = batch.by_sequence(signal)
         if batch.padding is not None:

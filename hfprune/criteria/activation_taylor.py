@@ -27,27 +27,27 @@ Reduction = Literal["per_token", "per_sequence", "signed"]
 
 
 class ActivationTaylor(GradientCriterion):
-    """|activation * activation gradient| of a unit, where the absolute value is taken per token, sequence or data set.
+    """|activation * gradient| of a unit, with the absolute value per token, per sequence or over the data set.
 
-    With a_nt the unit's activation and g_nt the gradient of sequence n's summed objective there:
+    With a_nt the unit's activation at token t of sequence n and g_nt the gradient of the sequence's summed objective:
 
     - ``per_token`` (HFPrune): sum_n sum_t |a g|;
     - ``per_sequence``: sum_n |sum_t a g|;
-    - ``signed``: |sum_n sum_t a g|, the first-order effect of removing the unit on the whole set.
+    - ``signed``: |sum_n sum_t a g|, the first-order effect of removing the unit on the whole data set.
 
-    The activation of an expert is the weight that the router gives it in the layer's output, 0 for tokens that do not
-    go through it: a g is what the objective loses, to first order, with the expert's contribution.
+    The activation of an expert is its router weight, 0 for tokens that are not routed to it. Then a g is the
+    first-order change of the objective when the expert's contribution is removed.
 
     Sums are divided by the number of tokens, or of sequences (``weighting="sequence"``, the official normalisation).
 
     Args:
-        reduction: Where the absolute value sits.
+        reduction: Scope of the absolute value.
         weighting: ``token`` or ``sequence``.
-        compat: ``official`` accumulates the per-token form in bfloat16 as the published code does, rounding errors
-            included: the running sum stalls after 256 to 512 equal increments. For comparisons only.
+        compat: ``official`` accumulates the per-token form in bfloat16 as the published code does, including its
+            rounding errors: the running sum stalls after 256 to 512 equal increments. For comparisons only.
 
     Raises:
-        ConfigError: An unknown value, or ``compat`` with another reduction than ``per_token``.
+        ConfigError: A value is unknown, or ``compat`` is set with a reduction other than ``per_token``.
 
     Source: Molchanov et al. (2017, arXiv:1611.06440); with the entropy as the objective HFPrune (Zhu et al., 2026,
     arXiv:2603.08083, Eq. 4).
@@ -77,15 +77,15 @@ class ActivationTaylor(GradientCriterion):
         check_weighting(weighting)
         check_choice("compat", compat, (None, "official"))
         if compat and reduction != "per_token":
-            raise ConfigError(f"compat='official' exists for reduction='per_token' only, not '{reduction}'.")
+            raise ConfigError(f"compat='official' requires reduction='per_token', not reduction='{reduction}'.")
         self.reduction, self.weighting, self.compat = reduction, weighting, compat
 
     def reads(self, part: Slice) -> Literal["input"] | None:
-        """Returns the consumers' inputs, where a unit's activation can be read."""
+        """Returns ``input`` for consumers, whose input holds the unit's activation."""
         return "input" if part.side == "in" else None
 
     def new_sum(self, length: int, device: torch.device) -> UnitSum:
-        """Returns the empty sum; ``compat="official"`` rounds it to bfloat16 after every sequence."""
+        """Returns an empty sum; ``compat="official"`` rounds it to bfloat16 after every sequence."""
         return Bfloat16Sum(length, device=device) if self.compat else super().new_sum(length, device)
 
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
@@ -103,7 +103,7 @@ class ActivationTaylor(GradientCriterion):
         return {UNITS: by_sequence.mul_(batch.weights(self.weighting).to(by_sequence.device)[:, None])}
 
     def _official_rows(self, group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Tensor:
-        """The mean objective's gradient of every sequence, every number rounded to bfloat16."""
+        """Returns the rows for the gradient of each sequence's mean objective, with operands rounded to bfloat16."""
         counts = batch.num_tokens.clamp(min=1).to(signal.grad.device, signal.grad.dtype)
         grad = batch.by_sequence(signal.grad) / counts[:, None, None]
         value = batch.by_sequence(signal.input)

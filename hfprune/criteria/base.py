@@ -1,9 +1,9 @@
-"""The contract of a criterion: signals in, one score per unit out, everything in between a plain sum over sequences.
+"""Base classes of criteria: signals in, one score per unit out, with plain sums over sequences in between.
 
-So scores do not depend on how sequences are batched, and ranks are combined by adding their sums; whatever is not
-additive (an absolute value, a division) happens in ``score``, once.
+Scores therefore do not depend on the batch size, and the sums of several ranks are added. Operations that are not
+additive (an absolute value, a division) run once, in ``score``.
 
-Shape legend: B sequences, T tokens, C channels, U units, S sums that a criterion keeps of one group.
+Shape legend: B sequences, T tokens, C channels, U units, S sums of a criterion for one group.
 """
 
 from abc import ABC, abstractmethod
@@ -21,29 +21,29 @@ from hfprune.utils.second_moments import Moments
 from hfprune.utils.settings import Configured, check_choice, discover, snake_case
 
 Weighting = Literal["token", "sequence"]
-"""``token``: every token counts the same. ``sequence``: every sequence does (the paper's mean over its tokens)."""
+"""``token``: every token counts the same. ``sequence``: every sequence counts the same (mean over its tokens)."""
 
 Shape = tuple[int, int]
 """[out, in] of a projection's weight."""
 
 UNITS = "units"
-"""Name of the rows of criteria that add one number per unit."""
+"""Name of the rows of criteria that keep one number per unit."""
 
 Rows = dict[str, Tensor]
-"""What one batch adds to a group's sums: name -> [B, S] float64, one row per sequence."""
+"""Contribution of one batch to the sums of a group: name -> [B, S] float64, one row per sequence."""
 
 LargeSums = dict[str, Tensor]
 """Large float64 sums of one group, by name."""
 
 
 def check_weighting(weighting: str) -> None:
-    """Raises ``ConfigError`` unless ``weighting`` is one."""
+    """Raises ``ConfigError`` unless ``weighting`` is a :data:`Weighting`."""
     check_choice("weighting", weighting, get_args(Weighting))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchInfo:
-    """What a criterion must know about the batch that a signal belongs to.
+    """Properties of the batch that a signal belongs to.
 
     Attributes:
         num_sequences: B.
@@ -56,11 +56,11 @@ class BatchInfo:
     padding: Tensor | None
 
     def by_sequence(self, signal: Tensor) -> Tensor:
-        """Returns ``signal`` as [B, T, C], also where a model flattens its batch to [B * T, C] (OPT)."""
+        """Returns ``signal`` as [B, T, C]; some models (OPT) flatten their batch to [B * T, C]."""
         return signal.reshape(self.num_sequences, -1, signal.shape[-1])
 
     def wide(self, signal: Tensor, *, zero_padding: bool = False) -> Tensor:
-        """Returns ``signal`` as [B, T, C] in float32 or wider, with zeros at padding where asked."""
+        """Returns ``signal`` as [B, T, C] in float32 or wider; ``zero_padding`` sets padding to 0."""
         found = self.by_sequence(signal)
         found = found if found.dtype == torch.float64 else found.float()
         return (
@@ -75,14 +75,14 @@ class BatchInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
-    """What was recorded at one projection during one backward pass of a summed objective.
+    """Activations and gradient of one projection, recorded during the backward pass of a summed objective.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in]; of experts their routers' weights, [B * T, U].
-        output: Its output, [B, T, out] or [B * T, out], of a slice on the output side that is read there.
-        grad: Gradient at the projection's input or output, as the criterion ``reads`` it.
-        weight: The projection's weight as [out, in].
-        bias: Its bias [out], or None.
+        input: Input of the projection, [B, T, in] or [B * T, in]; for experts their router weights, [B * T, U].
+        output: Output, [B, T, out] or [B * T, out], for slices on the output side; else None.
+        grad: Gradient at the input or output, as selected by the criterion's ``reads``.
+        weight: Weight as [out, in].
+        bias: Bias [out], or None.
     """
 
     input: Tensor
@@ -94,11 +94,11 @@ class Signal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """What was recorded at one projection during one forward pass.
+    """Activations of one projection, recorded during a forward pass.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in]; of experts the norm of what each adds, [B * T, U].
-        output: Its output, [B, T, out] or [B * T, out].
+        input: Input of the projection, [B, T, in] or [B * T, in]; for experts the norms of contributions, [B * T, U].
+        output: Output, [B, T, out] or [B * T, out].
     """
 
     input: Tensor
@@ -107,25 +107,25 @@ class Activation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """How much was accumulated, over all ranks."""
+    """Numbers of accumulated tokens and sequences, over all ranks."""
 
     num_tokens: int
     num_sequences: int
 
     def divisor(self, weighting: Weighting) -> int:
-        """Returns what a sum is divided by, once, at the end."""
+        """Returns the number of tokens or sequences by which a sum is divided."""
         return self.num_tokens if weighting == "token" else self.num_sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
-    """What was accumulated of one group over all batches and ranks.
+    """Sums of one group over all batches and ranks.
 
     Attributes:
-        rows: The sums [S] of all rows by name, float64.
-        moments: Large sums, float64.
-        totals: How much was accumulated.
-        weights: Returns the weight [out, in] of each of the group's slices; every rank of a sharded model must ask.
+        rows: Name -> sum of the rows [S], float64.
+        moments: Name -> large sum, float64.
+        totals: Numbers of accumulated tokens and sequences.
+        weights: Function that returns the weight [out, in] of each slice. Collective when the model is sharded.
     """
 
     rows: Mapping[str, Tensor]
@@ -135,13 +135,13 @@ class Sums:
 
 
 class Criterion(Configured, ABC):
-    """Turns what is known about units into scores. One instance serves all groups; it holds settings, never sums.
+    """Base class of all criteria. An instance holds settings only, no sums, and serves all groups.
 
     Attributes:
-        outside_layers: Whether it scores hidden channels in the embedding and the output head, too.
-        norms: Whether it scores them in the weights of norms, too.
-        experts: Whether it scores experts of mixtures.
-        name: Its name in plans and reports; that of the class with underscores unless a criterion says otherwise.
+        outside_layers: Whether hidden channels are also scored in the embedding and the output head.
+        norms: Whether hidden channels are also scored in the weights of norms.
+        experts: Whether the criterion scores experts of mixture-of-experts layers.
+        name: Name in plans and reports; defaults to the class name in snake case.
     """
 
     outside_layers: ClassVar[bool] = False
@@ -150,7 +150,7 @@ class Criterion(Configured, ABC):
     name: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Names the criterion after its class."""
+        """Sets the default name."""
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = snake_case(cls.__name__)
@@ -161,7 +161,7 @@ class Criterion(Configured, ABC):
 
 
 class WeightCriterion(Criterion):
-    """Scores that follow from the weights alone: no calibration data is run."""
+    """Criterion that reads weights alone and needs no calibration data."""
 
     @abstractmethod
     def score(self, group: Group, weights: Sequence[Tensor]) -> Tensor:
@@ -169,35 +169,36 @@ class WeightCriterion(Criterion):
 
         Args:
             group: The group.
-            weights: The weight [out, in] of each of its slices' projections.
+            weights: Weight [out, in] of the projection of each slice.
         """
 
 
 class CalibratedCriterion(Criterion):
-    """Scores from what the calibration data bring, summed.
+    """Criterion that accumulates sums over calibration data.
 
-    Rows are added exactly, whatever the order and the number of processes. Moments (second moments, sums with the shape
-    of a weight) would be too large for that: they are added in float64, and agree to rounding.
+    Rows are summed exactly: the result has the same bits for every order of the sequences and every number of
+    processes. Moments (second moments, sums with the shape of a weight) are too large for exact sums; they are added
+    in float64 and agree up to rounding.
     """
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` where the criterion cannot score the group's units.
+        """Raises ``ConfigError`` if the criterion cannot score the group's units.
 
         Args:
             group: The group.
-            shapes: [out, in] of each of its slices' projections.
+            shapes: [out, in] of the projection of each slice.
         """
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Returns the lengths S of the group's rows by name: one number per unit unless a criterion says otherwise."""
+        """Returns name -> length S of the group's rows; by default one number per unit."""
         return {UNITS: group.num_units}
 
     def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of the moments by name: none unless a criterion says otherwise."""
+        """Returns name -> shape of the group's moments; by default none."""
         return {}
 
     def new_sum(self, length: int, device: torch.device) -> UnitSum:
-        """Returns the empty sum that rows are added to: exact unless a criterion says otherwise."""
+        """Returns an empty sum for rows of this length; by default an exact one."""
         return ExactSum(length, device=device)
 
     @abstractmethod
@@ -206,11 +207,11 @@ class CalibratedCriterion(Criterion):
 
 
 class GradientCriterion(CalibratedCriterion):
-    """Scores from activations or weights and an objective's gradients.
+    """Criterion that reads activations or weights and the gradients of an objective.
 
     Attributes:
-        objectives: The objectives that the scores make sense with, the default first; None: with any.
-        joint: Whether ``rows`` needs the signals of all of a group's slices together.
+        objectives: Supported objectives, the default first; None supports all.
+        joint: Whether ``rows`` receives the signals of all slices of a group together.
     """
 
     objectives: ClassVar[tuple[str, ...] | None] = None
@@ -218,22 +219,22 @@ class GradientCriterion(CalibratedCriterion):
 
     @abstractmethod
     def reads(self, part: Slice) -> Literal["input", "output"] | None:
-        """Returns at which end of a slice's projection the gradient is read; None where the slice is not read."""
+        """Returns the side of the slice's projection at which the gradient is read, or None to skip the slice."""
 
     @abstractmethod
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns what one batch's signals add.
+        """Returns the contribution of one batch.
 
         Args:
             group: The group.
-            signals: The signal of one slice, or, for ``joint`` criteria, of every slice that is read.
+            signals: Signal of one slice, or of every slice that is read for ``joint`` criteria.
             batch: The batch.
-            moments: To be added to, in place.
+            moments: Moments of the group, updated in place.
         """
 
 
 class LayerwiseCriterion(Criterion):
-    """Chooses the units of one layer after another, from activations that the pruned layers before it give."""
+    """Criterion that selects units layer by layer, on activations of a model whose earlier layers are pruned."""
 
     @abstractmethod
     def select(self, group: Group, weight: Tensor, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
@@ -241,17 +242,14 @@ class LayerwiseCriterion(Criterion):
 
         Args:
             group: The group.
-            weight: [O, C], of the projection that reads it.
-            moments: Of that projection's inputs, unit j owning inputs j * w up to (j + 1) * w.
-            width: Units that stay.
+            weight: Weight [O, C] of the projection that reads the group.
+            moments: Second moments of the projection's inputs; unit j owns inputs j * w to (j + 1) * w - 1.
+            width: Number of kept units.
         """
 
 
 class ActivationCriterion(CalibratedCriterion):
-    """Scores from activations alone: a forward pass without output head, objective or backward pass.
-
-    Every real token counts.
-    """
+    """Criterion that reads activations of forward passes without output head; every real token counts."""
 
     @abstractmethod
     def reads(self, part: Slice) -> bool:
@@ -259,32 +257,36 @@ class ActivationCriterion(CalibratedCriterion):
 
     @abstractmethod
     def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns what the activations of one slice of one batch add.
+        """Returns the contribution of one slice in one batch.
 
         Args:
             group: The group.
             part: The slice.
-            seen: The activations of its projection.
+            seen: Activations of its projection.
             batch: The batch.
-            moments: To be added to, in place.
+            moments: Moments of the group, updated in place.
         """
 
 
 def check_experts(criterion: Criterion, kinds: Collection[str]) -> None:
-    """Raises ``ConfigError`` where experts are among the units and ``criterion`` does not score them."""
+    """Raises ``ConfigError`` if ``kinds`` contains experts and ``criterion`` does not score them."""
     if "experts" in kinds and not criterion.experts:
         able = ", ".join(name for name, known in discover("hfprune.criteria", Criterion).items() if known.experts)
         raise ConfigError(
-            f"{type(criterion).__name__} does not score experts. Choose one of {able}; or leave 'experts' out of the "
-            "units, and 'layers', which hold them."
+            f"{type(criterion).__name__} does not score experts. Choose one of {able}, or leave 'experts' and 'layers' "
+            "(which contain experts) out of the units."
         )
 
 
 def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:
-    """Returns the name of the objective to differentiate: the one asked for, or the criterion's own; None: any will do.
+    """Returns the name of the objective to differentiate, or None if the criterion supports all and none was given.
+
+    Args:
+        criterion: The criterion.
+        asked: Name of the objective given by the user, or None.
 
     Raises:
-        ConfigError: The criterion takes no objective, or not this one.
+        ConfigError: The criterion takes no objective, or does not support this one.
     """
     name = type(criterion).__name__
     if isinstance(criterion, GradientCriterion):
@@ -293,7 +295,7 @@ def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:
             return asked
         if asked is None:
             return known[0]
-        raise ConfigError(f"{name} goes with the objective {' or '.join(known)}, not with '{asked}'.")
+        raise ConfigError(f"{name} supports the objective {' or '.join(known)}, not '{asked}'.")
     if asked is None:
         return None
     why = "reads weights alone" if isinstance(criterion, WeightCriterion) else "reads activations of a forward pass"
@@ -301,21 +303,24 @@ def resolve_objective(criterion: Criterion, asked: str | None) -> str | None:
 
 
 def checked_scores(criterion: Criterion, group: Group, scores: Tensor, *, why_zero: str = "") -> Tensor:
-    """Returns the scores [U] of a group in float64 on the CPU, after checking that they rank its units.
+    """Checks that the scores of a group rank its units.
 
     Args:
-        criterion: What made them.
+        criterion: Criterion that computed the scores.
         group: The group.
-        scores: What it made.
-        why_zero: What explains scores that are all zero; by default that the weights are.
+        scores: Scores [U].
+        why_zero: Explanation used in the message when all scores are zero.
+
+    Returns:
+        The scores [U], float64, on the CPU.
 
     Raises:
-        CalibrationError: They are not [U] numbers, or one is NaN or infinite, or all of several units' are equal.
+        CalibrationError: The shape is not [U], a score is NaN or infinite, or all scores are zero or equal.
     """
     name = type(criterion).__name__
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (group.num_units,):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise CalibrationError(f"{name} must give a tensor [{group.num_units}] for {group.name}, and gave {got}.")
+        raise CalibrationError(f"{name} must return a tensor [{group.num_units}] for {group.name}; it returned {got}.")
     found = scores.detach().to("cpu", torch.float64)
     bad = int((~found.isfinite()).sum())
     if bad:
@@ -326,7 +331,7 @@ def checked_scores(criterion: Criterion, group: Group, scores: Tensor, *, why_ze
         raise CalibrationError(f"All scores of {group.name} are zero ({name}): {why_zero or 'its weights are zero.'}")
     if group.num_units > 1 and bool((found == found[0]).all()):
         raise CalibrationError(
-            f"All scores of {group.name} are equal ({name}, {float(found[0]):.4g}): they rank nothing. Give another "
-            "criterion, or Random() if that is meant."
+            f"All scores of {group.name} are equal ({name}, {float(found[0]):.4g}) and rank no units. Use another "
+            "criterion, or Random() for a random choice."
         )
     return found

@@ -1,4 +1,4 @@
-"""From channels of projections to units: what criteria share.
+"""Helpers that map channels of projections to units.
 
 Shape legend: B sequences, T tokens, C channels, U units.
 """
@@ -15,25 +15,25 @@ from hfprune.utils.errors import ConfigError
 from hfprune.utils.settings import check_choice
 
 MatrixReduction = Literal["sum", "mean", "max", "prod", "first", "second", "last"]
-"""How the scores of a unit's coupled matrices become one, in the order of the group's slices."""
+"""Reduction of the scores of a unit's coupled matrices to one score; positions follow the order of the slices."""
 
 
 def channels(group: Group, part: Slice) -> slice:
-    """Returns where the channels of all units of ``group`` lie in ``part``'s projection."""
+    """Returns the range of channels of all units of ``group`` in the projection of ``part``."""
     return slice(part.offset, part.offset + group.num_units * part.width)
 
 
 def by_unit(group: Group, part: Slice, by_channel: Tensor) -> Tensor:
-    """Returns the sums [..., U] over each unit's channels [..., U * width]."""
+    """Sums channels [..., U * width] over each unit, to [..., U]."""
     return by_channel if part.width == 1 else by_channel.unflatten(-1, (group.num_units, part.width)).sum(-1)
 
 
 def unit_products(value: Tensor, grad: Tensor, group: Group, part: Slice, batch: BatchInfo) -> Tensor:
-    """Returns the sum over a unit's channels of value * grad, [B, T, U], in the operands' type.
+    """Returns the sum of value * grad over the channels of each unit, [B, T, U], in the operands' dtype.
 
     Args:
-        value: [B, T, C].
-        grad: [B, T, C]; it is 0 at padding, where the product is set to 0 (guards inf * 0).
+        value: Activations [B, T, C].
+        grad: Gradients [B, T, C], 0 at padding. The product is set to 0 there (guards inf * 0).
         group: The group.
         part: The slice.
         batch: The batch.
@@ -46,34 +46,40 @@ def unit_products(value: Tensor, grad: Tensor, group: Group, part: Slice, batch:
 
 
 def slice_names(group: Group) -> list[str]:
-    """Returns what sums of each slice are called."""
+    """Returns the name of the sums of each slice."""
     return [f"{part.module} {part.side} {part.offset}" for part in group.slices]
 
 
 def channel_counts(group: Group) -> dict[str, int]:
-    """Returns the number of channels that the units own of each slice, by the slice's name."""
+    """Returns slice name -> number of channels that the units own."""
     counts = [group.num_units * part.width for part in group.slices]
     return dict(zip(slice_names(group), counts, strict=True))
 
 
 def slice_name(group: Group, part: Slice) -> str:
-    """Returns what sums of ``part`` are called."""
+    """Returns the name of the sums of ``part``."""
     return slice_names(group)[group.slices.index(part)]
 
 
 def check_matrix_reduction(how: str) -> None:
-    """Raises ``ConfigError`` unless ``how`` is a known reduction."""
+    """Raises ``ConfigError`` unless ``how`` is a :data:`MatrixReduction`."""
     check_choice("matrices", how, get_args(MatrixReduction))
 
 
 def reduce_matrices(group: Group, by_channel: Sequence[Tensor], how: MatrixReduction) -> Tensor:
-    """Returns one score per unit [U] from the channel scores [C] of each of its slices.
+    """Reduces channel scores to one score per unit, in the order of LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
 
-    The order of the reductions is that of LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
+    Matrices are reduced channel by channel, then the channels of each unit are added. If a unit owns more channels in
+    one matrix than in another (the query heads of a KV group), channel c of every query head is first added to channel
+    c of its KV head.
 
-    Matrices are reduced channel by channel, then a unit's channels are added. Where a unit owns more channels of one
-    matrix than of another (the query heads of one KV group), these are first folded onto the fewest: channel c of every
-    query head onto channel c of its own KV head.
+    Args:
+        group: The group.
+        by_channel: Channel scores [C] of each slice.
+        how: Reduction over matrices.
+
+    Returns:
+        Scores [U].
     """
     width = min(part.width for part in group.slices)
     folded = torch.stack([scores.unflatten(0, (group.num_units, -1, width)).sum(1) for scores in by_channel])
@@ -91,7 +97,9 @@ def reduce_matrices(group: Group, by_channel: Sequence[Tensor], how: MatrixReduc
 
 
 def check_foldable(group: Group) -> None:
-    """Raises ``ConfigError`` unless every slice's channels per unit are a multiple of the fewest."""
+    """Raises ``ConfigError`` unless the channels per unit of every slice are a multiple of the smallest number."""
     widths = [part.width for part in group.slices]
     if any(width % min(widths) for width in widths):
-        raise ConfigError(f"The units of {group.name} own {widths} channels, which cannot be folded onto each other.")
+        raise ConfigError(
+            f"The units of {group.name} own {widths} channels per matrix; each must be a multiple of the smallest."
+        )

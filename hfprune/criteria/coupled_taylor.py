@@ -1,4 +1,4 @@
-"""Coupled Taylor scores (SDMPrune): signed Taylor terms of a neuron's matrices, added before the absolute value."""
+"""Coupled Taylor scores (SDMPrune): signed Taylor terms of a neuron's matrices, summed before the absolute value."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -27,15 +27,16 @@ from hfprune.utils.errors import ConfigError
 class CoupledTaylor(GradientCriterion):
     """mean_k sum_n abs(D_kj dD_kj + U_jk dU_jk + G_jk dG_jk) of neuron j (SDMPrune).
 
-    The gradients are those of sequence n's objective: the absolute value is taken after the sum over its tokens, one
-    sequence at a time, whatever the batch. The published code adds a factor of 100 and accumulates an [I, H] matrix per
-    layer in bfloat16; the mean over k is additive, so one number per neuron is kept here, and added exactly.
+    The gradients are those of sequence n's objective. The absolute value is taken per sequence, after the sum over its
+    tokens, for every batch size. The published code multiplies by 100 and accumulates an [I, H] matrix per layer in
+    bfloat16. The mean over k is additive, so this implementation keeps one exact sum per neuron.
 
-    A column of the down projection and a row of the others meet at the same k though k means an output coordinate in
-    one and an input coordinate in the others: the value depends on the basis of the residual stream.
+    Index k is an output coordinate of the down projection and an input coordinate of the other matrices. The score
+    therefore depends on the basis of the residual stream.
 
     Args:
-        weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+        weighting: ``sequence``: the mean objective of every sequence counts the same, as published; ``token``: every
+            token counts the same.
 
     Raises:
         ConfigError: The weighting is unknown.
@@ -63,20 +64,20 @@ class CoupledTaylor(GradientCriterion):
         self.weighting = weighting
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` unless every matrix of a unit has the same shape, so that its weights correspond."""
+        """Raises ``ConfigError`` unless all matrices of a unit have the same shape."""
         sized = [slice_shape(group, part, shape) for part, shape in zip(group.slices, shapes, strict=True)]
         if len(set(sized)) > 1 or group.kind == CHANNELS:
             raise ConfigError(
-                f"CoupledTaylor adds the weights of a unit's matrices one by one; those of {group.name} have shapes "
+                f"CoupledTaylor requires matrices of one shape per unit; those of {group.name} have shapes "
                 f"{', '.join(map(str, dict.fromkeys(sized)))}. Use WeightTaylor or VectorTaylor for these units."
             )
 
     def reads(self, part: Slice) -> Literal["output"]:
-        """Returns the output of every projection: with its input it gives the weight's gradient."""
+        """Returns ``output``: output gradient and input give the gradient of the weight."""
         return "output"
 
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns the absolute sums of every sequence, the mean over k, [B, U]."""
+        """Returns the mean over k of the absolute sums of every sequence, [B, U]."""
         weights = [slice_weight(group, part, signal.weight) for part, signal in signals.items()]
         rows = []
         for gradients in zip(*(slice_gradients(group, p, s, batch) for p, s in signals.items()), strict=True):

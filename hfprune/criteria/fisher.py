@@ -1,4 +1,4 @@
-"""Fisher scores: second-order effect of a unit on the model's own predictions, without labels."""
+"""Fisher scores: second-order effect of a unit on the model's predictions, without labels."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -15,18 +15,18 @@ from hfprune.utils.settings import check_choice
 class Fisher(GradientCriterion):
     """(activation * activation gradient)^2 of a unit, with labels sampled from the model's own output.
 
-    Half the score estimates the KL divergence, in nats per token, from the dense model's predictions to those with the
-    unit's activation set to zero, to second order. With F the Fisher matrix of the logits z, KL is dz^T F dz / 2, F is
-    the mean of e e^T over labels drawn from the prediction, e = p - e_y, and g = J^T e is what the backward pass brings
-    to the activation. Labels are drawn independently at every position, so the cross terms of a squared gradient that
+    Half the score estimates, to second order, the KL divergence in nats per token from the dense model's predictions
+    to those with the unit's activation set to zero. With F the Fisher matrix of the logits z, KL is dz^T F dz / 2. F is
+    the mean of e e^T over labels y drawn from the prediction, with e = p - e_y, and g = J^T e is the gradient at the
+    activation. Labels are drawn independently at every position, so the cross terms of a squared gradient that
     collects from all later positions vanish in the mean. The first-order effect on KL is zero; the entropy score
     sees -z^T F dz, one projection of the same change (derivation: docs/theory.md).
 
-    - ``per_token``: sum_n sum_t (a g)^2, the unit set to zero at one token at a time;
-    - ``per_sequence``: sum_n (sum_t a g)^2, set to zero in the whole sequence; a noisier estimate.
+    - ``per_token``: sum_n sum_t (a g)^2, the unit is set to zero at one token at a time;
+    - ``per_sequence``: sum_n (sum_t a g)^2, the unit is set to zero in the whole sequence; a noisier estimate.
 
-    One label is drawn for every token; which one follows from the sequence's own tokens, see ``sampled``. With the
-    objective ``cross_entropy`` the score is the diagonal empirical Fisher, from the text's own labels.
+    One label is drawn for every token, by random numbers derived from the sequence itself (objective ``sampled``). With
+    the objective ``cross_entropy`` the score is the diagonal empirical Fisher of the labels of the text.
 
     Source: squared gradients as second-order scores are those of Molchanov et al. (2019, arXiv:1906.10771).
 
@@ -54,7 +54,7 @@ class Fisher(GradientCriterion):
         self.reduction = reduction
 
     def reads(self, part: Slice) -> Literal["input"] | None:
-        """Returns the consumers' inputs, where a unit's activation can be read."""
+        """Returns ``input`` for consumers, whose input holds the unit's activation."""
         return "input" if part.side == "in" else None
 
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:

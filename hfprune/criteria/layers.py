@@ -1,4 +1,4 @@
-"""Groups to score, and scores of whole layers as sums over their units."""
+"""Selection of the groups to score, and scores of whole layers as sums over their units."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +15,13 @@ from hfprune.plan import Group
 def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Group) -> Tensor:
     """Returns the importance [L] float64 of each layer: the sum of the scores of its units.
 
-    With ``WeightTaylor`` that is |w dw| over all weights of the layer's projections; norms and biases are left out.
+    With ``WeightTaylor`` this is the sum of |w dw| over all weights of the layer's projections, without norms and
+    biases.
 
     Args:
         scores: Group name -> importance [U].
-        parts: Groups of units within layers, each with its layer.
-        layers: The group of whole layers.
+        parts: Groups of units within layers.
+        layers: Group of whole layers.
     """
     total = torch.zeros(layers.num_units, dtype=torch.float64)
     for group in parts:
@@ -30,15 +31,15 @@ def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Gro
 
 
 def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criterion) -> tuple[Group, ...]:
-    """Returns the groups to score: those with slices; for whole layers, everything in them.
+    """Returns the groups to score: groups with slices, and for whole layers all groups within them.
 
     Args:
         model: The model.
-        groups: The groups that may lose units.
-        criterion: How they are scored: hidden channels by the slices of theirs that it reads.
+        groups: Groups to prune.
+        criterion: The criterion; it selects the slices by which hidden channels are scored.
 
     Raises:
-        ConfigError: There are experts to score, and the criterion does not do that.
+        ConfigError: The groups contain experts and the criterion does not score experts.
     """
     check_experts(criterion, {group.kind for group in groups})
     channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
@@ -55,11 +56,11 @@ def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Gr
 
 
 def with_layers(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
-    """Returns the scores of ``groups``, those of whole layers added up from what is in them.
+    """Returns group name -> scores of ``groups``; those of whole layers are sums over the groups within them.
 
     Args:
-        scores: Scores of ``scored``.
-        groups: The groups that may lose units.
-        scored: The groups that were scored.
+        scores: Group name -> scores of ``scored``.
+        groups: Groups to prune.
+        scored: Groups that were scored.
     """
     return {group.name: scores[group.name] if group.slices else layer_sums(scores, scored, group) for group in groups}

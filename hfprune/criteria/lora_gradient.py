@@ -1,4 +1,4 @@
-"""LoRAPrune's importance: what the gradients of adapters say of the weights that they adapt.
+"""LoRAPrune's importance: Taylor scores of frozen weights from the gradients of their LoRA adapters.
 
 Shape legend: O outputs, C inputs, r rank, U units.
 """
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.plan import Group, Slice
+from hfprune.criteria.channels import by_unit
+from hfprune.criteria.weight_gradients import slice_weight
+from hfprune.plan import Group
 
 DECAY = 0.9
 """Weight of the running mean at every step, as published."""
@@ -18,8 +20,8 @@ DECAY = 0.9
 def weight_importance(weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scaling: float) -> Tensor:
     """Returns |(dB A + B dA - dB dA) * (W + scaling B A)|, [O, C], float32 or wider (LoRAPrune, arXiv:2305.18403).
 
-    The first factor stands for the gradient of the frozen weight: it is what B A changes by when A and B step along
-    their gradients. As in the published code it leaves out the adapters' scaling.
+    The first factor approximates the gradient of the frozen weight: it is the change of B A when A and B step along
+    their gradients. As in the published code it omits the scaling of the adapters.
 
     Args:
         weight: W [O, C], frozen.
@@ -27,7 +29,7 @@ def weight_importance(weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad
         b: B [O, r].
         grad_a: dA [r, C].
         grad_b: dB [O, r].
-        scaling: What B A is multiplied by in the model.
+        scaling: Factor of B A in the model.
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     a, b, grad_a, grad_b = (t.to(wide) for t in (a, b, grad_a, grad_b))
@@ -36,20 +38,21 @@ def weight_importance(weight: Tensor, a: Tensor, b: Tensor, grad_a: Tensor, grad
 
 
 def unit_importance(model: nn.Module, group: Group) -> Tensor:
-    """Returns the importance [U] of a group's units, float64, from the gradients that adapters have now.
+    """Returns the importance [U] of a group's units, float64, from the current gradients of the adapters.
 
-    For every slice the sum over the weights that a unit owns, divided by the L2 norm over the units, so that each
-    coupled matrix counts alike; then the sum over the slices.
+    The weight importance is summed over the weights of each unit, slice by slice. Each slice is divided by its L2 norm
+    over the units, so that all coupled matrices count the same, and the slices are added.
 
     Args:
-        model: The Hugging Face model within its adapters, after a backward pass.
-        group: Its projections have adapters.
+        model: The Hugging Face model with adapters, after a backward pass.
+        group: Group whose projections have adapters.
     """
     total = torch.zeros(group.num_units, dtype=torch.float64)
     for part in group.slices:
-        by_unit = _by_unit(_importance_of(model.get_submodule(part.module)), group, part)
-        norm = by_unit.norm()
-        total += (by_unit / norm if norm > 0 else by_unit).cpu()
+        importance = slice_weight(group, part, _importance_of(model.get_submodule(part.module)))
+        scores = by_unit(group, part, importance.sum(1, dtype=torch.float64))
+        norm = scores.norm()
+        total += (scores / norm if norm > 0 else scores).cpu()
     return total
 
 
@@ -60,7 +63,7 @@ def adapted(model: nn.Module, groups: Sequence[Group]) -> list[str]:
 
 
 def _importance_of(layer: Any) -> Tensor:
-    """Returns the importance [O, C] of the weights that a layer with one adapter has."""
+    """Returns the importance [O, C] of the weights of a layer with one adapter."""
     (name,) = layer.active_adapters
     weight: Tensor = layer.base_layer.weight.detach()
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -68,12 +71,3 @@ def _importance_of(layer: Any) -> Tensor:
         weight = weight.T
     scaling = float(layer.scaling[name])
     return weight_importance(weight, a.detach(), b.detach(), a.grad, b.grad, scaling)
-
-
-def _by_unit(importance: Tensor, group: Group, part: Slice) -> Tensor:
-    """Returns the sums [U] over the weights that each unit owns, float64."""
-    channels = slice(part.offset, part.offset + group.num_units * part.width)
-    rows = importance[channels] if part.side == "out" else importance[:, channels].T
-    total = rows.sum(1, dtype=torch.float64)
-    found: Tensor = total.unflatten(0, (group.num_units, part.width)).sum(1)
-    return found

@@ -1,4 +1,4 @@
-"""Magnitude: the norm of a unit's weights, a baseline without data."""
+"""Magnitude: the norm of a unit's weights, a baseline without calibration data."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from hfprune.criteria.base import WeightCriterion
+from hfprune.criteria.channels import by_unit
+from hfprune.criteria.weight_gradients import slice_weight
 from hfprune.plan import Group
 from hfprune.utils.settings import check_choice
 
 _NUMBERS = 2**24
-"""Weights that are held in float64 at a time."""
+"""Weights that are converted to float64 at a time; all experts of a layer would take gigabytes."""
 
 
 class Magnitude(WeightCriterion):
-    """L1 or L2 norm of all weights of a unit: its rows of gate and up and its column of down. Biases do not count.
+    """L1 or L2 norm of all weights of a unit (for a neuron, its rows of gate and up and its column of down).
+
+    Biases do not count.
 
     Args:
         norm: ``l2`` or ``l1``.
@@ -41,16 +45,11 @@ class Magnitude(WeightCriterion):
         """Returns the norms [U]."""
         total = torch.zeros(group.num_units, dtype=torch.float64)
         for part, weight in zip(group.slices, weights, strict=True):
-            channels = slice(part.offset, part.offset + group.num_units * part.width)
-            rows = weight[channels] if part.side == "out" else weight[:, channels].T
-            by_channel = torch.cat([self._sums(some.to(torch.float64)) for some in rows.split(_at_once(rows))])
-            total += by_channel.unflatten(0, (group.num_units, part.width)).sum(1).cpu()
+            rows = slice_weight(group, part, weight)
+            chunks = rows.split(max(1, _NUMBERS // rows.shape[1]))
+            by_channel = torch.cat([self._sums(chunk.to(torch.float64)) for chunk in chunks])
+            total += by_unit(group, part, by_channel).cpu()
         return total if self.norm == "l1" else total.sqrt()
 
     def _sums(self, rows: Tensor) -> Tensor:
         return rows.abs().sum(1) if self.norm == "l1" else rows.square().sum(1)
-
-
-def _at_once(rows: Tensor) -> int:
-    """Returns how many rows are held in float64 at a time: all experts of a layer would take gigabytes."""
-    return max(1, _NUMBERS // rows.shape[1])

@@ -12,10 +12,10 @@ from hfprune.utils.errors import ConfigError
 
 
 class Random(WeightCriterion):
-    """Uniform random numbers; the seed and the group's name determine them, on every machine and rank.
+    """Uniform random scores, determined by the seed and the group's name on every machine and rank.
 
     Args:
-        seed: Seed of the numbers.
+        seed: Seed of the random numbers.
 
     Raises:
         ConfigError: The seed is negative.
@@ -31,11 +31,11 @@ class Random(WeightCriterion):
 
     def __init__(self, *, seed: int = 0) -> None:
         if seed < 0:
-            raise ConfigError(f"The seed {seed} is negative.")
+            raise ConfigError(f"seed={seed} must not be negative.")
         self.seed = seed
 
     def score(self, group: Group, weights: Sequence[Tensor]) -> Tensor:
-        """Returns numbers in [0, 1), [U]; the weights are not looked at."""
+        """Returns random numbers in [0, 1), [U]; the weights are not read."""
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
         return torch.rand(group.num_units, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Reconstruction: greedy removal of the units whose loss changes the refitted layer output least."""
+"""Reconstruction: greedy removal of the units whose removal changes the refitted layer output least."""
 
 from torch import Tensor
 
@@ -10,15 +10,15 @@ from hfprune.utils.second_moments import Moments
 
 
 class Reconstruction(LayerwiseCriterion):
-    """Removes units greedily by the error of the layer's output after a least-squares fit of the remaining ones.
+    """Removes units greedily by the error of the layer's output after a least-squares fit of the remaining units.
 
-    Label-free and without a backward pass. Selection and fit read the same second moments, so it belongs with
-    ``LeastSquares`` of the same damping (:func:`hfprune.utils.least_squares.eliminate`). It minimises each layer's own
-    error, every output counting the same, and knows nothing of what the model's predictions depend on.
+    The criterion needs no labels and no backward pass. Selection and fit read the same second moments, so use it with
+    ``LeastSquares`` of the same damping (:func:`hfprune.utils.least_squares.eliminate`). It minimises the error of each
+    layer, with equal weight for all outputs, independent of the effect on the model's predictions.
 
     Args:
         damping: Ridge, relative to the mean second moment.
-        step: Units removed before costs are recomputed; 1 is exact greedy elimination.
+        step: Number of units removed before costs are recomputed; 1 is exact greedy elimination.
 
     Raises:
         ConfigError: A value is not positive.
@@ -32,6 +32,6 @@ class Reconstruction(LayerwiseCriterion):
         self.damping, self.step = damping, step
 
     def select(self, group: Group, weight: Tensor, moments: Moments, width: int) -> tuple[Tensor, Tensor]:
-        """Returns the kept units and what each unit's loss costs."""
+        """Returns the kept units and the cost of removing each unit."""
         (part,) = group.inputs()
         return eliminate(weight, moments, width, unit_width=part.width, damping=self.damping, step=self.step)

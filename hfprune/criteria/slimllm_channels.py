@@ -1,4 +1,4 @@
-"""SlimLLM scores of MLP channels: norms of what they read, and what they add to the main directions of the output."""
+"""SlimLLM scores of MLP channels: input norms, and contributions to the principal directions of the output."""
 
 from collections.abc import Sequence
 
@@ -19,16 +19,17 @@ class SlimLLMChannels(ActivationCriterion):
 
     With n_x[k] the norm of input channel k over all tokens and a_j the neuron's activation:
 
-    - I_g(j) = norm(G_j * n_x), I_u(j) = norm(U_j * n_x) (an MLP without gate has I_u alone);
+    - I_g(j) = norm(G_j * n_x), I_u(j) = norm(U_j * n_x) (only I_u for an MLP without gate);
     - I_d(j) = norm(a_j) norm(abs(D_:j^T Q) * sigmoid(lambda / mean(lambda))), with Q and lambda the eigenvectors and
       absolute eigenvalues of the centred, unnormalised covariance of the MLP's output.
 
-    The published method scores a layer on inputs that the already pruned layers before it produce; here all layers are
-    scored on the dense model, in one pass. It keeps an [H, H] float64 matrix per layer.
+    The published method scores a layer on the outputs of the pruned layers before it. This implementation scores all
+    layers on the dense model, in one pass. It keeps an [H, H] float64 matrix per layer.
 
     Args:
-        keep_lowest: Share of the neurons that are kept although they score lowest: the lowest ``round(share * I)`` get
-            scores above all others. The published code has 0.01 (the paper does not mention it); off by default.
+        keep_lowest: Share of the neurons that are kept although they score lowest: the lowest ``round(share * I)``
+            receive scores above all others. The published code has 0.01 (the paper does not mention it); the default 0
+            turns this off.
 
     Raises:
         ConfigError: The share is not in [0, 1).
@@ -50,34 +51,34 @@ class SlimLLMChannels(ActivationCriterion):
 
     def __init__(self, *, keep_lowest: float = 0.0) -> None:
         if not 0 <= keep_lowest < 1:
-            raise ConfigError(f"keep_lowest {keep_lowest} is not a share in [0, 1).")
+            raise ConfigError(f"keep_lowest={keep_lowest} is not a share in [0, 1).")
         self.keep_lowest = keep_lowest
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` unless the units are neurons that one projection consumes."""
+        """Raises ``ConfigError`` unless the units are neurons consumed by one projection."""
         if len(group.inputs()) != 1 or any(part.width != 1 for part in group.slices):
             raise ConfigError(
                 f"SlimLLMChannels scores MLP neurons that one projection reads; {group.name} has units of kind "
-                f"'{group.kind}'. SlimLLMHeads scores attention heads."
+                f"'{group.kind}'. Use SlimLLMHeads for attention heads."
             )
 
     def reads(self, part: Slice) -> bool:
-        """Returns True: producers are read for their inputs, the consumer for its input and output."""
+        """Returns True: the criterion reads the inputs of producers, and the input and output of the consumer."""
         return True
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Returns the input channels of every producer, the units, and the channels of the output."""
+        """Returns the numbers of input channels of every producer, of units, and of output channels."""
         named = zip(slice_names(group), group.slices, shapes, strict=True)
         sizes = {name: shape[1] for name, part, shape in named if part.side == "out"}
         return sizes | {UNITS: group.num_units, _OUTPUT: _output_size(group, shapes)}
 
     def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
-        """Returns the products of the output's channels."""
+        """Returns the shape of the outer products of the output."""
         size = _output_size(group, shapes)
         return {_OUTER: (size, size)}
 
     def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns sums of squares of inputs and units, and the sums of the output; adds the output's products."""
+        """Returns sums of squares of inputs and units and sums of the output; adds the output's outer products."""
         found = squares(seen.input, batch)
         if part.side == "out":
             return {slice_name(group, part): found}
@@ -87,7 +88,7 @@ class SlimLLMChannels(ActivationCriterion):
         return {UNITS: found[:, channels(group, part)], _OUTPUT: output.sum(dim=1).double()}
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns I_g + I_u + I_d, the lowest lifted where asked for."""
+        """Returns I_g + I_u + I_d, with the lowest scores lifted if ``keep_lowest`` is set."""
         total = torch.zeros_like(sums.rows[UNITS])
         for name, part, weight in zip(slice_names(group), group.slices, sums.weights(), strict=True):
             owned = weight.to(total)
@@ -99,7 +100,7 @@ class SlimLLMChannels(ActivationCriterion):
         return self._lifted(total)
 
     def _directions(self, sums: Sums) -> Tensor:
-        """Returns the eigenvectors of the output's covariance as rows, each times its weight, [H, H]."""
+        """Returns the eigenvectors of the output's covariance as rows, scaled by their weights, [H, H]."""
         mean = sums.rows[_OUTPUT] / sums.totals.num_tokens
         covariance = sums.moments[_OUTER] - sums.totals.num_tokens * torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(covariance)
@@ -113,7 +114,7 @@ class SlimLLMChannels(ActivationCriterion):
         return score.index_add(0, lowest, score.max().expand(count))
 
     def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
+        """Returns name and settings for the plan's provenance."""
         return {"name": self.name, "keep_lowest": f"{self.keep_lowest:g}"}
 
 

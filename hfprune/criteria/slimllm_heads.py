@@ -1,4 +1,4 @@
-"""SlimLLM scores of attention heads: those whose sum correlates best with the whole attention output."""
+"""SlimLLM scores of attention heads: correlation of the attention output without a head with the full output."""
 
 from collections.abc import Sequence
 
@@ -14,25 +14,27 @@ _OUTER = "input products"
 
 
 class SlimLLMHeads(ActivationCriterion):
-    """How much the attention output decorrelates from itself without a unit: SlimLLM, for heads and KV groups.
+    """Decorrelation of the attention output when a unit is removed, for heads and KV groups (SlimLLM).
 
-    With o_u the contribution of unit u (a head, or all query heads of one KV head) to the output of ``o_proj``, O their
-    sum and rho_d the Pearson correlation over tokens in output dimension d: R(S) = sum_d abs(rho_d(sum of S, O)). A
-    unit scores H - R(all without it), H the number of dimensions. Dimensions that do not vary count as 0.
+    Let o_u be the contribution of unit u (a head, or all query heads of one KV head) to the output of ``o_proj``, O the
+    sum of all contributions and rho_d the Pearson correlation over tokens in output dimension d. With
+    R(S) = sum_d abs(rho_d(sum of S, O)), a unit scores H - R(all other units), where H is the number of dimensions.
+    Constant dimensions count as 0.
 
     Correlations follow from the second moments of ``o_proj``'s input, an [in, in] float64 matrix per layer, so no
-    contribution is stored per token. The published method (Guo et al., 2025, arXiv:2505.22689) scores a layer on the
-    outputs of the pruned layers before it; here all layers are scored on the dense model, in one pass.
+    contribution is stored per token. The published method scores a layer on the outputs of the pruned layers before
+    it. This implementation scores all layers on the dense model, in one pass.
 
     Args:
-        dropped: Share of the units that will be dropped: refines the choice of ``round(dropped * units)`` as the
-            published code does. For each dropped unit, lowest score first, every exchange with a kept one is tried and
-            the best one done if it raises the best R so far. The set depends on the number dropped, so give what the
-            budget drops; scores are then ranks: kept units above dropped ones, each in the order of their scores. None
-            does not refine.
+        dropped: Share of the units to remove. If given, the choice of ``round(dropped * units)`` units is refined as in
+            the published code: for each removed unit, lowest score first, every exchange with a kept unit is tried, and
+            the best one is applied if it raises the best R so far. The result depends on the share, so use that of the
+            budget. Scores are then ranks, with kept units above removed ones. None disables the refinement.
 
     Raises:
         ConfigError: The share is not in (0, 1).
+
+    Source: SlimLLM (Guo et al., 2025, arXiv:2505.22689).
 
     Example:
         >>> from hfprune.criteria.accumulated import score_batch
@@ -46,15 +48,15 @@ class SlimLLMHeads(ActivationCriterion):
 
     def __init__(self, *, dropped: float | None = None) -> None:
         if dropped is not None and not 0 < dropped < 1:
-            raise ConfigError(f"dropped {dropped} is not a share in (0, 1).")
+            raise ConfigError(f"dropped={dropped} is not a share in (0, 1).")
         self.dropped = dropped
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` unless one projection consumes the units, and there are few enough of them."""
+        """Raises ``ConfigError`` unless the units are heads consumed by one projection."""
         if len(group.inputs()) != 1 or group.inputs()[0].width == 1:
             raise ConfigError(
-                f"SlimLLMHeads scores attention heads; {group.name} has units of kind '{group.kind}'. SlimLLMChannels "
-                "scores MLP neurons."
+                f"SlimLLMHeads scores attention heads; {group.name} has units of kind '{group.kind}'. Use "
+                "SlimLLMChannels for MLP neurons."
             )
 
     def reads(self, part: Slice) -> bool:
@@ -62,23 +64,23 @@ class SlimLLMHeads(ActivationCriterion):
         return part.side == "in"
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Returns the number of channels of all units, for their sums."""
+        """Returns the number of channels of all units."""
         return {UNITS: group.num_units * group.inputs()[0].width}
 
     def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
-        """Returns the products of these channels."""
+        """Returns the shape of the outer products of these channels."""
         size = group.num_units * group.inputs()[0].width
         return {_OUTER: (size, size)}
 
     def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns the sums of the channels, [B, C]; adds their products."""
+        """Returns the sums of the channels, [B, C]; adds their outer products."""
         value = batch.wide(seen.input, zero_padding=True)[..., channels(group, part)]
         flat = value.flatten(0, 1)
         moments[_OUTER].add_((flat.T @ flat).to(moments[_OUTER]))
         return {UNITS: value.sum(dim=1).double()}
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns H - R(all without the unit), or ranks of the refined choice."""
+        """Returns H - R(all other units), or the ranks of the refined choice."""
         covariance = contribution_covariance(group, sums)
         units = range(group.num_units)
         alone = torch.stack([correlation(covariance, [u for u in units if u != left]) for left in units])
@@ -94,12 +96,12 @@ class SlimLLMHeads(ActivationCriterion):
         return ranks
 
     def describe(self) -> dict[str, str]:
-        """Returns name and settings."""
+        """Returns name and settings for the plan's provenance."""
         return {"name": self.name} | ({"dropped": f"{self.dropped:g}"} if self.dropped is not None else {})
 
 
 def contribution_covariance(group: Group, sums: Sums) -> Tensor:
-    """Returns the covariance over tokens of the units' contributions to every output dimension, [H, U, U]."""
+    """Returns the covariance over tokens of the units' contributions in every output dimension, [H, U, U]."""
     (part,) = group.inputs()
     tokens = sums.totals.num_tokens
     mean = sums.rows[UNITS] / tokens
@@ -115,7 +117,7 @@ def contribution_covariance(group: Group, sums: Sums) -> Tensor:
 
 
 def correlation(covariance: Tensor, units: Sequence[int]) -> Tensor:
-    """Returns R: the sum over dimensions of abs(Pearson correlation) between the sum of ``units`` and that of all."""
+    """Returns R, the sum over dimensions of abs(Pearson correlation) between the sum of ``units`` and that of all."""
     some = covariance[:, list(units)]
     with_all = some.sum((1, 2))
     variance = some[:, :, list(units)].sum((1, 2)) * covariance.sum((1, 2))
@@ -123,7 +125,7 @@ def correlation(covariance: Tensor, units: Sequence[int]) -> Tensor:
 
 
 def refine(covariance: Tensor, *, kept: Sequence[int], dropped: Sequence[int]) -> set[int]:
-    """Returns the kept units after exchanging dropped ones, in their order, for kept ones where that raises R."""
+    """Returns the kept units after exchanges with removed units, in the order of ``dropped``, that raise R."""
     chosen = list(kept)
     best = float(correlation(covariance, chosen))
     for unit in dropped:

@@ -1,4 +1,4 @@
-"""First-order Taylor scores of weight vectors: LLM-Pruner's ``vectorize``, without any weight gradient."""
+"""First-order Taylor scores of weight vectors: LLM-Pruner's ``vectorize``, computed without weight gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -31,21 +31,23 @@ from hfprune.plan import Group, Slice
 
 
 class VectorTaylor(GradientCriterion):
-    """abs(sum of w dw) over each row or column that a unit owns, dw the gradient on the whole calibration set.
+    """abs(sum of w dw) over each row or column of a unit, with dw the gradient on the whole calibration set.
 
-    The sum over a weight vector follows from activations (docs/methods.md, VectorTaylor): for a column of the
-    consumer, sum_i w dw = sum_t a g, with a the channel's activation and g its gradient; for a row of a producer with
-    bias b, sum_k w dw = sum_t (y - b) g at its output y. So the down column and the up row of a bias-free MLP score
-    the same, and only the gate row differs. Biases are not scored, as in the published code (LLM-Pruner, Ma et al.,
-    2023, arXiv:2305.11627).
+    The sum over a weight vector follows from activations (docs/methods.md, VectorTaylor). For a column of the consumer,
+    sum_i w dw = sum_t a g, with a the channel's activation and g its gradient. For a row of a producer with bias b,
+    sum_k w dw = sum_t (y - b) g at its output y. The down column and the up row of a bias-free MLP therefore score the
+    same; only the gate row differs. Biases are not scored, as in the published code.
 
     Args:
-        matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,
-            ``prod``, ``first``, ``second`` or ``last``, in the order of the group's slices (gate, up, down).
-        weighting: ``sequence``: every sequence's mean objective counts the same, as published; ``token``: every token.
+        matrices: Reduction over a unit's matrices: ``sum`` (published default), ``mean``, ``max``, ``prod``, or
+            ``first``, ``second`` or ``last`` in the order of the group's slices (gate, up, down).
+        weighting: ``sequence``: the mean objective of every sequence counts the same, as published; ``token``: every
+            token counts the same.
 
     Raises:
         ConfigError: A value is unknown.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
 
     Example:
         >>> from hfprune.criteria.accumulated import score_batch
@@ -70,11 +72,11 @@ class VectorTaylor(GradientCriterion):
         self.matrices, self.weighting = matrices, weighting
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` where a unit's channels in its matrices do not correspond."""
+        """Raises ``ConfigError`` if the channels of a unit's matrices do not correspond."""
         check_foldable(group)
 
     def reads(self, part: Slice) -> Literal["input", "output"]:
-        """Returns the end at which the unit's channels are: the input of consumers, the output of producers."""
+        """Returns ``input`` for consumers and ``output`` for producers, the side with the unit's channels."""
         return "input" if part.side == "in" else "output"
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
@@ -82,7 +84,7 @@ class VectorTaylor(GradientCriterion):
         return channel_counts(group)
 
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns the signed sums over each sequence's tokens, by channel, [B, channels]."""
+        """Returns the signed sums over the tokens of each sequence, by channel, [B, channels]."""
         ((part, signal),) = signals.items()
         where = channels(group, part)
         if part.side == "in":
@@ -98,7 +100,7 @@ class VectorTaylor(GradientCriterion):
         return {slice_name(group, part): found * batch.weights(self.weighting).to(found.device)[:, None]}
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns the absolute sums, reduced over matrices and added up for every unit."""
+        """Returns the absolute sums, reduced over matrices and added over the channels of each unit."""
         divisor = sums.totals.divisor(self.weighting)
         by_channel = [sums.rows[name].abs() / divisor for name in slice_names(group)]
         return reduce_matrices(group, by_channel, self.matrices)

@@ -1,4 +1,4 @@
-"""Structured Wanda: its weight score, |W| times the norm of what the weight reads, added up for every unit."""
+"""Structured Wanda: the weight score |W| times the input norm, summed over the weights of each unit."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,19 +14,19 @@ from hfprune.utils.settings import check_choice
 
 
 class WandaStructured(ActivationCriterion):
-    """sum of abs(W_oi) norm(x_i) over the weights of a unit (the weight score of Wanda, summed by unit).
+    """Sum of abs(W_oi) norm(x_i) over the weights of a unit.
 
-    norm(x_i) is the root mean square over tokens of channel i of the projection's input; Wanda's own norm is
-    sqrt(tokens) times that, which changes no ranking.
+    norm(x_i) is the root mean square over tokens of input channel i. Wanda's own norm is larger by the factor
+    sqrt(tokens), which changes no ranking.
 
     Args:
-        projections: ``consumers``: the columns that read the unit (``down_proj``), so that a neuron scores
-            norm(a_j) sum_i abs(D_ij); ``all``: the rows that produce it as well.
+        projections: ``consumers`` reads the columns that consume the unit (``down_proj``): a neuron scores
+            norm(a_j) sum_i abs(D_ij). ``all`` also reads the rows that produce it.
 
     Raises:
         ConfigError: The value is unknown.
 
-    Source: the weight score of Wanda (Sun et al., 2024, arXiv:2306.11695).
+    Source: weight score of Wanda (Sun et al., 2024, arXiv:2306.11695).
 
     Example:
         >>> from hfprune.criteria.accumulated import score_batch
@@ -44,11 +44,11 @@ class WandaStructured(ActivationCriterion):
         self.projections = projections
 
     def reads(self, part: Slice) -> bool:
-        """Returns whether the projection's weights count."""
+        """Returns whether the weights of the projection count."""
         return self.projections == "all" or part.side == "in"
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Returns the number of input channels that the weights of each slice read."""
+        """Returns slice name -> number of input channels that its weights read."""
         found = {}
         for name, part, shape in zip(slice_names(group), group.slices, shapes, strict=True):
             if self.reads(part):
@@ -56,12 +56,12 @@ class WandaStructured(ActivationCriterion):
         return found
 
     def rows(self, group: Group, part: Slice, seen: Activation, batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns each sequence's sums of squares of these input channels."""
+        """Returns the sums of squares of these input channels for each sequence."""
         found = squares(seen.input, batch)
         return {slice_name(group, part): found if part.side == "out" else found[:, channels(group, part)]}
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns the sums over every unit's weights."""
+        """Returns the sums over the weights of each unit."""
         total = torch.zeros(group.num_units, dtype=torch.float64)
         for name, part, weight in zip(slice_names(group), group.slices, sums.weights(), strict=True):
             if self.reads(part):

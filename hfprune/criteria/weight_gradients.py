@@ -1,4 +1,4 @@
-"""Weight gradients of one sequence, formed from a projection's input and output gradient when they are needed.
+"""Weight gradients of single sequences, computed from the input and output gradient of a projection.
 
 Shape legend: B sequences, T tokens, C channels of a slice (units * width), F channels of the projection's other side.
 """
@@ -13,20 +13,20 @@ from hfprune.plan import Group, Slice
 
 
 def slice_weight(group: Group, part: Slice, weight: Tensor) -> Tensor:
-    """Returns the weights of a slice [C, F]: rows on the output side, columns, transposed, on the input side."""
+    """Returns the weights of a slice as [C, F]: rows on the output side, transposed columns on the input side."""
     where = channels(group, part)
     return weight.detach()[where] if part.side == "out" else weight.detach()[:, where].T
 
 
 def slice_shape(group: Group, part: Slice, shape: Shape) -> Shape:
-    """Returns (C, F) for a projection's [out, in]."""
+    """Returns (C, F) of a slice for a projection of shape [out, in]."""
     return group.num_units * part.width, shape[1 if part.side == "out" else 0]
 
 
 def slice_gradients(group: Group, part: Slice, signal: Signal, batch: BatchInfo) -> Iterator[Tensor]:
-    """Yields, for every sequence, the gradient of its summed objective by the slice's weights, [C, F].
+    """Yields, for every sequence, the gradient [C, F] of its summed objective with respect to the slice's weights.
 
-    In float32 or wider; no ``weight.grad`` is allocated.
+    Gradients are float32 or wider. No ``weight.grad`` is allocated.
     """
     where = channels(group, part)
     inputs, grads = batch.wide(signal.input), batch.wide(signal.grad, zero_padding=True)

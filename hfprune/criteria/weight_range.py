@@ -12,9 +12,9 @@ from hfprune.plan import Group
 class WeightRange(ActivationNorm):
     """(sum over a unit's matrices of range / largest range in that matrix) * norm of its activation.
 
-    The range of a unit in one matrix is max(w) + abs(min(w)) over its row or column there; a unit of several channels
-    takes the extremes over all of them. OptiPFair calls it peak-to-peak magnitude (earlier MAW) and adds up the norms
-    of single batches, so that its score depends on the batch size; here the norm is that of the whole calibration set.
+    The range of a unit in one matrix is max(w) + abs(min(w)) over its row or column; for a unit of several channels,
+    over all of them. OptiPFair calls it peak-to-peak magnitude (earlier MAW) and adds up the norms of single batches,
+    so that its score depends on the batch size. This implementation uses the norm over the whole calibration set.
 
     Source: OptiPFair (Martra, 2025, arXiv:2512.22671).
 
@@ -31,7 +31,7 @@ class WeightRange(ActivationNorm):
     experts = False
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns ranges times norms."""
+        """Returns the ranges times the activation norms."""
         norm = super().score(group, sums)
         structure = torch.zeros_like(norm)
         for part, weight in zip(group.slices, sums.weights(), strict=True):

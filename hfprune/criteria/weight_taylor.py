@@ -35,31 +35,30 @@ Salience = Literal["param_first", "param_second", "param_mix"]
 
 
 class WeightTaylor(GradientCriterion):
-    """The absolute Taylor terms of every weight of a unit, summed (LLM-Pruner, Eq. 3 to 5).
+    """Sum of the absolute Taylor terms of all weights of a unit (LLM-Pruner, Eq. 3 to 5).
 
-    With w a weight and g_n the gradient of sequence n's mean objective, <.> the mean over sequences:
+    With w a weight, g_n the gradient of sequence n's mean objective and <.> the mean over sequences:
 
     - ``param_first``: sum_w <abs(w g_n)>, or sum_w abs(w <g_n>) with ``gradient="dataset"``;
     - ``param_second``: sum_w w^2 <g_n^2>, the diagonal of the empirical Fisher matrix in place of the Hessian;
     - ``param_mix``: sum_w <abs(w g_n - w^2 g_n^2 / 2)>, or sum_w abs(w <g_n> - w^2 <g_n^2> / 2).
 
-    The published first-order gradient is that of one batch of 10 sequences, so it depends on the batch size: abs after
-    the batch sum. ``gradient="sequence"`` takes the absolute value sequence by sequence (batch size 1), ``"dataset"``
-    after all of the calibration set, which is one published batch. Neither depends on how sequences are batched here.
-    Biases are not scored, as in the published code. No ``weight.grad`` is ever allocated.
+    The published code takes the absolute value of the gradient of one batch of 10 sequences, so its score depends on
+    the batch size. ``gradient="sequence"`` takes it per sequence (batch size 1), ``gradient="dataset"`` over the whole
+    calibration set (one batch). Neither depends on the batch size of the loader. Biases are not scored, as in the
+    published code. No ``weight.grad`` is allocated.
 
     Args:
-        salience: Which terms.
-        gradient: Where the absolute value is taken: ``sequence`` or ``dataset``. The latter accumulates a float64
-            matrix of every scored weight's shape on the device (8 bytes a weight; two of them for ``param_mix``), and
-            its sums agree between numbers of processes to rounding, not to the last bit. ``param_second`` is additive
-            and knows ``sequence`` only.
-        matrices: How the scores of a unit's matrices become one: ``sum`` (published default), ``mean``, ``max``,
-            ``prod``, ``first``, ``second`` or ``last``, in the order of the group's slices (gate, up, down).
+        salience: Taylor terms: ``param_first``, ``param_second`` or ``param_mix``.
+        gradient: Scope of the absolute value: ``sequence`` or ``dataset``. The latter accumulates a float64 matrix of
+            the shape of every scored weight on the device (8 bytes per weight, twice for ``param_mix``); its sums agree
+            between numbers of processes up to rounding. ``param_second`` supports ``sequence`` only.
+        matrices: Reduction over a unit's matrices: ``sum`` (published default), ``mean``, ``max``, ``prod``, or
+            ``first``, ``second`` or ``last`` in the order of the group's slices (gate, up, down).
         weighting: ``sequence``: every sequence counts the same, as published; ``token``: by its number of tokens.
 
     Raises:
-        ConfigError: An unknown value, or ``param_second`` with ``gradient="dataset"``.
+        ConfigError: A value is unknown, or ``param_second`` is used with ``gradient="dataset"``.
 
     Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627, Eq. 3 to 5).
 
@@ -85,28 +84,28 @@ class WeightTaylor(GradientCriterion):
         matrices: MatrixReduction = "sum",
         weighting: Weighting = "sequence",
     ) -> None:
-        check_choice("salience", salience, get_args(Salience), "LLM-Pruner's vectorize is VectorTaylor.")
+        check_choice("salience", salience, get_args(Salience), "For LLM-Pruner's vectorize use VectorTaylor.")
         check_choice("gradient", gradient, ("sequence", "dataset"))
         if gradient == "dataset" and salience == "param_second":
-            raise ConfigError("param_second squares each sequence's gradient: it goes with gradient='sequence' only.")
+            raise ConfigError("salience='param_second' squares the gradient of each sequence: use gradient='sequence'.")
         check_matrix_reduction(matrices)
         check_weighting(weighting)
         self.salience, self.gradient, self.matrices, self.weighting = salience, gradient, matrices, weighting
 
     def check(self, group: Group, shapes: Sequence[Shape]) -> None:
-        """Raises ``ConfigError`` where a unit's channels in its matrices do not correspond."""
+        """Raises ``ConfigError`` if the channels of a unit's matrices do not correspond."""
         check_foldable(group)
 
     def reads(self, part: Slice) -> Literal["output"]:
-        """Returns the output of every projection: with its input it gives the weight's gradient."""
+        """Returns ``output``: output gradient and input give the gradient of the weight."""
         return "output"
 
     def sizes(self, group: Group, shapes: Sequence[Shape]) -> dict[str, int]:
-        """Returns the number of channels of every slice; nothing where only moments are kept."""
+        """Returns the number of channels of every slice; empty if only moments are kept."""
         return {} if self.gradient == "dataset" else channel_counts(group)
 
     def moments(self, group: Group, shapes: Sequence[Shape]) -> dict[str, tuple[int, ...]]:
-        """Returns a matrix for every slice's gradient, and one for its square where that is needed."""
+        """Returns the shapes of the summed gradients, and of their squares for ``param_mix``."""
         if self.gradient == "sequence":
             return {}
         found = (slice_shape(group, part, shape) for part, shape in zip(group.slices, shapes, strict=True))
@@ -115,9 +114,9 @@ class WeightTaylor(GradientCriterion):
         return sized | squares
 
     def rows(self, group: Group, signals: Mapping[Slice, Signal], batch: BatchInfo, moments: LargeSums) -> Rows:
-        """Returns the terms of this projection's weights, summed by channel, for every sequence, [B, channels]."""
+        """Returns the Taylor terms of the projection's weights for every sequence, summed by channel, [B, channels]."""
         ((part, signal),) = signals.items()
-        # g_n is the mean objective's gradient; sequence n then counts once, or as often as it has tokens
+        # g_n is the gradient of the mean objective; sequence n counts once, or by its number of tokens
         means = batch.weights("sequence").tolist()
         counts = [1.0] * len(means) if self.weighting == "sequence" else batch.num_tokens.tolist()
         name, rows = slice_name(group, part), []
@@ -132,7 +131,7 @@ class WeightTaylor(GradientCriterion):
         return {name: torch.stack(rows)} if rows else {}
 
     def _terms(self, weight: Tensor, grad: Tensor, mean: float) -> Tensor:
-        """Returns the absolute terms of one sequence, [C, F]; ``grad`` belongs to its summed objective."""
+        """Returns the absolute terms of one sequence, [C, F], from the gradient of its summed objective."""
         product = grad.mul_(weight).mul_(mean)
         if self.salience == "param_first":
             return product.abs_()
@@ -141,7 +140,7 @@ class WeightTaylor(GradientCriterion):
         return product.sub_(product.square().mul_(0.5)).abs_()
 
     def score(self, group: Group, sums: Sums) -> Tensor:
-        """Returns the channels' means, reduced over matrices and added up for every unit."""
+        """Returns the mean channel scores, reduced over matrices and added over the channels of each unit."""
         divisor = sums.totals.divisor(self.weighting)
         if self.gradient == "sequence":
             by_channel = [sums.rows[name] / divisor for name in slice_names(group)]

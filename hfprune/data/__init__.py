@@ -1,4 +1,4 @@
-"""Calibration, recovery, validation and evaluation text, never overlapping."""
+"""Disjoint calibration, recovery, validation and evaluation data."""
 
 from hfprune.data.formats import ChatRow, InstructionRow, Rows, Turn
 from hfprune.data.sources import load_rows

@@ -46,21 +46,21 @@ from hfprune.utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Builder:
-    """Builds what the roles need for one tokenizer and model.
+    """Builds the data of the roles for one tokenizer and model.
 
     Attributes:
         roles: Documents per role.
         sources: Role -> source.
         tokenizer: The model's tokenizer.
-        vocab_size: Token ids that the model knows.
-        max_positions: Positions that it allows; None when its config does not say.
+        vocab_size: Number of token embeddings of the model.
+        max_positions: Maximum sequence length of the model, or None.
         seed: Seed of crops.
-        options: How documents become examples; its ``seq_len`` holds for every sequence.
-        token_cache: Folder that keeps tokenised examples; None: they are made each time.
-        writer: Writes the roles whose source is ``self``; None where the model is not known.
-        needs_bos: Whether the model's class predicts badly without BOS: sequences that lack it are warned of.
-        dropped: Role -> reason -> examples left out or changed, filled while building.
-        bos_lines: Role -> where its sequences have BOS, in words, filled while building.
+        options: Options of training examples; ``seq_len`` applies to all sequences.
+        token_cache: Folder for tokenised examples, or None for no cache.
+        writer: Generates the text of roles with the source ``self``; None if the model is not known.
+        needs_bos: Whether the model requires BOS; sequences without it give a warning.
+        dropped: Role -> reason -> number of dropped or changed examples, set while building.
+        bos_lines: Role -> description of the BOS positions, set while building.
     """
 
     roles: Roles
@@ -78,16 +78,16 @@ class Builder:
 
     @property
     def seq_len(self) -> int:
-        """Tokens per sequence."""
+        """Number of tokens per sequence."""
         return self.options.seq_len
 
     @property
     def bos(self) -> int | None:
-        """The BOS id that sequences begin with, None where none is added."""
+        """BOS id added to sequences, or None."""
         return bos_id(self.tokenizer, self.options.bos)
 
     def kind(self, role: Role) -> str:
-        """Returns what the role's source holds: text, instruction, chat or tokens."""
+        """Returns the kind of the role's source: text, instruction, chat or tokens."""
         return "tokens" if self.sources[role] == SELF else self.roles.rows(role).kind
 
     def sequences(self, role: Role, count: int | None, *, crop: bool = False) -> Tensor:
@@ -113,17 +113,17 @@ class Builder:
             ) from error
 
     def _shared(self, role: Role) -> str:
-        """Returns a sentence about documents that another source holds, too; empty where there are none."""
+        """Returns a sentence about documents that also occur in the data of another role, or an empty text."""
         shared = self.roles.shared.get(role, 0)
         if not shared:
             return ""
         return (
-            f" {shared} others are also in the data of another role, and no document serves two: give other documents, "
-            "or the same file for both roles, which then share it."
+            f" {shared} other documents are also in the data of another role, and each document is used for one role: "
+            "provide other documents, or the same file for both roles, which then share it."
         )
 
     def calibration(self, count: int, *, crop: bool) -> Tensor:
-        """Returns the calibration sequences, [N, T]; warns when there are fewer than ``count``."""
+        """Returns the calibration sequences, [N, T]; warns if there are fewer than ``count``."""
         ids = self.sequences("calibration", count, crop=crop)
         if len(ids) < count:
             source = self.sources["calibration"]
@@ -132,7 +132,7 @@ class Builder:
         return ids
 
     def warn_of_bos(self, role: Role, rows: Sequence[Sequence[int]]) -> None:
-        """Warns of sequences without BOS where models of this class predict badly without it."""
+        """Warns of sequences without BOS if the model requires it."""
         bos = self.tokenizer.bos_token_id
         lacking = sum(row[0] != bos for row in rows) if self.needs_bos else 0
         if lacking:
@@ -140,7 +140,7 @@ class Builder:
             self._warn_of_bos(role, f"{lacking:,} of {len(rows):,} sequences do", give)
 
     def warn_of_bos_setting(self, role: Role) -> None:
-        """Warns that no BOS is added to streamed text where the model's class needs it."""
+        """Warns of streamed text without BOS if the model requires it."""
         if self.needs_bos and self.bos is None:
             self._warn_of_bos(role, "sequences do", "Give bos='always'")
 
@@ -152,12 +152,12 @@ class Builder:
         )
 
     def check_count(self, role: Role, count: int | None) -> None:
-        """Raises ``ConfigError`` where the number of sequences that the model writes for a role is not given."""
+        """Raises ``ConfigError`` if the number of self-generated sequences of a role is not given."""
         if count is None:
             raise ConfigError(f"{role}='self' needs {role}_sequences, the number of sequences to write.")
 
     def write(self, role: Role, count: int | None) -> Tensor:
-        """Returns ``count`` sequences that the model wrote for a role, [N, T].
+        """Returns ``count`` self-generated sequences of a role, [N, T].
 
         Raises:
             ConfigError: ``count`` is None, or ``bind`` had no author.
@@ -187,7 +187,7 @@ class Builder:
         return ids
 
     def _token_rows(self, role: Role) -> list[TokenRow]:
-        """Returns the role's pre-tokenised rows, whose ids and labels the model knows."""
+        """Returns the role's pre-tokenised rows after checking their ids and labels."""
         source, rows = self.sources[role], self.roles.token_rows(role)
         known = [label for _, labels in rows for label in labels if label != IGNORE_INDEX]
         for ids in (flat(rows), known):
@@ -224,13 +224,13 @@ class Builder:
         return examples
 
     def bos_line(self, kind: str) -> str:
-        """Returns where examples of a kind have BOS, in words."""
+        """Returns a description of the BOS positions in examples of a kind."""
         if self.options.bos != "always" and self.options.uses_template(kind):
             return TEMPLATE_BOS
         return NO_BOS if self.bos is None else EACH_BOS
 
     def _encoded(self, role: Role, count: int | None) -> tuple[list[Example], dict[str, int]]:
-        """Returns examples, from the cache when they are there, and what was left out."""
+        """Returns examples, from the cache if possible, and the numbers of dropped examples by reason."""
         documents = self.roles.documents(role)
         store = None
         if self.token_cache is not None:
@@ -250,17 +250,17 @@ class Builder:
     def windows(
         self, *, window: int, stride: int | None, count: int | None, bos: BosSetting, explicit: bool
     ) -> Windows | None:
-        """Returns the evaluation windows, None when the text is too short for one and nobody asked for it.
+        """Returns the evaluation windows, or None if a default text is too short.
 
         Args:
-            window: Tokens per window.
-            stride: From one to the next.
-            count: The first so many.
-            bos: Whether each begins with BOS.
-            explicit: Whether the user named the text: it must do then.
+            window: Number of tokens per window.
+            stride: Number of tokens between the starts of windows; None for no overlap.
+            count: Maximum number of windows, the first ones.
+            bos: Whether windows start with BOS.
+            explicit: Whether the user named the text, which must then be long enough.
 
         Raises:
-            ConfigError: The text is too short and ``explicit``, or the stride is longer than a window's text.
+            ConfigError: An explicit text is too short, or the stride exceeds the text tokens of a window.
         """
         if "evaluation" not in self.sources:
             return None
@@ -303,14 +303,12 @@ class Builder:
         return Windows(ids=ids, source=source, stride=ids.shape[1], available=len(every))
 
     def check_length(self, tokens: int, what: str) -> None:
-        """Raises ``ConfigError`` where the model has fewer positions than ``tokens``."""
+        """Raises ``ConfigError`` if ``tokens`` exceeds the model's maximum sequence length."""
         if self.max_positions is not None and tokens > self.max_positions:
-            raise ConfigError(
-                f"{what}: {tokens} tokens are more than the {self.max_positions} positions that the model allows."
-            )
+            raise ConfigError(f"{what}: {tokens} tokens exceed the model's maximum of {self.max_positions} positions.")
 
     def dropped_counts(self, role: Role) -> dict[str, int]:
-        """Returns reason -> rows of the role's source that were left out."""
+        """Returns the numbers of dropped rows of the role's source, by reason."""
         if self.sources[role] == SELF:
             return {}
         repeated = self.roles.duplicates.get(role, 0)

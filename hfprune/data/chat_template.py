@@ -1,4 +1,4 @@
-"""Chat templates: from a conversation to training examples."""
+"""Chat templates: conversion of conversations to training examples."""
 
 import re
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from hfprune.objectives.base import IGNORE_INDEX
 _Example = tuple[list[int], list[int]]
 
 TODAY = datetime(2024, 7, 26, tzinfo=UTC)
-"""The date that templates write in place of the current one (Llama 3's default): ids do not depend on the day."""
+"""Fixed date for templates (Llama 3's default), so that token ids do not depend on the current date."""
 _CLOCK = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 
 
 class ChatError(Exception):
-    """A conversation cannot become an example; the message gives the reason."""
+    """A conversation cannot be encoded; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class _Response:
     """One response.
 
     Attributes:
-        text: The conversation up to it, as the template writes it.
-        start: Where the response begins in ``text``; it ends with it.
+        text: The rendered conversation up to the end of the response.
+        start: Position of the response in ``text``.
     """
 
     text: str
@@ -37,7 +37,7 @@ class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -47,15 +47,17 @@ class ChatEncoder:
         self._template = _dated(tokenizer)
 
     def __call__(self, row: ChatRow) -> list[_Example]:
-        """Returns token ids and labels: loss on every response up to its EOS or closing token.
+        """Returns token ids and labels, with loss on every response up to its EOS or closing token.
 
-        The text is tokenised as a whole: the ids are those of ``apply_chat_template``. EOS is added where the template
-        closes the last response with neither EOS nor another special token. A conversation is one example, unless the
-        template rewrites an earlier turn once later ones follow: then each response is an example of its own, with the
-        conversation before it as the template writes it at that turn.
+        The text is tokenised as a whole, so that the ids are those of ``apply_chat_template``. EOS is added if the
+        template closes the last response with neither EOS nor another special token. A conversation is one example. If
+        the template changes earlier turns when later ones follow, each response becomes a separate example.
+
+        Args:
+            row: The conversation.
 
         Raises:
-            ChatError: The template refuses the conversation, or does not write a response.
+            ChatError: The template rejects the conversation, or omits a response.
         """
         ends = [index + 1 for index, turn in enumerate(row.turns) if turn.speaker == "assistant"]
         responses = [self._response(row.turns[:end]) for end in ends]
@@ -65,26 +67,26 @@ class ChatEncoder:
         return [self._example(one.text, [(one.start, len(one.text))]) for one in responses]
 
     def _response(self, turns: tuple[Turn, ...]) -> _Response:
-        """Returns the last turn's response; it begins behind the generation prompt.
+        """Returns the response of the last turn, which starts after the generation prompt.
 
-        Templates that open what they do not close (a thought, for example) have a generation prompt that is not how the
-        response begins when it is there: it begins with its content then.
+        If the rendered conversation does not continue the generation prompt (templates that open a thought, for
+        example), the response starts with its content.
         """
         text = self._render(turns, generation=False)
         try:
             prompt = self._render(turns[:-1], generation=True) if turns[:-1] else None
-        except ChatError:  # a template may refuse a conversation that ends there
+        except ChatError:  # a template may reject a conversation that ends there
             prompt = None
         if prompt is not None and text.startswith(prompt) and len(prompt) < len(text):
             return _Response(text, len(prompt))
         return _Response(text, self._content(text, turns))
 
     def _content(self, text: str, turns: tuple[Turn, ...]) -> int:
-        """Returns where the content of the last turn begins: up to there, the text is the same for all contents."""
+        """Returns the position of the last turn's content: the text before it is the same for all contents."""
         one, other = (self._render((*turns[:-1], Turn("assistant", word)), generation=False) for word in "AB")
         start = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
         if one == other or not text.startswith(one[:start]):
-            raise ChatError("response not found in what the chat template writes")
+            raise ChatError("response not found in the output of the chat template")
         return start
 
     def _render(self, turns: tuple[Turn, ...], *, generation: bool) -> str:
@@ -112,7 +114,7 @@ class ChatEncoder:
         return ids, labels
 
     def _supervised(self, response: list[int]) -> tuple[int, bool]:
-        """Returns how many first tokens of a response are learnt, and whether the last of them closes it."""
+        """Returns the number of supervised tokens of a response, and whether the last of them closes it."""
         last = {token: index for index, token in enumerate(response)}
         if self._tokenizer.eos_token_id in last:
             return last[self._tokenizer.eos_token_id] + 1, True
@@ -123,7 +125,7 @@ class ChatEncoder:
 
 
 def _dated(tokenizer: Any) -> dict[str, str]:
-    """Returns a template whose clock stands still, nothing where it reads none."""
+    """Returns the template with a fixed date as an argument, if it uses the current date."""
     if "strftime_now" not in str(getattr(tokenizer, "chat_template", "")):
         return {}
     template = tokenizer.get_chat_template()
@@ -131,7 +133,7 @@ def _dated(tokenizer: Any) -> dict[str, str]:
 
 
 def as_chat(document: InstructionRow | ChatRow) -> ChatRow:
-    """Returns an instruction as a conversation of one exchange."""
+    """Returns an instruction as a conversation with one question and one response."""
     if isinstance(document, ChatRow):
         return document
     asked = f"{document.instruction}\n\n{document.input}" if document.input.strip() else document.instruction

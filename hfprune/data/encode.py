@@ -1,4 +1,4 @@
-"""Tokenisation: token ids of documents, the beginning-of-sequence token (BOS), and the tokens of a part of a text."""
+"""Tokenisation: token ids of documents, the beginning-of-sequence token (BOS), and the tokens of text spans."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ _BATCH = 64
 
 
 def encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Yields the token ids of each text, without special tokens, a batch of texts at a time."""
+    """Yields the token ids of each text, without special tokens; texts are tokenised in batches."""
     texts = iter(texts)
     while batch := list(islice(texts, _BATCH)):
         yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -38,10 +38,20 @@ def encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
 def concat_blocks(
     texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_blocks: int | None, bos: int | None = None
 ) -> Tensor:
-    """Returns the documents, joined with EOS, cut into full blocks: [N, seq_len] int64; stops once N is reached.
+    """Returns documents joined with EOS and cut into full blocks, [N, seq_len] int64.
 
-    With ``bos``, every document begins with it, and so does every block: one that begins within a document holds
-    ``seq_len - 1`` tokens of text. Where BOS and EOS are one token, one of them stands between documents.
+    With ``bos``, every document and every block starts with BOS, so that a block within a document has
+    ``seq_len - 1`` text tokens. If BOS and EOS are the same token, documents are separated by one of them.
+
+    Args:
+        texts: The documents.
+        tokenizer: The model's tokenizer.
+        seq_len: Number of tokens per block.
+        max_blocks: Maximum number of blocks N.
+        bos: BOS id, or None.
+
+    Raises:
+        ConfigError: The text has fewer tokens than one block.
     """
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     rows: list[list[int]] = []
@@ -74,16 +84,16 @@ def crop_documents(
     bos: int | None = None,
     each: bool = False,
 ) -> Tensor:
-    """Returns a seeded random crop of each document that is long enough: [N, seq_len] int64 (HFPrune's calibration).
+    """Returns a random crop of each long document, [N, seq_len] int64, as in HFPrune's calibration.
 
     Args:
         texts: The documents.
-        tokenizer: The model's.
-        seq_len: Tokens of a crop.
-        max_sequences: Stop once there are so many.
-        seed: Seed of the places.
-        bos: Put before each document. As published, a crop holds it only where it begins at the document's beginning.
-        each: Put ``bos`` before each crop instead, as one of its tokens.
+        tokenizer: The model's tokenizer.
+        seq_len: Number of tokens per crop.
+        max_sequences: Maximum number of crops N.
+        seed: Seed of the positions.
+        bos: BOS id at the start of each document, or None. A crop only contains it if it starts there, as published.
+        each: Whether each crop starts with ``bos`` instead.
 
     Raises:
         ConfigError: No document is long enough.
@@ -109,16 +119,16 @@ def crop_documents(
 
 
 def prompt_of(row: InstructionRow) -> str:
-    """Returns the Alpaca prompt of an example, up to and including the response header."""
+    """Returns the Alpaca prompt of an example, including the response header."""
     template = PROMPT_WITH_INPUT if row.input.strip() else PROMPT
     return template.format(instruction=row.instruction, input=row.input)
 
 
 def tokenizer_key(tokenizer: Any) -> str:
-    """Returns the digest of all that a tokenizer's ids depend on: vocabulary, rules, special tokens, template."""
+    """Returns a digest of a tokenizer's vocabulary, rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
-    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # states of use
+    rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}  # set by calls
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
     template = getattr(tokenizer, "chat_template", None)
     text = json.dumps([type(tokenizer).__name__, len(tokenizer), rules, special, template], default=str, sort_keys=True)
@@ -126,7 +136,7 @@ def tokenizer_key(tokenizer: Any) -> str:
 
 
 def read_template(path: str) -> str:
-    """Returns the text of a chat template's file."""
+    """Returns the content of a chat template file; raises ``ConfigError`` if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,12 +144,12 @@ def read_template(path: str) -> str:
 
 
 def check_vocabulary(ids: Tensor, *, vocab_size: int, source: str) -> None:
-    """Raises ``ConfigError`` when ``ids`` holds an id that the model has no embedding for."""
+    """Raises ``ConfigError`` if ``ids`` contains a token id outside the model's vocabulary."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ConfigError(
-            f"'{source}' holds token id {low if low < 0 else high}, the model knows ids 0 to {vocab_size - 1}: the "
-            "tokens are those of another tokenizer."
+            f"'{source}' contains token id {low if low < 0 else high}, but the model has ids 0 to {vocab_size - 1}: it "
+            "was tokenised with another tokenizer."
         )
 
 
@@ -150,14 +160,14 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 class WholeText:
-    """The token ids of a text, which are those that the model reads when it is given the text.
+    """Token ids of a text that is tokenised as a whole, with a mapping from characters to tokens.
 
-    Borders between parts are found by the tokenizer's offsets. A tokenizer without offsets tokenises the text up to the
-    border, too: where both begin to differ, the first token behind the border begins.
+    Character positions are mapped by the tokenizer's offsets. Without offsets, the text before a position is tokenised
+    separately, and the first different token marks the position.
 
     Args:
         text: The text.
-        tokenizer: The model's. No special tokens are added.
+        tokenizer: The model's tokenizer. No special tokens are added.
 
     Attributes:
         ids: Token ids of the whole text.
@@ -177,10 +187,15 @@ class WholeText:
             (self.ids,) = encode([text], tokenizer)
 
     def span(self, start: int, end: int, *, special: frozenset[int] = frozenset()) -> slice:
-        """Returns the tokens of the characters from ``start`` to before ``end``.
+        """Returns the tokens of the characters from ``start`` to ``end`` (exclusive).
 
-        A token that spans a border of the part belongs to the part, unless it is one of the ``special`` ids at its
-        beginning: such a token may swallow the whitespace behind it.
+        Tokens that overlap a boundary are included, except special tokens at the start, which may include the
+        whitespace after them.
+
+        Args:
+            start: First character.
+            end: Character after the last one.
+            special: Ids of special tokens.
         """
         first = self._first(start)
         if self._starts is not None and first < len(self.ids):
@@ -188,11 +203,11 @@ class WholeText:
         return slice(first, max(first, self._last(end)))
 
     def _first(self, border: int) -> int:
-        """Returns the number of tokens that lie wholly before ``border``."""
+        """Returns the number of tokens that end before ``border``."""
         return self._shared(border)[0] if self._starts is None else bisect_right(self._ends, border)
 
     def _last(self, border: int) -> int:
-        """Returns the number of tokens that begin before ``border``."""
+        """Returns the number of tokens that start before ``border``."""
         if border >= len(self._text):
             return len(self.ids)
         if self._starts is None:
@@ -202,21 +217,21 @@ class WholeText:
         return number + (number < len(self.ids) and self._starts[number] < border)
 
     def _shared(self, border: int) -> tuple[int, int]:
-        """Returns how many first tokens the text and the text before ``border`` share, and how many the latter has."""
+        """Returns the number of common first tokens of the text and the text before ``border``, and of the latter."""
         (before,) = encode([self._text[:border]], self._tokenizer)
         pairs = enumerate(zip(self.ids, before, strict=False))
         return next((i for i, (one, other) in pairs if one != other), min(len(self.ids), len(before))), len(before)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Returns the ids of all special tokens, those of chat templates included."""
+    """Returns the ids of all special tokens, including those of chat templates."""
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
     return frozenset(marked | {int(number) for number in tokenizer.all_special_ids})
 
 
 BosSetting = Literal["auto", "always", "never"]
-"""``auto``: as the tokenizer does by itself; ``always``: before every sequence; ``never``: none is added."""
+"""``auto``: as the tokenizer does; ``always``: at the start of every sequence; ``never``: no BOS is added."""
 
 NO_BOS = "no BOS added"
 EACH_BOS = "each begins with BOS"
@@ -232,7 +247,11 @@ def check_bos(setting: str) -> None:
 
 
 def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
-    """Returns the setting of evaluation windows: ``setting``, or what the former argument says.
+    """Returns the BOS setting of evaluation windows.
+
+    Args:
+        setting: Value of ``bos``.
+        eval_bos: Value of the deprecated ``eval_bos``, or None.
 
     Raises:
         ConfigError: The setting is unknown, or both are given.
@@ -244,8 +263,8 @@ def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
     if setting not in ("auto", new):
         raise ConfigError(f"bos='{setting}' contradicts eval_bos={eval_bos}: give bos alone.")
     warnings.warn(
-        f"eval_bos is replaced by bos, which applies to all text. Until the next release eval_bos={eval_bos} means "
-        f"bos='{new}' for evaluation windows alone.",
+        f"eval_bos is deprecated and replaced by bos, which applies to all text. eval_bos={eval_bos} means bos='{new}' "
+        "for evaluation windows only.",
         FutureWarning,
         stacklevel=3,
     )
@@ -253,7 +272,7 @@ def windows_bos(setting: BosSetting, eval_bos: bool | None) -> BosSetting:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Returns whether the tokenizer puts BOS before a text by itself."""
+    """Returns whether the tokenizer adds BOS to a text by default."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return False
@@ -263,10 +282,14 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def bos_id(tokenizer: Any, setting: BosSetting) -> int | None:
-    """Returns the BOS id to begin sequences with, None where none is added.
+    """Returns the BOS id to add to sequences, or None.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        setting: BOS setting.
 
     Raises:
-        ConfigError: ``always``, and the tokenizer has no BOS token.
+        ConfigError: The setting is ``always``, and the tokenizer has no BOS token.
     """
     if setting == "never" or (setting == "auto" and not adds_bos(tokenizer)):
         return None
@@ -276,5 +299,5 @@ def bos_id(tokenizer: Any, setting: BosSetting) -> int | None:
 
 
 def with_bos(ids: list[int], bos: int | None) -> list[int]:
-    """Returns ``ids`` with BOS before them, unless there is none to add or they begin with it."""
+    """Returns ``ids`` with ``bos`` added at the start, unless it is None or already there."""
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

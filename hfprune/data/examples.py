@@ -1,4 +1,4 @@
-"""Training examples: from documents to token ids and labels, packed into rows, batched, and cached on disk."""
+"""Training examples: token ids and labels of documents, packed into rows, batched, and cached on disk."""
 
 import hashlib
 import json
@@ -23,30 +23,30 @@ Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""
 
 FORMAT = 2
-"""Of how documents become examples; tokens that were kept under another one are not used."""
+"""Version of the encoding of examples; cached tokens of other versions are not used."""
 UNSUPERVISED = "no supervised token"
 DROPPED = "longer than seq_len"
 CUT, SPLIT = f"{DROPPED}: cut, EOS kept", f"{DROPPED}: split"
-"""What was done to long examples; they are not lost."""
+"""Reasons for changes of long examples, which are not dropped."""
 BY_TURNS = "earlier turns rewritten by the chat template: trained turn by turn"
 _OTHERS = "not usable with the chat template, for other reasons"
 _MOST_REASONS = 8
-"""Distinct reasons that are counted; a template may put a row's own words into its message."""
+"""Maximum number of distinct reasons; the message of a template may include text of the row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleOptions:
-    """How documents become examples.
+    """Options of training examples.
 
     Attributes:
-        seq_len: Tokens that an example may have.
-        template: How an instruction is written: ``alpaca``, or ``chat``, the tokenizer's chat template.
-        overlong: What becomes of a longer example: ``split`` into examples that follow each other, each beginning with
-            the last token of the one before, so that every token is predicted once; ``cut``: its end goes and EOS takes
-            the last place; ``drop``. Plain text is always split.
+        seq_len: Maximum number of tokens of an example.
+        template: Template of instructions: ``alpaca``, or ``chat`` for the tokenizer's chat template.
+        overlong: Treatment of longer examples: ``split`` into consecutive examples, each of which repeats the last
+            token of the previous one, so that every token is predicted once; ``cut`` with EOS as the last token; or
+            ``drop``. Plain text is always split.
         packing: Whether several examples share a row.
-        bos: Whether examples begin with BOS: as the tokenizer does by itself (``auto``), ``always`` or ``never``.
-            Conversations have the BOS that their template writes; ``always`` adds one where it writes none.
+        bos: BOS at the start of examples: as the tokenizer does (``auto``), ``always`` or ``never``. Conversations have
+            the BOS of their template; ``always`` adds a missing one.
     """
 
     seq_len: int
@@ -75,9 +75,9 @@ class Encoder:
     """Encodes documents with one tokenizer.
 
     Args:
-        tokenizer: The model's.
-        options: How.
-        counts: Reason -> examples that were left out, cut or split; added to.
+        tokenizer: The model's tokenizer.
+        options: The options.
+        counts: Counter of dropped, cut and split examples by reason, which is updated.
     """
 
     def __init__(self, tokenizer: Any, options: ExampleOptions, counts: Counter[str]) -> None:
@@ -87,7 +87,7 @@ class Encoder:
         self._chats = ChatEncoder(tokenizer)
 
     def __call__(self, document: Document) -> list[Example]:
-        """Returns the examples of a document: none when it has nothing to learn from."""
+        """Returns the examples of a document, possibly none."""
         try:
             examples = self._encode(document)
         except ChatError as error:
@@ -133,7 +133,7 @@ class Encoder:
             return []
         ids, supervised, labels = ids[:size], labels[size - 1] != IGNORE_INDEX, labels[:size]
         if all(label == IGNORE_INDEX for label in labels[:-1]):
-            return [(ids, [IGNORE_INDEX] * size)]  # the prompt alone: an EOS would be its whole response
+            return [(ids, [IGNORE_INDEX] * size)]  # only the prompt fits
         if supervised and self._end:
             ids[-1:], labels[-1:] = self._end, self._end
         self._counts[CUT] += 1
@@ -141,9 +141,9 @@ class Encoder:
 
 
 def _split(ids: list[int], labels: list[int], size: int, head: list[int]) -> list[Example]:
-    """Returns pieces of at most ``size`` tokens; each but the first begins with ``head`` and the last token before it.
+    """Returns pieces of at most ``size`` tokens.
 
-    Both are context only, since the piece before predicts the latter.
+    Each piece but the first starts with ``head`` and the last token of the previous piece, both without loss.
     """
     pieces = [(ids[:size], labels[:size])]
     width = size - len(head)
@@ -154,9 +154,13 @@ def _split(ids: list[int], labels: list[int], size: int, head: list[int]) -> lis
 
 
 def encode_instruction(row: InstructionRow, tokenizer: Any) -> Example:
-    """Returns token ids and labels of an example: prompt tokens masked, loss on the response and EOS only.
+    """Returns token ids and labels of an instruction, with loss on the response and EOS only.
 
-    Prompt and response are tokenised as one text; a token that spans both belongs to the response.
+    Prompt and response are tokenised as one text; a token that overlaps both belongs to the response.
+
+    Args:
+        row: The instruction with its response.
+        tokenizer: The model's tokenizer.
     """
     prompt = prompt_of(row)
     text = prompt + row.output
@@ -167,11 +171,11 @@ def encode_instruction(row: InstructionRow, tokenizer: Any) -> Example:
 
 
 def check_template(tokenizer: Any, options: ExampleOptions, kind: str, source: str) -> None:
-    """Raises ``ConfigError`` where a chat template is needed and the tokenizer has none."""
+    """Raises ``ConfigError`` if a chat template is required and the tokenizer has none."""
     if options.uses_template(kind) and not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"'{source}' needs a chat template, and the tokenizer has none. Give chat_template, the path of a Jinja "
-            "file, or data in Alpaca layout."
+            f"'{source}' requires a chat template, and the tokenizer has none. Set chat_template to a Jinja file, or "
+            "use data in Alpaca format."
         )
 
 
@@ -192,7 +196,7 @@ def encode_all(
 
 
 def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: int, *, where: str = "") -> None:
-    """Warns of rows of a source, or of the part ``where`` of it, that are left out or changed, with the reasons."""
+    """Warns of dropped or changed examples of a source, or of its part ``where``, with the reasons."""
     reasons = [f"{number:,} ({reason})" for reason, number in counts.items() if reason != "repeated" and number]
     if reasons:
         text = f"{role}='{source}'{where}: examples left out or changed: {', '.join(reasons)}"
@@ -200,12 +204,12 @@ def warn_of_losses(role: str, source: str, counts: Mapping[str, int], seq_len: i
 
 
 def of_length(counts: Mapping[str, int]) -> bool:
-    """Returns whether examples were left out or changed because of their length."""
+    """Returns whether examples were dropped or changed because of their length."""
     return any(number and reason.startswith((DROPPED, UNSUPERVISED)) for reason, number in counts.items())
 
 
 def no_example(role: str, source: str, counts: Mapping[str, int], seq_len: int) -> ConfigError:
-    """Returns the error of a source that gives no example, with the reasons."""
+    """Returns the error for a source without usable examples, with the reasons."""
     reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "it has no row left"
     if of_length(counts):
         return ConfigError(
@@ -236,10 +240,13 @@ def pack(examples: Iterable[Example], *, size: int) -> Iterator[Pack]:
 
 
 def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
-    """Returns rows as ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids``, [B, T], padded on the right.
+    """Returns ``input_ids``, ``attention_mask``, ``labels`` and ``position_ids`` [B, T] of rows, padded on the right.
 
-    Position ids start again at each example, and the first token of each is no target: see
-        :mod:`hfprune.models.forward`.
+    Position ids restart at each example, whose first token is no target; see :mod:`hfprune.models.forward`.
+
+    Args:
+        rows: Packed rows.
+        filler: Token id of padding.
     """
     ids = [[token for example in row for token in example[0]] for row in rows]
     labels = [[label for example in row for label in (IGNORE_INDEX, *example[1][1:])] for row in rows]
@@ -252,7 +259,7 @@ def collate(rows: Sequence[Pack], *, filler: int) -> dict[str, Tensor]:
 
 
 def collate_examples(examples: Sequence[Example], *, filler: int) -> dict[str, Tensor]:
-    """Returns examples, a row each, as ``input_ids``, ``attention_mask`` and ``labels``, [B, T]."""
+    """Returns ``input_ids``, ``attention_mask`` and ``labels`` [B, T] with one example per row."""
     batch = {"input_ids": pad([e[0] for e in examples], filler), "labels": pad([e[1] for e in examples], IGNORE_INDEX)}
     return batch | {"attention_mask": pad([[1] * len(e[0]) for e in examples], 0)}
 
@@ -267,18 +274,18 @@ def digest(*parts: Any) -> str:
 
 
 class ExampleStore:
-    """Tokenised examples in a folder, by key.
+    """Cache of tokenised examples in a folder.
 
     Args:
-        folder: Where.
-        key: Digest of all that the examples follow from: tokenizer, templates, options, documents.
+        folder: The folder.
+        key: Digest of tokenizer, templates, options and documents.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self._path, self._key = Path(folder) / f"{key[:32]}.safetensors", key
 
     def load(self) -> tuple[list[Example], dict[str, int]] | None:
-        """Returns the examples and the counts of what was left out, None when they are not there."""
+        """Returns the examples and the numbers of dropped examples by reason, or None if they are not cached."""
         tensors = load_tensors(self._path, key=self._key)
         if tensors is None:
             return None
@@ -288,7 +295,7 @@ class ExampleStore:
         return [(i.tolist(), label.tolist()) for i, label in zip(ids, labels, strict=True)], counts
 
     def save(self, examples: list[Example], counts: Mapping[str, int]) -> None:
-        """Keeps examples and counts."""
+        """Saves examples and counts."""
         tensors = {
             "ids": torch.tensor([token for ids, _ in examples for token in ids], dtype=torch.int32),
             "labels": torch.tensor([label for _, labels in examples for label in labels], dtype=torch.int32),

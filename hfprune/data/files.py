@@ -1,7 +1,6 @@
-"""Files: rows of text, JSON, CSV and Parquet files, compressed or not; rows that cannot be used are counted by reason.
+"""Files: rows of text, JSON, CSV and Parquet files, compressed or not; unusable rows are counted by reason.
 
-What a file is, is read from its first bytes where its name does not say or says something else: C4 is shipped as JSON
-lines under the name ``.json.gz``.
+The type of a file is determined from its content if its name is ambiguous: C4 has JSON lines in ``.json.gz`` files.
 """
 
 import bz2
@@ -26,11 +25,11 @@ from hfprune.utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that could not be decoded.
+    """Row that could not be decoded.
 
     Attributes:
-        reason: Why, in words that are the same for every such row.
-        detail: What the decoder said of this one.
+        reason: Category of the error.
+        detail: Message of the decoder.
     """
 
     reason: str
@@ -39,12 +38,12 @@ class BadRow:
 
 @dataclass(slots=True)
 class Losses:
-    """What was left out of a source.
+    """Unusable rows of a source.
 
     Attributes:
-        rows: Rows that the source holds.
-        counts: Reason -> rows left out.
-        first: Reason -> number of the first such row, counted from 1, and what was said of it.
+        rows: Number of all rows of the source.
+        counts: Reason -> number of rows.
+        first: Reason -> number of the first such row, from 1, with details.
     """
 
     rows: int = 0
@@ -52,12 +51,12 @@ class Losses:
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, number: int, detail: str = "") -> None:
-        """Counts row ``number``, left out for ``reason``."""
+        """Counts row ``number``, dropped for ``reason``."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, f"row {number:,}" + (f": {detail}" if detail else ""))
 
     def __str__(self) -> str:
-        """Names every reason with its count and first row.
+        """Returns every reason with its count and first row.
 
         >>> losses = Losses(rows=9)
         >>> losses.add("empty", 2); losses.add("not JSON", 3, "Extra data"); losses.add("empty", 7)
@@ -70,7 +69,7 @@ class Losses:
         )
 
     def sentence(self, source: str) -> str:
-        """Returns one sentence on the rows left out of ``source``; empty where there are none."""
+        """Returns a sentence about the unusable rows of ``source``, or an empty text."""
         lost = sum(self.counts.values())
         if not lost:
             return ""
@@ -89,13 +88,13 @@ TYPES: Mapping[str, str] = {
     ".parquet": "parquet",
     ".safetensors": "tensors",
 }
-"""Suffix -> what such a file is; the text types may be compressed."""
+"""Suffix -> type of the file; text types may be compressed."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 NOT_UTF8, NOT_JSON, NOT_CSV = "not UTF-8", "not JSON", "not CSV"
 FIELDS = "with another number of fields than the header"
 _BROKEN = re.compile("[\ud800-\udfff]")
-"""What ``surrogateescape`` makes of a byte that is not UTF-8, and what JSON escapes may state: no encoder takes it."""
+"""Surrogates, from bytes that are not UTF-8 (``surrogateescape``) or JSON escapes; they cannot be encoded."""
 _LONGEST_FIELD = 2**31 - 1
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -112,27 +111,27 @@ _OPENERS: Sequence[tuple[re.Pattern[bytes], Callable[..., Any]]] = (
     (re.compile(rb"\xfd7zXZ\x00"), lzma.open),
     (re.compile(rb"\x28\xb5\x2f\xfd"), _open_zstd),
 )
-"""First bytes of a compressed file -> what opens it."""
+"""First bytes of a compressed file -> function that opens it."""
 
 Delayed = Callable[[], Any]
 
 
 def broken(text: str) -> bool:
-    """Returns whether ``text`` came from bytes that are not UTF-8."""
+    """Returns whether ``text`` contains bytes that are not UTF-8."""
     return not text.isascii() and _BROKEN.search(text) is not None
 
 
 def named_type(path: Path) -> str | None:
-    """Returns the type of a file by its name; None for an unknown suffix."""
+    """Returns the type of a file by its name, or None for an unknown suffix."""
     stem = Path(path.stem) if path.suffix.lower() in COMPRESSED else path
     return TYPES.get(stem.suffix.lower())
 
 
 def file_type(path: Path) -> str | None:
-    """Returns the type of a file by name and content: text, json, csv, parquet or tensors; None when it is unknown.
+    """Returns the type of a file by name and content: text, json, csv, parquet or tensors; None if unknown.
 
     Raises:
-        ConfigError: It cannot be read, or is the pointer that Git LFS leaves in the place of a file.
+        ConfigError: The file cannot be read, or is a Git LFS pointer.
     """
     named = named_type(path)
     with reading(path), open_bytes(path) as file:
@@ -149,7 +148,7 @@ def file_type(path: Path) -> str | None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raises ``ConfigError`` for errors in reading a file."""
+    """Context that turns errors in reading a file into ``ConfigError``."""
     from pyarrow import ArrowException
 
     try:
@@ -162,10 +161,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Opens a file, decompressed by what its first bytes say, not its name.
+    """Opens a file, decompressed according to its first bytes.
 
     Raises:
-        ConfigError: It is a Git LFS pointer.
+        ConfigError: The file is a Git LFS pointer.
     """
     with open(path, "rb") as file:
         head = file.read(len(_POINTER))
@@ -177,10 +176,14 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 @contextmanager
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
-    """Opens a text file without its byte order mark; bytes that are not UTF-8 become what ``broken`` finds.
+    """Opens a text file without its byte order mark; :func:`broken` detects bytes that are not UTF-8.
+
+    Args:
+        path: The file.
+        newline: As for ``open``.
 
     Raises:
-        ConfigError: It cannot be read, or is UTF-16.
+        ConfigError: The file cannot be read, or is UTF-16.
     """
     with reading(path):
         with open_bytes(path) as raw:
@@ -191,16 +194,20 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[io.TextIOWr
 
 
 def read_text(path: Path) -> str:
-    """Returns a text file with line ends turned into LF and no byte order mark."""
+    """Returns the content of a text file with LF line ends and without a byte order mark."""
     with open_text(path) as file:
         return file.read()
 
 
 def read_files(paths: Sequence[Path], start: int = 0) -> Iterator[Any]:
-    """Yields the rows of files of one type from number ``start`` on; a row that cannot be decoded is a ``BadRow``.
+    """Yields the rows of files of one type; a row that cannot be decoded is a ``BadRow``.
+
+    Args:
+        paths: The files.
+        start: Number of rows to skip.
 
     Raises:
-        ConfigError: A file cannot be read at all.
+        ConfigError: A file cannot be read.
     """
     rows: Iterable[Delayed] = chain.from_iterable(_READERS[file_type(path) or "json"](path) for path in paths)
     for row in islice(rows, start, None):
@@ -208,7 +215,7 @@ def read_files(paths: Sequence[Path], start: int = 0) -> Iterator[Any]:
 
 
 def is_whole(path: Path) -> bool:
-    """Returns whether a JSON file is one value, an array or an object over several lines, not a value on each line."""
+    """Returns whether a JSON file is one value (an array or a multi-line object), not JSON lines."""
     with open_text(path) as file:
         heads = list(islice((line.strip() for line in file if line.strip()), 3))
     if not heads:
@@ -218,7 +225,7 @@ def is_whole(path: Path) -> bool:
     return heads[0].startswith("{") and not any(isinstance(_json(line), Mapping) for line in heads)
 
 
-# ---- readers: each yields functions, so that rows which are skipped are not decoded ----------------------------------
+# ---- readers: yield functions, so that skipped rows are not decoded --------------------------------------------------
 
 
 def _json_rows(path: Path) -> Iterator[Delayed]:

@@ -50,7 +50,7 @@ _PREFERENCES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstructionRow:
-    """One example in Alpaca layout."""
+    """One example in Alpaca format."""
 
     instruction: str
     input: str
@@ -67,7 +67,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """One conversation; what follows the last response is not part of it."""
+    """One conversation up to its last response."""
 
     turns: tuple[Turn, ...]
 
@@ -77,21 +77,20 @@ Document = str | InstructionRow | ChatRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What a source holds: one of ``texts``, ``instructions``, ``chats``, ``token_ids`` and ``token_rows`` is filled.
+    """Content of a source, in one of ``texts``, ``instructions``, ``chats``, ``token_ids`` and ``token_rows``.
 
     Attributes:
-        source: As the user named it.
-        kind: Which of them; tokens for the last two.
-        texts: Documents; the paragraphs of a ``.txt`` file, or its lines when it has no blank one.
-        running: The whole source as one text, for evaluation: a ``.txt`` file as it is, else every row, empty ones too,
-            joined with blank lines (the usual WikiText protocol).
-        instructions: Examples in Alpaca or LaMini layout, prompts with completions, questions with answers.
+        source: Name of the source as given by the user.
+        kind: Kind of the content; tokens for the last two.
+        texts: Documents: the paragraphs of a ``.txt`` file, or its lines if it has no blank line.
+        running: The source as one text, for evaluation: an unchanged ``.txt`` file, or all rows (including empty ones)
+            joined with blank lines, as is usual for WikiText.
+        instructions: Examples in Alpaca or LaMini format, prompts with completions, questions with answers.
         chats: Conversations.
-        token_ids: [N, T] int64, pre-tokenised sequences of one length.
-        token_rows: Pre-tokenised rows of several lengths, or with labels of their own.
-        tokenizer: Key of the tokenizer that made ``token_ids``, see :func:`hfprune.data.encode.tokenizer_key`; None
-            where the file does not say.
-        losses: Rows left out, by reason.
+        token_ids: Pre-tokenised sequences of one length, [N, T] int64.
+        token_rows: Pre-tokenised rows of different lengths, or with labels.
+        tokenizer: Key of the tokenizer of ``token_ids``, see :func:`hfprune.data.encode.tokenizer_key`, or None.
+        losses: Unusable rows by reason.
     """
 
     source: str
@@ -107,24 +106,24 @@ class Rows:
 
     @property
     def documents(self) -> tuple[Any, ...]:
-        """The texts, instructions or conversations, whichever there are."""
+        """The texts, instructions or conversations."""
         return self.texts or self.instructions or self.chats
 
     @property
     def dropped(self) -> Mapping[str, int]:
-        """Reason -> number of rows left out."""
+        """Reason -> number of unusable rows."""
         return self.losses.counts
 
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Which columns of a source hold what.
+    """Columns of a source.
 
     Attributes:
-        kind: What a row is.
-        column: Of the text, the response, the turns, or the token ids; None where rows are strings.
-        prompt: Of the instruction, or of the turns before those of ``column``.
-        input: Of what an instruction is about, where there is one.
+        kind: Kind of the rows.
+        column: Column of the text, the response, the turns, or the token ids; None if rows are strings.
+        prompt: Column of the instruction, or of the turns before those of ``column``.
+        input: Column of an instruction's input, or None.
     """
 
     kind: Kind
@@ -134,10 +133,15 @@ class RowFormat:
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]], source: str, text_field: str | None) -> "RowFormat":
-        """Returns the layout of these rows: the one of the columns that most of them have, else of all columns.
+        """Returns the format of rows: that of the most frequent set of columns, or of all columns.
+
+        Args:
+            rows: The rows.
+            source: Name of the source, for the message.
+            text_field: Column of the text, or None.
 
         Raises:
-            ConfigError: None is known for them.
+            ConfigError: No format matches the columns.
         """
         rows = list(rows)
         counts = Counter(name for row in rows for name in row if isinstance(name, str))
@@ -156,12 +160,12 @@ class RowFormat:
         )
         if 2 * messages > len(rows):
             return cls("chat", layout.column, prompt=layout.prompt)
-        about = next((name for name in _INPUT_COLUMNS if name in counts), None)  # rows may leave it out
+        about = next((name for name in _INPUT_COLUMNS if name in counts), None)  # optional in rows
         return replace(layout, input=about) if layout.kind == "instruction" else layout
 
     @classmethod
     def known(cls, columns: Collection[str], text_field: str | None) -> "RowFormat | None":
-        """Returns the layout of these columns; None where none is known."""
+        """Returns the format that matches these columns, or None."""
         if text_field in columns:
             return cls("text", text_field)
         turns, text, response, prompt = (
@@ -179,7 +183,7 @@ class RowFormat:
         return cls("tokens", "input_ids") if "input_ids" in columns else None
 
     def read(self, row: Any) -> Document | TokenRow | None:
-        """Returns what a row holds, None when it is unusable; ``fault`` then says why."""
+        """Returns the content of a row, or None if it is unusable; :meth:`fault` returns the reason."""
         if self.fault(row):
             return None
         if self.kind == "tokens":
@@ -193,7 +197,7 @@ class RowFormat:
         return text
 
     def detail(self, row: Any, fault: str) -> str:
-        """Returns what a reason of :meth:`fault` does not say by itself: which speaker is unknown."""
+        """Returns details of a reason of :meth:`fault`: the unknown speaker."""
         if fault != _UNKNOWN_SPEAKER:
             return ""
         speakers = (turn.get("role", turn.get("from")) for turn in self._messages(row))
@@ -201,7 +205,7 @@ class RowFormat:
         return f"{unknown[:40]} is none of system, user and assistant"
 
     def fault(self, row: Any) -> str:
-        """Returns why a row cannot be used, nothing when it can."""
+        """Returns why a row is unusable, or an empty text."""
         if isinstance(row, BadRow):
             return row.reason
         if self.column is not None and not isinstance(row, Mapping):
@@ -220,24 +224,29 @@ class RowFormat:
         )
 
     def _messages(self, row: Mapping[str, Any]) -> Any:
-        """Returns the turns of a conversation: of one column, or of a prompt and its completion."""
+        """Returns the turns of a conversation, from one column or from a prompt and its completion."""
         turns = row.get(self.column) if self.column else None
         before = row.get(self.prompt) if self.prompt else []
         return [*before, *turns] if isinstance(turns, list) and isinstance(before, list) else turns
 
 
 def _listed(columns: Collection[str], most: int = 20) -> str:
-    """Returns the names of columns for a message, shortened where a file that is no table gave them."""
+    """Returns the names of columns for a message, shortened if there are many or long ones."""
     names = [name[:40].encode("utf-8", "backslashreplace").decode() for name in sorted(columns)]
     more = [f"{len(names) - most:,} more"] if len(names) > most else []
     return ", ".join(names[:most] + more) or "none"
 
 
 def rows_of_records(source: str, records: Iterable[Any], text_field: str | None) -> Rows:
-    """Returns the documents of decoded records; rows that cannot be used are counted by reason.
+    """Returns the documents of decoded records; unusable rows are counted by reason.
+
+    Args:
+        source: Name of the source.
+        records: The records.
+        text_field: Column of the text, or None.
 
     Raises:
-        ConfigError: There is no usable row, or no column is understood.
+        ConfigError: There is no usable row, or no known column.
     """
     rows = list(records)
     if not rows:
@@ -267,7 +276,7 @@ def rows_of_records(source: str, records: Iterable[Any], text_field: str | None)
 
 
 def _fault(value: Any, when_empty: str) -> str:
-    """Returns why a field cannot be used: ``when_empty``, ``not text``, ``not UTF-8``, or nothing when it can."""
+    """Returns why a field is unusable (``when_empty``, ``not text``, ``not UTF-8``), or an empty text."""
     if value is None:
         return when_empty
     if not isinstance(value, str):
@@ -296,7 +305,7 @@ def _chat_fault(turns: Any) -> str:
 
 
 def _words(turn: Mapping[str, Any]) -> Any:
-    """Returns the text of a message, also of one that is a list of parts; what is no text as it is."""
+    """Returns the text of a message, which may be a list of parts; other content is returned unchanged."""
     value = turn.get("content", turn.get("value"))
     if not isinstance(value, list) or not value:
         return value

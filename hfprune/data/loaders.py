@@ -1,4 +1,4 @@
-"""Loaders: batches for training and validation, whose position is saved in checkpoints."""
+"""Loaders of training and validation batches, with a position that is saved in checkpoints."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from hfprune.data.stream import POSITION, ExampleStream, StreamLoader, StreamSou
 
 
 class EpochShuffle(DistributedSampler[Any]):
-    """A permutation that depends on the seed and the epoch only, dealt out to the ranks; it can start within an epoch.
+    """Permutation of the samples by seed and epoch, distributed over ranks, which can start within an epoch.
 
-    Lightning calls ``set_epoch`` and, since this is a ``DistributedSampler``, puts no sampler of its own in its place.
+    Lightning calls ``set_epoch``, and does not replace the sampler since it is a ``DistributedSampler``.
 
     Attributes:
-        start: Samples of this rank to skip when iterated next.
+        start: Number of this rank's samples to skip in the next iteration.
     """
 
     start: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterates over this rank's indices, from ``start`` on."""
+        """Iterates over this rank's indices, beginning at ``start``."""
         start, self.start = self.start, 0
         return iter(list(super().__iter__())[start:])
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A ``DataLoader`` over an ``EpochShuffle`` whose position Lightning saves and restores.
+    """``DataLoader`` over an ``EpochShuffle``, whose position Lightning saves and restores.
 
-    Unlike ``torchdata.stateful_dataloader.StatefulDataLoader``, whose state is that of one rank and its workers, the
-    position is counted in samples over all ranks: a run can be resumed on another number of processes, or with another
-    batch size, and continues at the next whole batch.
+    The position is the number of samples over all ranks: a run can be resumed with another number of processes or batch
+    size, and continues at the next full batch. The state of ``torchdata.stateful_dataloader.StatefulDataLoader``
+    belongs to one rank and its workers.
 
     >>> loader = ResumableLoader.over(range(8), batch_size=2, seed=0, num_replicas=1, rank=0)
     >>> batches = iter(loader)
@@ -47,9 +47,9 @@ class ResumableLoader(DataLoader[Any]):
     True
     """
 
-    _batches = 0  # of this epoch, taken so far
+    _batches = 0  # batches of this epoch so far
     _skip = 0
-    _epoch: int | None = None  # that ``_skip`` is of
+    _epoch: int | None = None  # epoch of ``_skip``
 
     @classmethod
     def over(
@@ -59,18 +59,18 @@ class ResumableLoader(DataLoader[Any]):
 
         Args:
             examples: A sized, indexable collection.
-            batch_size: Samples per batch and rank.
-            seed: Seed of the permutations; 0 is a seed.
+            batch_size: Number of samples per batch and rank.
+            seed: Seed of the permutations.
             num_replicas: Number of ranks.
-            rank: This one.
-            **kwargs: Passed on to ``DataLoader``.
+            rank: Index of this rank.
+            **kwargs: Arguments of ``DataLoader``.
         """
         dataset: Dataset[Any] = examples
         sampler: EpochShuffle = EpochShuffle(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         return cls(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
 
     def __iter__(self) -> Any:
-        """Iterates over the batches that are left of the epoch."""
+        """Iterates over the remaining batches of the epoch."""
         sampler: Any = self.sampler
         again = self._epoch in (None, self._sampler_epoch)  # Lightning may end an epoch early
         skip, self._skip, self._epoch = self._skip if again else 0, 0, None
@@ -83,19 +83,19 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def _sampler_epoch(self) -> int:
-        """The epoch whose order is read; 0 with a sampler that has one order, as ``overfit_batches`` puts in."""
+        """Epoch of the sampler, or 0 for a sampler without epochs (``overfit_batches``)."""
         return int(getattr(self.sampler, "epoch", 0))
 
     def _per_step(self) -> int:
         return (self.batch_size or 1) * int(getattr(self.sampler, "num_replicas", 1))
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the position: samples taken in this epoch, over all ranks, 0 at its end; and the epoch."""
+        """Returns the number of samples so far in this epoch over all ranks (0 at its end), and the epoch."""
         taken = 0 if self._batches >= len(self) else self._batches * self._per_step()
         return {"samples": taken, "epoch": self._sampler_epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues after ``state_dict``'s position, at the next whole batch; another epoch begins at its start."""
+        """Continues at the next full batch after a saved position."""
         self._skip, self._epoch = -(-state_dict["samples"] // self._per_step()), state_dict.get("epoch")
 
 
@@ -103,7 +103,7 @@ TrainingLoader = ResumableLoader | StreamLoader
 
 
 class ResumableDataModule(LightningDataModule):
-    """A data module whose training loader continues at the position of a checkpoint."""
+    """Datamodule whose training loader continues at the position of a checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ResumableDataModule(LightningDataModule):
         self._position: dict[str, int] | None = None
 
     def _resumed(self, loader: TrainingLoader) -> TrainingLoader:
-        """Returns ``loader``, at the position that a checkpoint left."""
+        """Returns ``loader`` at the position of a restored checkpoint."""
         self._loader = loader
         if self._position is not None:
             loader.load_state_dict(self._position)
@@ -121,8 +121,8 @@ class ResumableDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the training data.
 
-        Lightning restores a loader's own position only when nothing has asked for the number of training steps before,
-        as schedulers do.
+        Lightning does not restore the state of a loader if the number of training steps was computed before, as for
+        schedulers.
         """
         return {} if self._loader is None else {"train": self._loader.state_dict()}
 
@@ -133,7 +133,7 @@ class ResumableDataModule(LightningDataModule):
             self._loader.load_state_dict(self._position)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Records the position in a stream of the batch that is trained on, since batches are read ahead."""
+        """Records the position of the current batch in a stream, since batches are prefetched."""
         if isinstance(batch, dict) and POSITION in batch and isinstance(self._loader, StreamLoader):
             return self._loader.trained(batch)
         return batch
@@ -141,13 +141,13 @@ class ResumableDataModule(LightningDataModule):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaders:
-    """How batches are made.
+    """Factory of the loaders.
 
     Attributes:
-        build: Tokenizer and options.
-        batch_size: Rows of a batch, per device.
+        build: Builder with tokenizer and options.
+        batch_size: Number of rows per batch and device.
         seed: Seed of the order.
-        num_workers: Worker processes.
+        num_workers: Number of worker processes.
     """
 
     build: Builder
@@ -168,12 +168,12 @@ class Loaders:
         )
 
     def validation(self, examples: list[Example]) -> DataLoader[Any]:
-        """Returns batches in the order of the examples."""
+        """Returns batches in order."""
         rows: Any = self._rows(examples)
         return DataLoader(rows, batch_size=self.batch_size, collate_fn=self._collate, num_workers=self.num_workers)
 
     def stream(self, source: StreamSource, *, shuffle_buffer: int, num_replicas: int, rank: int) -> StreamLoader:
-        """Returns the batches of one rank from a source that is read row by row."""
+        """Returns the batches of one rank from a streamed source."""
         build = self.build
         build.check_length(build.seq_len, "seq_len")
         build.warn_of_bos_setting("recovery")

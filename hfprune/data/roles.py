@@ -1,4 +1,4 @@
-"""Roles: each document serves calibration, recovery, validation or evaluation, never two of them."""
+"""Roles: each document is used for one of calibration, recovery, validation and evaluation."""
 
 import hashlib
 import random
@@ -17,9 +17,14 @@ from hfprune.utils.errors import ConfigError
 
 
 def assign_documents(num_documents: int, shares: Mapping[str, float], *, seed: int) -> dict[str, list[int]]:
-    """Returns role -> document numbers: a seeded permutation cut into consecutive parts of the given shares.
+    """Returns role -> document numbers: a random permutation cut into parts with the given shares.
 
-    Every document goes to exactly one role; the result does not depend on the order of ``shares``; seed 0 is a seed.
+    Every document has exactly one role. The result does not depend on the order of ``shares``.
+
+    Args:
+        num_documents: Number of documents.
+        shares: Role -> relative share.
+        seed: Seed of the permutation.
 
     >>> sorted(sum(assign_documents(10, {"a": 1, "b": 3}, seed=0).values(), []))
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -42,7 +47,7 @@ def text_digest(text: str) -> bytes:
 
 
 def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) -> list[int]:
-    """Returns the numbers of the documents whose exact text occurs for the first time, and adds them to ``seen``."""
+    """Returns the numbers of the documents whose text occurs for the first time, and adds their digests to ``seen``."""
     seen = set() if seen is None else seen
     kept = []
     for number, text in enumerate(texts):
@@ -55,7 +60,7 @@ def unique_documents(texts: Sequence[str], *, seen: set[bytes] | None = None) ->
 
 Role = Literal["evaluation", "calibration", "validation", "recovery"]
 SHARES: Mapping[Role, float] = {"evaluation": 0.12, "calibration": 0.35, "validation": 0.08, "recovery": 0.45}
-"""Shares of a source's documents when several roles use it; in this order, a repeated document goes to the first."""
+"""Shares of the roles in a common source. A document in several sources is used for the first role in this order."""
 
 
 def argument_of(role: Role) -> str:
@@ -64,13 +69,13 @@ def argument_of(role: Role) -> str:
 
 
 class Roles:
-    """Documents per role. Sources are read when a role that uses them is first asked for.
+    """Documents per role. Sources are read when one of their roles is first requested.
 
     Args:
-        sources: Role -> source, for the roles that exist.
+        sources: Role -> source, for the existing roles.
         split: Split of hub data sets.
         text_field: Column of the text.
-        seed: Seed of the order of documents, and of who gets which of a shared source.
+        seed: Seed of the order of documents and of their assignment to roles.
     """
 
     def __init__(self, sources: Mapping[Role, str], *, split: str, text_field: str | None, seed: int) -> None:
@@ -84,16 +89,16 @@ class Roles:
         self._seen: set[bytes] = set()
         self.duplicates: dict[Role, int] = {}
         self.shared: dict[Role, int] = {}
-        """Documents of a role's source that serve an earlier role, which has another source with the same ones."""
+        """Role -> number of documents in its source that are used for an earlier role with another source."""
 
     def lend(self, idle: Iterable[Role]) -> bool:
-        """Gives calibration, after its own documents, those of roles that a run does not use.
+        """Adds the documents of unused roles to those of calibration.
 
         Args:
-            idle: Roles that will not be asked for; evaluation keeps its documents in every run.
+            idle: Unused roles, never evaluation.
 
         Returns:
-            Whether the documents of any role changed.
+            Whether the documents of a role have changed.
         """
         changed = self._idle != frozenset(idle)
         if changed:
@@ -102,7 +107,7 @@ class Roles:
         return changed
 
     def rows(self, role: Role) -> Rows:
-        """Returns everything that the role's source holds."""
+        """Returns the content of the role's source."""
         source = self._sources[role]
         if source not in self._rows:
             self._rows[source] = load_rows(source, split=self._split, text_field=self._text_field)
@@ -127,7 +132,7 @@ class Roles:
         return ids[self._own_rows(role, ids.tolist())]
 
     def token_rows(self, role: Role) -> list[TokenRow]:
-        """Returns the role's share of pre-tokenised rows of several lengths or with labels.
+        """Returns the role's share of pre-tokenised rows with different lengths or labels.
 
         Raises:
             ConfigError: The source has too few rows for the roles that share it.
@@ -145,7 +150,7 @@ class Roles:
         return own
 
     def documents(self, role: Role) -> list[Any]:
-        """Returns the role's documents, none of which an earlier role of ``SHARES`` holds too."""
+        """Returns the role's documents, without those of earlier roles in ``SHARES``."""
         for earlier in SHARES:
             if earlier in self._sources and earlier not in self._documents and self.rows(earlier).kind != "tokens":
                 self._documents[earlier] = self._take(earlier)
@@ -170,7 +175,7 @@ class Roles:
         return [documents[i] for i in kept]
 
     def _own(self, role: Role, texts: Sequence[str]) -> list[int]:
-        """Returns the numbers of the role's documents, shuffled by the seed, each text once, and counts the repeats."""
+        """Returns the shuffled numbers of the role's documents without duplicates, and counts the duplicates."""
         first = unique_documents(texts)
         numbers = [first[i] for i in self._share(role, len(first))]
         own = {texts[number] for number in numbers}
@@ -187,7 +192,7 @@ class Roles:
 
 
 def _one_spelling(sources: Mapping[Role, str]) -> dict[Role, str]:
-    """Returns role -> source, where one file named in two ways (``a.txt``, ``./a.txt``) is one source."""
+    """Returns role -> source with one spelling per source (``a.txt`` and ``./a.txt`` are equal)."""
     first: dict[str, str] = {}
     for source in sources.values():
         first.setdefault(same_source(source), source)
@@ -195,10 +200,14 @@ def _one_spelling(sources: Mapping[Role, str]) -> dict[Role, str]:
 
 
 def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, str]:
-    """Returns role -> source; a role that was not given borrows from the calibration or recovery source.
+    """Returns role -> source, with the calibration or recovery source for roles that are not given.
 
-    Pre-tokenised calibration data is used for calibration alone, all of it. What the model writes is never evaluation
-    text. A streamed recovery source is used for recovery alone.
+    Pre-tokenised calibration data are only used for calibration, self-generated text is never evaluation text, and a
+    streamed recovery source is only used for recovery.
+
+    Args:
+        given: Role -> source, or None.
+        streaming: Whether the recovery source is streamed.
 
     Raises:
         ConfigError: Another role uses the streamed source.
@@ -210,7 +219,7 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
     others = (calibration, given["validation"], text)
     if streaming and (recovery is None or same_source(recovery) in [same_source(other) for other in others if other]):
         raise ConfigError(
-            "streaming=True needs a recovery source that no other role uses: it is never wholly in memory."
+            "streaming=True requires a recovery source that no other role uses, since it is not read into memory."
         )
     sources: dict[Role, str | None] = {
         "calibration": calibration,
@@ -222,7 +231,7 @@ def fill_in(given: Mapping[Role, str | None], *, streaming: bool) -> dict[Role, 
 
 
 def plain(document: Document) -> str:
-    """Returns a document as plain text: an example as its prompt and response, a conversation as its messages."""
+    """Returns a document as plain text: prompt and response of an instruction, messages of a conversation."""
     if isinstance(document, InstructionRow):
         return prompt_of(document) + document.output
     if isinstance(document, ChatRow):
@@ -241,10 +250,10 @@ _POSITIVE = (
 
 
 def check_values(data: Any) -> None:
-    """Raises ``ConfigError`` for a value that is impossible.
+    """Raises ``ConfigError`` for invalid arguments of the datamodule.
 
     Args:
-        data: Holds the arguments as attributes.
+        data: Object with the arguments as attributes.
     """
     for name in _POSITIVE:
         value = getattr(data, name)
@@ -255,7 +264,7 @@ def check_values(data: Any) -> None:
             raise ConfigError(f"{name}={getattr(data, name)} must be at least 2 tokens.")
     if data.eval_windows is not None and data.eval_windows < 0:
         raise ConfigError(f"eval_windows={data.eval_windows} must not be negative.")
-    # the text of a window is one token shorter where it begins with BOS, which the tokenizer decides
+    # a window has one text token less with BOS, which depends on the tokenizer
     if data.eval_stride is not None and not 1 <= data.eval_stride <= data.eval_window:
         raise ConfigError(
             f"eval_stride={data.eval_stride} must be between 1 and {data.eval_window}, the text tokens of a window."
@@ -269,27 +278,27 @@ def check_values(data: Any) -> None:
 
 
 def check_sources(given: Mapping[Role, str | None]) -> None:
-    """Raises ``ConfigError`` for a source that can be seen to be unusable.
+    """Raises ``ConfigError`` for unusable sources; reads no rows.
 
     Args:
-        given: Role -> source, None where the user gave none.
+        given: Role -> source, or None.
     """
     for role, source in given.items():
         if source is not None:
             check_source(source, argument_of(role))
         if role == "evaluation" and source == SELF:
             raise ConfigError(
-                "text='self' is not allowed: perplexity on a model's own samples is meaningless. Give an evaluation "
+                "text='self' is not allowed: perplexity on a model's own samples is meaningless. Provide an evaluation "
                 "text."
             )
 
 
 def check_stream(data: Any, trainer: Any) -> None:
-    """Raises ``ConfigError`` for what a stream of unknown length cannot do.
+    """Raises ``ConfigError`` for arguments that are incompatible with streaming.
 
     Args:
-        data: Holds the arguments as attributes.
-        trainer: Runs it.
+        data: Object with the arguments as attributes.
+        trainer: The Lightning trainer.
     """
     if trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Self-generated text: samples of the dense model, for calibration and recovery without any data.
+"""Self-generated text: samples of the dense model, for calibration and recovery without data.
 
-Each sequence has a generator of its own, seeded by seed, role and number, and is drawn in float64. The text does not
-depend on the batch size as far as the model's logits do not. Matrix products of different sizes may round differently,
-and one different token changes everything after it. The batch size is therefore part of the cache key.
+Each sequence has a separate random generator, seeded by seed, role and number, and is sampled in float64. Matrix
+products of different sizes may round differently, and one different token changes everything after it. The batch size
+is therefore part of the cache key.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from hfprune.utils.random_numbers import inverse_cdf, isolated_rng
 
 _log = logging.getLogger("hfprune")
 _FORMAT = 2
-"""Of how tokens are drawn: text that was drawn otherwise is not taken for what would be written now."""
+"""Version of the sampling; text of other versions is not reused."""
 _SAMPLES = 1024
-"""Places of each file of a model that are read to tell it from others."""
+"""Number of positions of each weight file that identify a model."""
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: the command line reads a default's __dict__
 class SelfText:
-    """How a model writes.
+    """Settings of self-generated text.
 
     Attributes:
-        temperature: Of the distribution that tokens are drawn from; 1 is the model's own.
-        top_p: Draw from the most likely tokens that together have this probability; 1 draws from all.
-        batch_size: Sequences written at once.
-        start: Text that every sequence begins with; the BOS token (EOS where there is none) if not given.
+        temperature: Sampling temperature.
+        top_p: Total probability of the most likely tokens to sample from; 1 samples from all tokens.
+        batch_size: Number of sequences generated at a time.
+        start: Text at the start of every sequence; the BOS token, or EOS without BOS, if not given.
     """
 
     temperature: float = 1.0
@@ -55,15 +55,15 @@ class SelfText:
 
 
 OWN_WORDS = SelfText()
-"""The model's own distribution."""
+"""Sampling from the model's distribution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Author:
-    """The model that writes.
+    """Model that generates text.
 
     Attributes:
-        load: Returns it, on the device where it is to run; called when something is to be written.
+        load: Returns the model on its device; only called if text is to be generated.
         key: Returns a digest that identifies the model.
     """
 
@@ -72,11 +72,11 @@ class Author:
 
 
 def author_of(module: Any, *, device: torch.device) -> Author:
-    """Returns the dense model of a ``PruningModule`` as an author; it is loaded apart from the module's own copy.
+    """Returns a separately loaded dense model of a ``PruningModule`` as an author.
 
     Args:
-        module: Has ``path``, ``revision`` and ``dtype_name``.
-        device: Where it writes.
+        module: Module with ``path``, ``revision`` and ``dtype_name``.
+        device: Device of the model.
     """
 
     def load() -> Any:
@@ -90,14 +90,14 @@ def author_of(module: Any, *, device: torch.device) -> Author:
 
 
 class Writer:
-    """Written sequences, kept in a folder; what is there is not written again, an interrupted pass goes on.
+    """Generates sequences and caches them in a folder; an interrupted generation continues.
 
     Args:
         author: The model.
         tokenizer: Its tokenizer.
-        settings: How it writes.
-        seed: Seed of everything.
-        folder: Where texts are kept.
+        settings: Settings of the generation.
+        seed: Seed of the sampling.
+        folder: Folder of the cache.
     """
 
     def __init__(self, author: Author, tokenizer: Any, settings: SelfText, *, seed: int, folder: Path) -> None:
@@ -105,7 +105,7 @@ class Writer:
         self._folder = folder
 
     def rows(self, role: str, count: int, length: int) -> Tensor:
-        """Returns the first ``count`` sequences of a role, [count, length] int64, the start included."""
+        """Returns the first ``count`` sequences of a role, [count, length] int64, including the start."""
         text = [_FORMAT, asdict(self.settings), self._seed, role, length, count]
         key = digest(self._author.key(), tokenizer_key(self._tokenizer), text)
         path = self._folder / f"{key[:32]}.safetensors"
@@ -139,8 +139,8 @@ class Writer:
             ids = [] if first is None else [int(first)]
         if not 0 < len(ids) < length:
             raise ConfigError(
-                f"start gives {len(ids)} tokens that every sequence begins with (BOS or EOS without it); at least one "
-                f"is needed, and fewer than seq_len={length}."
+                f"start has {len(ids)} tokens (BOS or EOS if not given); at least one is required, and fewer than "
+                f"seq_len={length}."
             )
         return ids
 
@@ -151,14 +151,14 @@ def write(
 ) -> Tensor:
     """Returns one sequence per seed, [len(seeds), length] int64, on the CPU.
 
-    An EOS that the model draws stays, and it writes on behind it, as documents follow each other in concatenated text.
+    Generation continues after EOS, as documents follow each other in concatenated text.
 
     Args:
         model: A Hugging Face causal LM in eval mode.
-        start: Token ids that every sequence begins with, at least one.
+        start: Token ids at the start of every sequence, at least one.
         seeds: Seed of each sequence.
-        length: Tokens per sequence.
-        known: Draw ids below this only: embeddings beyond the tokenizer's size belong to no token.
+        length: Number of tokens per sequence.
+        known: Number of token ids to sample from; further embeddings belong to no token.
         settings: Temperature and top-p.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -174,11 +174,11 @@ def write(
 
 
 def draw(logits: Tensor, generators: list[torch.Generator], settings: SelfText) -> Tensor:
-    """Returns one token per row, [N] int64, drawn from the softmax of ``logits`` [N, V] by one uniform number each.
+    """Returns one token per row, [N] int64, sampled from the softmax of ``logits`` with one uniform number each.
 
     Args:
-        logits: In float64, on the CPU.
-        generators: One a row.
+        logits: [N, V], float64, on the CPU.
+        generators: One generator per row.
         settings: Temperature and top-p.
     """
     p = (logits / settings.temperature).softmax(-1)
@@ -195,9 +195,13 @@ def _seed_of(seed: int, role: str, number: int) -> int:
 
 
 def files_key(path: str, *, revision: str | None = None) -> str:
-    """Returns the digest of a saved model: its config, and names, sizes and sampled bytes of its weight files.
+    """Returns a digest of a saved model: its config, and names, sizes and sampled bytes of its weight files.
 
-    Of each file at most 1,024 pieces of 64 bytes at equal distances are read.
+    Up to 1,024 pieces of 64 bytes at equal distances are read from each file.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        revision: Branch, tag or commit of a hub id.
     """
     parts: list[Any] = []
     for file in model_files(path, revision=revision):

@@ -1,12 +1,12 @@
-"""Streaming: recovery text from files larger than memory, and its position for checkpoints.
+"""Streaming: recovery data larger than memory, with a position for checkpoints.
 
-A block is ``shuffle_buffer`` consecutive rows. It is shuffled by seed, epoch and number, and is encoded and packed on
-its own. Any position of the stream can therefore be reached by skipping rows and encoding one block, and the order does
-not depend on where a run was interrupted.
+A block of ``shuffle_buffer`` consecutive rows is shuffled by seed, epoch and number, and is encoded and packed
+separately. Any position of the stream can therefore be restored by skipping rows and encoding one block, and the order
+does not depend on interruptions.
 
-The state of a shuffled ``datasets.IterableDataset`` leaves out its shuffle buffer: after a resume the samples in the
-buffer are lost, and the state is that of one rank. Here a resumed run sees every example once, also on another number
-of processes, which take the rows of a block in turns.
+A resumed run sees every example once, also with another number of processes, which take the rows of a block in turn.
+The state of a shuffled ``datasets.IterableDataset`` does not contain the shuffle buffer, whose samples are lost on
+resume, and belongs to one rank.
 """
 
 import random
@@ -38,12 +38,12 @@ from hfprune.data.sources import find_place, open_rows
 from hfprune.utils.errors import ConfigError
 
 POSITION = "stream_position"
-"""Key of a batch: epoch, block, and rows of the block that all ranks have taken when the batch is done, int64 [3]."""
+"""Key of a batch's position: epoch, block, and rows of the block used by all ranks after the batch, int64 [3]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSource:
-    """Rows of a source, one after another.
+    """Source that is read row by row.
 
     Attributes:
         source: JSON lines, ``.csv`` or ``.parquet``: a file, a folder or a glob; a ``save_to_disk`` folder; a hub id.
@@ -56,17 +56,17 @@ class StreamSource:
     text_field: str | None
 
     def check(self) -> None:
-        """Raises ``ConfigError`` for a source that can only be read whole."""
+        """Raises ``ConfigError`` for a source that cannot be streamed."""
         place = find_place(self.source, "recovery", self.split)
         whole = place.kind == "name" or place.type in ("text", "tensors")
         if whole or (place.type == "json" and any(is_whole(path) for path in place.files)):
             raise ConfigError(
-                f"recovery='{self.source}' can only be read as a whole, not with streaming=True. Give JSON lines, .csv "
-                "or .parquet files, a folder written by save_to_disk, or a hub id."
+                f"recovery='{self.source}' cannot be read with streaming=True. Use JSON lines, .csv or .parquet files, "
+                "a folder written by save_to_disk, or a hub id."
             )
 
     def rows(self, start: int) -> Iterator[Any]:
-        """Yields the rows from number ``start`` on."""
+        """Yields the rows, beginning at number ``start``."""
         return open_rows(find_place(self.source, "recovery", self.split), self.split, start)
 
 
@@ -75,9 +75,9 @@ class Place:
     """Position of a stream.
 
     Attributes:
-        epoch: Passes done.
-        block: Blocks done in this pass.
-        taken: Rows of the block that all ranks have taken.
+        epoch: Number of finished passes.
+        block: Number of finished blocks in this pass.
+        taken: Number of rows of the block used by all ranks.
     """
 
     epoch: int = 0
@@ -87,22 +87,22 @@ class Place:
 
 @dataclass(kw_only=True)
 class ExampleStream(IterableDataset[Any]):
-    """Batches of one rank, endlessly: after the last block the first comes again, in another order.
+    """Infinite stream of the batches of one rank; every pass has another order.
 
     Attributes:
-        source: Where rows come from.
-        tokenizer: The model's.
-        options: How documents become examples.
-        seen: Digests of the documents of other roles, which are left out.
-        shuffle_buffer: Rows of a block.
-        batch_size: Rows of a batch.
-        seed: Seed of the order within the blocks.
+        source: The source.
+        tokenizer: The model's tokenizer.
+        options: Options of training examples.
+        seen: Digests of the documents of other roles, which are skipped.
+        shuffle_buffer: Number of rows per block.
+        batch_size: Number of rows per batch.
+        seed: Seed of the order within blocks.
         num_replicas: Number of ranks.
-        rank: This one.
+        rank: Index of this rank.
         filler: Token id of padding.
-        place: Where to begin.
-        counts: Reason -> rows left out or changed so far, in the first pass.
-        counted: Blocks of the first pass that ``counts`` knows.
+        place: Initial position.
+        counts: Reason -> number of dropped or changed rows in the first pass.
+        counted: Number of blocks of the first pass included in ``counts``.
     """
 
     source: StreamSource
@@ -124,14 +124,14 @@ class ExampleStream(IterableDataset[Any]):
 
     @property
     def kind(self) -> str:
-        """What rows hold; plain text before the first one is read."""
+        """Kind of the rows; plain text before the first row is read."""
         return self._layout.kind if self._layout else "text"
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yields the batches that are left of a pass; at its very end, those of the next one.
+        """Yields the remaining batches of a pass; at the end of a pass, those of the next one.
 
         Raises:
-            ConfigError: A whole pass gives nothing.
+            ConfigError: A pass has no examples.
         """
         while True:
             whole, empty = self.place.block == self.place.taken == 0, True
@@ -169,7 +169,7 @@ class ExampleStream(IterableDataset[Any]):
         return batch | {POSITION: torch.tensor([place.epoch, place.block, place.taken])}
 
     def _blocks(self, place: Place) -> Iterator[list[Pack]]:
-        """Yields the shuffled, encoded rows of each block from ``place`` on."""
+        """Yields the shuffled, encoded rows of each block, beginning at ``place``."""
         rows = self.source.rows(place.block * self.shuffle_buffer)
         number = place.block
         while block := list(islice(rows, self.shuffle_buffer)):
@@ -181,7 +181,7 @@ class ExampleStream(IterableDataset[Any]):
             number += 1
 
     def _count(self, counts: Counter[str]) -> None:
-        """Adds what one more block of the first pass left out; says reasons when they are met first."""
+        """Adds the dropped rows of a block of the first pass; warns of new reasons."""
         new = {reason: number for reason, number in counts.items() if reason not in self.counts}
         self.counts.update(counts)
         self.counted += 1
@@ -208,7 +208,7 @@ class ExampleStream(IterableDataset[Any]):
                 yield document
 
     def _find_layout(self, rows: Iterable[Any]) -> RowFormat | None:
-        """Returns the layout of a block's rows; None where no row could be decoded."""
+        """Returns the format of a block's rows, or None if no row could be decoded."""
         rows = [row for row in rows if not isinstance(row, BadRow)]
         objects = [row for row in rows if isinstance(row, Mapping)]
         if not objects:
@@ -225,7 +225,7 @@ def _alone(examples: list[Example]) -> list[Pack]:
 
 
 class StreamLoader(DataLoader[Any]):
-    """The batches of an ``ExampleStream``; its state is the position of training, without batches read ahead.
+    """Loader of an ``ExampleStream``, whose state is the position of training, without prefetched batches.
 
     Args:
         stream: The stream.
@@ -237,24 +237,24 @@ class StreamLoader(DataLoader[Any]):
         self._trained: list[int] | None = None
 
     def __iter__(self) -> Any:
-        """Iterates from where training is, where that is known, else from where reading is."""
+        """Iterates from the position of training if it is known, otherwise from that of reading."""
         if self._trained is not None:
             self.stream.place = Place(*self._trained)
         return super().__iter__()
 
     def trained(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Records the position of ``batch``, which is trained on next, and returns it without its position."""
+        """Records the position of the next training batch, and returns the batch without its position."""
         self._trained = batch[POSITION].tolist()
         return {name: value for name, value in batch.items() if name != POSITION}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position behind the last batch that went into training, and what was left out so far."""
+        """Returns the position after the last training batch, and the numbers of dropped rows by reason."""
         epoch, block, taken = self._trained or (0, 0, 0)
         place = {"epoch": epoch, "block": block, "taken": taken}
         return place | {"counts": dict(self.stream.counts), "counted": self.stream.counted}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues behind the position."""
+        """Continues after a saved position."""
         self._trained = [state_dict[name] for name in ("epoch", "block", "taken")]
         self.stream.counts = Counter(state_dict.get("counts", {}))
         self.stream.counted = state_dict.get("counted", 0)

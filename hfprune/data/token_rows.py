@@ -9,13 +9,13 @@ from torch import Tensor
 from hfprune.objectives.base import IGNORE_INDEX
 
 TokenRow = tuple[list[int], list[int]]
-"""Token ids and labels of one row; places that its attention mask hides are left out."""
+"""Token ids and labels of one row, without masked positions."""
 
 _LARGEST = 2**63 - 1
 
 
 def token_fault(row: Mapping[str, Any]) -> str:
-    """Returns why a row cannot be used, nothing when it can."""
+    """Returns why a row is unusable, or an empty text."""
     ids, mask, labels = (_listed(row.get(name)) for name in ("input_ids", "attention_mask", "labels"))
     if ids is None or (isinstance(ids, list) and not ids):
         return "empty"
@@ -32,38 +32,38 @@ def token_fault(row: Mapping[str, Any]) -> str:
 
 
 def token_row(row: Mapping[str, Any]) -> TokenRow:
-    """Returns the ids and labels of a row in which ``token_fault`` found nothing; ids are their own labels."""
+    """Returns the ids and labels of a row without a ``token_fault``; labels are the ids if not given."""
     ids, mask, labels = (_listed(row.get(name)) for name in ("input_ids", "attention_mask", "labels"))
     kept = [place for place in range(len(ids)) if mask is None or mask[place]]
     return [ids[place] for place in kept], [(ids if labels is None else labels)[place] for place in kept]
 
 
 def as_tensor(rows: Sequence[TokenRow]) -> Tensor | None:
-    """Returns rows of one length whose ids are their labels as [N, T]; None for others."""
+    """Returns rows of equal length whose labels are their ids as a tensor [N, T], otherwise None."""
     if len({len(ids) for ids, _ in rows}) > 1 or not own_labels(rows):
         return None
     return torch.tensor([ids for ids, _ in rows])
 
 
 def own_labels(rows: Sequence[TokenRow]) -> bool:
-    """Returns whether every token of every row is its own label."""
+    """Returns whether the labels of all rows are their ids."""
     return all(ids == labels for ids, labels in rows)
 
 
 def flat(rows: Sequence[TokenRow]) -> list[int]:
-    """Returns the token ids of all rows, one after another."""
+    """Returns the concatenated token ids of all rows."""
     return [token for ids, _ in rows for token in ids]
 
 
 def blocks(rows: Sequence[TokenRow], size: int) -> Tensor:
-    """Returns the tokens of all rows, one after another, cut into full sequences: [N, size]."""
+    """Returns the concatenated token ids of all rows, cut into full sequences [N, size]."""
     tokens = flat(rows)
     whole = len(tokens) // size
     return torch.tensor(tokens[: whole * size], dtype=torch.int64).view(whole, size)
 
 
 def pieces(rows: Sequence[TokenRow], size: int) -> list[TokenRow]:
-    """Returns the rows, longer ones as pieces that begin with the last token of the piece before, as a context only.
+    """Returns the rows, with long rows split into pieces that repeat the previous token without loss.
 
     >>> pieces([([1, 2, 3, 4], [1, 2, 3, 4])], 3)
     [([1, 2, 3], [1, 2, 3]), ([3, 4], [-100, 4])]
@@ -83,6 +83,6 @@ def _listed(value: Any) -> Any:
 
 
 def _whole_numbers(value: Any, *, least: int) -> bool:
-    """Returns whether ``value`` is a list of whole numbers; truth values count where a mask may hold them."""
+    """Returns whether ``value`` is a list of integers of at least ``least``; booleans are accepted for masks."""
     kinds = (int, bool) if least < 0 else (int,)
     return isinstance(value, list) and all(type(n) in kinds and least <= n <= _LARGEST for n in value)

@@ -29,12 +29,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports ``stage_table`` from its new room, with a warning."""
+    """Imports ``stage_table`` from its new module, with a warning."""
     if name != "stage_table":
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     from importlib import import_module
 
     new = "hfprune.report.table"
-    text = f"{__name__}.{name} is now {new}.{name}; the old path goes away in the next release."
+    text = f"{__name__}.{name} is now {new}.{name}; the old path will be removed in the next release."
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     return getattr(import_module(new), name)

@@ -1,7 +1,7 @@
-"""Cache of evaluation: the top K logits and the log-sum-exp that the dense model gives every token.
+"""Cache of the dense model's predictions: the top K logits and the log-sum-exp of every token.
 
-A comparison with the same dense model on the same windows then needs no pass of it. 40 windows of 512 tokens take 42 MB
-at K = 256, where the logits would take 4 GB (V = 49,152).
+Later comparisons on the same windows do not run the dense model. 40 windows of 512 tokens take 42 MB at K = 256; all
+logits would take 4 GB (V = 49,152).
 """
 
 from pathlib import Path
@@ -27,24 +27,24 @@ _PARTS = ("windows", "logits", "indices", "lse", "nll", "vocab_size")
 def cached_reference(
     folder: str | Path, model: nn.Module, windows: Tensor | Windows, *, top_k: int = DEFAULT_TOP_K
 ) -> TopKReference:
-    """Returns the reference of a dense model on ``windows``, from ``folder`` if it was made before.
+    """Returns the reference of a dense model on ``windows``, cached in ``folder``.
 
-    The name of the file identifies model, windows and K; it is written in whole or not at all.
+    The file name identifies model, windows and K. Files are written atomically.
 
     Args:
-        folder: Receives ``*.safetensors``; made when missing.
+        folder: Folder of the files; created if missing.
         model: The dense model.
         windows: Token ids [N, W], or windows with their protocol.
         top_k: K.
 
     Raises:
-        ConfigError: A file there is damaged, or K is not positive.
-        OutputError: The file could not be written.
+        ConfigError: A file is damaged, or K is not positive.
+        OutputError: A file could not be written.
     """
     if top_k < 1:
         raise ConfigError(f"top_k={top_k} must be positive.")
     found = Windows.of(windows)
-    shape = "x".join(map(str, found.ids.shape))  # the digest is that of the tokens, however they are cut
+    shape = "x".join(map(str, found.ids.shape))  # the digest does not depend on the shape
     name = f"{prediction_fingerprint(model)}-{found.sha256[:16]}-{shape}-{top_k}.safetensors"
     path = Path(folder) / name
     if path.is_file():
@@ -55,7 +55,7 @@ def cached_reference(
 
 
 def collect_top_k(model: nn.Module, windows: Tensor | Windows, *, top_k: int = DEFAULT_TOP_K) -> TopKReference:
-    """Returns the top K logits of ``model`` on ``windows`` [N, W], a chunk of tokens at a time."""
+    """Returns the top K logits of ``model`` on ``windows`` [N, W], computed for one chunk of tokens at a time."""
     found = Windows.of(windows)
     head = output_head(model)
     size = chunk_tokens(head.weight.shape[0])
@@ -91,6 +91,6 @@ def _save(path: Path, reference: TopKReference) -> None:
 def _load(path: Path, windows: Windows) -> TopKReference:
     ids, logits, indices, lse, nll, vocab_size = TopKFile(path).read("", _PARTS)
     if not torch.equal(ids.long(), windows.ids):
-        raise ConfigError(f"The cached predictions '{path}' are those of other windows: delete the file.")
+        raise ConfigError(f"The cached predictions '{path}' belong to other windows: delete the file.")
     top = TopK(logits=logits, indices=indices.long(), lse=lse)
     return TopKReference(windows=windows, top=top, nll=nll, vocab_size=int(vocab_size))

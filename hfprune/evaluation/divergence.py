@@ -1,6 +1,6 @@
-"""Divergences of two next-token distributions, token by token.
+"""Divergences between two next-token distributions, per token.
 
-Shape legend: T tokens, V vocabulary, K the most likely tokens that are kept of a distribution.
+Shape legend: T tokens, V vocabulary, K stored tokens of a distribution.
 """
 
 import math
@@ -13,20 +13,20 @@ from torch import Tensor
 from hfprune.utils.errors import ConfigError
 
 JACCARD_K = (5, 15)
-"""The k of the top-k Jaccard indices: 15 is the HFPrune paper's."""
+"""Values of k for the top-k Jaccard indices; the HFPrune paper uses 15."""
 
 QUANTITIES = ("kl", "reverse_kl", "js_distance", "top1_agreement", *(f"jaccard_{k}" for k in JACCARD_K))
-"""The columns of :func:`divergences`."""
+"""Columns of :func:`divergences`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
-    """The K most likely tokens of a distribution, and its normaliser: all of it but how the rest is spread.
+    """The K most likely tokens of a distribution and its normaliser.
 
     Attributes:
         logits: [..., K], float32 or wider, descending.
         indices: [..., K], int64.
-        lse: [...], log-sum-exp over the whole vocabulary.
+        lse: Log-sum-exp over the vocabulary, [...].
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class TopK:
 
     @classmethod
     def of(cls, logits: Tensor, k: int) -> "TopK":
-        """Returns the ``k`` largest of ``logits`` [T, V], all of them when V is smaller."""
+        """Returns the ``k`` largest of ``logits`` [T, V], or all if V is smaller."""
         values, indices = logits.topk(min(k, logits.shape[-1]), dim=-1)
         return cls(logits=values, indices=indices, lse=logits.logsumexp(-1))
 
@@ -44,7 +44,7 @@ class TopK:
         return TopK(logits=self.logits[part], indices=self.indices[part], lse=self.lse[part])
 
     def to(self, device: torch.device) -> "TopK":
-        """Returns the same on ``device``."""
+        """Returns a copy on ``device``."""
         return TopK(logits=self.logits.to(device), indices=self.indices.to(device), lse=self.lse.to(device))
 
     def __len__(self) -> int:
@@ -59,13 +59,13 @@ class TopK:
 def divergences(dense: Tensor | TopK, logits: Tensor) -> Tensor:
     """Returns the ``QUANTITIES`` of every token, [T, len(QUANTITIES)], float64.
 
-    With p the dense model's distribution and q the other's: KL(p || q) and KL(q || p) in nats; the Jensen-Shannon
-    distance, sqrt((KL(p || m) + KL(q || m)) / 2) with m = (p + q) / 2 and natural logarithms, at most sqrt(ln 2) =
-    0.833; whether the most likely token is the same; and |A & B| / |A | B| of the k most likely tokens. A divergence is
-    infinite where q rules out what p allows (or the reverse); NaN stays.
+    With p and q the distributions of the dense and the other model, the quantities are: KL(p || q) and KL(q || p) in
+    nats; the Jensen-Shannon distance sqrt((KL(p || m) + KL(q || m)) / 2) with m = (p + q) / 2 and natural logarithms,
+    at most sqrt(ln 2) = 0.833; whether the most likely token is the same; and |A & B| / |A | B| of the k most likely
+    tokens. KL is infinite if q is zero where p is not (or the reverse). NaN is propagated.
 
-    Where only the top K of p are known, the rest of the vocabulary counts as one token in both distributions, which
-    makes the three divergences lower bounds (data-processing inequality); the other figures stay exact for k <= K.
+    If only the top K of p are known, the other tokens count as one token in both distributions, which makes the three
+    divergences lower bounds (data-processing inequality). The other quantities are exact for k <= K.
 
     >>> p, q = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, 0.0]])
     >>> columns = dict(zip(QUANTITIES, divergences(p, q)[0].tolist()))
@@ -100,7 +100,7 @@ def _check_vocabulary(dense: Tensor, logits: Tensor) -> None:
 
 
 def _coarse(dense: TopK, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities [T, K + 1] of both, everything outside the dense top K being one token."""
+    """Returns both log-probabilities [T, K + 1], with one token for all tokens outside the dense top K."""
     log_p = dense.log_probs()
     log_q = logits.gather(-1, dense.indices) - logits.logsumexp(-1, keepdim=True)
     if log_p.shape[-1] == logits.shape[-1]:
@@ -110,7 +110,7 @@ def _coarse(dense: TopK, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _with_rest(log_probs: Tensor) -> Tensor:
     known = log_probs.to(torch.float64).exp().sum(-1, keepdim=True)
-    rest = (1 - known).clamp(min=torch.finfo(log_probs.dtype).eps)  # a smaller one is rounding
+    rest = (1 - known).clamp(min=torch.finfo(log_probs.dtype).eps)  # smaller values are rounding errors
     return torch.cat([log_probs, rest.log().to(log_probs.dtype)], dim=-1)
 
 
@@ -119,22 +119,22 @@ def _divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p, q = log_p.exp(), log_q.exp()
     d = log_p - log_q
     kl, reverse = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
-    if kl.isnan().any() or reverse.isnan().any():  # 0 * inf, where a token is impossible
+    if kl.isnan().any() or reverse.isnan().any():  # 0 * inf for a token with probability zero
         d.masked_fill_((log_p == -torch.inf) & (log_q == -torch.inf), 0.0)
         kl, reverse = ((w * e).masked_fill_(w == 0, 0.0).sum(-1) for w, e in ((p, d), (q, -d)))
-    d.clamp_(-80.0, 80.0)  # exp(-80) vanishes beside 1
+    d.clamp_(-80.0, 80.0)  # exp(-80) is negligible relative to 1
     t = math.log(2) - torch.neg(d).exp_().log1p_()  # log(p / m); that of q is t - d; both exactly 0 for p = q
     js = 0.5 * (torch.linalg.vecdot(p, t) + torch.linalg.vecdot(q, t) - torch.linalg.vecdot(q, d))
     return kl.to(torch.float64), reverse.to(torch.float64), _root(js.to(torch.float64))
 
 
 def _root(squared: Tensor) -> Tensor:
-    """Returns the square root, 0 for what rounding made negative; NaN stays."""
+    """Returns the square root, 0 for negative rounding errors; NaN is propagated."""
     return torch.where(squared < 0, torch.zeros_like(squared), squared).sqrt()
 
 
 def _jaccard(top_p: Tensor, top_q: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Returns the Jaccard index [T] of the first k columns, for every k."""
+    """Returns the Jaccard index [T] of the first k columns for every k."""
     indices = []
     for k in sizes:
         a, b = top_p[:, :k], top_q[:, :k]

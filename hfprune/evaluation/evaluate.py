@@ -26,17 +26,17 @@ from hfprune.models.forward import window_hidden
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """The figures of one model; what was not measured is None.
+    """Results of one model; None if not measured.
 
     Attributes:
-        parameters: Parameters, tied weights once.
-        width: MLP width of every layer; None where layers differ, or MLPs are mixtures of experts.
-        widths: MLP width of each layer; none for mixtures of experts.
+        parameters: Number of parameters, tied weights once.
+        width: MLP width of all layers; None if layers differ, and for mixtures of experts.
+        widths: MLP width of each layer; empty for mixtures of experts.
         size: Bytes, multiply-accumulates, key-value cache.
-        perplexity: On the evaluation windows.
-        fidelity: To the dense model, on the same windows.
+        perplexity: Perplexity on the evaluation windows.
+        fidelity: Fidelity to the dense model on the same windows.
         latency: Prefill and decode speed.
-        seconds: What measuring took.
+        seconds: Duration of the evaluation.
     """
 
     parameters: int
@@ -49,7 +49,7 @@ class Measurement:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figures, for reports; what was not measured is left out."""
+        """Returns the measured results as plain data."""
         parts = {
             "size": self.size,
             "perplexity": self.perplexity,
@@ -73,7 +73,7 @@ def measure(
     hidden: Tensor | None = None,
     known: tuple[Perplexity, Fidelity] | None = None,
 ) -> Measurement:
-    """Returns the figures of ``model``; one forward pass serves perplexity and fidelity.
+    """Returns the results of ``model``, with one forward pass for perplexity and fidelity.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -84,13 +84,13 @@ def measure(
 
     Args:
         model: A supported Hugging Face causal LM, without adapters.
-        windows: [N, W] evaluation windows, None to measure neither perplexity nor fidelity.
+        windows: Evaluation windows [N, W]; None to measure neither perplexity nor fidelity.
         reference: The dense model's predictions on the same windows.
-        latency: Measure speed.
-        folder: Where the model is saved, for its size on disk.
-        hidden: Final hidden states [N, W, D] of ``model`` on the windows, where they have been computed: for the dense
-            model, those of the reference.
-        known: Perplexity and fidelity where they have been computed, so that no forward pass is needed.
+        latency: Whether to measure speed.
+        folder: Folder of the saved model, for its size on disk.
+        hidden: Final hidden states [N, W, D] of ``model`` on the windows if already computed, as in the reference of
+            the dense model.
+        known: Perplexity and fidelity if already computed.
 
     Raises:
         ConfigError: There are no windows, or the vocabularies of model and reference differ.
@@ -118,7 +118,7 @@ def measure(
 def _predictions(
     model: Any, windows: Tensor | Windows, reference: Reference | None, hidden: Tensor | None
 ) -> tuple[Perplexity, Fidelity | None]:
-    """Returns perplexity and fidelity; where windows do not overlap, the same logits serve both."""
+    """Returns perplexity and fidelity, from the same logits if windows do not overlap."""
     cut = checked_windows(windows)
     hidden = window_hidden(model, cut.ids) if hidden is None else hidden
     head = output_head(model)
@@ -131,14 +131,14 @@ def _predictions(
 
 
 def add_speeds(stages: Mapping[str, dict[str, Any]], models: Mapping[str, Any]) -> None:
-    """Adds ``latency`` to every stage's figures, the models timed in alternation, ratios relative to the first."""
+    """Adds ``latency`` to every stage; models are timed in alternation, with ratios relative to the first."""
     speeds = compare_latency(list(models.values()))
     for name, speed in zip(models, speeds, strict=True):
         stages[name]["latency"] = speed.to_dict()
 
 
 def flat(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of nested figures by their path, for loggers; text and lists are left out.
+    """Returns the numbers of nested results by their path, for loggers, without text and lists.
 
     >>> flat({"parameters": 3, "perplexity": {"value": 2.5, "protocol": "text"}})
     {'parameters': 3.0, 'perplexity/value': 2.5}
@@ -164,9 +164,9 @@ def continuations(
     Args:
         model: A Hugging Face causal LM.
         tokenizer: Its tokenizer.
-        windows: [N, W] token ids; the first half of a window at most is its prompt.
+        windows: Token ids [N, W]; the prompt is at most the first half of a window.
         prompt_tokens: Length of the prompts.
-        new_tokens: Tokens to write, fewer where the text ends.
+        new_tokens: Maximum number of generated tokens.
     """
     prompt_tokens = min(prompt_tokens, max(1, windows.shape[1] // 2))
     new_tokens = min(new_tokens, max(1, windows.shape[1] - prompt_tokens))  # a window fits the model's positions
@@ -190,5 +190,5 @@ def continuations(
 
 
 def _pad(tokenizer: Any) -> int:
-    """Returns an id for padding, which a single prompt never needs: without one generate() warns."""
+    """Returns a padding id, which is not used for a single prompt, to avoid a warning of ``generate``."""
     return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))

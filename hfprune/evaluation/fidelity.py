@@ -1,7 +1,7 @@
-"""Fidelity to the dense model, without ever holding two [T, V] logit tensors.
+"""Fidelity to the dense model, without two full [T, V] logit tensors in memory.
 
-The dense model is remembered by its final hidden states and its output head, which is exact, or read back from disk as
-the top K of its logits. Shape legend: N windows, W tokens, D hidden size, V vocabulary.
+The dense model's predictions are stored exactly, as final hidden states and output head, or as the top K logits on
+disk. Shape legend: N windows, W tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from hfprune.utils.errors import ConfigError
 
 
 class Reference(Protocol):
-    """The dense model's predictions on some windows."""
+    """Predictions of the dense model on evaluation windows."""
 
     @property
     def windows(self) -> Windows:
@@ -32,17 +32,17 @@ class Reference(Protocol):
         """Number of tokens that the dense model predicts."""
 
     def logits(self, index: int) -> Logits:
-        """Returns its logits at the positions of one window that are compared."""
+        """Returns the logits at the compared positions of one window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseReference:
-    """The dense model's predictions as its final hidden states and output head, which is exact.
+    """Exact predictions of the dense model, as final hidden states and output head.
 
     Attributes:
         windows: N windows of W tokens.
-        hidden: [N, W, D] final hidden states of the dense model, on the CPU.
-        head: The dense model's output head.
+        hidden: Final hidden states [N, W, D] of the dense model, on the CPU.
+        head: Output head of the dense model.
     """
 
     windows: Windows
@@ -58,8 +58,8 @@ class DenseReference:
         Args:
             model: The dense model.
             windows: Token ids [N, W], or windows with their protocol.
-            batch_size: Windows per forward pass.
-            copy_head: Clone the head's weights; False shares them, right only while nothing trains them.
+            batch_size: Number of windows per forward pass.
+            copy_head: Whether to clone the head's weights; shared weights must not be trained.
         """
         head = output_head(model)
         if copy_head:
@@ -74,13 +74,13 @@ class DenseReference:
         return int(self.head.weight.shape[0])
 
     def logits(self, index: int) -> Logits:
-        """Returns the logits of one window, computed as they are asked for."""
+        """Returns the logits of one window, computed lazily."""
         return HeadLogits(self.head, self.hidden[index, self.windows.compared])
 
 
 @dataclass(frozen=True, slots=True)
 class TopLogits:
-    """The top K of one window's logits.
+    """Top K logits of one window.
 
     Attributes:
         top: [W, K].
@@ -101,12 +101,12 @@ class TopLogits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopKReference:
-    """The top K of the dense model's logits, small enough to keep on disk; see :mod:`hfprune.evaluation.cache`.
+    """Top K logits of the dense model, for storage on disk; see :mod:`hfprune.evaluation.cache`.
 
     Attributes:
         windows: N windows of W tokens.
-        top: Logits of every window, [N, W, K].
-        nll: [N, W - 1] cross-entropy of token t + 1 at position t, nats, float64.
+        top: Top K logits of every window, [N, W, K].
+        nll: Cross-entropy of token t + 1 at position t, [N, W - 1], nats, float64.
         vocab_size: V.
     """
 
@@ -120,7 +120,7 @@ class TopKReference:
         return TopLogits(self.top[index][self.windows.compared], self.vocab_size)
 
     def of_dense(self) -> tuple[Perplexity, Fidelity]:
-        """Returns the dense model's own figures, which need no pass of it; nothing differs from itself."""
+        """Returns perplexity and fidelity of the dense model itself, without a forward pass."""
         count, positions = len(self.windows.ids), len(range(self.windows.window)[self.windows.compared])
         error = 0.0 if count > 1 else None
         same: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class TopKReference:
 
 
 def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> Fidelity:
-    """Returns how close the predictions of ``model`` are to those of the dense model.
+    """Returns the fidelity of ``model``'s predictions to those of the dense model.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -150,10 +150,10 @@ def fidelity(reference: Reference, model: nn.Module, *, batch_size: int = 1) -> 
     Args:
         reference: The dense model's predictions on N windows.
         model: A supported Hugging Face causal LM with the same vocabulary.
-        batch_size: Windows per forward pass.
+        batch_size: Number of windows per forward pass.
 
     Raises:
-        ConfigError: The vocabularies differ in size, or the reference holds no windows.
+        ConfigError: The vocabularies differ in size, or the reference has no windows.
     """
     hidden = window_hidden(model, reference.windows.ids, batch_size=batch_size)
     return fidelity_of(reference, hidden, output_head(model))
@@ -170,7 +170,7 @@ def compare_windows(reference: Reference, windows: Sequence[HeadLogits], *, chun
         raise ConfigError(f"The reference windows hold no tokens: windows {list(reference.windows.ids.shape)}.")
     if reference.vocab_size != windows[0].vocab_size:
         raise ConfigError(
-            f"The dense model predicts {reference.vocab_size} tokens, the other one {windows[0].vocab_size}: their "
+            f"The dense model has {reference.vocab_size} tokens, the other model {windows[0].vocab_size}: their "
             "distributions cannot be compared."
         )
     metric = FidelityMetric(chunk_bytes=chunk_bytes, sync_on_compute=False)

@@ -1,4 +1,4 @@
-"""Fidelity to a dense model as a ``torchmetrics`` metric, a chunk of tokens at a time.
+"""Fidelity to a dense model as a ``torchmetrics`` metric, computed in chunks of tokens.
 
 Shape legend: N windows, W tokens of a window, V vocabulary, Q quantities (``divergence.QUANTITIES``).
 """
@@ -18,14 +18,14 @@ from hfprune.utils.errors import ConfigError
 
 
 class Logits(Protocol):
-    """The logits of one window, made when they are asked for."""
+    """Lazily computed logits of one window."""
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
 
     @property
     def vocab_size(self) -> int:
-        """V, also where only the top K are known."""
+        """Vocabulary size V, also for top K logits."""
 
     def __getitem__(self, part: slice) -> Tensor | TopK:
         """Returns the logits [T, V] of ``part``, or their top K."""
@@ -33,11 +33,11 @@ class Logits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeadLogits:
-    """Logits from final hidden states, computed for the tokens that are asked for.
+    """Logits computed from final hidden states for the requested tokens.
 
     Attributes:
         head: The output head.
-        hidden: [W, D] final hidden states, on any device.
+        hidden: Final hidden states [W, D], on any device.
     """
 
     head: OutputHead
@@ -49,7 +49,7 @@ class HeadLogits:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Vocabulary size V."""
         return int(self.head.weight.shape[0])
 
     def __getitem__(self, part: slice) -> Tensor:
@@ -63,13 +63,13 @@ class HeadLogits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """How close a model's predictions are to the dense model's: means over windows of the windows' means.
+    """Fidelity of a model's predictions to the dense model's, averaged over tokens and windows.
 
-    See :func:`hfprune.evaluation.divergence.divergences` for the quantities. Standard errors are over windows; None for
-    a single window or a mean that is not finite.
+    The quantities are defined in :func:`hfprune.evaluation.divergence.divergences`. Standard errors are over windows,
+    and None for a single window or a mean that is not finite.
 
     Attributes:
-        kl: KL(dense || model), nats per token; infinite when ``model`` rules out a token that the dense model does not.
+        kl: KL(dense || model), nats per token; infinite if the model gives a possible token probability zero.
         kl_stderr: Its standard error.
         reverse_kl: KL(model || dense), nats per token.
         reverse_kl_stderr: Its standard error.
@@ -79,13 +79,13 @@ class Fidelity:
         top1_agreement_stderr: Its standard error.
         jaccard_5: Jaccard index of the five most likely tokens.
         jaccard_5_stderr: Its standard error.
-        jaccard_15: Of the fifteen most likely tokens.
+        jaccard_15: Jaccard index of the fifteen most likely tokens.
         jaccard_15_stderr: Its standard error.
         kl_by_position: Mean KL at each position of the windows.
-        num_tokens: Positions compared.
-        num_windows: Windows compared.
-        dense_top_k: None when the dense distribution was known in whole; else the number of its tokens that were, and
-            the divergences are lower bounds.
+        num_tokens: Number of compared positions.
+        num_windows: Number of compared windows.
+        dense_top_k: Number of known tokens of the dense distribution, for which divergences are lower bounds; None if
+            all are known.
     """
 
     kl: float
@@ -106,12 +106,12 @@ class Fidelity:
     dense_top_k: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figures, for reports."""
+        """Returns the results as plain data."""
         return asdict(self)
 
 
 class FidelityMetric(Metric):
-    """Accumulates :class:`Fidelity` over windows, over all ranks when it is computed.
+    """Accumulates :class:`Fidelity` over windows and ranks.
 
     >>> metric = FidelityMetric()
     >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
@@ -119,7 +119,7 @@ class FidelityMetric(Metric):
     tensor(0., dtype=torch.float64)
 
     Args:
-        chunk_bytes: Size of one chunk of fp32 logits; two of them exist at a time, and a few temporaries of their size.
+        chunk_bytes: Size of one chunk of float32 logits; two chunks and a few temporaries are in memory.
     """
 
     full_state_update = False
@@ -140,11 +140,11 @@ class FidelityMetric(Metric):
         """Adds one window, or a batch of windows.
 
         Args:
-            dense: Logits [W, V] or [N, W, V] of the dense model, or a source of one window's.
-            model: The other model's, likewise.
+            dense: Logits [W, V] or [N, W, V] of the dense model, or lazy logits of one window.
+            model: Logits of the other model.
 
         Raises:
-            ConfigError: Vocabularies or lengths differ, a window has no tokens, or another length than the one before.
+            ConfigError: Vocabularies or lengths differ, a window has no tokens, or windows differ in length.
         """
         if isinstance(dense, Tensor) and isinstance(model, Tensor) and dense.dim() == 3:
             if len(dense) != len(model):
@@ -175,10 +175,10 @@ class FidelityMetric(Metric):
         return torch.cat(parts)
 
     def compute(self) -> dict[str, Tensor]:
-        """Returns the figures of all windows seen, by the names of :class:`Fidelity`; NaN or 0 where that has None.
+        """Returns the results by the names of :class:`Fidelity`, with NaN or 0 instead of None.
 
         Raises:
-            ConfigError: There were none.
+            ConfigError: No window was added.
         """
         if not len(self.windows):
             raise ConfigError("No window was compared.")
@@ -193,7 +193,7 @@ class FidelityMetric(Metric):
         return figures | {"kl_by_position": positions.mean(0)} | counts | {"dense_top_k": self.top_k}
 
     def result(self) -> Fidelity:
-        """Returns what ``compute`` does, as numbers."""
+        """Returns the results of :meth:`compute` as a :class:`Fidelity`."""
         figures: dict[str, Any] = {name: value.tolist() for name, value in self.compute().items()}
         for name in QUANTITIES:
             if not math.isfinite(figures[f"{name}_stderr"]):
@@ -208,5 +208,5 @@ def _as_logits(logits: Tensor | TopK) -> Tensor:
 
 
 def _joined(rows: list[Tensor] | Tensor) -> Tensor:
-    """Returns list states as one tensor, which they are already after a reduction over ranks."""
+    """Returns a list state as one tensor; after a reduction over ranks it already is one."""
     return rows if isinstance(rows, Tensor) else torch.cat(rows)

@@ -1,7 +1,7 @@
-"""Contamination: the share of an evaluation text that calibration or recovery has seen, from a sketch of its n-grams.
+"""Contamination: the share of an evaluation text in calibration or recovery data, from a sketch of n-grams.
 
-A sketch holds the smallest hashes of all n-grams of token ids (bottom-k sampling); it goes into the plan, so that a
-pruned model can be checked against evaluation text later, without the data it was made with.
+A sketch holds the smallest hashes of all n-grams of token ids (bottom-k sampling). It is stored in the plan, so that a
+pruned model can later be checked against evaluation text without its calibration data.
 """
 
 import base64
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from hfprune.utils.random_numbers import GOLDEN, splitmix64
 
 NGRAM = 13
-"""Tokens of an n-gram: the length that contamination studies use, long enough not to be a phrase."""
+"""Number of tokens of an n-gram, as in contamination studies: longer than common phrases."""
 
 SKETCH_SIZE = 2048
 SUSPICIOUS = 0.05
-"""Share of an evaluation text's n-grams that is worth a warning."""
+"""Share of an evaluation text's n-grams above which a warning is raised."""
 
 _Hashes = NDArray[numpy.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """The smallest n-gram hashes of some sequences.
+    """Smallest n-gram hashes of token sequences.
 
     Attributes:
-        hashes: Sorted, unique, at most ``SKETCH_SIZE``.
-        complete: Whether these are all there were.
+        hashes: At most ``SKETCH_SIZE`` hashes, sorted and unique.
+        complete: Whether these are all hashes.
     """
 
     hashes: _Hashes
@@ -54,15 +54,15 @@ class Sketch:
 
     @classmethod
     def from_text(cls, text: str) -> "Sketch":
-        """Returns the sketch that ``to_text`` wrote."""
+        """Returns the sketch of a text from :meth:`to_text`."""
         kind, _, raw = text.partition(":")
         return cls(numpy.frombuffer(base64.b64decode(raw), dtype="<u8").astype(numpy.uint64), kind == "all")
 
     def share_of(self, sequences: Iterable[Sequence[int]]) -> float:
         """Returns the share of the distinct n-grams of ``sequences`` that occur in the sketched text.
 
-        Exact where the sketch is complete. Otherwise estimated from the n-grams whose hashes are small enough to be in
-        the sketch, and 0 where there are none.
+        The result is exact if the sketch is complete. Otherwise it is estimated from the n-grams whose hashes are small
+        enough for the sketch, and 0 if there are none.
 
         >>> Sketch.of([range(100)]).share_of([range(13), range(100, 113)])
         0.5

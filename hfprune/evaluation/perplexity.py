@@ -22,12 +22,12 @@ class Windows:
     """Windows of a token stream.
 
     Attributes:
-        ids: [N, W] int64, no padding.
-        source: The corpus, as the user named it.
-        stride: Text tokens from the start of one window to the next; windows overlap when it is smaller than the text
-            tokens of a window, and each then scores its last ``stride`` tokens only, the first window all of its own.
-        bos: Whether every window begins with the beginning-of-sequence token, which is not text.
-        available: Windows that the text would give.
+        ids: Token ids [N, W], int64, without padding.
+        source: Name of the corpus as given by the user.
+        stride: Number of text tokens between the starts of windows. With a stride smaller than the text tokens of a
+            window, windows overlap, and only the last ``stride`` tokens of each are scored (all of the first window).
+        bos: Whether every window starts with the beginning-of-sequence token, which is not text.
+        available: Number of windows in the text.
     """
 
     ids: Tensor
@@ -38,10 +38,10 @@ class Windows:
 
     @classmethod
     def of(cls, windows: "Tensor | Windows") -> "Windows":
-        """Returns ``windows``; token ids [N, W] count as non-overlapping windows without BOS.
+        """Returns ``windows``; token ids [N, W] become non-overlapping windows without BOS.
 
         Raises:
-            ConfigError: They are not [N, W].
+            ConfigError: Token ids do not have two axes.
         """
         if isinstance(windows, Windows):
             return windows
@@ -70,11 +70,11 @@ class Windows:
 
         Args:
             stream: Token ids of the whole text.
-            window: W, the BOS token included.
-            stride: None cuts windows that do not overlap.
-            count: Use at most the first so many; all of them if None.
-            bos_id: Put before every window.
-            source: The corpus.
+            window: W, including BOS.
+            stride: Number of text tokens between the starts of windows; None for no overlap.
+            count: Maximum number of windows, the first ones; None for all.
+            bos_id: BOS id at the start of every window, or None.
+            source: Name of the corpus.
         """
         head = [] if bos_id is None else [bos_id]
         body = window - len(head)
@@ -87,7 +87,7 @@ class Windows:
 
     @property
     def window(self) -> int:
-        """W, in tokens."""
+        """Number of tokens W of a window."""
         return int(self.ids.shape[1])
 
     @property
@@ -96,17 +96,17 @@ class Windows:
         return self.stride < self.window - self.bos
 
     def first_target(self, index: int) -> int:
-        """Returns the position of the first token that window ``index`` scores: at least 1."""
+        """Returns the position of the first scored token of window ``index``, at least 1."""
         return self.window - self.stride if self.overlap and index else 1
 
     @property
     def compared(self) -> slice:
-        """The positions whose predictions fidelity compares: all, or the last ``stride`` of windows that overlap."""
+        """Positions compared for fidelity: all, or the last ``stride`` of overlapping windows."""
         return slice(self.window - self.stride, None) if self.overlap else slice(None)
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are scored, over all windows."""
+        """Number of scored tokens over all windows."""
         return sum(self.window - self.first_target(index) for index in range(len(self.ids)))
 
     @property
@@ -116,7 +116,7 @@ class Windows:
 
     @property
     def protocol(self) -> str:
-        """What is measured, in words: enough to measure it again."""
+        """Description of the protocol, sufficient for a reproduction."""
         corpus = f"{self.source}: " if self.source else ""
         which = f"all {len(self.ids)}" if len(self.ids) == self.available else f"first {len(self.ids)}"
         kind = f"overlapping windows of {self.window} tokens, stride {self.stride}" if self.overlap else (
@@ -128,19 +128,19 @@ class Windows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """exp of the mean next-token cross-entropy.
+    """Exponential of the mean next-token cross-entropy.
 
     Attributes:
-        value: Perplexity; infinite when exp overflows, NaN when the model's predictions are.
+        value: Perplexity; infinite on overflow, NaN if the model predicts NaN.
         nll: Mean cross-entropy, nats per predicted token.
-        num_tokens: Predicted tokens.
-        num_windows: N.
-        window: W, in tokens.
-        stride: Text tokens from one window to the next.
-        bos: Whether every window begins with BOS.
-        source: The corpus.
+        num_tokens: Number of predicted tokens.
+        num_windows: Number of windows N.
+        window: Number of tokens W per window.
+        stride: Number of text tokens between the starts of windows.
+        bos: Whether every window starts with BOS.
+        source: Name of the corpus.
         sha256: Digest of the windows' token ids.
-        protocol: All of this in words; figures of different protocols must not be compared.
+        protocol: Description of the protocol; values of different protocols must not be compared.
     """
 
     value: float
@@ -155,14 +155,14 @@ class Perplexity:
     protocol: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns figures and protocol, for reports."""
+        """Returns results and protocol as plain data."""
         return asdict(self)
 
 
 def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int = 1) -> Perplexity:
     """Returns the perplexity of ``model`` on ``windows`` [N, W].
 
-    Equals exp of the mean cross-entropy of whole logits, but logits exist for a chunk of tokens at a time only.
+    Logits are computed for one chunk of tokens at a time.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -172,11 +172,11 @@ def perplexity(model: nn.Module, windows: Tensor | Windows, *, batch_size: int =
 
     Args:
         model: A supported Hugging Face causal LM.
-        windows: Token ids, int64, no padding; plain ids are windows that do not overlap.
-        batch_size: Windows per forward pass.
+        windows: Token ids [N, W], int64, without padding, or windows with their protocol.
+        batch_size: Number of windows per forward pass.
 
     Raises:
-        ConfigError: There is nothing to predict: no windows, or windows of fewer than two tokens.
+        ConfigError: There are no windows, or windows with fewer than two tokens.
     """
     cut = checked_windows(windows)
     return perplexity_of(window_hidden(model, cut.ids, batch_size=batch_size), output_head(model), cut)
@@ -195,7 +195,7 @@ def perplexity_of(hidden: Tensor, head: OutputHead, windows: Tensor | Windows) -
 
 
 def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplexity:
-    """Returns the perplexity from the cross-entropies [W - 1] of every window, as ``ScoredLogits`` notes them."""
+    """Returns the perplexity from the cross-entropies [W - 1] of every window, see :class:`ScoredLogits`."""
     total = sum(float(row[windows.first_target(index) - 1 :].sum()) for index, row in enumerate(nll))
     mean = total / windows.num_targets
     return Perplexity(
@@ -214,18 +214,18 @@ def perplexity_from(nll: Sequence[Tensor] | Tensor, windows: Windows) -> Perplex
 
 @dataclass(frozen=True, slots=True)
 class ScoredLogits(HeadLogits):
-    """Logits of one window that record the cross-entropy of the next token whenever a part of them is read.
+    """Lazy logits of one window that record the next-token cross-entropy when they are read.
 
     Attributes:
-        ids: [W] token ids.
-        nll: [W - 1] cross-entropy of token t + 1 at position t, nats, float64; NaN where it was not read.
+        ids: Token ids [W].
+        nll: Cross-entropy of token t + 1 at position t, [W - 1], nats, float64; NaN if it has not been read.
     """
 
     ids: Tensor
     nll: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Makes room for the cross-entropies."""
+        """Allocates the cross-entropies."""
         nll = torch.full((max(len(self.ids) - 1, 0),), torch.nan, dtype=torch.float64)
         object.__setattr__(self, "nll", nll)
 
@@ -243,11 +243,11 @@ class ScoredLogits(HeadLogits):
 
 
 def checked_windows(windows: Tensor | Windows) -> Windows:
-    """Returns windows in which something can be predicted; raises ``ConfigError`` when nothing can."""
+    """Returns ``windows``; raises ``ConfigError`` if they have no token to predict."""
     cut = Windows.of(windows)
     if len(cut.ids) < 1 or cut.window < 2:
         raise ConfigError(
-            f"Perplexity needs windows [N, W] with N >= 1 and W >= 2 tokens; got shape {list(cut.ids.shape)}."
+            f"Perplexity requires windows [N, W] with N >= 1 and W >= 2; got shape {list(cut.ids.shape)}."
         )
     return cut
 

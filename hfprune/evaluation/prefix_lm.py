@@ -1,8 +1,8 @@
-"""A harness model that runs what requests share once: the question of a multiple-choice item, the few-shot examples.
+"""lm-eval model that runs the common prefix of requests once: multiple-choice questions, few-shot examples.
 
-``HFLM`` runs context and continuation of every answer separately and computes logits over the vocabulary at every
-position. Here a shared prefix goes through the model once, its keys and values serve all answers, and logits exist for
-the answers' tokens only. Log-likelihoods agree up to float rounding.
+``HFLM`` runs context and continuation of every answer, with logits at every position. ``PrefixLM`` runs a common prefix
+once, reuses its keys and values for all answers, and computes logits for the answers' tokens only. Log-likelihoods
+agree up to rounding.
 """
 
 import copy
@@ -19,19 +19,19 @@ from hfprune.models import backbone, output_head
 from hfprune.utils.errors import ConfigError
 
 Request = tuple[Any, list[int], list[int]]
-"""Whatever identifies it, the context's token ids, the continuation's."""
+"""Identifier, token ids of the context, token ids of the continuation."""
 
 Answer = tuple[float, bool]
-"""Log-likelihood of the continuation, and whether greedy decoding would give it."""
+"""Log-likelihood of the continuation, and whether greedy decoding generates it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence to score.
+    """Sequence to score.
 
     Attributes:
-        ids: Context and continuation.
-        targets: How many of the last tokens are scored.
+        ids: Token ids of context and continuation.
+        targets: Number of scored tokens at the end.
     """
 
     ids: list[int]
@@ -39,14 +39,14 @@ class Row:
 
     @property
     def sharable(self) -> int:
-        """Tokens that may be run apart: the one before the first target must be run with it."""
+        """Number of tokens that can belong to a prefix: all before the token that predicts the first target."""
         return len(self.ids) - self.targets - 1
 
 
 def share_prefixes(rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
-    """Yields groups of consecutive rows and how many first tokens they share: (tokens, numbers of the rows).
+    """Yields groups of consecutive rows with a common prefix, as (prefix tokens, row numbers).
 
-    A row joins the group before it when that runs no more tokens than the row alone would.
+    A row joins the previous group if this does not increase the number of tokens to run.
 
     >>> rows = [Row([1, 2, 3, 4, 5], 1), Row([1, 2, 3, 4, 6], 1), Row([7, 8, 9], 1)]
     >>> list(share_prefixes(rows))
@@ -72,12 +72,12 @@ def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
 
 
 class PrefixLM(HFLM):  # type: ignore[misc]
-    """``HFLM`` over a loaded model of a supported class, with shared prefixes.
+    """``HFLM`` of a loaded model of a supported class, with shared prefixes.
 
     Args:
         model: A supported Hugging Face causal LM.
         tokenizer: Its tokenizer.
-        batch_size: Answers that share a prefix and are run at once.
+        batch_size: Number of answers with a common prefix per forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 8) -> None:
@@ -89,9 +89,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     ) -> list[Answer]:
         longest = max((len(rest) for _, _, rest in requests), default=0)
         if longest > self.max_length:
-            raise ConfigError(
-                f"An answer of {longest} tokens is longer than the {self.max_length} that the model allows."
-            )
+            raise ConfigError(f"An answer of {longest} tokens exceeds the model's maximum of {self.max_length} tokens.")
         rows = [Row((context + rest)[-(self.max_length + 1) :], len(rest)) for _, context, rest in requests]
         answers: list[Answer | None] = [None] * len(rows)
         with tqdm(total=len(rows), disable=disable_tqdm, desc="log-likelihoods") as bar:
@@ -126,7 +124,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         if cache is not None:
             past = copy.deepcopy(cache)
             past.batch_repeat_interleave(len(rows))
-        # padding is on the right, where no token that counts can see it
+        # right padding is not visible to the scored tokens
         hidden = backbone(self.model)(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
         head = output_head(self.model)
         for row, tail, states in zip(rows, tails, hidden, strict=True):

@@ -23,15 +23,14 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Figures that follow from shapes alone, and the files' size.
+    """Size of a model in memory, on disk and in operations.
 
     Attributes:
-        weight_bytes: Bytes of the parameters in memory, tied weights once.
-        disk_bytes: Bytes of the weight files of a saved model; None for one that is only in memory.
-        macs: Multiply-accumulates of one forward pass over ``tokens`` tokens with logits at every one, attention
-            included.
-        kv_cache_bytes: Bytes of keys and values of ``tokens`` tokens at batch 1.
-        tokens: Tokens that the two refer to.
+        weight_bytes: Size of the parameters in memory, tied weights once.
+        disk_bytes: Size of the weight files, or None for a model that is not saved.
+        macs: Multiply-accumulates of a forward pass over ``tokens`` tokens, including attention and all logits.
+        kv_cache_bytes: Size of keys and values of ``tokens`` tokens at batch size 1.
+        tokens: Number of tokens for ``macs`` and ``kv_cache_bytes``.
     """
 
     weight_bytes: int
@@ -57,8 +56,8 @@ def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 
 
     Args:
         model: A Hugging Face causal LM.
-        folder: Where it is saved.
-        tokens: Length of the sequence, shortened to what the model's positions allow.
+        folder: Folder of the saved model, or None.
+        tokens: Sequence length, limited by the model's maximum.
     """
     tokens = min(tokens, max_positions(model.config) or tokens)
     shell = empty_copy(model).to(next(model.parameters()).dtype).eval()
@@ -75,7 +74,7 @@ def measure_size(model: Any, *, folder: str | Path | None = None, tokens: int = 
 
 
 def disk_bytes(folder: str | Path | None) -> int | None:
-    """Returns the bytes of the weight files in ``folder``, None when there are none."""
+    """Returns the size of the weight files in ``folder`` in bytes, or None if there are none."""
     if folder is None or not Path(folder).is_dir():
         return None
     files = {path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)}
@@ -88,14 +87,14 @@ def _cache_bytes(cache: Any) -> int:
 
 
 def peak_bytes(model: Any, run: Callable[[], object]) -> int:
-    """Returns the bytes of the weights, tied ones once, plus the peak of the memory that ``run`` allocates.
+    """Returns the size of the weights plus the peak memory allocated by ``run``, in bytes.
 
-    On CUDA the allocator's own figure. Elsewhere the storages of the tensors that operators return are counted, without
-    the temporary memory within kernels.
+    On CUDA, the peak is measured by the allocator. On other devices, the storages of the tensors returned by operators
+    are counted, without temporary memory of kernels.
 
     Args:
         model: A Hugging Face causal LM.
-        run: Called once, for example with a forward pass of ``model``.
+        run: Function that is called once, such as a forward pass of ``model``.
     """
     weights = parameter_count(model) * int(next(model.parameters()).element_size())
     device = next(model.parameters()).device
@@ -116,26 +115,24 @@ Spread = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Medians over repeats, after a warm-up.
+    """Prefill and decode speed: medians over repeats, after a warm-up.
 
     Attributes:
-        prefill_ms: One forward pass over the prompt, milliseconds.
+        prefill_ms: Time of a forward pass over the prompt, milliseconds.
         prefill_spread_ms: Fastest and slowest repeat.
-        decode_ms: Greedy decoding with a cache, milliseconds per token.
+        decode_ms: Time of greedy decoding with a cache, milliseconds per token.
         decode_spread_ms: Fastest and slowest repeat.
-        peak_bytes: Weights and the most that was alive beside them at once, see
-            :mod:`hfprune.evaluation.size_and_speed`.
+        peak_bytes: Peak memory including the weights, see :func:`peak_bytes`.
         device: Device type.
-        dtype: Type of the weights.
+        dtype: Dtype of the weights.
         threads: CPU threads of the process.
         prompt_tokens: Length of the prompt.
         new_tokens: Decoded tokens.
         repeats: Number of repeats.
-        prefill_ratio: Median over repeats of the time relative to the first model's in the same repeat; None for the
-            first model.
+        prefill_ratio: Median over repeats of the prefill time relative to the first model; None for the first model.
         prefill_ratio_spread: Smallest and largest of these ratios.
-        decode_ratio: The same for decoding.
-        decode_ratio_spread: Smallest and largest.
+        decode_ratio: Median over repeats of the decode time relative to the first model.
+        decode_ratio_spread: Smallest and largest of these ratios.
     """
 
     prefill_ms: float
@@ -167,7 +164,7 @@ class Latency:
 def measure_latency(
     model: Any, *, prompt_tokens: int = 256, new_tokens: int = 16, repeats: int = 5, warmup: int = 1, seed: int = 0
 ) -> Latency:
-    """Returns how fast ``model`` reads a prompt of random tokens and continues it.
+    """Returns the prefill and decode speed of ``model`` for random tokens; arguments as in :func:`compare_latency`.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -175,8 +172,6 @@ def measure_latency(
     >>> latency = measure_latency(model, prompt_tokens=8, new_tokens=2, repeats=3)
     >>> latency.prompt_tokens, latency.repeats, latency.prefill_ratio is None
     (8, 3, True)
-
-    See :func:`compare_latency` for the arguments.
     """
     (latency,) = compare_latency(
         [model], prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, warmup=warmup, seed=seed
@@ -193,17 +188,17 @@ def compare_latency(
     warmup: int = 1,
     seed: int = 0,
 ) -> list[Latency]:
-    """Returns the prefill and decoding speed of each model, measured in alternation.
+    """Returns the prefill and decode speed of each model, measured in alternation.
 
-    The models take turns within every repeat, so that other load of the machine affects all of them, and ratios to the
-    first model are taken within one repeat. Prompt and continuation are shortened to the models' positions.
+    Models alternate within every repeat, so that other load on the machine affects all of them. Ratios to the first
+    model are computed per repeat. Prompt and continuation are limited by the models' maximum length.
 
     Args:
         models: Hugging Face causal LMs, the dense one first.
         prompt_tokens: Length of the prompt of random tokens.
-        new_tokens: Tokens decoded greedily, one forward pass each.
-        repeats: Timed repeats.
-        warmup: Untimed repeats before them.
+        new_tokens: Number of tokens decoded greedily, one forward pass each.
+        repeats: Number of timed repeats.
+        warmup: Number of untimed repeats.
         seed: Seed of the prompt.
 
     Raises:
@@ -266,7 +261,7 @@ def _check(*, warmup: int, **counts: int) -> None:
 
 
 def _fit(prompt_tokens: int, new_tokens: int, limit: int | None) -> tuple[int, int]:
-    """Returns both lengths, shortened to ``limit`` positions together; the continuation keeps at most half of them."""
+    """Returns both lengths, limited to ``limit`` positions in total and half of them for the continuation."""
     if limit is None:
         return prompt_tokens, new_tokens
     new_tokens = min(new_tokens, max(1, limit // 2))
@@ -274,7 +269,7 @@ def _fit(prompt_tokens: int, new_tokens: int, limit: int | None) -> tuple[int, i
 
 
 def _measure_once(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Returns the milliseconds of one prefill of ``ids`` [1, T], and per token decoded after it."""
+    """Returns the time of one prefill of ``ids`` [1, T] and of each decoded token, in milliseconds."""
     prefill, out = _timed(ids.device, lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
     decode, _ = _timed(ids.device, lambda: _decode(model, out, new_tokens))
     return 1000 * prefill, 1000 * decode / new_tokens

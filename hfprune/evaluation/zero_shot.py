@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval's Python API, on the model in memory."""
+"""Zero-shot tasks of a model in memory, with lm-eval's Python API."""
 
 import difflib
 import logging
@@ -16,20 +16,20 @@ from hfprune.utils.files import user_path
 from hfprune.utils.random_numbers import isolated_rng
 
 MAIN_METRICS = ("acc_norm", "acc", "pct_stereotype")
-"""Metrics of which the first that a task has counts for the average."""
+"""Metrics in order of preference; the first one of a task is used for the average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """One task's figures.
+    """Results of one task.
 
     Attributes:
-        metrics: Name -> value, every one that the task defines (``acc``, ``acc_norm``, ``pct_stereotype``, ...); where
-            the task filters answers in several ways, ``name,filter``.
-        stderr: Name -> standard error, where the harness gives one.
-        num_items: Items evaluated.
-        num_fewshot: Examples in the prompt, as the harness ran it.
-        version: The task's version in the harness.
+        metrics: Name -> value of all metrics (``acc``, ``acc_norm``, ``pct_stereotype``, ...), or ``name,filter`` for
+            tasks with several filters.
+        stderr: Name -> standard error, if available.
+        num_items: Number of evaluated items.
+        num_fewshot: Number of examples in the prompt.
+        version: Version of the task in the harness.
     """
 
     metrics: dict[str, float]
@@ -40,24 +40,24 @@ class TaskResult:
 
     @property
     def main(self) -> tuple[str, float] | None:
-        """The figure that counts for the average: acc_norm, else acc, else pct_stereotype."""
+        """Metric used for the average: acc_norm, acc or pct_stereotype."""
         return next(((name, self.metrics[name]) for name in MAIN_METRICS if name in self.metrics), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroShot:
-    """Figures of all tasks.
+    """Results of all tasks.
 
     Attributes:
-        tasks: Task -> figures.
-        average: Mean over tasks of acc_norm, or acc where there is none, or pct_stereotype (CrowS-Pairs, which the
-            HFPrune paper averages with the accuracies; it measures a bias, more is not better).
+        tasks: Task -> results.
+        average: Mean over tasks of acc_norm, or of acc or pct_stereotype for tasks without it. The HFPrune paper
+            includes pct_stereotype of CrowS-Pairs, which measures a bias: larger is not better.
         average_acc: Mean of acc over the tasks that have it.
         harness: Version of lm-eval.
-        limit: Items per task that were asked for; None for all.
-        num_fewshot: Examples in the prompt that were asked for; None for what each task says.
-        data_dir: Folder of local data sets; None when they came from the hub.
-        seconds: Time taken.
+        limit: Requested number of items per task; None for all.
+        num_fewshot: Requested number of examples in the prompt; None for the default of each task.
+        data_dir: Folder of local data sets; None for the hub.
+        seconds: Duration of the evaluation.
     """
 
     tasks: dict[str, TaskResult]
@@ -70,7 +70,7 @@ class ZeroShot:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figures, for reports: those of a task side by side, ``acc`` and ``acc_stderr``."""
+        """Returns the results as plain data, with ``acc`` and ``acc_stderr`` of a task on one level."""
         figures = asdict(self)
         for name, task in self.tasks.items():
             errors = {f"{metric}_stderr": value for metric, value in task.stderr.items()}
@@ -80,21 +80,20 @@ class ZeroShot:
 
 
 class ZeroShotTasks:
-    """Tasks and how to run them; names are checked, and nothing is read, before any model is loaded.
+    """Zero-shot tasks and their settings. Names are checked before a model is loaded, without reading data.
 
     Args:
         names: Tasks, groups and tags of the harness; also ``paper10``, ``llmpruner7`` and ``zpruner5``.
-        data_dir: Folder of data sets as they were released, read in place of the hub's.
-        include_path: Folder of task files of one's own.
-        limit: Use the first so many items of each task.
-        num_fewshot: Examples in the prompt; None for what each task says, which is none for most.
-        batch_size: Requests per forward pass.
-        share_prefixes: Run what answers share once (see :mod:`hfprune.evaluation.prefix_lm`); False runs the harness's
-            own model class, as its command line does. None shares on the CPU, where it is faster.
+        data_dir: Folder of released data sets, which replace those of the hub.
+        include_path: Folder of additional task files.
+        limit: Number of items per task, the first ones; None for all.
+        num_fewshot: Number of examples in the prompt; None for the default of each task, which is usually 0.
+        batch_size: Number of requests per forward pass.
+        share_prefixes: Whether common prefixes run once (see :mod:`hfprune.evaluation.prefix_lm`); False uses the model
+            class of the harness. None for True on the CPU, where it is faster.
 
     Raises:
-        ConfigError: A name is unknown (the nearest ones are given), a folder is missing, a number is not positive, or
-            lm-eval is not installed.
+        ConfigError: A name is unknown, a folder is missing, a number is not positive, or lm-eval is not installed.
     """
 
     def __init__(
@@ -119,8 +118,7 @@ class ZeroShotTasks:
         _check_counts(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
         if data_dir is not None and num_fewshot:
             raise ConfigError(
-                f"num_fewshot={num_fewshot} must be 0 with data_dir, which holds the evaluated items only and none to "
-                "show in the prompt."
+                f"num_fewshot={num_fewshot} must be 0 with data_dir, which only contains the evaluated items."
             )
         self.names, self.data_dir = list(dict.fromkeys(names)), data_dir
         self.limit, self.num_fewshot, self.batch_size = limit, num_fewshot, batch_size
@@ -134,7 +132,7 @@ class ZeroShotTasks:
         self._objects: list[Any] | None = None
 
     def _find(self, paths: list[str]) -> Any:
-        """Returns a task manager that knows all names; the harness's own tasks are listed only when needed."""
+        """Returns a task manager with all names; the tasks of the harness are only listed if needed."""
         from lm_eval.tasks import TaskManager
 
         metadata = {} if self.data_dir is None else {"data_dir": str(Path(self.data_dir).resolve())}
@@ -155,20 +153,20 @@ class ZeroShotTasks:
         return every
 
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that the figures depend on, as plain data."""
+        """Returns the settings that determine the results, as plain data."""
         import lm_eval
 
         names = ("names", "data_dir", "include_path", "limit", "num_fewshot")
         return {name: getattr(self, name) for name in names} | {"harness": lm_eval.__version__}
 
     def load(self) -> list[Any]:
-        """Returns the task objects, their data read once, in the order of their names.
+        """Reads the data of the tasks once and returns the task objects, in the order of their names.
 
         Raises:
-            ConfigError: A data set cannot be read (no network, or no such file).
+            ConfigError: A data set cannot be read (no network, or a missing file).
         """
         if self._objects is None:
-            objects: dict[str, Any] = {}  # a task that several names stand for comes once
+            objects: dict[str, Any] = {}  # a task with several names is listed once
             with _quiet():
                 try:
                     for name in self.names:
@@ -178,7 +176,7 @@ class ZeroShotTasks:
                 except ConfigError:
                     raise
                 except Exception as error:  # datasets and the hub raise many kinds of errors
-                    hint = "" if self.data_dir else " Without a network, give local copies with data_dir."
+                    hint = "" if self.data_dir else " Without a network, use local copies with data_dir."
                     names = ", ".join(self.names)
                     raise ConfigError(
                         f"The data of the tasks {names} cannot be read: {first_line(error)}.{hint}"
@@ -187,7 +185,7 @@ class ZeroShotTasks:
         return self._objects
 
     def run(self, model: Any, tokenizer: Any) -> ZeroShot:
-        """Returns the figures of ``model``.
+        """Returns the results of ``model``.
 
         Args:
             model: A supported Hugging Face causal LM.
@@ -237,7 +235,7 @@ def _harness_model(model: Any, tokenizer: Any, batch_size: int, share_prefixes: 
 
 
 def _result(results: Any, name: str) -> TaskResult:
-    """Returns a task's figures; the harness calls them ``metric,filter``."""
+    """Returns the results of a task, which the harness names ``metric,filter``."""
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
     for key, value in results["results"][name].items():
@@ -268,12 +266,12 @@ def _check_installed() -> None:
     import importlib.util
 
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError('Zero-shot tasks need lm-eval: pip install "hfprune[eval]".')
+        raise ConfigError('Zero-shot tasks require lm-eval: pip install "hfprune[eval]".')
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what the harness logs about overridden tasks and a loaded model, and the bars and warnings of its parts."""
+    """Hides log messages of the harness about overridden tasks and the loaded model, progress bars and warnings."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     logger, bars = logging.getLogger("lm_eval"), is_progress_bar_enabled()

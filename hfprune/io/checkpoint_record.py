@@ -1,7 +1,7 @@
-"""Checkpoint records: what hfprune adds to a Lightning checkpoint, as plain data under one key.
+"""Checkpoint records: the pruning state in a Lightning checkpoint, as plain data under one key.
 
-A checkpoint of a pruned model rebuilds its shapes from this record before weights are loaded; one written during
-calibration continues there. ``torch.load(weights_only=True)`` reads it.
+The shapes of a pruned model are rebuilt from this record before weights are loaded. A checkpoint written during
+calibration also holds the calibration state. ``torch.load(weights_only=True)`` reads the record.
 """
 
 import pickle
@@ -18,25 +18,25 @@ from hfprune.utils.errors import ConfigError
 KEY = "hfprune"
 _VERSION = 3
 _READ = (2, 3)  # 2 has no settings
-_SHARDED_METADATA = "meta.pt"  # Lightning's name for what is not weights in a sharded checkpoint
+_SHARDED_METADATA = "meta.pt"  # Lightning's file for all but the weights of a sharded checkpoint
 
 Phase = Literal["calibrating", "pruned", "training"]
-"""``calibrating``: within the calibration data; ``pruned``: before the first training step; ``training``: after it."""
+"""``calibrating``: during calibration; ``pruned``: before the first training step; ``training``: after it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The pruning state of a run.
+    """Pruning state of a run.
 
     Attributes:
-        phase: Where the run was.
-        fingerprint: The dense model's, see :mod:`hfprune.models.fingerprint`.
+        phase: Phase of the run.
+        fingerprint: Fingerprint of the dense model, see :mod:`hfprune.models.fingerprint`.
         model: Path or hub id of the dense model.
-        seed: The run's seed, from which adapters and dropout follow.
-        plan: What was pruned; None before.
-        lora: Settings of the adapters; None without.
-        calibration: Sums and position within the calibration data, while calibrating.
-        settings: The settings that decided which units are kept; empty in checkpoints of version 2.
+        seed: Seed of the run, used for adapters and dropout.
+        plan: The pruning plan, None before pruning.
+        lora: Settings of the adapters, None without adapters.
+        calibration: Sums and position in the calibration data, during calibration.
+        settings: The settings that determine the kept units; empty in checkpoints of version 2.
     """
 
     phase: Phase
@@ -64,10 +64,13 @@ class Record:
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "Record | None":
-        """Returns the record of a checkpoint, or None when it has none.
+        """Returns the record of a checkpoint, or None if it has none.
+
+        Args:
+            checkpoint: A Lightning checkpoint.
 
         Raises:
-            ConfigError: It was written by a version that this one cannot read.
+            ConfigError: The record was written by an incompatible version.
         """
         data = checkpoint.get(KEY)
         if data is None:
@@ -81,7 +84,7 @@ class Record:
         return cls(**values | {"plan": PruningPlan.from_json(data["plan"]) if data["plan"] else None})
 
     def check_model(self, fingerprint: str, model: str) -> None:
-        """Raises ``ConfigError`` unless the run's dense model is the one with ``fingerprint``."""
+        """Raises ``ConfigError`` unless the record belongs to the dense model with ``fingerprint``."""
         if self.fingerprint != fingerprint:
             raise ConfigError(
                 f"The checkpoint belongs to another model: it was written for {self.model} (fingerprint "
@@ -90,10 +93,13 @@ class Record:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Returns a checkpoint without reading more of its weights than it must: a file, or a folder of shards.
+    """Returns a checkpoint, with its weights memory-mapped (file) or without them (folder of shards).
+
+    Args:
+        path: File or folder of the checkpoint.
 
     Raises:
-        ConfigError: There is no checkpoint at ``path``, or a damaged one.
+        ConfigError: There is no checkpoint at ``path``, or it is damaged.
     """
     path = Path(path)
     file = path / _SHARDED_METADATA if path.is_dir() else path

@@ -1,6 +1,6 @@
-"""The embedded default model: SmolLM2-135M-Instruct, shipped by a PyPI package, as safetensors in the user's cache.
+"""Embedded default model: SmolLM2-135M-Instruct from a PyPI package, converted to safetensors in the user's cache.
 
-``python -m hfprune.io.demo_model`` builds it (once) and prints its folder.
+``python -m hfprune.io.demo_model`` builds it on first use and prints its folder.
 """
 
 import functools
@@ -31,13 +31,13 @@ def cache_dir() -> Path:
 
 
 def embedded_model() -> Path:
-    """Returns the folder of the embedded model (config, safetensors, tokenizer), building it at first use.
+    """Returns the folder of the embedded model (config, safetensors, tokenizer), built at first use.
 
-    The 4-bit GGUF that the package ships is verified, dequantised to float32 and saved; building is atomic, so that two
-    processes at once do no harm. Files in the cache are verified once per process.
+    The 4-bit GGUF file of the package is verified, dequantised to float32 and saved atomically; several processes may
+    do so at the same time. Cached files are verified once per process.
 
     Raises:
-        ConfigError: The package (or what reads GGUF) is not installed, or a checksum is wrong.
+        ConfigError: The package, or a package that reads GGUF, is not installed; or a checksum is wrong.
     """
     target = cache_dir() / "smollm2-135m-instruct"
     if not target.is_dir():
@@ -49,7 +49,7 @@ def embedded_model() -> Path:
 def _build(target: Path) -> None:
     gguf = _find_gguf()
     if _sha256(gguf) != _GGUF_SHA256:
-        raise ConfigError(f"'{gguf}' is not the file it should be (SHA-256 differs). Install it again: {_INSTALL}")
+        raise ConfigError(f"'{gguf}' is damaged: its SHA-256 differs. Install it again: {_INSTALL}")
     with replaced_folder(target, first_wins=True) as stage:
         _convert(gguf, stage)
         sums = {file.name: _sha256(file) for file in sorted(stage.iterdir())}
@@ -62,7 +62,7 @@ def _find_gguf() -> Path:
     if spec is None or missing:
         also = f" and: pip install {' '.join(missing)}" if missing else ""
         raise ConfigError(
-            f"The embedded model '{EMBEDDED_NAME}' is not installed. Run: {_INSTALL}{also}. Or give --model.path."
+            f"The embedded model '{EMBEDDED_NAME}' is not installed. Run: {_INSTALL}{also}. Or set `path` to a model."
         )
     (folder,) = spec.submodule_search_locations or [""]
     gguf = Path(folder) / _GGUF
@@ -103,7 +103,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> int:
-    """Builds the embedded model if need be and prints its folder; returns the exit status."""
+    """Builds the embedded model if needed and prints its folder; returns the exit status."""
     try:
         print(embedded_model())
     except HFPruneError as error:

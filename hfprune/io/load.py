@@ -1,4 +1,4 @@
-"""Loading: models from a folder or the hub, checked before any expensive work."""
+"""Loading of models from a folder or the hub, with checks before any expensive work."""
 
 import difflib
 import warnings
@@ -35,10 +35,10 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-"""Entries of config.json that change only what a forward pass returns."""
+"""Config entries that only change the return value of a forward pass, with their defaults."""
 
 _CLEAR_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
-"""Errors with a message that says what is wrong. Of others (a division by zero, a missing key) the type is named."""
+"""Errors whose message is clear by itself; for other errors, the type is added (``KeyError: ...``)."""
 
 _TEXT_MODEL = (
     "m = AutoModelForCausalLM.from_pretrained({path}); "
@@ -49,11 +49,11 @@ _TEXT_MODEL = (
 
 
 def check_model_path(path: str, *, argument: str = "path") -> None:
-    """Raises ``ConfigError`` when ``path`` is evidently not a model. Cheap: reads no weights, asks no hub.
+    """Raises ``ConfigError`` if ``path`` is evidently not a model. Reads no weights and does not access the hub.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        argument: The argument that gave it, for the message.
+        argument: Name of the argument that gave it, for the message.
     """
     if path == EMBEDDED_NAME:
         return
@@ -61,18 +61,18 @@ def check_model_path(path: str, *, argument: str = "path") -> None:
     if folder.is_dir():
         check_files(folder, where)
     elif folder.exists():
-        raise ConfigError(f"{where} is a file; give the folder of a saved model, or a hub id.")
+        raise ConfigError(f"{where} is a file, not the folder of a saved model or a hub id.")
     elif not _is_hub_id(path):
-        raise ConfigError(f"{where} does not exist, and it is not of the form of a hub id (owner/name).{_near(folder)}")
+        raise ConfigError(f"{where} does not exist, and is not a valid hub id (owner/name).{_near(folder)}")
     elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path):
         raise ConfigError(
-            f"{where} does not exist: there is a folder '{folder.parent}' here, without '{folder.name}' in it."
-            f"{_near(folder)} For a model of the hub with this name, run in another folder."
+            f"{where} does not exist: the local folder '{folder.parent}' has no '{folder.name}'.{_near(folder)} To "
+            "load a model with this name from the hub, run in another folder."
         )
 
 
 def _near(folder: Path) -> str:
-    """Returns a question that names the folder which may have been meant; empty where there is none."""
+    """Returns a suggestion for a misspelled folder, or an empty text."""
     if not folder.parent.is_dir():
         return ""
     near = difflib.get_close_matches(folder.name, [p.name for p in folder.parent.iterdir() if p.is_dir()], n=1)
@@ -90,24 +90,32 @@ def _is_hub_id(path: str) -> bool:
 
 
 def resolve_model_path(path: str, *, argument: str = "path") -> str:
-    """Returns what transformers can load: the folder of the embedded model for its name, else ``path``."""
+    """Returns the path for transformers: the folder of the embedded model for its name, otherwise ``path``.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        argument: Name of the argument that gave it, for the message.
+
+    Raises:
+        ConfigError: ``path`` is evidently not a model.
+    """
     check_model_path(path, argument=argument)
     return str(embedded_model()) if path == EMBEDDED_NAME else user_path(path, argument)
 
 
 def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
-    """Checks a model before its weights are read: files, config, class, and the names and shapes of its tensors.
+    """Checks the files, config, class, tensor names and tensor shapes of a local model without reading its weights.
 
-    The headers of the weight files are read. A folder without weight files passes here, since config.json alone is
-    enough for a budget; :func:`check_weight_files` refuses it. A hub id is not checked: no hub is asked.
+    A folder without weight files is accepted, since config.json is sufficient for a budget;
+    :func:`check_weight_files` rejects it. Hub ids and the embedded model (which has checksums) are not checked.
 
     Args:
-        path: A folder, a hub id, or the name of the embedded model (which has checksums of its own).
+        path: A folder, a hub id, or the name of the embedded model.
         revision: Branch, tag or commit of a hub id.
-        argument: The argument that gave ``path``, for the message.
+        argument: Name of the argument that gave ``path``, for the message.
 
     Raises:
-        ConfigError: The model cannot be used; the message says what to do.
+        ConfigError: The model cannot be used.
         PlanError: Its layers differ in width, and a plan is missing or damaged.
     """
     folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
@@ -116,7 +124,7 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
     config = load_config(path, revision=revision, argument=argument)
     model = _empty_model(config, where)
     if is_supported(model):
-        with _reading(f"{where}: the model that config.json describes cannot be run"):
+        with _reading(f"{where}: the model described by config.json cannot be run"):
             run_empty(model)
     if not is_bitmask(folder) and not is_per_layer(config) and has_weights(folder):
         with quiet_transformers():
@@ -124,27 +132,32 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
 
 
 def check_weight_files(path: str, *, argument: str = "path") -> None:
-    """Raises ``ConfigError`` when a folder on this machine has no weight files, or damaged ones."""
+    """Raises ``ConfigError`` if a local folder has no weight files, or damaged ones."""
     folder = Path(user_path(path, argument))
     if path != EMBEDDED_NAME and folder.is_dir() and not is_bitmask(folder):
         weight_shapes(folder, f"{argument}='{path}'")
 
 
 def previous_plan(path: str) -> Path | None:
-    """Returns the plan file of a folder that hfprune wrote, or None."""
+    """Returns the plan file of a model folder written by hfprune, or None."""
     plan = Path(path) / PLAN_FILE
     return plan if plan.is_file() else None
 
 
 def load_config(path: str, *, revision: str | None = None, argument: str = "path") -> Any:
-    """Returns the model's config, with its plans where the layers differ in width.
+    """Returns the model's config, with its plans if the layers differ in width.
 
-    Switches that only change what a forward pass returns have their usual values, and references to code outside
-    transformers (``auto_map``), which hfprune does not run, are left out.
+    Entries that only change the return value of a forward pass are reset to their defaults. References to code outside
+    transformers (``auto_map``), which hfprune does not run, are removed.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        revision: Branch, tag or commit of a hub id.
+        argument: Name of the argument that gave ``path``, for the message.
 
     Raises:
-        ConfigError: It cannot be read, or describes a model that hfprune cannot use.
-        PlanError: Its plans cannot.
+        ConfigError: The config cannot be read, or describes an unsupported model.
+        PlanError: A plan is missing or damaged.
     """
     from transformers import AutoConfig
 
@@ -160,33 +173,33 @@ def load_config(path: str, *, revision: str | None = None, argument: str = "path
 
 
 def _check_config(config: Any, where: str) -> None:
-    """Raises ``ConfigError`` for configs that can be read and that hfprune cannot use."""
+    """Raises ``ConfigError`` for a readable config that hfprune does not support."""
     if any(getattr(config, key, None) for key in ("quantization_config", "compression_config")):
         raise ConfigError(f"{where} is quantised; prune the full-precision model, then quantise.")
     text = config.get_text_config()
     if text is not config:
         recipe = _TEXT_MODEL.format(path=where.partition("=")[2])
         raise ConfigError(
-            f"{where} is a multimodal model ({type(config).__name__}); hfprune takes its text model "
-            f"({type(text).__name__}) alone. Save it as a model of its own: {recipe}"
+            f"{where} is a multimodal model ({type(config).__name__}); hfprune supports its text model "
+            f"({type(text).__name__}) only. Save the text model separately: {recipe}"
         )
     if config.dtype not in _DTYPES:
         raise ConfigError(
-            f"{where}: config.json says dtype {str(config.dtype).removeprefix('torch.')}, in which no model is run. "
-            "Set it to float32, bfloat16 or float16, the type of the weights."
+            f"{where}: dtype {str(config.dtype).removeprefix('torch.')} in config.json is not supported. Set it to the "
+            "dtype of the weights: float32, bfloat16 or float16."
         )
     pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
-        raise ConfigError(f"{where}: config.json says vocab_size {vocabulary}, which is not a number of tokens.")
+        raise ConfigError(f"{where}: vocab_size {vocabulary} in config.json is not a positive number.")
     if isinstance(pad, int) and pad >= vocabulary:
         raise ConfigError(
             f"{where}: pad_token_id {pad} in config.json is outside the vocabulary of {vocabulary} tokens. Set it to "
-            "null, or to the id of a token that the model has."
+            "null or to a valid token id."
         )
 
 
 def meta_model(path: str, *, revision: str | None = None, argument: str = "path") -> nn.Module:
-    """Returns the model on the meta device: every shape, no weight read. For budgets and checks."""
+    """Returns the model on the meta device, without reading weights; arguments as in :func:`load_config`."""
     config = load_config(path, revision=revision, argument=argument)
     model: nn.Module = _empty_model(config, f"{argument}='{path}'")
     return model
@@ -195,20 +208,20 @@ def meta_model(path: str, *, revision: str | None = None, argument: str = "path"
 def _empty_model(config: Any, where: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _reading(f"{where}: the model that config.json describes cannot be built"), quiet_transformers():
+    with _reading(f"{where}: the model described by config.json cannot be built"), quiet_transformers():
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config)
         except ImportError as error:  # an attention implementation, for example
             raise ConfigError(
-                f"{where}: config.json asks for a package that is not installed: {first_line(error)} Install it, or "
+                f"{where}: config.json requires a package that is not installed: {first_line(error)} Install it, or "
                 "remove the entry (attn_implementation) from config.json."
             ) from error
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Turns any error that transformers raises about a user's files into a ``ConfigError`` of one line."""
+    """Context that turns errors of transformers about a user's files into a ``ConfigError`` of one line."""
     try:
         yield
     except HFPruneError:
@@ -224,31 +237,32 @@ def load(
     dtype: DTypeName | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    plan: Any = None,
 ) -> Any:
-    """Loads a model that hfprune or transformers saved, in any layout.
+    """Loads a model saved by hfprune (in any layout) or by transformers; with ``plan``, prunes the dense model first.
 
-    A folder of adapters (``OUT/adapter``) gives PEFT's model around the pruned one, which is found next to the adapters
-    or within their folder, also after both were moved.
+    For a folder of adapters (``OUT/adapter``), a PEFT model around the pruned model is returned. The pruned model is
+    searched next to the adapters and in their folder first, so that both can be moved together.
 
     Args:
         folder: The folder (``OUT/model``, ``OUT/adapter``), or a hub id.
-        dtype: Type of the weights; ``auto`` takes what was saved.
-        device: Where to put it; the CPU by default.
+        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
+        device: Device of the model; the CPU if not given.
         revision: Branch, tag or commit of a hub id.
+        plan: What to prune from the dense model in ``folder``: a :class:`hfprune.PruningPlan`, a plan file, or a folder
+            or hub id that ``hfprune push --what plan`` wrote, whose refitted weights are put in place.
 
     Returns:
         The model in eval mode, an instance of its stock class.
 
     Raises:
         ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
-        PlanError: The plan is missing or damaged, or config, plan and weights do not belong together.
+        PlanError: The plan is missing, damaged or made for another model, or config, plan and weights are inconsistent.
 
     Example:
         >>> import tempfile
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-        ... )
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_attention_heads=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     LlamaForCausalLM(config).save_pretrained(folder)
         ...     model = load(folder, dtype="bfloat16")
@@ -257,7 +271,11 @@ def load(
     """
     name: Any = str(dtype).removeprefix("torch.")
     path = Path(user_path(str(folder), "folder"))
-    if is_adapter(path):
+    if plan is not None:
+        from hfprune.io.rebuild import load_rebuilt  # imports this module
+
+        model = load_rebuilt(str(folder), plan, dtype=name, revision=revision)
+    elif is_adapter(path):
         model = _load_adapted(path, dtype=name)
     else:
         model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
@@ -265,24 +283,31 @@ def load(
 
 
 def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
-    """Returns the model that adapters belong to, with the adapters; saved again, they name it where it is now."""
+    """Returns the base model with the adapters, whose config refers to the current folder of the base model."""
     from peft import PeftConfig, PeftModelForCausalLM
 
     where = f"folder='{folder}'"
     base = adapter_base(folder, where)
     model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
-    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"):
+    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"), warnings.catch_warnings():
         config = PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = base
+        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
 
 
 def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
     """Returns the model with its weights, on the CPU.
 
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
+        revision: Branch, tag or commit of a hub id.
+        argument: Name of the argument that gave ``path``, for the message.
+
     Raises:
-        ConfigError: The weights cannot be read, are not those that config.json describes, or hold a NaN or infinity
-            (the message names the first parameter).
+        ConfigError: The weights cannot be read, do not match config.json, or hold a NaN or infinity.
         PlanError: The layers differ in width, and the plan is missing or does not fit.
     """
     from transformers import AutoModelForCausalLM
@@ -293,7 +318,7 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     kwargs: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "revision": revision}
     kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
     if not is_per_layer(config):
-        kwargs["ignore_mismatched_sizes"] = True  # reported below, in one line
+        kwargs["ignore_mismatched_sizes"] = True  # check_info reports them in one line
     with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
     model, info = loaded
@@ -307,7 +332,7 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
 
 
 def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
-    """Gives a model that was not made by ``from_pretrained`` the generation config that is saved with it, if any."""
+    """Sets the saved generation config, if any, of a model that was not created by ``from_pretrained``."""
     from transformers import GenerationConfig
 
     resolved = resolve_model_path(path)
@@ -318,10 +343,14 @@ def read_generation_config(model: Any, path: str, *, revision: str | None = None
 
 
 def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
-    """Returns the safetensors files of a saved model, fetched from the hub when ``path`` is a hub id.
+    """Returns the safetensors files of a saved model, downloaded if ``path`` is a hub id.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: The model has no safetensors files, or they cannot be downloaded.
     """
     folder = Path(resolve_model_path(path))
     if not folder.is_dir():
@@ -335,14 +364,14 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
-            f"path='{path}' has no safetensors files, which a sharded strategy reads parameter by parameter. "
-            "Save the model again with save_pretrained."
+            f"path='{path}' has no safetensors files, which a sharded strategy requires. Save the model again with "
+            "save_pretrained."
         )
     return files
 
 
 def model_files(path: str, *, revision: str | None = None) -> list[Path]:
-    """Returns config and weight files of a saved model, fetched from the hub when ``path`` is a hub id."""
+    """Returns the config and weight files of a saved model, downloaded if ``path`` is a hub id."""
     folder = Path(resolve_model_path(path))
     if not folder.is_dir():
         weights = weight_files(path, revision=revision)
@@ -354,7 +383,7 @@ def model_files(path: str, *, revision: str | None = None) -> list[Path]:
 
 
 def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
-    """Returns the model's tokenizer; raises ``ConfigError`` when the folder has none."""
+    """Returns the model's tokenizer; raises ``ConfigError`` if the folder has none."""
     from transformers import AutoTokenizer
 
     resolved, where = resolve_model_path(path), f"path='{path}'"
@@ -368,32 +397,32 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
             f"{where} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer into the folder "
             "(tokenizer.save_pretrained)."
         ) from error
-    tokenizer.init_kwargs.pop("auto_map", None)  # code that hfprune does not run, and that an export would not hold
+    tokenizer.init_kwargs.pop("auto_map", None)  # remote code, which is neither run nor exported
     return tokenizer
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Raises ``ConfigError`` when a tokenizer has ids that a model of ``vocab_size`` embeddings does not know."""
+    """Raises ``ConfigError`` if a tokenizer has token ids outside a model's ``vocab_size`` embeddings."""
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= vocab_size}
     if not beyond:
         return
     tokens = ", ".join(repr(token) for token in sorted(beyond, key=lambda token: beyond[token])[:3])
     raise ConfigError(
-        f"The tokenizer has {len(tokenizer)} tokens, the model {vocab_size} embeddings: there is none for {tokens}"
-        f"{', ...' if len(beyond) > 3 else ''}. If the tokens were added, give the model a row for each "
-        "(model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or take the tokenizer without them; "
-        "otherwise the two do not belong together."
+        f"The tokenizer has {len(tokenizer)} tokens, but the model has {vocab_size} embeddings: there is none for "
+        f"{tokens}{', ...' if len(beyond) > 3 else ''}. If the tokens were added, resize the embeddings "
+        "(model.resize_token_embeddings(len(tokenizer)), then save_pretrained), or use the tokenizer without them. "
+        "Otherwise the tokenizer belongs to another model."
     )
 
 
 def max_positions(config: Any) -> int | None:
-    """Returns how many positions the model allows, None when its config does not say."""
+    """Returns the maximum sequence length of a model, or None if its config has none."""
     value = getattr(config, "max_position_embeddings", None)
     return None if value is None else int(value)
 
 
 def predicts_badly_without_bos(config: Any) -> bool:
-    """Returns whether the table of the model's class says that a text has to begin with BOS (Gemma)."""
+    """Returns whether the model's architecture requires texts to begin with BOS (Gemma)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text = config.get_text_config()

@@ -1,8 +1,8 @@
-"""FSDP2: a causal LM whose weights are sharded over the ranks, loaded, pruned and adapted one layer at a time.
+"""FSDP2: a causal LM with weights sharded over the ranks, loaded, pruned and adapted one layer at a time.
 
-Every layer is one FSDP2 unit; embeddings, final norm and head are the root unit. FSDP2 gathers a unit's weights inside
-that unit's ``forward`` only, so whatever reads the head or runs the backbone goes through :class:`WholeWeights`.
-No rank ever holds more whole weights than one layer, or the root unit.
+Every layer is one FSDP2 unit; embeddings, final norm and head form the root unit. FSDP2 gathers the weights of a unit
+only in the unit's ``forward``. Functions that read the head or run the backbone are therefore called through
+:class:`WholeWeights`. A rank holds at most the full weights of one layer, or of the root unit.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,37 +30,43 @@ from hfprune.recovery.lora import LoraRecovery, add_lora
 from hfprune.utils.errors import ConfigError
 
 Weights = Callable[[str], Tensor]
-"""Returns the whole weight of a parameter, by its name in the plain model."""
+"""Returns the full weight of a parameter, by its name in the model without adapters."""
 
 
 class WholeWeights(nn.Module):
-    """The root FSDP2 unit: runs a function while embeddings, final norm and head are whole on every rank."""
+    """Root FSDP2 unit: runs a function while embeddings, final norm and head are gathered on every rank."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns ``function(*args)``; what needs a gradient must be among the returned tensors."""
+        """Returns ``function(*args)``; tensors that need a gradient must be returned."""
         return function(*args)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether ``model``'s weights are sharded over ranks."""
+    """Returns whether the weights of ``model`` are sharded over ranks."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def load_sharded(
     path: str, mesh: DeviceMesh, *, dtype: DTypeName = "auto", revision: str | None = None
 ) -> tuple[Any, WholeWeights, str]:
-    """Reads a saved model layer by layer, each rank keeping its part.
+    """Reads a saved model layer by layer; each rank keeps its shard.
+
+    Args:
+        path: A folder, a hub id, or the name of the embedded model.
+        mesh: Devices over which the weights are sharded.
+        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
+        revision: Branch, tag or commit of a hub id.
 
     Returns:
-        The model, its root unit, and the fingerprint that the same model has when it is loaded whole.
+        The model, its root unit, and the fingerprint of the unsharded model.
 
     Raises:
         ConfigError: The weight files are not safetensors with stock names, or hold a NaN or infinity.
-        UnsupportedArchitectureError: The table's output head does not give the model's logits.
+        UnsupportedArchitectureError: The output head of the architecture does not reproduce the model's logits.
     """
     config = load_config(path, revision=revision)
     model = _empty(config, getattr(torch, dtype) if dtype != "auto" else config.dtype)
@@ -90,17 +96,20 @@ def rebuild(
     seed: int = 0,
     merge: bool = False,
 ) -> tuple[Any, WholeWeights]:
-    """Returns a new sharded model made from ``model`` layer by layer: pruned, or with adapters, or with them merged.
+    """Returns a new sharded model built layer by layer: pruned, with new adapters, or with merged adapters.
 
-    ``model`` is used up: its layers are freed as they are read.
+    The layers of ``model`` are freed as they are read.
 
     Args:
-        model: A sharded model, with adapters when ``merge`` is asked for (then the PEFT wrapper).
-        mesh: Where to shard.
-        plan: What to cut, None to cut nothing.
-        lora: Adapters to add, None for none.
-        seed: Seed of the adapters' first weights.
-        merge: Merge or, with ``merge=False``, drop the adapters that ``model`` carries.
+        model: A sharded model, or the PEFT model around it.
+        mesh: Devices over which the weights are sharded.
+        plan: Plan to apply, or None.
+        lora: Adapters to add, or None.
+        seed: Seed of the initial adapter weights.
+        merge: Whether existing adapters are merged; otherwise they are dropped.
+
+    Returns:
+        The model (or the PEFT model around it) and its root unit.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     _reshard(base)
@@ -130,7 +139,7 @@ def rebuild(
 
 
 def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields every parameter of a sharded model without adapters, whole, on the CPU; tied ones once.
+    """Yields the gathered parameters of a sharded model without adapters, on the CPU; tied parameters once.
 
     Every rank must exhaust the iterator.
     """
@@ -139,17 +148,17 @@ def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, whole(parameter).detach().cpu()
 
 
-# ---- making a model without ever holding it -------------------------------------------------------------------------
+# ---- building a model layer by layer --------------------------------------------------------------------------------
 
 
 def _empty(config: Any, dtype: torch.dtype) -> Any:
-    """Returns the model with its buffers and without its parameters (they are on the meta device)."""
+    """Returns the model with its buffers; its parameters are on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()  # inside the block, each module got a parameter of its own
+    model.tie_weights()  # the context created a separate parameter per module
     return model
 
 
@@ -161,14 +170,14 @@ def _fill_and_shard(
     *,
     done: Callable[[int], None] = lambda index: None,
 ) -> WholeWeights:
-    """Gives ``base``'s parameters their values and shards each layer before the next is read; returns the root unit.
+    """Sets the parameters of ``base``, sharding each layer before the next is read; returns the root unit.
 
     Args:
         outer: ``base`` or the PEFT model around it.
-        base: The Hugging Face model, parameters on the meta device (adapters real).
-        mesh: Where to shard.
-        read: Value of each parameter.
-        done: Called with the index of each layer that has been read.
+        base: The Hugging Face model; all parameters but those of adapters are on the meta device.
+        mesh: Devices over which the weights are sharded.
+        read: Returns the value of a parameter.
+        done: Called with the index of each finished layer.
     """
     spec = find_spec(base)
     layers = find_layers(base, spec)
@@ -190,7 +199,7 @@ def _fill_and_shard(
 
 
 def _reshard(model: nn.Module) -> None:
-    """Reshards every unit, so that parameters are this rank's parts."""
+    """Reshards every unit, so that parameters are this rank's shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -210,24 +219,24 @@ def _drop(layers: nn.ModuleList, index: int) -> None:
 
 
 def _plain(name: str) -> str:
-    """Returns the name that a parameter has in a model without adapters."""
+    """Returns the name of a parameter in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 @contextmanager
 def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weights]:
-    """Yields a reader of single parameters from the model's safetensors files."""
+    """Yields a function that reads single parameters from the model's safetensors files."""
     files = weight_files(path, revision=revision)
     if is_bitmask(files[0].parent):
         raise ConfigError(
-            f"path='{path}' has layout='bitmask', and a sharded strategy reads whole parameters. Export the model with "
-            "layout='uniform' first, and load that."
+            f"path='{path}' has layout='bitmask', which a sharded strategy cannot read. Export the model with "
+            "layout='uniform' first."
         )
     where: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
-    prefix = f"{model.base_model_prefix}."  # files of some base models name no prefix
+    prefix = f"{model.base_model_prefix}."  # files of some base models have no prefix
     types = {name: p.dtype for name, p in model.named_parameters()}
 
     def read(name: str) -> Tensor:
@@ -238,7 +247,7 @@ def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weigh
                 return tensor
         raise ConfigError(
             f"path='{path}': its files hold no parameter '{name}'. Save the model again with this version of "
-            "transformers (save_pretrained) to shard it while loading."
+            "transformers (save_pretrained)."
         )
 
     yield read
@@ -255,7 +264,7 @@ def _adapters(base: nn.Module) -> dict[str, Any]:
 
 
 def _delta(layer: Any) -> Tensor:
-    """Returns what a LoRA layer adds to its weight, alpha / r * B A, as stored by the projection."""
+    """Returns the update alpha / r * B A of a LoRA layer, in the layout of the weight."""
     (adapter,) = layer.active_adapters
     product = whole(layer.lora_B[adapter].weight.detach()) @ whole(layer.lora_A[adapter].weight.detach())
     delta: Tensor = (product.T if layer.fan_in_fan_out else product) * layer.scaling[adapter]

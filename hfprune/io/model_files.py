@@ -1,4 +1,4 @@
-"""Checks the files of a model folder and the shapes of its tensors before any weight is loaded."""
+"""Checks of the files and tensor shapes of a model folder, before any weight is loaded."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ _LFS = b"version https://git-lfs"
 _AGAIN = "Download the file again, or save the model again with save_pretrained."
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("model.safetensors", _INDEXES[0], "pytorch_model.bin", _INDEXES[1])
-"""The order in which transformers looks for weights."""
+"""Weight files in the order in which transformers looks for them."""
 
 _ADAPTER = "adapter_config.json"
 _JSON = (
@@ -34,15 +34,15 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", "*.
 _OTHER_FORMATS = ("*.gguf", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.bin", "*.safetensors")
 
 Shapes = dict[str, torch.Size]
-"""Name of a stored tensor -> its shape."""
+"""Name -> shape of the stored tensors."""
 
 
 def check_files(folder: Path, where: str) -> None:
-    """Raises ``ConfigError`` for a file that is a Git LFS pointer, empty or damaged, and for adapters.
+    """Raises ``ConfigError`` if a file is a Git LFS pointer, empty or damaged, or if the folder holds adapters.
 
     Args:
-        folder: A folder on this machine.
-        where: How the message names it, for example ``path='DIR'``.
+        folder: A local folder.
+        where: Its name in messages, for example ``path='DIR'``.
     """
     for name in _JSON:
         if (folder / name).is_file():
@@ -59,8 +59,8 @@ def weight_shapes(folder: Path, where: str) -> Shapes:
     """Returns the shape of every tensor in the weight files, read from their headers.
 
     Args:
-        folder: A folder on this machine.
-        where: How messages name it.
+        folder: A local folder.
+        where: Its name in messages.
 
     Raises:
         ConfigError: There are no weight files, or one is missing or damaged.
@@ -68,7 +68,7 @@ def weight_shapes(folder: Path, where: str) -> Shapes:
     found = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         others = sorted({file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern)})
-        there = f" (it has {', '.join(others[:3])}, which is not the name or format that transformers reads)"
+        there = f" (it has {', '.join(others[:3])}, whose name or format transformers does not read)"
         raise ConfigError(
             f"{where} has no weights: neither model.safetensors nor pytorch_model.bin{there if others else ''}. "
             "Download the weight files too, or save the model again with save_pretrained."
@@ -82,12 +82,12 @@ def weight_shapes(folder: Path, where: str) -> Shapes:
 
 
 def has_weights(folder: Path) -> bool:
-    """Returns whether there is any file that transformers would read weights from."""
+    """Returns whether a folder has a weight file that transformers reads."""
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def check_vocabulary(folder: Path, where: str) -> None:
-    """Raises ``ConfigError`` when a folder has no file that a tokenizer could be read from."""
+    """Raises ``ConfigError`` if a folder has no tokenizer file."""
     if not any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         raise ConfigError(
             f"{where} has no usable tokenizer: none of {', '.join(_VOCABULARIES)}. Save the model's tokenizer into the "
@@ -96,19 +96,19 @@ def check_vocabulary(folder: Path, where: str) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Returns whether a folder on this machine holds adapters and no model."""
+    """Returns whether a local folder holds adapters and no model."""
     return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
 def adapter_base(folder: Path, where: str) -> str:
-    """Returns the model that adapters belong to: a folder, or a hub id.
+    """Returns the base model of adapters: a folder or a hub id.
 
-    A folder that was recorded by its absolute path is looked for within the adapters' folder and next to it first, so
-    that it is found after both were moved or copied.
+    A base model recorded with an absolute path is first searched in the adapters' folder and next to it, so that both
+    can be moved together.
 
     Args:
         folder: A folder of adapters.
-        where: How messages name it.
+        where: Its name in messages.
 
     Raises:
         ConfigError: The adapter config is damaged, or names no model.
@@ -122,9 +122,9 @@ def adapter_base(folder: Path, where: str) -> str:
     found = next((str(place) for place in places if (place / "config.json").is_file()), base)
     if not Path(found).is_dir():
         raise ConfigError(
-            f"{where} holds an adapter of the model in '{base}', which does not exist; neither is there a model in "
-            f"'{places[0]}' or '{places[1]}'. Put it there, or load both with "
-            f"PeftModel.from_pretrained(hfprune.load('MODEL'), '{folder}')."
+            f"{where} holds an adapter of the model in '{base}', which does not exist. '{places[0]}' and '{places[1]}' "
+            f"hold no model either. Move the model there, or load both with PeftModel.from_pretrained(hfprune.load("
+            f"'MODEL'), '{folder}')."
         )
     return found
 
@@ -149,7 +149,7 @@ def _check_adapter(folder: Path, where: str) -> None:
 def _shards(index: Path, where: str) -> list[Path]:
     weight_map = _read_object(index, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ConfigError(f"{where}: {index.name} has no 'weight_map' from tensors to files. {_AGAIN}")
+        raise ConfigError(f"{where}: {index.name} has no valid 'weight_map'. {_AGAIN}")
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -177,8 +177,8 @@ def _pickled_shapes(file: Path, where: str) -> Shapes:
         raise ConfigError(f"{where}: {file.name} is damaged or cut off: not a file of torch.save. {_AGAIN}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ConfigError(
-            f"{where}: {file.name} is not a state dict of tensors by name, but for example a training checkpoint. Save "
-            "the model itself with save_pretrained."
+            f"{where}: {file.name} is not a state dict (a training checkpoint, for example). Save the model itself "
+            "with save_pretrained."
         )
     return {name: value.shape for name, value in found.items()}
 
@@ -210,11 +210,11 @@ def _check_content(file: Path, where: str) -> None:
             "download the model again (hf download)."
         )
     if not start.strip(b"\0 \n"):
-        raise ConfigError(f"{where}: {file.name} is empty or holds nothing but zeros. {_AGAIN}")
+        raise ConfigError(f"{where}: {file.name} is empty or contains only zeros. {_AGAIN}")
 
 
 _IGNORED = re.compile(r"(rotary_emb\.(original_)?inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
-"""Buffers that older versions of transformers saved and that follow from the config."""
+"""Buffers saved by older versions of transformers, which follow from the config."""
 
 _WRAPPERS = {
     "base_layer.": "PEFT, with adapters that were not merged: call merge_and_unload() and save the result",
@@ -228,19 +228,19 @@ _WRAPPERS = {
 }
 _ADAPTERS = ("base_layer.", "base_model.model.")
 _LARGE = 2**31
-"""Bytes of experts that are not put together only to compare names."""
+"""Size in bytes above which experts are not joined for a comparison of names."""
 
 
 def check_shapes(model: Any, found: Shapes, where: str) -> None:
-    """Raises ``ConfigError`` unless stored tensors are those of ``model``, by transformers' own rules for names.
+    """Raises ``ConfigError`` unless the names and shapes of the stored tensors match those of ``model``.
 
-    transformers loads tensors of the stored shapes that take no memory; tied weights, old names and experts that are
-    stored one by one are matched as in a real run.
+    transformers loads placeholder tensors of the stored shapes, which take no memory. Tied weights, old names and
+    experts that are stored separately are therefore matched as for real weights.
 
     Args:
-        model: The model that config.json describes, on the meta device.
+        model: The model described by config.json, on the meta device.
         found: Stored shapes.
-        where: How the message names the model.
+        where: Name of the model in messages.
     """
     names = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
@@ -255,23 +255,23 @@ def check_shapes(model: Any, found: Shapes, where: str) -> None:
         _, info = type(model).from_pretrained(None, state_dict=tensors, output_loading_info=True, **kwargs)
     except RuntimeError as error:  # parts of a tensor that is stored in several
         raise ConfigError(
-            f"{where}: tensors in the weight files are missing, or do not fit together, where {type(model).__name__} "
-            "joins several into one (experts). Download the weight files again."
+            f"{where}: tensors that {type(model).__name__} joins into one (experts) are missing in the weight files, "
+            "or differ in shape. Download the weight files again."
         ) from error
     check_info(model, info, where)
 
 
 def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
-    """Raises ``ConfigError`` when tensors were missing, of another shape, or not expected in a part of the model.
+    """Raises ``ConfigError`` if tensors were missing, unexpected or of another shape.
 
     Args:
-        model: The model that was loaded.
-        info: What transformers returns for ``output_loading_info``.
-        where: How the message names the model.
+        model: The loaded model.
+        info: Result of transformers' ``output_loading_info``.
+        where: Name of the model in messages.
 
     Returns:
-        Names of stored tensors that lie outside the model: further heads, such as the value head of TRL (``v_head``),
-        which its predictions do not depend on.
+        Names of stored tensors outside the model, of additional heads such as TRL's value head (``v_head``). The
+        model's predictions do not depend on them.
     """
     name = type(model).__name__
     missing = sorted(info["missing_keys"])
@@ -283,39 +283,39 @@ def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
     if wrapper and (missing or wrapper[0] in _ADAPTERS):
         part, text = wrapper
         raise ConfigError(
-            f"{where}: names in the weight files have '{part}' in them ({_some(unexpected, 1)}), which {name} has not. "
+            f"{where}: names in the weight files contain '{part}' ({_some(unexpected, 1)}), unlike those of {name}. "
             f"They were saved from within {text}."
         )
     for key, saved, expected in sorted(info["mismatched_keys"]):
         raise ConfigError(
-            f"{where}: {key} is {list(saved)} in the weight files and {list(expected)} by config.json: they do not "
-            "belong together. Copy all files from one place."
+            f"{where}: {key} has the shape {list(saved)} in the weight files and {list(expected)} by config.json. Copy "
+            "all files of one model."
         )
     if missing:
         raise ConfigError(
             f"{where}: the weight files lack {len(missing)} of the tensors that {name} has by config.json: "
-            f"{_some(missing)}. transformers would fill them with random numbers. Download the weight files again, or "
-            "the config.json that belongs to them."
+            f"{_some(missing)}. transformers would initialise them at random. Download the weight files and "
+            "config.json of one model again."
         )
     if unexpected:
         raise ConfigError(
             f"{where}: the weight files hold {len(unexpected)} tensors that {name} does not have by config.json: "
-            f"{_some(unexpected)}. They would be left out in silence. Take the config.json that belongs to the files, "
-            "or save the model again with save_pretrained."
+            f"{_some(unexpected)}. They would be ignored silently. Use the config.json of this model, or save the "
+            "model again with save_pretrained."
         )
     return outside
 
 
 def outside_text(outside: list[str], where: str) -> str:
-    """Returns the warning about tensors of other heads, which are not read."""
+    """Returns the warning about the tensors of additional heads, which are not loaded."""
     return (
-        f"{where}: {len(outside)} tensors in the weight files are no part of the model ({_some(outside)}): another "
-        "head, which is neither pruned nor exported."
+        f"{where}: {len(outside)} tensors in the weight files are not part of the model ({_some(outside)}). They "
+        "belong to another head, which is neither pruned nor exported."
     )
 
 
 def _parts(model: Any) -> set[str]:
-    """Returns the names that a stored tensor of the model, or of the model within it, begins with."""
+    """Returns the first name components of the tensors of the model and of its backbone."""
     within = getattr(model, model.base_model_prefix, model)
     return {name for module in (model, within) for name, _ in module.named_children()}
 
@@ -325,7 +325,7 @@ def _first_part(key: str) -> str:
 
 
 def _wrapper(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Returns the part of names that a wrapper adds, and which wrapper that is."""
+    """Returns the prefix added by a wrapper, and a description of the wrapper."""
     for key in keys:
         for part, text in _WRAPPERS.items():
             inside = part.startswith("_") or part == "base_layer."

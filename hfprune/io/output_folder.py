@@ -1,4 +1,4 @@
-"""Output folders: results replace only files that hfprune wrote, never the model or the data that a run reads."""
+"""Output folders: results only replace files written by hfprune, never the input model or data."""
 
 import json
 import os
@@ -12,17 +12,18 @@ from hfprune.utils.files import OwnFolder, tidy
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
+CARD_FILE = "README.md"
 REPORT_FILE = "report.json"
 REPORT_PAGE = "report.html"
 FIGURES_FOLDER = "figures"
 IMPORTANCE_FILE = "importance.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
 DENSE_CHECKPOINTS = "dense"
-"""Folder, among a run's checkpoints, with those of the dense control."""
+"""Subfolder of the checkpoints with those of the dense control."""
 EARLIER_CHECKPOINTS = "earlier"
-"""Folder, among a run's checkpoints, with those of the run before that it replaces."""
+"""Subfolder of the checkpoints with those of the previous run."""
 STATE_FOLDER = "layers"
-"""Finished layers of a sparse run that has not ended."""
+"""Folder with the finished layers of an unfinished sparse run."""
 
 _ADAPTER_FILE = "adapter_config.json"
 _MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bpe", ".tiktoken")
@@ -30,12 +31,12 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_replaceable(target: Path, *, overwrite: bool, argument: str) -> None:
-    """Raises ``ConfigError`` unless a folder may be replaced: it does not exist, is empty, or hfprune wrote all of it.
+    """Raises ``ConfigError`` unless a folder does not exist, is empty, or was written by hfprune completely.
 
     Args:
         target: The folder.
-        overwrite: Whether a model or an adapter that hfprune wrote may be replaced.
-        argument: The argument that gave the folder, for the message.
+        overwrite: Whether a model or an adapter written by hfprune may be replaced.
+        argument: Name of the argument that gave the folder, for the message.
     """
     tidy(target.parent)
     if not os.path.lexists(target):
@@ -61,9 +62,9 @@ def check_replaceable(target: Path, *, overwrite: bool, argument: str) -> None:
 
 
 def _foreign(folder: Path) -> str | None:
-    """Returns the name of something in a model's or an adapter's folder that hfprune did not write; None without any.
+    """Returns the first file in the folder of a model or an adapter that hfprune did not write, or None.
 
-    A folder without the plan or the adapter's config is foreign as a whole.
+    Without a plan or an adapter config, all files are foreign.
     """
     names = sorted(path.name for path in folder.iterdir())
     adapter = (folder / _ADAPTER_FILE).is_file()
@@ -72,13 +73,23 @@ def _foreign(folder: Path) -> str | None:
     for name in names:
         path = folder / name
         own = name == _TEMPLATES if path.is_dir() else name.endswith(_MODEL_SUFFIXES)
-        if not own and not (adapter and name == "README.md"):
+        if not own and not (name == CARD_FILE and (adapter or is_card(path))):
             return name
     return None
 
 
+def is_card(path: Path) -> bool:
+    """Returns whether a file is a model card that hfprune wrote: ``hfprune`` is among the tags of its metadata."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    metadata = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    return "- hfprune" in (line.strip() for line in metadata.splitlines())
+
+
 def check_results(out: Path, argument: str = "output_dir") -> None:
-    """Raises ``ConfigError`` where results would replace something in ``out`` that hfprune did not write."""
+    """Raises ``ConfigError`` if results would replace files in ``out`` that hfprune did not write."""
     for name in (MODEL_FOLDER, ADAPTER_FOLDER):
         check_replaceable(out / name, overwrite=True, argument=argument)
     OwnFolder(out / STATE_FOLDER).check(argument)
@@ -92,18 +103,18 @@ def check_results(out: Path, argument: str = "output_dir") -> None:
 
 
 def is_sweep(out: Path) -> bool:
-    """Returns whether a folder holds what a sweep wrote."""
+    """Returns whether a folder holds results of a sweep."""
     return any((out / name).is_dir() for name in ("cells", "scores")) or _is_table(out / "table.json")
 
 
 def is_evaluation(path: Path) -> bool:
-    """Returns whether a file holds the figures of an evaluation."""
+    """Returns whether a file holds the results of an evaluation."""
     found = _read(path)
     return "stages" in found and "plan" not in found
 
 
 def is_within(inner: Path, outer: Path) -> bool:
-    """Returns whether a path is a folder or file, or lies in it; links are followed."""
+    """Returns whether ``inner`` is ``outer`` or lies in it; links are followed."""
     real = Path(os.path.realpath(inner))
     return outer.exists() and any(place.exists() and place.samefile(outer) for place in (real, *real.parents))
 
@@ -111,13 +122,13 @@ def is_within(inner: Path, outer: Path) -> bool:
 def check_apart(
     out: Path, sources: Mapping[str, str | Path | None], *, argument: str = "output_dir", names: Collection[str] | None
 ) -> None:
-    """Raises ``ConfigError`` where results would be written into what a run reads, or replace it.
+    """Raises ``ConfigError`` if results would be written into an input of the run, or replace it.
 
     Args:
-        out: Where results will be written.
-        sources: Argument -> path of a model or of data; values that are not paths are skipped.
-        argument: The argument that gave ``out``.
-        names: What in ``out`` is replaced; None: all of it.
+        out: The output folder.
+        sources: Argument -> path of a model or of data; values that do not exist as a path are skipped.
+        argument: Name of the argument that gave ``out``.
+        names: Entries of ``out`` that are replaced; None for all.
     """
     replaced = [out] if names is None else [out / name for name in names]
     for given, source in sources.items():
@@ -189,4 +200,4 @@ _OWN: dict[str, Callable[[Path], bool]] = {
 }
 
 RESULTS = (MODEL_FOLDER, ADAPTER_FOLDER, STATE_FOLDER, *_OWN)
-"""Everything in an output folder that hfprune writes."""
+"""Entries of an output folder that hfprune writes."""

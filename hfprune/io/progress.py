@@ -1,4 +1,4 @@
-"""Progress bars and tables of transformers, hidden because they would interleave with ours."""
+"""Contexts that hide progress bars and log messages of transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hides the loading and saving bars of transformers inside the block."""
+    """Hides the progress bars of transformers inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -20,7 +20,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides bars and logged warnings of transformers inside the block, tables of loaded weights among them."""
+    """Hides the progress bars, warnings and loading reports of transformers inside the block."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

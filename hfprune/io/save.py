@@ -1,4 +1,4 @@
-"""Saving: writes pruned models, and checks and measures the files.
+"""Saving of pruned models, with checks and measurements of the written files.
 
 ``OUT/`` holds ``model/`` (config, safetensors, tokenizer, generation config, ``plan.json``), ``plan.json``,
 ``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
@@ -28,19 +28,27 @@ from hfprune.io.progress import no_progress_bars
 from hfprune.models.groups import class_name, mlp_widths, parameter_count
 from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.utils.compat import safetensors_metadata
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
-from hfprune.utils.files import FailedCheckError, replaced_folder, tidy, write_json, write_tensors
+from hfprune.utils.files import FailedCheckError, replaced_folder, sort_metadata, tidy, write_json, write_tensors
+from hfprune.version import __version__
 
 
 def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Returns the contents of the weight files of ``folder``; raises ``OutputError`` unless they hold ``model``.
+    """Returns parameters, widths and size of a saved model, measured on its weight files.
 
-    Tied weights are stored once: the number of stored parameters equals the model's own count. Stored shapes are
-    compared with those that config.json, with the plan where layers differ, says.
+    The number of stored parameters (tied weights count once) is compared with that of ``model``, and the stored shapes
+    with those described by the saved config.
+
+    Args:
+        folder: The saved model.
+        model: The model in memory.
+
+    Raises:
+        OutputError: The files do not hold the model.
     """
     stored: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     count, expected = sum(torch.Size(shape).numel() for shape in stored.values()), parameter_count(model)
@@ -49,25 +57,20 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
     described = meta_model(str(folder))
     expected_shapes = shapes(described.state_dict().items())
     for name, shape in stored.items():
-        if expected_shapes.get(name, shape) != shape:  # some classes are saved under names of older versions
+        if expected_shapes.get(name, shape) != shape:  # some classes are saved with names of older versions
             raise OutputError(f"The saved {name} has shape {shape}; by the saved config it is {expected_shapes[name]}.")
     widths = list(mlp_widths(described))
     width = widths[0] if len(set(widths)) == 1 else None
-    return {
-        "parameters": count,
-        "width": width,
-        "widths": widths,
-        "bytes": weight_bytes(folder),
-    }
+    return {"parameters": count, "width": width, "widths": widths, "bytes": weight_bytes(folder)}
 
 
 def weight_bytes(folder: Path) -> int:
-    """Returns the size of the weight files in ``folder``."""
+    """Returns the size of the weight files in ``folder``, in bytes."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def saved_line(folder: Path, saved: Mapping[str, Any]) -> str:
-    """Returns where a model was saved, how large it is, how much of it is padding, and how many weights are zero.
+    """Returns a summary of a saved model: folder, size, padding and zero weights.
 
     >>> saved = {"bytes": 3 * 2**20, "layout": "padded", "parameters": 1000, "parameters_needed": 900}
     >>> saved_line(Path("out/model"), saved)
@@ -87,7 +90,7 @@ def _sparse_line(found: Mapping[str, Any]) -> str:
 
 @contextmanager
 def checking() -> Iterator[None]:
-    """Raises ``FailedCheckError`` where a check of complete files fails: they are kept then."""
+    """Context that raises ``FailedCheckError`` if a check of complete files fails, so that they are kept."""
     try:
         yield
     except HFPruneError as error:
@@ -95,13 +98,11 @@ def checking() -> Iterator[None]:
 
 
 def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: float = 1e-5) -> float:
-    """Loads ``folder`` and returns the largest difference of its logits to those of the model in memory.
+    """Loads ``folder`` and returns the largest difference between its logits and those of the model in memory.
 
-    Weights must be equal. Logits are compared on the CPU, where equal weights give equal bits: which kernel an
-    accelerator takes depends on where in its memory a weight lies. Where rounding alone may be larger than the
-    tolerance, they are compared again in float64.
-
-    A model with a stock config is loaded by stock transformers, others as by :func:`hfprune.load`.
+    Weights must be equal. Logits are compared on the CPU, where equal weights give the same bits; kernels of an
+    accelerator depend on the memory alignment of a weight. Logits that differ by more than the tolerance are compared
+    again in float64.
 
     Args:
         folder: The saved model.
@@ -110,14 +111,14 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
         tolerance: Accepted difference, relative to the largest logit.
 
     Raises:
-        OutputError: Weights or logits differ, or weights that were tied came apart.
+        OutputError: Weights or logits differ, or tied weights were separated.
     """
     written = model if written is None else written
     reloaded = load_causal_lm(str(folder), dtype=str(model.dtype).removeprefix("torch.")).eval()  # type: ignore[arg-type]
     if parameter_count(reloaded) != parameter_count(written):
         raise OutputError(
             f"The reloaded model has {parameter_count(reloaded):,} parameters, the saved one "
-            f"{parameter_count(written):,}: tied weights came apart."
+            f"{parameter_count(written):,}: tied weights were separated."
         )
     _check_weights(reloaded, written)
     difference, limit = _difference(model, reloaded, tolerance)
@@ -125,9 +126,7 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
         with _in_float64(model), _in_float64(reloaded):
             wide, limit = _difference(model, reloaded, tolerance)
         if not wide <= limit:
-            raise OutputError(
-                f"The reloaded model's logits differ from the one in memory by {wide:.2g} (> {limit:.2g})."
-            )
+            raise OutputError(f"The reloaded model's logits differ from those in memory by {wide:.2g} (> {limit:.2g}).")
     return difference
 
 
@@ -136,18 +135,18 @@ def _check_weights(reloaded: nn.Module, written: nn.Module) -> None:
     for name, tensor in written.state_dict().items():
         other = found.get(name)
         if other is None or not torch.equal(other, tensor.detach().to("cpu", other.dtype)):
-            raise OutputError(f"The reloaded {name} is not the one in memory.")
+            raise OutputError(f"The reloaded {name} differs from the one in memory.")
 
 
 def _difference(model: Any, reloaded: Any, tolerance: float) -> tuple[float, float]:
-    """Returns the largest difference of the logits, and the largest that is accepted."""
+    """Returns the largest difference of the logits and the accepted difference."""
     expected, found = _first_logits(model), _first_logits(reloaded)
     return float((expected - found).abs().max()), tolerance * max(1.0, float(expected.abs().max()))
 
 
 @contextmanager
 def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Converts a model to float64; the original tensors are restored at the end."""
+    """Converts a model to float64 inside the block, and restores the original tensors."""
     held = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     try:
         for tensor, data in held:
@@ -159,7 +158,7 @@ def _in_float64(model: nn.Module) -> Iterator[None]:
 
 
 def _first_logits(model: Any) -> torch.Tensor:
-    """Returns the logits [1, 16, V] of the first token ids, float64, run on the CPU; the model stays where it was."""
+    """Returns the logits [1, 16, V], float64, of the first 16 token ids, computed on the CPU."""
     home, training = model.device, model.training
     try:
         model.to("cpu").eval()
@@ -171,17 +170,17 @@ def _first_logits(model: Any) -> torch.Tensor:
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int = 0) -> Path:
-    """Returns the output folder after checking that results can be written there; leaves nothing behind.
+    """Returns the output folder after checking that results can be written to it; writes no files.
 
     Args:
-        output_dir: Where results will be written.
-        overwrite: Accept a folder that is not empty: results that hfprune wrote stay until new ones replace them, other
-            files stay.
+        output_dir: The output folder.
+        overwrite: Whether the folder may hold files. Existing results are kept until new ones replace them, and other
+            files are not changed.
         need_bytes: Expected size of the results.
 
     Raises:
-        ConfigError: The folder is not empty, not a folder, not writable, or its disk too full; or something in it that
-            hfprune did not write has the name of a result.
+        ConfigError: The path is not a folder, not empty or not writable, its disk is too full, or it holds a file with
+            the name of a result that hfprune did not write.
     """
     out = Path(output_dir)
     if out.exists() and not out.is_dir():
@@ -196,21 +195,22 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
     free = shutil.disk_usage(existing).free
     if free < need_bytes:
         raise ConfigError(
-            f"output_dir='{out}' needs about {need_bytes / 2**20:,.0f} MiB, its disk has {free / 2**20:,.0f} MiB free."
+            f"output_dir='{out}' needs about {need_bytes / 2**20:,.0f} MiB, but its disk has only "
+            f"{free / 2**20:,.0f} MiB free."
         )
     return out
 
 
 def check_writable(folder: Path, argument: str, *, name: str | Path | None = None) -> Path:
-    """Returns the nearest folder that exists, ``folder`` or one above it, after a test write; leaves nothing behind.
+    """Returns ``folder`` or its nearest existing parent after a test write to it.
 
     Args:
-        folder: Where results will be written.
-        argument: The argument that asked for it, for the message.
-        name: Its value; ``folder`` if not given.
+        folder: The output folder.
+        argument: Name of the argument that gave it, for the message.
+        name: Value of that argument; ``folder`` if not given.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The folder is not writable.
     """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
@@ -222,9 +222,13 @@ def check_writable(folder: Path, argument: str, *, name: str | Path | None = Non
 
 
 def check_output_file(path: str | Path, argument: str) -> None:
-    """Raises ``ConfigError`` where the figures of an evaluation cannot be written; leaves nothing behind.
+    """Raises ``ConfigError`` if the results of an evaluation cannot be written to ``path``.
 
-    A file there is replaced only when it holds such figures.
+    An existing file is only replaced if it holds such results.
+
+    Args:
+        path: The output file.
+        argument: Name of the argument that gave it, for the message.
     """
     path = Path(path)
     if path.is_dir():
@@ -235,17 +239,20 @@ def check_output_file(path: str | Path, argument: str) -> None:
 
 
 def command_line() -> str:
-    """Returns the command that is running, as one would type it again."""
+    """Returns the running command, quoted for a shell."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def save_importance(importance: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the scores of every group, [U] float64, in one step."""
+    """Writes the scores of every group, [U] float64, atomically."""
     write_tensors(folder / IMPORTANCE_FILE, importance)
 
 
 def load_importance(folder: str | Path) -> dict[str, Tensor]:
-    """Returns group name -> scores [U] of a run's folder; empty when it holds none.
+    """Returns the scores in an output folder, group name -> [U]; empty if there are none.
+
+    Args:
+        folder: Output folder of a run.
 
     Raises:
         ConfigError: The file is damaged.
@@ -269,52 +276,49 @@ def export_model(
     layout: str = "uniform",
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a pruned model as a folder, in one of the ``LAYOUTS``, and measures what was written.
+    """Writes a pruned model to a folder in one of the ``LAYOUTS``, and checks the written files.
 
     Args:
         model: The pruned Hugging Face model, without adapters.
         tokenizer: Its tokenizer, or None.
-        plan: What was pruned; saved as ``plan.json``.
-        target: The model folder. Nothing may be there, or an empty folder, or, with ``overwrite``, a model that hfprune
-            wrote.
-        layout: ``uniform`` (plain ``from_pretrained`` loads it), ``per_layer`` (:func:`hfprune.load` does),
-            ``padded`` (plain ``from_pretrained``; layers of fewer units are filled up with zeros), or ``bitmask``
-            (:func:`hfprune.load`; zeros of sparse models take no space).
-        overwrite: Replace a model that hfprune wrote.
+        plan: The pruning plan, saved as ``plan.json``.
+        target: The model folder. It must not exist or be empty, unless ``overwrite`` is set.
+        layout: ``uniform`` (loads with stock transformers), ``per_layer`` (loads with :func:`hfprune.load`), ``padded``
+            (stock; layers with fewer units are padded with zeros), or ``bitmask`` (:func:`hfprune.load`; zeros of
+            sparse models take no space).
+        overwrite: Whether to replace a model written by hfprune.
 
     Returns:
-        ``layout``; ``parameters``, ``width`` (None where layers differ), ``widths``, ``bytes`` as measured on the saved
-        files; ``parameters_needed``, those of ``model``; and ``max_logit_difference_after_reload``.
+        ``layout``; ``parameters``, ``width`` (None if layers differ), ``widths`` and ``bytes``, measured on the files;
+        ``parameters_needed``, the number of parameters of ``model``; and ``max_logit_difference_after_reload``.
 
     Raises:
         ConfigError: The layout cannot express the model, or ``target`` may not be replaced; nothing was written.
-        OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is as it was. In
-            the second case what was written is kept as ``TARGET.failed-check``.
+        OutputError: Writing failed, or the files do not hold the model in memory; ``target`` is unchanged. In the
+            second case, the files are kept as ``TARGET.failed-check``.
 
     Example:
         >>> import tempfile
-        >>> from hfprune.io.layouts import apply_plan
-        >>> from hfprune.models import find_groups
+        >>> import hfprune
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = LlamaForCausalLM(config)
-        >>> groups = find_groups(model)
-        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
-        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
-        >>> apply_plan(model, plan)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> plan = hfprune.make_plan(model, keep={"model.layers.0.mlp": range(12)})
+        >>> hfprune.apply_plan(model, plan)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     saved = export_model(model, None, plan, Path(folder) / "model", layout="per_layer")
         >>> saved["layout"], saved["widths"], saved["max_logit_difference_after_reload"]
-        ('per_layer', [12, 8], 0.0)
+        ('per_layer', [12, 16], 0.0)
     """
     target = Path(target)
     _check_target(target, model, overwrite=overwrite)
     chosen = LAYOUTS.get(layout)
     written = chosen.written(model)
     with replaced_folder(target) as stage, no_progress_bars():
-        written.save_pretrained(stage)
+        with safetensors_metadata(export_facts(plan)):
+            written.save_pretrained(stage)
+        for file in stage.glob("*.safetensors"):
+            sort_metadata(file)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         plan.save(stage / PLAN_FILE)
@@ -328,8 +332,22 @@ def export_model(
         return saved | {"max_logit_difference_after_reload": difference}
 
 
+def export_facts(plan: PruningPlan) -> dict[str, str]:
+    """Returns the metadata of exported safetensors files: version, plan, and the model that was pruned.
+
+    Of a model in a folder the folder's name is given, not its place on this machine.
+
+    >>> plan = PruningPlan(model_class="X", groups=(), keep={}, config={}, provenance={"model": {"path": "org/base"}})
+    >>> sorted(export_facts(plan))
+    ['hfprune_base_model', 'hfprune_plan', 'hfprune_version']
+    """
+    base = (plan.provenance.get("model") or {}).get("path")
+    facts = {"hfprune_version": __version__, "hfprune_plan": plan.digest()}
+    return facts | ({"hfprune_base_model": Path(base).name if Path(base).is_dir() else str(base)} if base else {})
+
+
 def _check_target(target: Path, model: Any, *, overwrite: bool) -> None:
-    """Raises ``ConfigError`` where a model folder may not be replaced, or is what ``model`` was read from."""
+    """Raises ``ConfigError`` if a model folder may not be replaced, or ``model`` was loaded from it."""
     check_apart(target, {"the model's folder": getattr(model, "name_or_path", None)}, argument="target", names=None)
     check_replaceable(target, overwrite=overwrite, argument="target")
 
@@ -345,27 +363,26 @@ def export_sharded(
     overwrite: bool = False,
     file_bytes: int = 2**30,
 ) -> dict[str, Any]:
-    """Writes a pruned model whose weights are sharded over ranks: gathered one parameter at a time, in several files.
+    """Writes a pruned model whose weights are sharded over ranks, gathered one parameter at a time.
 
-    Every rank must call it.
+    Every rank must call this function.
 
     Args:
         model: The sharded model, without adapters.
         tokenizer: Its tokenizer, or None.
-        plan: What was pruned.
-        target: The model folder, as in ``export_model``.
-        writer: Whether this rank writes; exactly one does.
+        plan: The pruning plan.
+        target: The model folder, as in :func:`export_model`.
+        writer: Whether this rank writes; exactly one rank does.
         layout: ``uniform`` or ``per_layer``.
-        overwrite: Replace a model that hfprune wrote.
-        file_bytes: Largest size of a file, unless a single tensor exceeds it.
+        overwrite: Whether to replace a model written by hfprune.
+        file_bytes: Maximum size of a file, unless a single tensor is larger.
 
     Returns:
-        As ``export_model``, but no check of the logits; nothing on the ranks that do not write.
+        As :func:`export_model`, without a comparison of logits; empty on ranks that do not write.
 
     Raises:
-        ConfigError: The layout cannot express the model, or is not one that is written parameter by parameter, or
-            ``target`` may not be replaced.
-        OutputError: As in ``export_model``.
+        ConfigError: The layout cannot express a sharded model, or ``target`` may not be replaced.
+        OutputError: As in :func:`export_model`.
     """
     check_shards(layout)
     LAYOUTS.get(layout).check(model)
@@ -375,7 +392,7 @@ def export_sharded(
             return {}
         _check_target(Path(target), model, overwrite=overwrite)
         with replaced_folder(Path(target)) as stage:
-            _write_weights(model, parameters, stage, file_bytes=file_bytes)
+            _write_weights(model, parameters, stage, file_bytes=file_bytes, facts=export_facts(plan))
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does
             model.config.save_pretrained(stage)
@@ -388,11 +405,11 @@ def export_sharded(
             with checking():
                 return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
     finally:
-        deque(parameters, maxlen=0)  # also after an error: the other ranks go on gathering
+        deque(parameters, maxlen=0)  # after an error, too: the other ranks continue to gather
 
 
 def check_shards(layout: str) -> None:
-    """Raises ``ConfigError`` unless a model that is spread over ranks can be written in ``layout``."""
+    """Raises ``ConfigError`` unless a model sharded over ranks can be written in ``layout``."""
     if not LAYOUTS.get(layout).shards:
         able = ", ".join(name for name in LAYOUTS if LAYOUTS.get(name).shards)
         raise ConfigError(
@@ -402,15 +419,21 @@ def check_shards(layout: str) -> None:
 
 
 def _write_weights(
-    model: nn.Module, parameters: Iterator[tuple[str, Tensor]], folder: Path, *, file_bytes: int
+    model: nn.Module,
+    parameters: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    file_bytes: int,
+    facts: Mapping[str, str],
 ) -> None:
-    """Writes the files and the index that ``from_pretrained`` reads.
+    """Writes the weight files and their index for ``from_pretrained``.
 
     Args:
-        model: The model; sizes of its parameters, which may be sharded, decide what stands in which file.
-        parameters: The same parameters, whole. Those of an unfinished file wait in memory.
+        model: The model; its parameters may be sharded.
+        parameters: The gathered parameters. Those of an incomplete file are held in memory.
         folder: The model folder.
-        file_bytes: Size that a file does not exceed, unless a single tensor does.
+        file_bytes: Maximum size of a file, unless a single tensor is larger.
+        facts: Metadata of every file.
     """
     split = split_state_dict_into_shards_factory(
         dict(model.named_parameters()),
@@ -423,7 +446,8 @@ def _write_weights(
         file = split.tensor_to_filename[name]
         waiting.setdefault(file, {})[name] = tensor.contiguous()
         if len(waiting[file]) == len(split.filename_to_tensors[file]):
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+            save_file(waiting.pop(file), folder / file, metadata={"format": "pt", **facts})
+            sort_metadata(folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

@@ -1,4 +1,4 @@
-"""Architectures as data: one table per Hugging Face model class, and how a table becomes groups of units."""
+"""Models: architecture tables of Hugging Face classes, groups of units, forward passes and surgery."""
 
 from hfprune.models.experts import EXPERTS
 from hfprune.models.groups import (

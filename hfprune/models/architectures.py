@@ -1,4 +1,4 @@
-"""The architecture tables: one :class:`ArchSpec` per Hugging Face model class."""
+"""Architecture tables: one :class:`ArchSpec` per Hugging Face model class."""
 
 from dataclasses import replace
 
@@ -16,12 +16,19 @@ from hfprune.models.spec import (
     register,
 )
 
+
+def _fused(projection: str, reader: str) -> tuple[HeadTemplate, ...]:
+    """Returns the blocks of a projection with consecutive queries, keys and values, and of the projection after it."""
+    blocks = (HeadTemplate(module=projection, side="out", queries=q, keys_values=1 - q) for q in (1, 0, 0))
+    return (*blocks, HeadTemplate(module=reader, side="in", queries=1))
+
+
 LLAMA = register(
     ArchSpec(
         model_class="LlamaForCausalLM",
         backbone="model",
         layers="model.layers",
-        mlp=GATED_MLP,  # gate and up carry a bias when config.mlp_bias is set; down's bias is kept
+        mlp=GATED_MLP,  # gate and up have biases if config.mlp_bias is set; the bias of down is kept
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
         stream=STREAM,
@@ -31,19 +38,7 @@ LLAMA = register(
 )
 
 
-MISTRAL = register(
-    ArchSpec(
-        model_class="MistralForCausalLM",
-        backbone="model",
-        layers="model.layers",
-        mlp=GATED_MLP,
-        width_key="intermediate_size",
-        width_attributes=("mlp.intermediate_size",),
-        stream=STREAM,
-        lora_targets=GATED_LORA_TARGETS,
-        attention=ATTENTION,
-    )
-)
+MISTRAL = register(replace(LLAMA, model_class="MistralForCausalLM", attention=ATTENTION))
 
 
 MIXTRAL = register(
@@ -56,26 +51,17 @@ MIXTRAL = register(
         experts=ExpertsSpec(),
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
         attention=ATTENTION,
-        no_stream="its experts hold their weights in stacks, which are cut by experts only",
+        no_stream="the weights of its experts are stacked tensors, which can be cut along experts only",
     )
 )
 
 
-QWEN2 = register(
-    ArchSpec(
-        model_class="Qwen2ForCausalLM",  # Qwen 2.5 too: same class, biases on q, k and v only
-        backbone="model",
-        layers="model.layers",
-        mlp=GATED_MLP,
-        width_key="intermediate_size",
-        width_attributes=("mlp.intermediate_size",),
-        stream=STREAM,
-        lora_targets=GATED_LORA_TARGETS,
-        attention=ATTENTION,  # norms of queries and keys (Qwen3) are per channel of a head: they stay
-        layer_lists=("layer_types",),
-    )
+QWEN2 = register(  # also Qwen 2.5: same class, biases on q, k and v only
+    replace(MISTRAL, model_class="Qwen2ForCausalLM", layer_lists=("layer_types",))
 )
-QWEN3 = register(replace(QWEN2, model_class="Qwen3ForCausalLM"))
+QWEN3 = register(  # its query and key norms are per channel of a head and are not cut
+    replace(QWEN2, model_class="Qwen3ForCausalLM")
+)
 
 
 QWEN2_MOE = register(
@@ -94,16 +80,10 @@ QWEN3_MOE = register(
 
 
 GEMMA2 = register(
-    ArchSpec(
+    replace(
+        LLAMA,
         model_class="Gemma2ForCausalLM",
-        backbone="model",  # scales its embeddings itself
-        layers="model.layers",
-        mlp=GATED_MLP,
-        width_key="intermediate_size",
         softcap_key="final_logit_softcapping",
-        width_attributes=("mlp.intermediate_size",),
-        lora_targets=GATED_LORA_TARGETS,
-        attention=replace(ATTENTION, divides_hidden=True),
         layer_lists=("layer_types",),
         stream=replace(
             STREAM,
@@ -131,12 +111,7 @@ PHI3 = register(
         lora_targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
         attention=AttentionSpec(
             module="self_attn",
-            heads=(
-                HeadTemplate(module="self_attn.qkv_proj", side="out", queries=1),
-                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
-                HeadTemplate(module="self_attn.qkv_proj", side="out", keys_values=1),
-                HeadTemplate(module="self_attn.o_proj", side="in", queries=1),
-            ),
+            heads=_fused("self_attn.qkv_proj", "self_attn.o_proj"),
             factors_fix_heads=True,
             attributes=(("num_key_value_heads", "keys_values"),),
             reads_config=True,
@@ -149,26 +124,21 @@ PHI3 = register(
 OPT = register(
     ArchSpec(
         model_class="OPTForCausalLM",
-        backbone="model.decoder",  # includes project_out of OPT-350m
+        backbone="model.decoder",  # includes project_out (OPT-350m)
         layers="model.decoder.layers",
         mlp=(SliceTemplate(module="fc1", side="out"), SliceTemplate(module="fc2", side="in")),
         width_key="ffn_dim",
         lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         no_stream=LAYER_NORMS,
-        attention=AttentionSpec(
-            module="self_attn",
-            heads=(
-                HeadTemplate(module="self_attn.q_proj", side="out", queries=1),
-                HeadTemplate(module="self_attn.k_proj", side="out", keys_values=1),
-                HeadTemplate(module="self_attn.v_proj", side="out", keys_values=1),
-                HeadTemplate(module="self_attn.out_proj", side="in", queries=1),
-            ),
+        attention=replace(
+            ATTENTION,
+            heads=(*ATTENTION.heads[:3], HeadTemplate(module="self_attn.out_proj", side="in", queries=1)),
             ratio_attribute=None,
             keys_values_key=None,
             size_key=None,
             attributes=(("num_heads", "queries"),),
         ),
-        packing="mask",  # its decoder keeps the position ids from the function that makes the mask
+        packing="mask",  # its decoder does not pass position ids to the function that creates the mask
     )
 )
 
@@ -179,17 +149,12 @@ GPT2 = register(
         backbone="transformer",
         layers="transformer.h",
         mlp=(SliceTemplate(module="mlp.c_fc", side="out"), SliceTemplate(module="mlp.c_proj", side="in")),
-        width_key="n_inner",  # None in most configs, meaning 4 * n_embd; surgery writes a number
-        lora_targets=("c_attn", "c_proj", "c_fc"),  # c_proj matches attention and MLP alike
+        width_key="n_inner",  # None (4 * n_embd) in most configs; surgery writes a number
+        lora_targets=("c_attn", "c_proj", "c_fc"),  # c_proj matches attention and MLP
         no_stream=LAYER_NORMS,
         attention=AttentionSpec(
             module="attn",
-            heads=(
-                HeadTemplate(module="attn.c_attn", side="out", queries=1),
-                HeadTemplate(module="attn.c_attn", side="out", keys_values=1),
-                HeadTemplate(module="attn.c_attn", side="out", keys_values=1),
-                HeadTemplate(module="attn.c_proj", side="in", queries=1),
-            ),
+            heads=_fused("attn.c_attn", "attn.c_proj"),
             ratio_attribute=None,
             keys_values_key=None,
             size_key=None,
@@ -215,7 +180,7 @@ GPT_NEOX = register(
         attention=AttentionSpec(
             module="attention",
             heads=(
-                HeadTemplate(module="attention.query_key_value", side="out", queries=1, keys_values=2),  # head by head
+                HeadTemplate(module="attention.query_key_value", side="out", queries=1, keys_values=2),  # interleaved
                 HeadTemplate(module="attention.dense", side="in", queries=1),
             ),
             size_attribute="head_size",

@@ -1,4 +1,4 @@
-"""Context managers that put a module into a state for a while: eval mode, frozen, hooked, inference."""
+"""Context managers that change the state of a module temporarily: eval mode, frozen, hooked, inference."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(root: nn.Module) -> Iterator[None]:
-    """Puts ``root`` into eval mode; every module's own mode is restored at the end."""
+    """Puts ``root`` into eval mode; the mode of every submodule is restored at the end."""
     training = [(module, module.training) for module in root.modules()]
     root.eval()
     try:
@@ -22,14 +22,14 @@ def evaluating(root: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(root: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients."""
+    """Puts ``root`` into eval mode and disables gradients."""
     with evaluating(root), torch.no_grad():
         yield
 
 
 @contextmanager
 def frozen(root: nn.Module) -> Iterator[None]:
-    """Freezes ``root`` and puts it into eval mode; restores both at the end."""
+    """Freezes ``root`` and puts it into eval mode; both are restored at the end."""
     requires_grad = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     for parameter, _ in requires_grad:
         parameter.requires_grad_(False)
@@ -46,7 +46,7 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
     """Removes hooks at the end.
 
     Args:
-        handles: What ``register_forward_hook`` and its siblings returned.
+        handles: Handles returned by ``register_forward_hook`` and similar methods.
     """
     try:
         yield

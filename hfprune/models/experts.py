@@ -1,6 +1,6 @@
-"""Experts of mixtures as units: the weights of each, its activations, and routers with fewer experts.
+"""Experts as units: groups of experts, their activations, and routers restricted to the kept experts.
 
-Shape legend: N tokens, E experts, K experts that a token goes through, H hidden size.
+Shape legend: N tokens, E experts, K experts per token, H hidden size.
 """
 
 import copy
@@ -20,24 +20,24 @@ EXPERTS = "experts"
 
 
 def experts_table(spec: ArchSpec) -> ExpertsSpec:
-    """Returns the table of a class's experts; raises ``UnsupportedArchitectureError`` where it has none."""
+    """Returns the table of the experts; raises ``UnsupportedArchitectureError`` if the class has none."""
     if spec.experts is None:
         raise UnsupportedArchitectureError(
-            f"The MLPs of {spec.model_class} are not mixtures of experts: leave 'experts' out of the units."
+            f"{spec.model_class} has no mixture-of-experts layers: leave 'experts' out of the units."
         )
     return spec.experts
 
 
 def expert_group(model: Any, spec: ArchSpec, index: int, router: nn.Module) -> Group:
-    """Returns the experts of a layer: each owns a row of the router and its own weights.
+    """Returns the group of a layer's experts. Each expert owns a row of the router and its own weights.
 
-    On the input side of ``down_proj`` a unit's activation can be read: the weight that the router gives it.
+    The activation of an expert, its router weight, is read on the input side of ``down_proj``.
 
     Args:
         model: The model.
-        spec: Its table.
-        index: The layer.
-        router: Its router.
+        spec: Architecture table of the model.
+        index: Index of the layer.
+        router: Router of the layer.
     """
     table, layer = experts_table(spec), f"{spec.layers}.{index}"
     experts = f"{layer}.{table.experts}"
@@ -50,37 +50,52 @@ def expert_group(model: Any, spec: ArchSpec, index: int, router: nn.Module) -> G
 
 
 def check_router_loss(model: Any, spec: ArchSpec, counts: Sequence[int]) -> None:
-    """Raises ``PlanError`` where routers have a loss that needs one number of experts, and layers would have several.
+    """Raises ``PlanError`` if the router loss is enabled, which needs the same number of experts in all layers.
 
     Args:
         model: The model.
-        spec: Its table.
-        counts: Experts that each layer would have.
+        spec: Architecture table of the model.
+        counts: Number of kept experts of each layer.
     """
     key = experts_table(spec).loss_key
     if len(set(counts)) > 1 and getattr(model.config, key):
         raise PlanError(
-            f"config.{key} adds up the losses of all routers, which needs one number of experts in every layer; the "
+            f"config.{key} enables a loss over all routers, which needs the same number of experts in all layers; the "
             f"plan keeps {min(counts)} to {max(counts)}. Set it to false, or use the allocation Uniform()."
         )
 
 
 def by_expert(chosen: Tensor, values: Tensor, num_experts: int) -> Tensor:
-    """Returns ``values`` [N, K] of the chosen experts [N, K] of every token as [N, E], 0 for the others."""
+    """Scatters values of the chosen experts to all experts.
+
+    Args:
+        chosen: Indices of the chosen experts, [N, K].
+        values: Their values, [N, K].
+        num_experts: E.
+
+    Returns:
+        Values [N, E], 0 for experts that were not chosen.
+
+    >>> by_expert(torch.tensor([[2, 0]]), torch.tensor([[0.75, 0.25]]), 3)
+    tensor([[0.2500, 0.0000, 0.7500]])
+    """
     return values.new_zeros(len(values), num_experts).scatter(1, chosen, values)
 
 
 def added_norms(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Returns the L2 norm [N, E], float32 or wider, of what each expert adds to each token; 0 where it was not chosen.
+    """Returns the L2 norm of the contribution of each expert to each token, [N, E]; 0 for experts not chosen.
 
-    That is router weight times output. The module that holds the experts gives sums over a token's experts only, so it
-    runs once more for each of the K: as much work as its forward pass.
+    The contribution is router weight times output. The experts module returns sums over the experts of a token, so it
+    runs again for each of the K experts, at the total cost of one forward pass.
 
     Args:
-        experts: The module.
-        hidden: [N, H], its inputs.
-        chosen: [N, K], the experts that each token goes through.
-        weights: [N, K], their weights.
+        experts: The experts module.
+        hidden: [N, H], inputs of the module.
+        chosen: [N, K], indices of the experts of each token.
+        weights: [N, K], their router weights.
+
+    Returns:
+        Norms, float32 or wider.
     """
     found = []
     for expert, weight in zip(chosen.split(1, dim=1), weights.split(1, dim=1), strict=True):
@@ -91,21 +106,21 @@ def added_norms(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -
 
 
 class FewerExperts:
-    """A forward hook of a router: it chooses among the experts that stay, by their dense numbers.
+    """Forward hook of a router that restricts its choice to the kept experts.
 
     Args:
-        keep: Experts that stay, ascending.
+        keep: Indices of the kept experts in the dense model, ascending.
     """
 
     def __init__(self, keep: Sequence[int]) -> None:
         self._keep = list(keep)
 
     def __call__(self, router: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Returns logits [N, E], -inf for experts that go; weights [N, K]; numbers of the chosen experts [N, K]."""
+        """Returns logits [N, E] (-inf for removed experts), weights [N, K] and indices of the chosen experts [N, K]."""
         small: Any = copy.copy(router)
         keep = torch.tensor(self._keep, device=output[0].device)
         weight = nn.Parameter(small.weight[keep], requires_grad=False)
-        small.__dict__["_parameters"] = router._parameters | {"weight": weight}  # its own: a copy shares them
+        small.__dict__["_parameters"] = router._parameters | {"weight": weight}  # a shallow copy shares the dict
         small.num_experts = len(keep)
         logits, weights, chosen = small.forward(*args)
         full = torch.full_like(output[0], -torch.inf).index_copy(-1, keep, logits)

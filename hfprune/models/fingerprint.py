@@ -1,4 +1,4 @@
-"""Fingerprints: which dense model a checkpoint or plan belongs to."""
+"""Fingerprints that identify the dense model of a checkpoint, plan or cache."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from hfprune.models.groups import class_name
 
 _SAMPLE = 1024
-"""Values of each parameter that are read."""
+"""Number of sampled values per parameter."""
 
-_NO_MATTER = ("_name_or_path", "transformers_version", "architectures")
-"""Entries of a config that no prediction depends on."""
+_IGNORED = ("_name_or_path", "transformers_version", "architectures")
+"""Config entries that do not affect predictions."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Returns 16 hexadecimal digits that identify a model by its class, shapes, types and weights.
+    """Returns 16 hexadecimal digits that identify a model by its class, shapes, dtypes and weights.
 
-    Of each parameter at most 1,024 values at equal distances are read: fine-tuned copies of one model differ, and a
-    large model costs no more than a small one.
+    At most 1,024 equally spaced values of each parameter are read. Fine-tuned copies of a model differ, and the cost
+    does not grow with the size of the parameters.
     """
     return combine(class_name(model), {name: tensor_digest(p) for name, p in model.named_parameters()})
 
@@ -28,14 +28,19 @@ def fingerprint(model: nn.Module) -> str:
 def prediction_fingerprint(model: Any) -> str:
     """Returns 16 hexadecimal digits that identify the predictions of a Hugging Face model: its weights and config.
 
-    The base of the rotary embedding, soft caps and the norms' epsilon stand in the config alone.
+    The rotary base, soft caps and the epsilon of norms are stored in the config only.
     """
     return with_config(fingerprint(model), model.config)
 
 
 def with_config(weights: str, config: Any) -> str:
-    """Returns the fingerprint of what a Hugging Face model with that :func:`fingerprint` and config predicts."""
-    relevant = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+    """Returns the prediction fingerprint of a Hugging Face model.
+
+    Args:
+        weights: Result of :func:`fingerprint`.
+        config: Config of the model.
+    """
+    relevant = {name: value for name, value in config.to_dict().items() if name not in _IGNORED}
     return combine(weights, {"config": json.dumps(relevant, sort_keys=True, default=str)})
 
 
@@ -45,13 +50,18 @@ def structure_fingerprint(model: nn.Module) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Returns the digest of one parameter's shape, type and sampled values."""
+    """Returns the digest of the shape, dtype and sampled values of a parameter."""
     values = tensor.detach().reshape(-1)
     sample = values[:: max(1, len(values) // _SAMPLE)][:_SAMPLE].double().cpu()
     return hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes()).hexdigest()
 
 
 def combine(name: str, digests: Mapping[str, str]) -> str:
-    """Returns the fingerprint of a model class with these parameter digests."""
+    """Returns the fingerprint of a model.
+
+    Args:
+        name: Name of the model class.
+        digests: Parameter name -> digest.
+    """
     lines = [name, *(f"{key} {digests[key]}" for key in sorted(digests))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

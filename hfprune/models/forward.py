@@ -1,10 +1,10 @@
-"""Forward passes that calibration, recovery and evaluation share.
+"""Forward passes shared by calibration, recovery and evaluation.
 
-Position ids that restart within a row mark the borders of packed documents. Without an attention mask, transformers
-makes a block-diagonal causal mask of them, and the varlen kernels of FlashAttention read them from one long row. Which
-of the two happens, or neither, depends on the model class and its attention implementation.
+Position ids that restart within a row mark the boundaries of packed documents. Without an attention mask, transformers
+derives a block-diagonal causal mask from them, and the varlen kernels of FlashAttention read them from one long row.
+The model class and its attention implementation decide which of the two applies, if any.
 
-Final hidden states are small (24 MB for 20k tokens of a 576-wide model) and are kept in place of [T, V] logits.
+Final hidden states are small (24 MB for 20k tokens at hidden size 576) and are stored in place of [T, V] logits.
 
 Shape legend: B rows, T tokens, D hidden size, N windows of W tokens.
 """
@@ -25,34 +25,34 @@ from hfprune.utils.compat import attention_implementation
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 MASKED = ("eager", "sdpa", "flex_attention")
-"""Attention implementations that take a mask."""
+"""Attention implementations that accept a mask."""
 
 VARLEN = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""Attention implementations that read the borders of one long row from its position ids."""
+"""Attention implementations that read document boundaries of one long row from its position ids."""
 
 
 def check_packing(model: nn.Module) -> None:
-    """Raises unless documents packed into one row stay apart in ``model``.
+    """Checks that packed documents do not attend to each other in ``model``.
 
     Raises:
-        UnsupportedArchitectureError: Its attention lets them see each other, or is not known not to.
+        UnsupportedArchitectureError: The attention implementation is not known to separate documents.
     """
     spec, attention = find_spec(model), attention_implementation(model.config)
     known = MASKED[:2] if spec.packing == "mask" else MASKED + VARLEN
     if attention not in known:
         raise UnsupportedArchitectureError(
-            f"{class_name(model)} with the attention '{attention}' is not known to keep packed documents apart; known: "
-            f"{', '.join(known)}. Load the model with one of these, or set packing=False."
+            f"{class_name(model)} with the attention '{attention}' is not known to separate packed documents. Load the "
+            f"model with one of {', '.join(known)}, or set packing=False."
         )
 
 
 def forward_packed(model: nn.Module, input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
-    """Returns the final hidden states [B, T, D] of packed rows; those of padding mean nothing.
+    """Returns the final hidden states [B, T, D] of packed rows; values at padding are undefined.
 
     Args:
         model: A model that ``check_packing`` accepts.
         input_ids: [B, T].
-        position_ids: [B, T], starting again at 0 with each document.
+        position_ids: [B, T], restarting at 0 with each document.
         mask: [B, T], 0 for padding.
     """
     check_packing(model)
@@ -77,7 +77,7 @@ def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, mask: Tensor 
 
 
 def _with_padding_apart(positions: Tensor, real: Tensor) -> Tensor:
-    """Returns the position ids with every run of padding as a document of its own.
+    """Returns the position ids with every run of padding as a separate document.
 
     >>> _with_padding_apart(torch.tensor([[0, 1, 0, 9, 9]]), torch.tensor([[True, True, True, False, False]]))
     tensor([[0, 1, 0, 0, 1]])
@@ -89,28 +89,29 @@ def _with_padding_apart(positions: Tensor, real: Tensor) -> Tensor:
 
 
 def _blocks(positions: Tensor) -> Tensor:
-    """Returns which position sees which: itself and earlier ones of its document, boolean [B, T, T]."""
+    """Returns the boolean block-diagonal causal mask [B, T, T]."""
     document = (positions == 0).cumsum(dim=1)
     same = document[:, :, None] == document[:, None, :]
     return same & torch.ones_like(same[0]).tril()
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the mask [B, 1, T, T] that eager attention and sdpa add to their logits."""
+    """Returns the additive mask [B, 1, T, T] of eager attention and sdpa."""
     zero = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return zero.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` [B, T], and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T]. Position ids that
-start again at 0 within a row mark packed documents, which do not attend to each other."""
+restart at 0 within a row mark packed documents, which do not attend to each other."""
 
 
 def as_batch(batch: Any) -> dict[str, Tensor]:
     """Returns the tensors of ``batch`` that a causal LM reads.
 
     Args:
-        batch: A mapping with ``input_ids``, token ids [B, T], or a tuple or list that starts with either.
+        batch: A mapping with ``input_ids`` [B, T], an integer tensor of token ids [B, T], or a tuple or list whose
+            first element is either.
 
     Raises:
         ConfigError: The batch contains no tensor that can be identified as token ids.
@@ -130,9 +131,13 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
 
 
 def sequences(batch: Batch) -> list[dict[str, Tensor]]:
-    """Splits ``batch`` into its sequences, each [1, T_n] and without padding, and packed rows into their documents.
+    """Splits ``batch`` into its sequences, each [1, T_n] and without padding. Packed rows are split into documents.
 
-    Results of a sequence then depend on its tokens only, to the last bit, not on the others of its batch.
+    The results of a sequence then have the same bits for every batch.
+
+    >>> batch = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    >>> sequences(batch)
+    [{'input_ids': tensor([[5, 6]])}]
     """
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     found = []
@@ -150,13 +155,13 @@ def sequences(batch: Batch) -> list[dict[str, Tensor]]:
 
 
 _TOGETHER = 8192
-"""Tokens that an accelerator runs at once, where the result does not have to be that of each sequence alone."""
+"""Maximum number of tokens per forward pass on accelerators in :func:`run_together`."""
 
 
 def run_together(found: Sequence[Batch], device: torch.device) -> list[Batch]:
-    """Returns sequences as they are to be run on ``device``: an accelerator takes neighbours of equal length together.
+    """Joins neighbouring sequences of equal length for accelerators, which one sequence does not saturate.
 
-    One sequence does not fill it; the CPU runs each alone.
+    On the CPU every sequence runs alone.
 
     >>> two = [{"input_ids": torch.zeros(1, 3)}, {"input_ids": torch.ones(1, 3)}]
     >>> [batch["input_ids"].shape for batch in run_together(two, torch.device("cuda"))]
@@ -164,7 +169,7 @@ def run_together(found: Sequence[Batch], device: torch.device) -> list[Batch]:
 
     Args:
         found: Sequences [1, T] or batches of them, without padding.
-        device: Where they are run.
+        device: Device of the forward passes.
     """
     if device.type == "cpu":
         return list(found)
@@ -181,7 +186,7 @@ def run_together(found: Sequence[Batch], device: torch.device) -> list[Batch]:
 
 
 def is_packed(batch: Batch) -> bool:
-    """Returns whether rows of ``batch`` hold several documents: position ids that start again within a row."""
+    """Returns whether rows of ``batch`` contain several documents (position ids that restart within a row)."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is None:
         return False
@@ -190,12 +195,15 @@ def is_packed(batch: Batch) -> bool:
 
 
 def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns the sum of ``objective`` over the tokens that count, float64, and which tokens these are, [B, T].
+    """Sums an objective over the tokens of a batch.
 
     Args:
-        model: A supported Hugging Face causal LM; its head is applied to a chunk of tokens at a time.
-        objective: What to sum.
-        batch: One sequence per row, padding on either side; or packed rows, see :mod:`hfprune.models.forward`.
+        model: A supported Hugging Face causal LM; its head is applied to one chunk of tokens at a time.
+        objective: The objective.
+        batch: One sequence per row with padding on either side, or packed rows.
+
+    Returns:
+        The sum (float64, in nats) and the mask [B, T] of the tokens that count.
     """
     teacher = _teacher(model, objective, batch)
     hidden, mask = final_hidden(model, batch)
@@ -216,7 +224,7 @@ def objective_sum(model: nn.Module, objective: Objective, batch: Batch) -> tuple
 
 
 def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Returns what :func:`objective_sum` does for each of several objectives, from one forward pass and one head."""
+    """Returns the result of :func:`objective_sum` for each objective, from one forward pass."""
     teachers = [_teacher(model, objective, batch) for objective in objectives]
     hidden, mask = final_hidden(model, batch)
     terms, valid, labels = [], [], labels_of(batch)
@@ -236,7 +244,7 @@ def objective_sums(model: nn.Module, objectives: Sequence[Objective], batch: Bat
 
 
 def labels_of(batch: Batch) -> Tensor | None:
-    """Returns the labels [B, T]; in packed rows the first token of a document is no target of the one before."""
+    """Returns the labels [B, T]; in packed rows the first token of each document is masked."""
     labels = batch.get("labels")
     if not is_packed(batch):
         return labels
@@ -262,13 +270,13 @@ def final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def run_backbone(model: nn.Module, batch: Batch) -> None:
-    """Runs the model without its output head and without gradients, for what hooks see of it."""
+    """Runs the model without output head and gradients, for its hooks."""
     with torch.no_grad():
         final_hidden(model, batch)
 
 
 def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Returns the number of real tokens [B] of each sequence, and the padding [B, T], True there; None without any."""
+    """Returns the number of real tokens [B], and the padding mask [B, T] (True at padding), None without padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is None or bool(mask.all()):
         return torch.full((len(ids),), ids.shape[1], device=ids.device), None
@@ -276,7 +284,7 @@ def token_counts(batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 
 def _teacher(model: nn.Module, objective: Objective, batch: Batch) -> Predictions | None:
-    """Returns what the objective's teacher predicts for a batch; None without a teacher."""
+    """Returns the predictions of the objective's teacher for a batch; None without a teacher."""
 
     def forward(teacher: nn.Module) -> HiddenPredictions:
         return HiddenPredictions(final_hidden(teacher, batch)[0], output_head(teacher))

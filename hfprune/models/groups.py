@@ -1,4 +1,4 @@
-"""Finds the prunable units of a model: groups of registered architectures and of custom modules."""
+"""Groups of prunable units, of registered architectures and of custom modules."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,40 +16,39 @@ from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
-    """Returns the table of ``model``'s exact class.
+    """Returns the architecture table of ``model``'s exact class.
 
     Raises:
-        UnsupportedArchitectureError: No table describes the class; the message lists the known ones.
+        UnsupportedArchitectureError: The class has no table; the message lists the supported classes.
     """
     return ARCHITECTURES.get(class_name(model))
 
 
 def is_supported(model: nn.Module) -> bool:
-    """Returns whether a table describes ``model``'s exact class."""
+    """Returns whether ``model``'s exact class has an architecture table."""
     return class_name(model) in ARCHITECTURES
 
 
 def class_name(model: nn.Module) -> str:
-    """Returns the name of ``model``'s own class, also where FSDP2 put a subclass of it in its place."""
+    """Returns the name of ``model``'s class, without the subclass that FSDP2 creates."""
     return next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def find_groups(
     model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
 ) -> tuple[Group, ...]:
-    """Returns the groups of ``model``, in order: MLP neurons, heads, experts one a layer, layers, channels one for all.
+    """Returns the groups of ``model``: MLP neurons, heads and experts per layer, one group of layers, one of channels.
 
-    Works on the meta device, and on models that were pruned before: shapes alone are read.
+    Only shapes are read, so the function supports models on the meta device and models that were pruned before.
 
     Args:
-        model: A Hugging Face model of a known class.
-        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``layers``, ``channels``. Their order does not matter.
-        spec: The table; that of the model's class if not given.
+        model: A Hugging Face model of a supported class.
+        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``layers``, ``channels``, in any order.
+        spec: Architecture table; defaults to that of the model's class.
 
     Raises:
         ConfigError: A unit kind is unknown.
-        UnsupportedArchitectureError: The class is unknown, or does not take a unit kind, or its modules are not what
-            the table says.
+        UnsupportedArchitectureError: The class is unknown, does not support a unit kind, or does not match its table.
     """
     units = unit_kinds(units)
     check_units(units)
@@ -76,8 +75,8 @@ def mlp_widths(model: nn.Module) -> tuple[int, ...]:
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if not spec.mlp:
         raise UnsupportedArchitectureError(
-            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons are no units: choose experts, "
-            "heads or layers, for example units=['experts']."
+            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
+            "kinds experts, heads or layers, for example units=['experts']."
         )
     return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
@@ -95,7 +94,7 @@ def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 
 
 def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
-    """Returns the group of a layer's heads: each unit is a key-value head with the query heads that read it."""
+    """Returns the heads of a layer; each unit is a key-value head with the query heads that read it."""
     layer, table = f"{spec.layers}.{index}", attention_table(spec)
     size, ratio = head_shape(submodule(model, f"{layer}.{table.module}"), table)
     widths = [(t.queries * ratio + t.keys_values) * size for t in table.heads]
@@ -112,7 +111,7 @@ def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
 
 
 def attention_table(spec: ArchSpec) -> AttentionSpec:
-    """Returns the table of a class's attention; raises ``UnsupportedArchitectureError`` where there is none."""
+    """Returns the table of the attention; raises ``UnsupportedArchitectureError`` if heads cannot be removed."""
     if spec.attention is None:
         raise UnsupportedArchitectureError(
             f"Heads of {spec.model_class} cannot be removed: {spec.no_attention}. Leave 'heads' out of the units."
@@ -121,7 +120,7 @@ def attention_table(spec: ArchSpec) -> AttentionSpec:
 
 
 def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
-    """Returns the size of a head, and the number of query heads per key-value head."""
+    """Returns the size of a head and the number of query heads per key-value head."""
     ratio = getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
     return getattr(attention, table.size_attribute), ratio
 
@@ -132,8 +131,8 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
         if table.router not in dict(layer.named_modules()):
             raise UnsupportedArchitectureError(
                 f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
-                "(config.mlp_only_layers, decoder_sparse_step): where layers differ so, neither experts nor layers can "
-                "be removed. Leave 'experts' and 'layers' out of the units; heads can go."
+                "(config.mlp_only_layers, decoder_sparse_step). Experts and layers of such models cannot be removed: "
+                "leave 'experts' and 'layers' out of the units."
             )
         found.append(_checked(model, spec, expert_group(model, spec, index, layer.get_submodule(table.router))))
     return found
@@ -142,8 +141,8 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     if spec.position_key is not None and getattr(model.config, spec.position_key):
         raise UnsupportedArchitectureError(
-            f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position: no layer "
-            "can be removed. Leave 'layers' out of the units."
+            f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position, so that "
+            "no layer can be removed. Leave 'layers' out of the units."
         )
     return [Group(name=spec.layers, kind=LAYERS, num_units=len(find_layers(model, spec)), slices=())]
 
@@ -162,20 +161,20 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
 
 
 def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
-    """Returns ``group`` when its slices cover the projections that they name."""
+    """Returns ``group`` after checking that its slices cover the projections that they name."""
     for s in group.slices:
         channels = num_channels(submodule(model, s.module), s.side, s.parameter)
         expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
         if channels != expected:
             raise UnsupportedArchitectureError(
-                f"{s.module} of this {spec.model_class} has {channels} {s.side}-channels where its table expects "
-                f"{expected}; the model is not the stock architecture."
+                f"{s.module} of this {spec.model_class} has {channels} {s.side}-channels, but its table expects "
+                f"{expected}: the model is not the stock architecture."
             )
     return group
 
 
 def unit_cost(model: nn.Module, group: Group) -> int:
-    """Returns how many parameters one unit of ``group`` owns (weights, and biases on the output side); tied ones once.
+    """Returns the number of parameters of one unit of ``group`` (weights and output biases); tied weights count once.
 
     Raises:
         ConfigError: The layers of a ``layers`` group differ in size; see :func:`layer_params`.
@@ -214,34 +213,42 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def group_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
-    """Returns every projection that ``groups`` mention, by name."""
+    """Returns name -> projection for every slice of ``groups``."""
     names: Sequence[str] = sorted({s.module for g in groups for s in g.slices})
     return {name: submodule(model, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """Hidden neurons between projections, described by the names of the projections.
+    """Hidden neurons of a custom module, given by the names of the projections that produce and consume them.
 
-    Whatever lies between producer and consumer must act on each neuron alone (an activation, dropout), and nothing else
-    may read the neurons.
+    Modules between producer and consumer must act on each neuron separately (an activation, dropout), and no other
+    module may read the neurons.
 
     Attributes:
-        produced_by: The projection, or projections, whose output channel j belongs to neuron j (``"net.0"``; gate and
-            up of a gated MLP). ``*`` stands for one component of a dotted name: ``"blocks.*.mlp.c_fc"`` names the
-            projection in every block.
-        consumed_by: The projection, or projections, whose input channel j reads neuron j; each ``*`` stands for the
-            same as in ``produced_by``.
+        produced_by: Name or names of projections whose output channel j belongs to neuron j (``"net.0"``; gate and up
+            of a gated MLP). ``*`` matches one component of a dotted name: ``"blocks.*.mlp.c_fc"`` is the projection in
+            every block.
+        consumed_by: Name or names of projections whose input channel j reads neuron j. Each ``*`` matches the same
+            component as in ``produced_by``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> [(group.name, group.num_units) for group in Neurons("0", "2").groups(model)]
+        [('2', 3)]
     """
 
     produced_by: str | Sequence[str]
     consumed_by: str | Sequence[str]
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns one group for every way in which ``*`` can be filled in, in the order of the modules.
+        """Returns one group for every match of ``*``, in the order of the modules.
+
+        Args:
+            model: The module that contains the projections.
 
         Raises:
-            ConfigError: A name matches nothing, or the widths of producers and consumers differ.
+            ConfigError: A name matches no module, or the widths of producers and consumers differ.
         """
         makers = [_matches(model, name) for name in _listed(self.produced_by)]
         readers = [_matches(model, name) for name in _listed(self.consumed_by)]
@@ -250,7 +257,7 @@ class Neurons:
             missing = [names for names in (*makers, *readers) if key not in names]
             if missing:
                 raise ConfigError(
-                    f"{self}: '{readers[0][key]}' has no counterpart; '*' must stand for the same names everywhere."
+                    f"{self}: '{readers[0][key]}' has no counterpart; '*' must match the same names everywhere."
                 )
             slices = [Slice(module=names[key], side="out") for names in makers]
             slices += [Slice(module=names[key], side="in") for names in readers]
@@ -259,7 +266,7 @@ class Neurons:
 
 
 def custom_groups(model: nn.Module, neurons: Iterable[Neurons]) -> tuple[Group, ...]:
-    """Returns the groups of every description; raises ``ConfigError`` when two of them share channels."""
+    """Returns the groups of all descriptions; raises ``ConfigError`` if two of them share channels."""
     groups = tuple(group for item in neurons for group in item.groups(model))
     owned: dict[tuple[str, Side], str] = {}
     for group in groups:
@@ -271,12 +278,12 @@ def custom_groups(model: nn.Module, neurons: Iterable[Neurons]) -> tuple[Group, 
 
 
 def pruned_count(model: nn.Module, groups: Sequence[Group], widths: Sequence[int]) -> int:
-    """Returns the parameters of ``model`` with ``widths`` units left in ``groups``, which may share matrices.
+    """Returns the number of parameters of ``model`` with ``widths`` units kept in ``groups``, which may share matrices.
 
     Args:
         model: The dense model.
-        groups: Its groups.
-        widths: Kept units per group.
+        groups: Groups of the model.
+        widths: Number of kept units per group.
     """
     removed: dict[tuple[str, Side], int] = {}
     for group, width in zip(groups, widths, strict=True):
@@ -299,13 +306,13 @@ def _listed(names: str | Sequence[str]) -> list[str]:
 
 
 def _matches(model: nn.Module, name: str) -> dict[tuple[str, ...], str]:
-    """Returns what the stars stand for -> the module's name, for every module that ``name`` matches."""
+    """Returns matches of the stars -> module name, for every module that ``name`` matches."""
     pattern = re.compile(r"([^.]+)".join(re.escape(part) for part in name.split("*")))
     found = {m.groups(): key for key, _ in model.named_modules() if (m := pattern.fullmatch(key))}
     if not found:
         known = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
         shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise ConfigError(f"Neurons: no module is called '{name}'. Linear projections here: {shown or 'none'}.")
+        raise ConfigError(f"Neurons: no module has the name '{name}'. Linear projections here: {shown or 'none'}.")
     return found
 
 

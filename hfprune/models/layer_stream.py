@@ -1,7 +1,7 @@
-"""Layer stream: moves hidden states of calibration sequences through a model, one layer at a time.
+"""Layer stream: runs calibration sequences through a model, one layer at a time.
 
-A layer-by-layer method needs the inputs of layer l as the already changed layers before it produce them, without
-running those again for every layer. Memory is one copy of the hidden states and whatever one layer needs.
+A layer-by-layer method needs the inputs of layer l as produced by the already changed layers before it, without running
+those again for every layer. Memory: one copy of the hidden states, and the working memory of one layer.
 
 Shape legend: B sequences, T tokens, D hidden size.
 """
@@ -24,11 +24,11 @@ from hfprune.utils.files import Stage
 
 
 class HiddenStates:
-    """The hidden states of every batch, one of them on the device at a time where they are offloaded.
+    """Hidden states of all batches; offloaded states are moved to the device one batch at a time.
 
     Args:
-        device: Where they are used.
-        keep_on: Where they wait in the meantime.
+        device: Device on which states are used.
+        keep_on: Device on which states are stored; defaults to ``device``.
     """
 
     def __init__(self, *, device: torch.device, keep_on: torch.device | None = None) -> None:
@@ -40,7 +40,7 @@ class HiddenStates:
         return HiddenStates(device=self._device, keep_on=self._keep_on)
 
     def copy(self) -> "HiddenStates":
-        """Returns a store of the same kind and content; what is put into one does not show in the other."""
+        """Returns an independent store of the same kind and content."""
         twin = self.new()
         for item in self:
             twin.append(item)
@@ -68,11 +68,11 @@ class HiddenStates:
 
 
 class HiddenFiles(HiddenStates):
-    """The same in files, which disappear with the store.
+    """Hidden states in temporary files, which are deleted with the store.
 
     Args:
-        device: Where they are used.
-        folder: Receives a temporary folder; the system's own place for these if not given.
+        device: Device on which states are used.
+        folder: Parent of the temporary folder; defaults to the system's.
     """
 
     def __init__(self, *, device: torch.device, folder: Path | None = None) -> None:
@@ -109,31 +109,31 @@ class HiddenFiles(HiddenStates):
 
 
 Reduce = Callable[[Tensor], Tensor]
-"""Returns a tensor's sum over the ranks."""
+"""Function that returns the sum of a tensor over ranks."""
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a layer other than the hidden states: positional and keyword arguments."""
+"""Positional and keyword arguments of a layer without the hidden states."""
 
 
 class _Reached(Exception):  # noqa: N818  # control flow, no error
-    """The first layer was reached: the rest of the model need not run."""
+    """The first layer was reached; the rest of the model is skipped."""
 
 
 class LayerStream:
-    """The hidden states in front of one layer, for every calibration sequence.
+    """The inputs of one layer for all calibration sequences.
 
-    A layer's other arguments (rotary embeddings, masks) follow from the shape of its input alone, since sequences are
-    neither padded nor packed; they are recorded once per shape.
+    The other arguments of a layer (rotary embeddings, masks) depend on the shape of its input only, since sequences are
+    neither padded nor packed. They are recorded once per shape.
 
-    Where ``device`` is not the model's own, the model stays where it is: embeddings run there, and each layer is moved
-    to ``device`` while it is needed.
+    If ``device`` is not the model's device, embeddings run on the model's device and each layer is moved to ``device``
+    while it is needed.
 
     Args:
         model: A supported Hugging Face causal LM, in eval mode.
-        batches: ``input_ids`` [B, T] without padding; sequences of one batch are run together.
-        device: Where layers run.
-        hidden: Empty store of hidden states; on ``device`` if not given.
+        batches: ``input_ids`` [B, T] without padding; sequences of a batch run together.
+        device: Device on which layers run.
+        hidden: Empty store of hidden states; defaults to one on ``device``.
 
     Raises:
         CalibrationError: There is no sequence.
@@ -158,14 +158,14 @@ class LayerStream:
             raise CalibrationError("Calibration saw no token: the calibration data is empty.")
 
     def copy(self) -> "LayerStream":
-        """Returns a stream at the same place that moves on its own."""
+        """Returns an independent stream at the same layer."""
         twin = object.__new__(LayerStream)
         twin.__dict__.update(self.__dict__, _hidden=self._hidden.copy())
         return twin
 
     @property
     def device(self) -> torch.device:
-        """Where layers run."""
+        """Device on which layers run."""
         return self._device
 
     @property
@@ -175,16 +175,16 @@ class LayerStream:
 
     @property
     def hidden(self) -> HiddenStates:
-        """The hidden states [B, T, D] of every batch, as they are now."""
+        """The current hidden states [B, T, D] of all batches."""
         return self._hidden
 
     def layer(self, index: int) -> nn.Module:
-        """Returns layer ``index`` as it is now."""
+        """Returns layer ``index``."""
         return self._layers[index]
 
     @contextmanager
     def placed(self, index: int) -> Iterator[nn.Module]:
-        """Puts layer ``index`` on the stream's device, and back where it was."""
+        """Context in which layer ``index`` is on the stream's device."""
         layer = self._layers[index]
         home = next(layer.parameters()).device
         layer.to(self._device)
@@ -194,23 +194,28 @@ class LayerStream:
             layer.to(home)
 
     def outputs(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
-        """Yields layer ``index``'s output [B, T, D] for every batch; ``layer`` runs in its place where given."""
+        """Yields the output [B, T, D] of a layer for every batch.
+
+        Args:
+            index: Index of the layer.
+            layer: Module that runs in place of the layer.
+        """
         layer = self._layers[index] if layer is None else layer
-        torch.clear_autocast_cache()  # it holds weights as they were before they changed
+        torch.clear_autocast_cache()  # it holds copies of the weights before they changed
         for hidden in self._hidden:
             args, kwargs = self._calls[hidden.shape[:2]][index]
-            with torch.no_grad():  # not around the yield: a generator left half-way would leave gradients disabled
-                output = _tensor(layer(hidden, *args, **kwargs))
+            with torch.no_grad():  # not around the yield: an unfinished generator would leave gradients disabled
+                output = layer_output(layer(hidden, *args, **kwargs))
             yield output
 
     def step(self, index: int, layer: nn.Module | None = None) -> Iterator[Tensor]:
-        """Yields what ``outputs`` yields, and replaces the hidden states by it as they are passed."""
+        """Yields the results of :meth:`outputs` and replaces the hidden states by them."""
         for number, output in enumerate(self.outputs(index, layer)):
             self._hidden[number] = output
             yield output
 
     def advance(self, index: int, layer: nn.Module | None = None) -> None:
-        """Replaces the hidden states by what ``outputs`` yields."""
+        """Replaces the hidden states by the results of :meth:`outputs`."""
         for _ in self.step(index, layer):
             pass
 
@@ -220,7 +225,7 @@ class LayerStream:
         self._hidden.append(self._first_input(input_ids))
 
     def _record_calls(self, input_ids: Tensor) -> list[Call]:
-        """Runs the whole model once and returns what each layer was called with."""
+        """Runs the whole model once and returns the arguments of each layer."""
         calls: list[Call] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,7 +251,7 @@ class LayerStream:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Returns ``value`` with the tensors within it on ``device``."""
+    """Returns ``value`` with all nested tensors on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
@@ -254,7 +259,13 @@ def _moved(value: Any, device: torch.device) -> Any:
     return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _tensor(output: Any) -> Tensor:
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns the hidden states among the arguments of a layer."""
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def layer_output(output: Any) -> Tensor:
     """Returns the hidden states of a layer's output, which some classes wrap in a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found

@@ -1,7 +1,7 @@
-"""The output head of a model: built from its table, and compared with the model's own logits at first use.
+"""Output heads: created from the architecture table and compared with the model's own logits at first use.
 
-Objectives and metrics apply the head to final hidden states a chunk of tokens at a time, never through the model. A
-table that leaves out what its class does to the logits (a scale, a soft cap) would give wrong figures without an error.
+Objectives and metrics apply the head to final hidden states one chunk of tokens at a time, without calling the model. A
+table without the logit scale or soft cap of its class would give wrong results without an error.
 """
 
 from collections import OrderedDict
@@ -22,18 +22,18 @@ from hfprune.utils.errors import UnsupportedArchitectureError
 
 _CHECKED: WeakSet[nn.Module] = WeakSet()
 _TOLERANCE = 1e-3
-_HALF_TOLERANCE = 0.05  # a scale is rounded once more, in the type of the logits, by the class
+_HALF_TOLERANCE = 0.05  # the class rounds scaled logits once more, in their dtype
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def output_head(model: nn.Module) -> OutputHead:
     """Returns the output head of ``model`` with its scale and soft cap, sharing the model's weights.
 
-    The first call for a model compares it with the model's own logits, see :func:`check_head`. Weights on the meta
-    device or spread over ranks are not compared here.
+    The first call for a model compares the head with the model's own logits, see :func:`check_head`. Models on the meta
+    device and sharded models are not compared here.
 
     Raises:
-        UnsupportedArchitectureError: The head is not an ``nn.Linear``, or its logits are not those of the model.
+        UnsupportedArchitectureError: The head is not an ``nn.Linear``, or its logits differ from those of the model.
     """
     head = _head_of_table(model)
     if model not in _CHECKED and _holds_weights(model):
@@ -45,13 +45,13 @@ def output_head(model: nn.Module) -> OutputHead:
 def check_head(model: nn.Module) -> None:
     """Compares the head of ``model``'s table with the model's own logits on four tokens, once per model.
 
-    A sharded model must be run by its root unit: every rank calls it there, with the units' hooks in place.
+    For a sharded model, all ranks call it on the root module while the FSDP hooks are active.
 
     Args:
         model: A supported Hugging Face model.
 
     Raises:
-        UnsupportedArchitectureError: The logits differ by more than rounding; the message names one of each.
+        UnsupportedArchitectureError: The logits differ by more than rounding; the message shows a pair of logits.
     """
     ids = torch.arange(1, 5, device=_device(model)).unsqueeze(0) % _head_of_table(model).weight.shape[0]
     with inference(model):
@@ -63,7 +63,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
-    """Raises unless the logits [T, V] agree; a NaN on either side is for those that measure to report."""
+    """Raises unless the logits [T, V] agree; NaNs are ignored here and reported by the metrics."""
     tolerance = _TOLERANCE if torch.finfo(own.dtype).bits >= 32 else _HALF_TOLERANCE
     ours, own = ours.double(), own.double()
     difference = (ours - own).abs()
@@ -74,10 +74,10 @@ def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
     spec = find_spec(model)
     raise UnsupportedArchitectureError(
         f"The table of {spec.model_class} does not describe its output head: '{spec.lm_head}' on the states of "
-        f"'{spec.backbone}' gives a logit of {float(ours.flatten()[place]):.6g} where the model gives "
-        f"{float(own.flatten()[place]):.6g}. If the class scales its logits, give "
-        "ArchSpec(scale_key='logit_scale'), with scale_divides=True where it divides (Granite's 'logits_scaling'); if "
-        "it caps them, softcap_key='final_logit_softcapping'."
+        f"'{spec.backbone}' gives a logit of {float(ours.flatten()[place]):.6g}, but the model gives "
+        f"{float(own.flatten()[place]):.6g}. If the class scales its logits, set ArchSpec(scale_key='logit_scale'), "
+        "with scale_divides=True for a divisor (Granite's 'logits_scaling'); if it caps them, set "
+        "softcap_key='final_logit_softcapping'."
     )
 
 
@@ -110,7 +110,7 @@ def _device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes all hooks of ``model`` away for a while: what records activations must not see the comparison."""
+    """Context in which all hooks of ``model`` are disabled, so that none of them records the comparison."""
     kept = [(module, name, module.__dict__[name]) for module in model.modules() for name in _HOOKS]
     for module, name, hooks in kept:
         module.__dict__[name] = OrderedDict() if hooks else hooks

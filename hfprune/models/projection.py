@@ -1,11 +1,13 @@
-"""Projections: how modules store their channels; no other module knows.
+"""Projections: access to the channels of modules, independent of how they store their weights.
 
-``nn.Linear`` holds [out, in], transformers' ``Conv1D`` and embeddings [in, out] (an embedding's inputs are tokens). A
-norm multiplies every channel by one weight: it counts as a projection with one input, [out, 1]. The router of a mixture
-of experts holds [experts, in]. The experts E of a layer have two weights in one module, both stacked: ``gate_up_proj``
-[E, 2 I, H] counts as [E, 2 I H], since experts make its outputs, ``down_proj`` [E, H, I] as [H I, E], since they are
-what it adds up.
+``nn.Linear`` stores [out, in]; ``Conv1D`` of transformers and embeddings store [in, out] (the inputs of an embedding
+are tokens). A norm has one weight per channel and is treated as a projection with one input, [out, 1]. The router of a
+mixture of experts stores [experts, in]. The E experts of a layer share a module with two stacked weights:
+``gate_up_proj`` [E, 2 I, H] is treated as [E, 2 I H], with experts as outputs, and ``down_proj`` [E, H, I] as [H I, E],
+with experts as inputs.
 """
+
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -14,11 +16,11 @@ from hfprune.plan import Side
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 STACKED: dict[str, Side] = {"gate_up_proj": "out", "down_proj": "in"}
-"""Weights of a module of experts, [E, ...] -> the side that experts are on."""
+"""Stacked weights [E, ...] of an experts module -> side of the experts."""
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Returns a module that an architecture table names; raises ``UnsupportedArchitectureError`` if there is none."""
+    """Returns a module named by an architecture table; raises ``UnsupportedArchitectureError`` if it is missing."""
     try:
         return model.get_submodule(name)
     except AttributeError as error:
@@ -27,18 +29,24 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         ) from error
 
 
+def set_attribute(root: nn.Module, path: str, value: Any) -> None:
+    """Sets an attribute of a submodule, given as ``module.attribute``."""
+    owner, _, attribute = path.rpartition(".")
+    setattr(root.get_submodule(owner), attribute, value)
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Returns whether ``module.weight`` is [in, out] (``Conv1D``, embeddings) rather than [out, in] (``nn.Linear``).
 
     Raises:
-        UnsupportedArchitectureError: ``module`` is none of these and no norm, a quantised layer for example.
+        UnsupportedArchitectureError: The module is not supported, for example a quantised layer.
     """
     if type(module) is nn.Linear or is_norm(module) or is_router(module):
         return False
     if isinstance(module, nn.Embedding) or is_projection(module):
         return True
     raise UnsupportedArchitectureError(
-        f"{type(module).__module__}.{type(module).__qualname__} is not a projection that hfprune can cut; it cuts "
+        f"{type(module).__module__}.{type(module).__qualname__} is not supported; supported projections are "
         "nn.Linear and transformers' Conv1D. Load the model without quantisation and without adapters."
     )
 
@@ -49,22 +57,27 @@ def is_projection(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Returns whether ``module`` divides by the root mean square of its channels and weighs each of them."""
+    """Returns whether ``module`` is an RMS norm."""
     return type(module).__name__.endswith("RMSNorm")
 
 
 def is_router(module: nn.Module) -> bool:
-    """Returns whether ``module`` chooses the experts of each token."""
+    """Returns whether ``module`` is the router of a mixture of experts."""
     return type(module).__name__.endswith("TopKRouter")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Returns whether ``module`` holds the weights of all experts of a layer."""
+    """Returns whether ``module`` contains the stacked weights of all experts of a layer."""
     return type(module).__name__.endswith("Experts") and all(hasattr(module, name) for name in STACKED)
 
 
 def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """Returns a weight of a projection as [out, in], a view; that of a norm as [out, 1]."""
+    """Returns a view of a projection's weight as [out, in] ([out, 1] for norms).
+
+    Args:
+        module: The projection.
+        parameter: Name of the weight; experts modules have several.
+    """
     if is_experts(module):
         stacked = getattr(module, parameter).flatten(1)
         found: Tensor = stacked if STACKED[parameter] == "out" else stacked.T
@@ -78,12 +91,12 @@ def weight_of(module: nn.Module, parameter: str = "weight") -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor, gathered where it is sharded: every rank must call it then."""
+    """Returns the full tensor, gathered if it is sharded. Collective when the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """Returns a projection's weight [out, in] without its graph, gathered where it is sharded."""
+    """Returns a projection's detached weight [out, in], gathered if it is sharded. Collective when it is sharded."""
     return whole(weight_of(module, parameter).detach())
 
 
@@ -99,12 +112,12 @@ def num_channels(module: nn.Module, side: Side, parameter: str = "weight") -> in
 
 
 def weight_axis(module: nn.Module, side: Side) -> int:
-    """Returns the axis of a projection's weight, as stored, that holds the channels of ``side``."""
+    """Returns the axis of a projection's stored weight that contains the channels of ``side``."""
     return 0 if is_experts(module) else int((side == "in") != is_transposed(module))
 
 
 def write_channels(module: nn.Module, side: Side) -> None:
-    """Updates the attribute of a projection that repeats its number of channels, after its weight was cut."""
+    """Updates the attribute of a projection that stores its number of channels, after its weight was cut."""
     if type(module) is nn.Linear:
         name = "out_features" if side == "out" else "in_features"
     elif isinstance(module, nn.Embedding):

@@ -1,9 +1,9 @@
-"""The residual stream: modules that read and write hidden channels, and the scale of norms after pruning.
+"""Residual stream: modules that read and write hidden channels, and the scale of norms after pruning.
 
-A mean square over H' kept channels is H / H' times that over all H of them when the others are zero. So norms of the
-pruned model get sqrt(H / H') times their weights and H / H' times their epsilon: it then gives the outputs of the dense
-model with the removed channels at zero. The config has a single epsilon, so query and key norms, where there are some,
-receive the rescaled value as well. This is the only approximation.
+If all other channels are zero, the mean square over H' kept channels is H / H' times the mean square over all H
+channels. Norms of the pruned model therefore get sqrt(H / H') times their weights and H / H' times their epsilon; the
+pruned model then gives the outputs of the dense model with the removed channels at zero. The config has a single
+epsilon, so query and key norms receive the rescaled value as well. This is the only approximation.
 """
 
 from dataclasses import dataclass
@@ -19,34 +19,38 @@ from hfprune.plan import Group, Side, Slice
 from hfprune.utils.errors import UnsupportedArchitectureError
 
 CHANNELS = "channels"
-"""Kind, and name, of the group of hidden channels: there is one for the model."""
+"""Kind and name of the group of hidden channels; a model has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """A change of all weights of a tensor: w becomes (w + offset) * factor - offset."""
+    """Rescaling of all weights of a tensor: w becomes (w + offset) * factor - offset.
+
+    >>> Fold(factor=2.0, offset=1.0)(torch.tensor([0.0, 1.0]))
+    tensor([1., 3.])
+    """
 
     factor: float
     offset: float = 0.0
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Returns the changed weights, in their own type, rounded once."""
+        """Returns the rescaled weights in their dtype, rounded once."""
         wide = weight.to(torch.float64)
         return ((wide + self.offset) * self.factor - self.offset).to(weight.dtype)
 
 
 def stream_table(spec: ArchSpec) -> StreamSpec:
-    """Returns the table of a class's residual stream; raises ``UnsupportedArchitectureError`` where there is none."""
+    """Returns the table of the residual stream; raises ``UnsupportedArchitectureError`` if there is none."""
     if spec.stream is None:
         raise UnsupportedArchitectureError(
             f"Hidden channels of {spec.model_class} cannot be removed: {spec.no_stream}. Leave 'channels' out of the "
-            "units; mlp, heads and layers can go."
+            "units."
         )
     return spec.stream
 
 
 def channel_group(model: nn.Module, spec: ArchSpec) -> Group:
-    """Returns the group of hidden channels: embedding, then layer by layer norms, readers and writers, norm, head."""
+    """Returns the group of hidden channels, with slices of embedding, layers, final norm and output head."""
     stream = stream_table(spec)
     slices = [Slice(module=stream.embedding, side="out")]
     parts = layer_parts(spec)
@@ -60,9 +64,12 @@ def channel_group(model: nn.Module, spec: ArchSpec) -> Group:
 
 
 def layer_parts(spec: ArchSpec) -> tuple[tuple[str, Side], ...]:
-    """Returns the projections of a layer, each with the side that is at the stream.
+    """Returns the projections of a layer, each with the side that is connected to the residual stream.
 
-    Those that produce heads or neurons read it, those that consume them write it.
+    Projections that produce heads or neurons read the stream; projections that consume them write it.
+
+    Raises:
+        UnsupportedArchitectureError: The table does not describe the attention.
     """
     if spec.attention is None:
         raise UnsupportedArchitectureError(
@@ -75,12 +82,12 @@ def layer_parts(spec: ArchSpec) -> tuple[tuple[str, Side], ...]:
 
 
 def channel_cost(model: nn.Module, group: Group, *, within: str = "") -> int:
-    """Returns the parameters of one hidden channel, tied weights once.
+    """Returns the number of parameters of one hidden channel; tied weights count once.
 
     Args:
         model: The model.
-        group: Its hidden channels.
-        within: Count modules whose name begins so.
+        group: Group of the hidden channels.
+        within: Prefix of the names of the modules to count.
     """
     seen, cost = set[int](), 0
     for s in group.slices:
@@ -94,13 +101,13 @@ def channel_cost(model: nn.Module, group: Group, *, within: str = "") -> int:
 
 
 def scored_slices(spec: ArchSpec, group: Group, *, outside_layers: bool, norms: bool) -> tuple[Slice, ...]:
-    """Returns the slices of the hidden channels that a criterion scores: the projections of the layers, and more.
+    """Returns the slices of the hidden channels that a criterion scores.
 
     Args:
-        spec: The architecture's table.
-        group: The hidden channels.
-        outside_layers: Whether embedding and output head are scored, too.
-        norms: Whether norms are.
+        spec: The architecture table.
+        group: Group of the hidden channels.
+        outside_layers: Whether to include embedding and output head, in addition to the projections of the layers.
+        norms: Whether to include norms.
     """
     stream = stream_table(spec)
     outside, final = {stream.embedding, spec.lm_head}, {stream.final_norm}
@@ -110,12 +117,12 @@ def scored_slices(spec: ArchSpec, group: Group, *, outside_layers: bool, norms: 
 
 
 def folds(model: nn.Module, spec: ArchSpec, kept: int) -> dict[str, Fold]:
-    """Returns parameter name -> what happens to its weights when ``kept`` hidden channels are left; empty when all are.
+    """Returns parameter name -> rescaling of its weights for ``kept`` hidden channels; empty if all are kept.
 
     Args:
-        model: The model before surgery; it may be on the meta device.
-        spec: Its table.
-        kept: Hidden channels that stay.
+        model: The model before surgery, possibly on the meta device.
+        spec: Architecture table of the model.
+        kept: Number of kept hidden channels.
     """
     stream = stream_table(spec)
     embedding: Any = model.get_submodule(stream.embedding)
@@ -136,12 +143,19 @@ def folds(model: nn.Module, spec: ArchSpec, kept: int) -> dict[str, Fold]:
 
 
 def scaled_epsilon(epsilon: float, units: int, kept: int) -> float:
-    """Returns the epsilon of norms over ``kept`` of ``units`` channels, see above."""
+    """Returns the rescaled epsilon of norms over ``kept`` of ``units`` channels."""
     return epsilon * (units / kept)
 
 
 def rewrite_stream(model: nn.Module, spec: ArchSpec, *, units: int, kept: int) -> None:
-    """Updates what modules repeat of the hidden size, and the norms' epsilon, after their parameters were cut."""
+    """Updates attributes that store the hidden size, and the epsilon of norms, after the parameters were cut.
+
+    Args:
+        model: The pruned model.
+        spec: Architecture table of the model.
+        units: Number of hidden channels of the dense model.
+        kept: Number of kept hidden channels.
+    """
     stream = stream_table(spec)
     embedding: Any = model.get_submodule(stream.embedding)
     module: Any
@@ -161,9 +175,9 @@ def rewrite_stream(model: nn.Module, spec: ArchSpec, *, units: int, kept: int) -
 
 
 def head_reads(model: nn.Module, spec: ArchSpec, group: Group, part: Slice) -> nn.Module | None:
-    """Returns the norm whose output is what the output head reads, where ``part`` is the head's slice; else None.
+    """Returns the final norm if ``part`` is the slice of the output head, else None.
 
-    Calibration runs the head a chunk of tokens at a time, and never through its own module.
+    Calibration computes logits in chunks without calling the module of the head, so its input is hooked at the norm.
     """
     if group.kind != CHANNELS or part.module != spec.lm_head:
         return None
@@ -171,14 +185,14 @@ def head_reads(model: nn.Module, spec: ArchSpec, group: Group, part: Slice) -> n
 
 
 def per_channel(model: nn.Module, channels: Group, other: Group) -> int:
-    """Returns how many parameters of one unit of ``other`` go with each hidden channel."""
+    """Returns the number of parameters that one unit of ``other`` shares with each hidden channel."""
     stream = {(s.module, s.side) for s in channels.slices}
     across: dict[Side, Side] = {"in": "out", "out": "in"}
     return sum(s.width for s in other.slices if (s.module, across[s.side]) in stream)
 
 
 def _as_used(scale: float, embedding: nn.Module) -> float:
-    """Returns a scale as the embedding multiplies by it: in the type of its buffer, then of its weight."""
+    """Returns a scale rounded as in the embedding: to the dtype of its buffer, then of its weight."""
     buffer: Any = embedding.embed_scale
     weight = weight_of(embedding)
     return float(torch.tensor(scale, dtype=buffer.dtype).to(weight.dtype))

@@ -1,4 +1,4 @@
-"""Architecture specs: what hfprune needs to know about a Hugging Face model class, as frozen data."""
+"""Architecture specs: frozen dataclasses that describe a Hugging Face model class."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,8 +17,8 @@ class SliceTemplate:
 
     Attributes:
         module: Name of the projection relative to the layer.
-        side: ``out`` where the neurons are produced, ``in`` where they are consumed.
-        block: Which block of a fused projection: the neurons start at channel ``block * width``.
+        side: ``out`` for projections that produce the neurons, ``in`` for those that consume them.
+        block: Block of a fused projection; the neurons start at channel ``block * width``.
     """
 
     module: str
@@ -35,9 +35,9 @@ class HeadTemplate:
 
     Attributes:
         module: Name of the projection relative to the layer.
-        side: ``out`` where queries, keys or values are produced, ``in`` where heads are read.
-        queries: 1 where the block holds the unit's query heads, else 0.
-        keys_values: How many of the unit's key and value heads the block holds (2 where both are interleaved).
+        side: ``out`` for projections that produce queries, keys or values, ``in`` for those that read heads.
+        queries: 1 if the block contains the query heads of a unit, else 0.
+        keys_values: Number of key and value heads of a unit in the block (2 if both are interleaved).
     """
 
     module: str
@@ -47,7 +47,7 @@ class HeadTemplate:
 
 
 Quantity = Literal["queries", "keys_values", "query_channels"]
-"""Number of query heads, of key-value heads, of channels of all query heads."""
+"""Number of query heads, of key-value heads, or of channels of all query heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +56,17 @@ class AttentionSpec:
 
     Attributes:
         module: Name of the attention relative to the layer.
-        heads: The blocks of its projections, exactly one of them ``in``.
-        size_attribute: Attribute of the attention that holds the size of a head.
-        ratio_attribute: Attribute that holds the number of query heads per key-value head; None: always one.
+        heads: Blocks of its projections, exactly one of them ``in``.
+        size_attribute: Attribute of the attention with the size of a head.
+        ratio_attribute: Attribute with the number of query heads per key-value head; None if it is always one.
         heads_key: Config key of the number of query heads.
-        keys_values_key: Config key of the number of key-value heads; None where there is none.
-        size_key: Config key from which the class takes the size of a head; None where it is always hidden size / heads,
-            so that no config describes a model with fewer heads.
+        keys_values_key: Config key of the number of key-value heads, or None.
+        size_key: Config key of the size of a head; None if it is always hidden size / heads, so that no config
+            describes a model with fewer heads.
         divides_hidden: Whether the config class refuses head counts that do not divide the hidden size.
-        factors_fix_heads: Whether the config class ties rotary factors, where it has some, to the head count.
-        attributes: Attributes of the attention that repeat head counts.
-        reads_config: Whether the attention reads head counts from its config whenever it runs.
+        factors_fix_heads: Whether rotary factors in the config fix the head count.
+        attributes: Attributes of the attention that store head counts.
+        reads_config: Whether the attention reads head counts from its config in every forward pass.
     """
 
     module: str
@@ -86,17 +86,17 @@ class AttentionSpec:
 class ExpertsSpec:
     """The mixture of experts in every layer of one model class.
 
-    The router multiplies what each of its best experts gives by a weight and adds that up. A router that knows fewer
-    experts chooses among those, as if the others had a probability of zero.
+    A layer's output is the sum of the outputs of its top-k experts, weighted by the router. A router with fewer experts
+    chooses as if the removed ones had probability zero.
 
     Attributes:
-        router: The router, relative to the layer.
-        experts: The module that holds the weights of all experts.
+        router: Name of the router relative to the layer.
+        experts: Name of the module with the weights of all experts.
         count_key: Config key of the number of experts.
-        chosen_key: Config key of the number of experts that a token goes through.
-        attributes: Attributes of a layer's modules that repeat the number of experts, as ``module.attribute``.
-        loss_attribute: Attribute of the model that repeats it, for the routers' auxiliary loss.
-        loss_key: Config key that turns this loss on, in which all layers are one sum.
+        chosen_key: Config key of the number of experts per token.
+        attributes: Attributes of a layer's modules that store the number of experts, as ``module.attribute``.
+        loss_attribute: Attribute of the model with the number of experts, for the auxiliary loss of the routers.
+        loss_key: Config key that enables the auxiliary loss, a sum over all layers.
     """
 
     router: str = "mlp.gate"
@@ -110,19 +110,17 @@ class ExpertsSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSpec:
-    """What carries the residual stream, besides the projections of MLP and attention that read and write it.
-
-    All norms divide by the root mean square of their channels.
+    """The modules of the residual stream other than the projections of MLP and attention. All norms are RMS norms.
 
     Attributes:
-        embedding: The token embedding.
-        norms: The norms of a layer that run over hidden channels, relative to the layer.
-        final_norm: The norm before the output head.
-        norm_offset: What a norm adds to its weight: 1 where it multiplies by 1 + weight (Gemma).
+        embedding: Name of the token embedding.
+        norms: Names of a layer's norms over hidden channels, relative to the layer.
+        final_norm: Name of the norm before the output head.
+        norm_offset: Constant that norms add to their weight: 1 for norms that multiply by 1 + weight (Gemma).
         scales_embedding: Whether the embedding multiplies by the square root of the hidden size (Gemma).
         hidden_key: Config key of the hidden size.
-        epsilon_key: Config key of the norms' epsilon.
-        attributes: Attributes of a layer's modules that repeat the hidden size, as ``module.attribute``.
+        epsilon_key: Config key of the epsilon of norms.
+        attributes: Attributes of a layer's modules that store the hidden size, as ``module.attribute``.
     """
 
     embedding: str
@@ -137,33 +135,32 @@ class StreamSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchSpec:
-    """The table of one model class.
+    """The architecture table of one model class.
 
     Attributes:
-        model_class: Exact class name; a subclass or a similar name is another architecture.
+        model_class: Exact class name; subclasses and similar names are other architectures.
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
-        mlp: The sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
+        mlp: Sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
         width_key: Config key of the MLP width; one value for all layers.
         lm_head: The output projection.
-        softcap_key: Config key of the final logit soft cap, if the class has one.
-        scale_key: Config key of a number that scales the logits, if the class has one (Cohere's ``logit_scale``,
-            Granite's ``logits_scaling``).
-        scale_divides: Whether logits are divided by that number (Granite), not multiplied (Cohere).
-        width_attributes: Attributes of a layer's modules that repeat the width, as ``module.attribute``.
+        softcap_key: Config key of the final logit soft cap, or None.
+        scale_key: Config key of the scale of the logits (Cohere's ``logit_scale``, Granite's ``logits_scaling``), or
+            None.
+        scale_divides: Whether logits are divided by the scale (Granite) or multiplied by it (Cohere).
+        width_attributes: Attributes of a layer's modules that store the width, as ``module.attribute``.
         lora_targets: Names of the projections that LoRA adapts (all linear ones of a layer, as in HFPrune).
-        attention: The attention; None where neither heads nor hidden channels can be removed.
-        no_attention: Why they cannot; completes the sentence "Heads of CLASS cannot be removed: ...".
-        experts: The mixture of experts; None where there is none.
+        attention: The attention; None if neither heads nor hidden channels can be removed.
+        no_attention: Reason for this, the end of the sentence "Heads of CLASS cannot be removed: ...".
+        experts: The mixture of experts, or None.
         layers_key: Config key of the number of layers.
         layer_lists: Config keys with a list of one value per layer.
-        position_key: Config key that, when true, makes a layer depend on its index: no layer can go then.
-        packing: What keeps documents packed into one row apart, see :mod:`hfprune.models.forward`: ``positions``, where
-            the class makes its attention mask from position ids that start again; ``mask``, where it has to be given
-            one.
-        stream: The residual stream; None where hidden channels cannot be removed.
-        no_stream: Why they cannot; completes the sentence "Hidden channels of CLASS cannot be removed: ...".
-        needs_bos: Whether models of the class predict badly without BOS before a text.
+        position_key: Config key that, if true, makes layers depend on their index, so that no layer can be removed.
+        packing: Separation of packed documents, see :mod:`hfprune.models.forward`: ``positions`` if the class derives
+            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask.
+        stream: The residual stream; None if hidden channels cannot be removed.
+        no_stream: Reason for this, the end of the sentence "Hidden channels of CLASS cannot be removed: ...".
+        needs_bos: Whether models of the class need a BOS token before a text.
     """
 
     model_class: str
@@ -184,8 +181,8 @@ class ArchSpec:
     position_key: str | None = None
     packing: Literal["positions", "mask"] = "positions"
     stream: StreamSpec | None = None
-    no_stream: str = "its table does not say what carries the residual stream: give ArchSpec(stream=StreamSpec(...))"
-    no_attention: str = "its table does not describe the attention: give ArchSpec(attention=AttentionSpec(...))"
+    no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"
+    no_attention: str = "its table does not describe the attention: set ArchSpec(attention=AttentionSpec(...))"
     needs_bos: bool = False
 
     def find_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -196,7 +193,7 @@ class ArchSpec:
 
 
 _HINT = (
-    "To describe a new one: hfprune.models.register(ArchSpec(model_class='MyForCausalLM', backbone='model', "
+    "To add an architecture: hfprune.models.register(ArchSpec(model_class='MyForCausalLM', backbone='model', "
     "layers='model.layers', mlp=(SliceTemplate(module='mlp.up', side='out'), SliceTemplate(module='mlp.down', "
     "side='in')), width_key='intermediate_size', lora_targets=('up', 'down')))"
 )
@@ -207,10 +204,9 @@ ARCHITECTURES: Registry[ArchSpec] = Registry(
 
 
 def register(spec: ArchSpec) -> ArchSpec:
-    """Adds an architecture, one of your own for example.
+    """Registers an architecture table.
 
-    The table is compared with the model when it is used: shapes with the projections that it names, the output head
-    with the model's logits.
+    The table is checked against the model at first use: shapes of the named projections, and logits of the output head.
 
     Args:
         spec: The table.
@@ -219,7 +215,7 @@ def register(spec: ArchSpec) -> ArchSpec:
         ``spec``.
 
     Raises:
-        ConfigError: Another table was registered for the class.
+        ConfigError: The class has another table already.
 
     Example:
         >>> from hfprune.models import ArchSpec, SliceTemplate, register
@@ -230,7 +226,7 @@ def register(spec: ArchSpec) -> ArchSpec:
         ...     mlp=(SliceTemplate(module="mlp.up", side="out"), SliceTemplate(module="mlp.down", side="in")),
         ...     width_key="intermediate_size",
         ...     lora_targets=("up", "down"),
-        ...     no_attention="its norms of queries and keys run over all heads",
+        ...     no_attention="its query and key norms run over all heads",
         ... )
         >>> register(spec).model_class
         'MyForCausalLM'
@@ -244,10 +240,10 @@ GATED_MLP = (
     SliceTemplate(module="mlp.up_proj", side="out"),
     SliceTemplate(module="mlp.down_proj", side="in"),
 )
-"""The gated MLP that most current architectures share."""
+"""Gated MLP of most current architectures."""
 
 GATED_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven projections of HFPrune's LoRA configuration."""
+"""Projections of HFPrune's LoRA configuration."""
 
 ATTENTION = AttentionSpec(
     module="self_attn",
@@ -258,7 +254,7 @@ ATTENTION = AttentionSpec(
         HeadTemplate(module="self_attn.o_proj", side="in", queries=1),
     ),
 )
-"""The attention that most current architectures share: separate projections, grouped key-value heads."""
+"""Attention of most current architectures: separate projections, grouped key-value heads."""
 
 STREAM = StreamSpec(
     embedding="model.embed_tokens",
@@ -266,10 +262,10 @@ STREAM = StreamSpec(
     final_norm="model.norm",
     attributes=("hidden_size", "mlp.hidden_size"),
 )
-"""The residual stream that most current architectures share."""
+"""Residual stream of most current architectures."""
 
 LAYER_NORMS = (
-    "its LayerNorms subtract the mean over all channels, so no weights make a model without some of them equal to the "
-    "dense one with these at zero, and its class takes the size of a head from the hidden size"
+    "its LayerNorms subtract the mean over all channels, so that no weights of a smaller model reproduce the dense "
+    "model with removed channels at zero, and its class derives the size of a head from the hidden size"
 )
-"""Why the residual stream of GPT-2, GPT-NeoX and OPT keeps its channels."""
+"""Reason why hidden channels of GPT-2, GPT-NeoX and OPT cannot be removed."""

@@ -1,4 +1,4 @@
-"""Stock configs: which pruned models one value per field can describe, and the config keys that do."""
+"""Stock configs: pruned models that the config class of the architecture can describe, and their config keys."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,57 +16,56 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def head_counts(model: nn.Module, *, hidden: int | None = None) -> tuple[int, ...]:
-    """Returns the numbers of units (key-value heads) per layer that a stock config of ``model``'s class can state.
+    """Returns the numbers of units (key-value heads) per layer that a stock config can describe.
 
-    The same number holds in every layer; with the dense hidden size the dense number is always among them.
+    All layers have the same number. For the dense hidden size, the dense number is always included.
 
     Args:
         model: The dense model.
-        hidden: Hidden size of the pruned one; the dense one if not given.
+        hidden: Hidden size of the pruned model; defaults to that of the dense model.
     """
-    table, config = attention_table(find_spec(model)), _config(model)
-    hidden = hidden or config.hidden_size
-    queries = getattr(config, table.heads_key)
-    dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
-    ratio = queries // dense
-    rotary = getattr(config, "rope_parameters", None) or {}
-    factors = table.factors_fix_heads and rotary.get("short_factor") is not None
-    if table.size_key is None or factors:
+    ratio, dense, divides, fixed = _head_rules(model)
+    if fixed:
         return (dense,)
-    fits = [n for n in range(1, dense + 1) if not table.divides_hidden or hidden % (n * ratio) == 0]
-    return tuple(sorted({*fits, dense} if hidden == config.hidden_size else fits))
+    size = _config(model).hidden_size
+    hidden = hidden or size
+    fits = [n for n in range(1, dense + 1) if not divides or hidden % (n * ratio) == 0]
+    return tuple(sorted({*fits, dense} if hidden == size else fits))
 
 
 def hidden_step(model: nn.Module, *, heads: int | None = None) -> int | None:
-    """Returns the number of which hidden sizes are multiples that a stock config of ``model``'s class can state.
-
-    None where it can state the dense hidden size only.
+    """Returns the step of the hidden sizes that a stock config can describe; None if only the dense size is possible.
 
     Args:
         model: The dense model.
-        heads: Key-value heads per layer of the pruned one; those of the dense one if not given.
+        heads: Key-value heads per layer of the pruned model; defaults to those of the dense model.
     """
-    table, config = attention_table(find_spec(model)), _config(model)
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if table.size_key is None or (table.factors_fix_heads and rotary.get("short_factor") is not None):
+    ratio, dense, divides, fixed = _head_rules(model)
+    if fixed:
         return None
-    if not table.divides_hidden:
-        return 1
-    queries: int = getattr(config, table.heads_key)
+    return ratio * (heads or dense) if divides else 1
+
+
+def _head_rules(model: nn.Module) -> tuple[int, int, bool, bool]:
+    """Returns query heads per unit, units, whether heads must divide the hidden size, and whether both are fixed."""
+    table, config = attention_table(find_spec(model)), _config(model)
+    queries = getattr(config, table.heads_key)
     dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
-    return queries // dense * (heads or dense)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    factors = table.factors_fix_heads and rotary.get("short_factor") is not None
+    return queries // dense, dense, table.divides_hidden, table.size_key is None or factors
 
 
 def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict[str, Any]:
-    """Returns the config keys that change when ``model`` keeps ``keep``, with their new values.
+    """Returns config key -> new value for a pruned model.
 
-    Keys of widths and head counts are present where one value describes every layer that stays and the class can state
-    it; those of the number of layers always.
+    Keys of widths and head counts are included if one value describes all kept layers and the config class supports it;
+    the number of layers is always included if it changes.
 
     Args:
-        model: The dense model; it may be on the meta device.
-        groups: Its groups.
-        keep: The kept units of each.
+        model: The dense model, possibly on the meta device.
+        groups: Groups of the model.
+        keep: Group name -> kept units.
     """
     spec, values = find_spec(model), dict[str, Any]()
     stay = _staying(model, groups, keep)
@@ -91,24 +90,24 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
 
 
 def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
-    """Raises unless a stock config can describe what is left of ``model``.
+    """Checks that a stock config can describe the pruned model.
 
     Args:
-        model: The dense model; it may be on the meta device.
-        groups: Its groups.
-        keep: The kept units of each.
+        model: The dense model, possibly on the meta device.
+        groups: Groups of the model.
+        keep: Group name -> kept units.
 
     Raises:
-        UnsupportedArchitectureError: It cannot; the message says what it could, and names the layout that can.
+        UnsupportedArchitectureError: No stock config describes the model; the message names the alternatives.
     """
     stay = _staying(model, groups, keep)
     for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads"), (EXPERTS, "experts")):
         kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(
-                f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), and a stock config "
-                "states one for all. Use an allocation with one width, Uniform() for example, or a layout with a "
-                "config per layer: layout='per_layer'."
+                f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), but a stock config "
+                "has one number for all layers. Use an allocation with one width such as Uniform(), or "
+                "layout='per_layer'."
             )
     heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
     if hidden is not None and not _states_hidden(model, hidden, heads):
@@ -117,10 +116,9 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
         return
     name = find_spec(model).model_class
     raise UnsupportedArchitectureError(
-        f"A stock config of {name} cannot state {heads} key-value heads per layer; it can state "
-        f"{', '.join(map(str, possible))}. Change the budget, name one of these with the allocation "
-        "Explicit(heads=...), leave 'heads' out of the units, or choose a layout that needs no stock config: "
-        "layout='per_layer'."
+        f"A stock config of {name} does not support {heads} key-value heads per layer; it supports "
+        f"{', '.join(map(str, possible))}. Change the budget, set one of these by the allocation Explicit(heads=...), "
+        "leave 'heads' out of the units, or use layout='per_layer'."
     )
 
 
@@ -133,7 +131,7 @@ def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
 
 
 def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
-    """Returns the config keys of a hidden size: heads keep their size, and norms their scale."""
+    """Returns the config keys of a hidden size, with the size of a head and the rescaled epsilon."""
     stream, config = stream_table(find_spec(model)), _config(model)
     if hidden == config.hidden_size:
         return {}
@@ -142,20 +140,20 @@ def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
 
 
 def _size_value(model: nn.Module) -> dict[str, int]:
-    """Returns the config key of the size of a head, which stays as it is, where the class has one."""
+    """Returns the config key of the size of a head, which does not change; empty if the class has none."""
     key = attention_table(find_spec(model)).size_key
     return {} if key is None else {key: _dense_heads(model)[0]}
 
 
 def _dense_heads(model: nn.Module) -> tuple[int, int]:
-    """Returns the size of a head, and the number of query heads per key-value head."""
+    """Returns the size of a head and the number of query heads per key-value head."""
     spec = find_spec(model)
     table = attention_table(spec)
     return head_shape(find_layers(model, spec)[0].get_submodule(table.module), table)
 
 
 def _hidden(groups: Sequence[Group], keep: Kept) -> int | None:
-    """Returns the number of hidden channels that stay, None where they are no units."""
+    """Returns the number of kept hidden channels; None if they are not pruned."""
     return next((len(keep[group.name]) for group in groups if group.kind == CHANNELS), None)
 
 
@@ -167,29 +165,28 @@ def _states_hidden(model: nn.Module, hidden: int, heads: int | None) -> bool:
 
 
 def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
-    """Returns why no stock config states a hidden size, and what is possible."""
+    """Returns the message for a hidden size that no stock config supports."""
     name, step = find_spec(model).model_class, hidden_step(model, heads=heads)
     if step is None:
         return (
-            f"A stock config of this {name} takes the size of a head from the hidden size, and can state "
-            f"{_config(model).hidden_size} only. Leave 'channels' out of the units, or choose a layout that needs no "
-            "stock config: layout='per_layer'."
+            f"A stock config of this {name} derives the size of a head from the hidden size and supports only "
+            f"{_config(model).hidden_size}. Leave 'channels' out of the units, or use layout='per_layer'."
         )
     return (
-        f"A stock config of {name} with {step} query heads cannot state a hidden size of {hidden}; it can state "
-        f"multiples of {step}. Name one of these with the allocation Explicit(channels=...), leave 'channels' out of "
-        "the units, or choose a layout that needs no stock config: layout='per_layer'."
+        f"A stock config of {name} with {step} query heads does not support a hidden size of {hidden}; it supports "
+        f"multiples of {step}. Set one of these by the allocation Explicit(channels=...), leave 'channels' out of the "
+        "units, or use layout='per_layer'."
     )
 
 
 def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]:
-    """Returns the layers that stay."""
+    """Returns the indices of the kept layers."""
     found = [keep[group.name] for group in groups if group.kind == LAYERS]
     return list(found[0]) if found else list(range(len(find_layers(model))))
 
 
 def _common(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
-    """Returns the number of units that every staying layer keeps of a kind, None where they differ or none is given."""
+    """Returns the number of kept units of a kind if it is the same in all kept layers, else None."""
     kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
     return kept[0] if len(kept) == len(stay) and len(set(kept)) == 1 else None
 

@@ -1,9 +1,8 @@
-"""Surgery: applies a plan by cutting channels, or by zeroing them.
+"""Surgery: applies a pruning plan by cutting channels, or by zeroing them.
 
-Surgery, masks and optimizer states all read one table, :func:`plan_cuts`, which follows from the plan's slices. A
-projection's channels that no removed unit owns stay, so that fused projections and any mix of groups need no special
-case. Layers that go as a whole have no slices: :func:`new_names` says which parameters go with them, and how those of
-the layers behind them are called then.
+Surgery and optimizer states share one table, :func:`plan_cuts`, which follows from the slices of the plan. Channels
+that belong to no removed unit are kept, so fused projections and combinations of groups need no special case. Whole
+layers have no slices: :func:`new_names` maps parameter names to those of the model without the removed layers.
 """
 
 import copy
@@ -25,18 +24,19 @@ from hfprune.models.groups import (
     head_shape,
     is_supported,
 )
-from hfprune.models.projection import bias_of, num_channels, weight_axis, write_channels
+from hfprune.models.layer_stream import layer_input
+from hfprune.models.projection import bias_of, num_channels, set_attribute, weight_axis, write_channels
 from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.models.stock_config import config_values
 from hfprune.plan import LAYERS, Group, PruningPlan, Side
 from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
-"""Parameter name -> (axis, kept indices of that axis, ascending), for every parameter that shrinks."""
+"""Parameter name -> pairs of axis and kept indices (ascending), for every parameter that is cut."""
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
-    """Raises ``PlanError`` unless ``plan`` was made for a model of this class and of these widths."""
+    """Raises ``PlanError`` unless ``plan`` was made for a model of this class and these widths."""
     name = class_name(model)
     if name != plan.model_class:
         raise PlanError(f"The plan was made for {plan.model_class}, the model is {name}.")
@@ -53,7 +53,7 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
                 looks = " It looks pruned already." if found == len(plan.keep[group.name]) * s.width else ""
                 raise PlanError(
                     f"The plan expects {group.num_units} units in {group.name}, the model has {found // s.width}."
-                    f"{looks} Apply the plan to the dense model that it was made for."
+                    f"{looks} Apply the plan to the dense model for which it was made."
                 )
     counts = [len(plan.keep[group.name]) for group in _staying(plan) if group.kind == EXPERTS]
     if counts:
@@ -61,10 +61,14 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
-    """Returns what ``plan`` keeps of every parameter of ``model`` that it shrinks, in layers that stay.
+    """Returns the cuts of all parameters in kept layers.
 
-    Names are those of the dense model, the first one for tied weights. Works on any device, the meta device included,
-    and on sharded models.
+    Names are those of the dense model, the first one for tied weights. The model may be on any device, including the
+    meta device, and may be sharded.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
 
     Raises:
         PlanError: The plan does not fit the model.
@@ -86,23 +90,25 @@ def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
 
 
 def plan_folds(model: nn.Module, plan: PruningPlan) -> dict[str, Fold]:
-    """Returns how weights change that keep the residual stream's scale, by name.
-
-    See ``hfprune.models.residual_stream``.
-    """
+    """Returns parameter name -> rescaling after pruning of hidden channels, see ``hfprune.models.residual_stream``."""
     group = next((group for group in plan.groups if group.kind == CHANNELS), None)
     return {} if group is None else folds(model, find_spec(model), len(plan.keep[group.name]))
 
 
 def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
-    """Returns the kept part of ``tensor``, contiguous, not a view."""
+    """Returns the kept part of ``tensor`` as a contiguous copy.
+
+    >>> cut(torch.tensor([[1, 2, 3], [4, 5, 6]]), ((1, torch.tensor([0, 2])),))
+    tensor([[1, 3],
+            [4, 6]])
+    """
     for axis, keep in where:
         tensor = tensor.index_select(axis, keep.to(tensor.device))
     return tensor.contiguous()
 
 
 def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
-    """Returns the name of every parameter of ``model`` -> its name after ``plan``, or None where it is removed."""
+    """Returns parameter name -> name after applying ``plan``, or None for parameters of removed layers."""
     names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
     removed = plan.removed_layers()
     if not removed:
@@ -117,14 +123,18 @@ def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Cuts ``model`` in place to the plan's kept units and rewrites its config.
+    """Cuts ``model`` in place to the kept units of ``plan`` and rewrites its config.
 
-    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
-    Layers that go are taken out of the model, those behind them move up. Config keys that follow from the kept units
-    are rewritten whether the plan lists them or not.
+    Tied weights remain tied. Cut parameters are new objects, so existing optimizers must be rebuilt. Removed layers are
+    deleted and later layers are renumbered. Config keys that follow from the kept units are rewritten even if the plan
+    does not list them.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
 
     Raises:
-        PlanError: The plan does not fit the model; nothing was changed.
+        PlanError: The plan does not fit the model, which is unchanged.
     """
     check_fits(model, plan)
     plan = _with_config(model, plan)
@@ -137,14 +147,13 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
         small = cut(old.detach(), where)
         new = nn.Parameter(changes[name](small) if name in changes else small, requires_grad=old.requires_grad)
         for place in places[id(old)]:
-            owner, _, attribute = place.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, new)
+            set_attribute(model, place, new)
     rewrite_sizes(model, plan)
     _remove_layers(model, plan.removed_layers())
 
 
 def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
-    """Returns ``plan`` with the config keys that follow from its units, where it leaves them out."""
+    """Returns ``plan`` with the config keys that follow from its units added."""
     if not is_supported(model):
         return plan
     implied = config_values(model, plan.groups, plan.keep)
@@ -160,7 +169,7 @@ def _remove_layers(model: nn.Module, removed: Collection[int]) -> None:
     for index, layer in enumerate(layers):
         module: Any
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+            if hasattr(module, "layer_idx"):  # index in the key-value cache
                 module.layer_idx = index
 
 
@@ -169,23 +178,23 @@ def cut_optimizer_state(
     parameters: Sequence[tuple[str, torch.Size]],
     cuts: Cuts,
     *,
-    gone: Collection[str] = (),
+    removed: Collection[str] = (),
 ) -> int:
-    """Cuts, in place, what an optimizer remembers of its parameters as these were cut.
+    """Cuts the state of an optimizer in place to the cut parameters.
 
-    Tensors of their parameter's shape (moments) keep what survived; single numbers (step counts) stay. A parameter with
-    anything else in its state (factored moments) starts afresh.
+    Tensors of the parameter's shape (moments) are cut with it; single numbers (step counts) are kept. The state of a
+    parameter with other tensors (factored moments) is dropped.
 
     Args:
         state: ``state_dict()`` of an optimizer over the dense parameters.
         parameters: Name and dense shape of every parameter, in the order of the optimizer's groups.
-        cuts: What was cut.
-        gone: Parameters that went as a whole; the optimizer of the pruned model does not have them.
+        cuts: Cuts of the parameters.
+        removed: Parameters of removed layers, which the optimizer of the pruned model does not have.
 
     Returns:
-        The number of parameters whose state could not be kept.
+        The number of parameters whose state was dropped.
     """
-    for index in [index for index, (name, _) in enumerate(parameters) if name in gone]:
+    for index in [index for index, (name, _) in enumerate(parameters) if name in removed]:
         state["state"].pop(index, None)
         for group in state["param_groups"]:
             group["params"] = [number for number in group["params"] if number != index]
@@ -205,9 +214,14 @@ def cut_optimizer_state(
 
 
 def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Zeroes, in place, what ``apply_plan`` would cut: same outputs, same shapes. The oracle of the surgery.
+    """Zeroes in place the channels that ``apply_plan`` would cut: same outputs, unchanged shapes.
 
-    Layers that would go pass on what they are given; routers choose among the experts that would stay.
+    Hooks make removed layers return their input and routers choose among the kept experts. Serves as the reference of
+    the surgery in tests.
+
+    Args:
+        model: The dense model.
+        plan: The plan.
     """
     check_fits(model, plan)
     modules = group_modules(model, plan.groups)
@@ -224,17 +238,17 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
         if group.kind == EXPERTS:
             modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
     for index in plan.removed_layers():
-        find_layers(model)[index].register_forward_hook(_pass_on, with_kwargs=True)
+        find_layers(model)[index].register_forward_hook(pass_on, with_kwargs=True)
 
 
-def _pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Puts a layer's input in the place of its output."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+def pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook that replaces the output of a layer by its input."""
+    hidden = layer_input(args, kwargs)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int]]:
-    """Returns the removed channels in layers that stay, by module, parameter and side."""
+    """Returns (module, parameter, side) -> removed channels, in kept layers."""
     removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
     for group in _staying(plan):
         units = plan.removed(group)
@@ -245,13 +259,13 @@ def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int
 
 
 def _staying(plan: PruningPlan) -> list[Group]:
-    """Returns the groups of layers that stay."""
+    """Returns the groups that are not in removed layers."""
     removed = plan.removed_layers()
     return [group for group in plan.groups if group.layer is None or group.layer not in removed]
 
 
 def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
-    """Updates the sizes that modules and config repeat, after their parameters were cut."""
+    """Updates the sizes that modules and config store, after the parameters were cut."""
     modules = group_modules(model, plan.groups)
     for name, _, side in _removed_channels(plan):
         write_channels(modules[name], side)
@@ -267,12 +281,11 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
 def _rewrite_width(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     layer = model.get_submodule(group.name.removesuffix(".mlp"))
     for path in find_spec(model).width_attributes:
-        owner, _, attribute = path.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+        set_attribute(layer, path, len(plan.keep[group.name]))
 
 
 def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
-    """Updates head counts of one attention; one that reads a config without them gets a copy of it with its own."""
+    """Updates the head counts of one attention, in a copy of its config if the shared config cannot hold them."""
     table = attention_table(find_spec(model))
     attention: Any = model.get_submodule(group.name)
     size, ratio = head_shape(attention, table)
@@ -292,8 +305,7 @@ def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     table = experts_table(find_spec(model))
     layer = model.get_submodule(group.name.removesuffix(f".{table.experts}"))
     for path in table.attributes:
-        owner, _, attribute = path.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, len(plan.keep[group.name]))
+        set_attribute(layer, path, len(plan.keep[group.name]))
     if table.count_key in plan.config:
         setattr(model, table.loss_attribute, plan.config[table.count_key])
 

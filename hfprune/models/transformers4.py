@@ -1,8 +1,8 @@
-"""Saved folders in the forms of transformers 4 and 5, for older releases, converters and other engines.
+"""Config and tokenizer files that transformers 4 and 5 read, for older releases, converters and other engines.
 
-transformers 5 writes rotary settings under ``rope_parameters``, the type of the weights under ``dtype``, and a generic
-tokenizer class of a new name. Readers that look for ``rope_theta`` take their default base without an error, and give
-other logits. So each setting is written under both names; transformers 5 reads the same values from either.
+transformers 5 writes rotary settings under ``rope_parameters``, the dtype of the weights under ``dtype``, and a generic
+tokenizer class with a new name. Readers that expect ``rope_theta`` use their default base without an error and compute
+different logits. Each setting is therefore written under both names; transformers 5 reads the same values from either.
 """
 
 import json
@@ -13,17 +13,17 @@ from typing import Any
 _CONFIG = "config.json"
 _TOKENIZER = "tokenizer_config.json"
 _GENERIC = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # both read tokenizer.json
-_LAYER_TYPE = "full_attention"  # whose rotary settings transformers 4 gives the plain names
-_PLAIN = ("rope_theta", "partial_rotary_factor")  # rotary settings that are keys of their own in transformers 4
+_LAYER_TYPE = "full_attention"  # layer type whose rotary settings have plain names in transformers 4
+_PLAIN = ("rope_theta", "partial_rotary_factor")  # rotary settings that are top-level keys in transformers 4
 
 Config = dict[str, Any]
 
 
 def write_both_forms(folder: Path) -> None:
-    """Adds, in place, what transformers 4 looks for to the config and the tokenizer config of a saved folder.
+    """Adds the keys of transformers 4 to the config and tokenizer config of a saved folder, in place.
 
     Args:
-        folder: The folder; files that it does not have are left out.
+        folder: The folder; missing files are skipped.
     """
     for name, convert in ((_CONFIG, both_forms), (_TOKENIZER, generic_tokenizer)):
         path = folder / name
@@ -43,7 +43,7 @@ def both_forms(config: Mapping[str, Any]) -> Config:
     if config.get("dtype") is not None:
         found["torch_dtype"] = config["dtype"]
     if config.get("head_dim", 0) is None:
-        del found["head_dim"]  # as an old config that does not say it: null is no number
+        del found["head_dim"]  # transformers 4 expects a number or no key
     if _family(config) == "qwen3_moe" and "num_local_experts" in config:
         found["num_experts"] = config["num_local_experts"]
     if _family(config) == "gpt2" and "n_positions" in config:
@@ -55,7 +55,7 @@ def both_forms(config: Mapping[str, Any]) -> Config:
 
 
 def generic_tokenizer(config: Mapping[str, Any]) -> Config:
-    """Returns a tokenizer's config with a class and a list of special tokens that transformers 4 and 5 know.
+    """Returns a tokenizer config whose class and list of special tokens transformers 4 and 5 support.
 
     >>> generic_tokenizer({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<x>"]})
     {'tokenizer_class': 'PreTrainedTokenizerFast', 'additional_special_tokens': ['<x>']}
@@ -64,7 +64,7 @@ def generic_tokenizer(config: Mapping[str, Any]) -> Config:
     name = found.get("tokenizer_class")
     if name in _GENERIC:
         found["tokenizer_class"] = _GENERIC[name]
-    if isinstance(found.get("extra_special_tokens"), list):  # transformers 4 takes a mapping under this name
+    if isinstance(found.get("extra_special_tokens"), list):  # transformers 4 expects a mapping under this name
         found["additional_special_tokens"] = found.pop("extra_special_tokens")
     return found
 
@@ -89,7 +89,7 @@ def _rotary(config: Mapping[str, Any]) -> Config:
 
 
 def _scaling(rope: Mapping[str, Any], family: str | None) -> Config:
-    """Returns ``rope_scaling``: old releases refuse keys that they do not know, unlike those of nested settings."""
+    """Returns ``rope_scaling``; old releases refuse unknown keys, except in nested settings."""
     kind = rope["rope_type"]
     values = {key: value for key, value in rope.items() if key not in ("rope_type", "type", *_PLAIN)}
     if family == "phi3" and kind == "longrope":
@@ -99,10 +99,10 @@ def _scaling(rope: Mapping[str, Any], family: str | None) -> Config:
 
 
 def _family(config: Mapping[str, Any]) -> Any:
-    """Returns the model type of the stock class, also of a folder of a layout of hfprune's own."""
+    """Returns the model type of the stock class, also for the layouts of hfprune."""
     return (config.get("hfprune") or {}).get("family") or config.get("model_type")
 
 
 def _repeats(layer_types: list[str] | tuple[str, ...], pattern: int) -> bool:
-    """Returns whether every ``pattern``-th layer, and no other, attends to everything."""
+    """Returns whether exactly every ``pattern``-th layer has full attention."""
     return all((kind == _LAYER_TYPE) == ((i + 1) % pattern == 0) for i, kind in enumerate(layer_types))

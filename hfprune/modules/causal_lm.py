@@ -38,36 +38,35 @@ from hfprune.utils.files import user_path
 
 
 class PruningModule(RecoverySteps):
-    """A causal LM that is calibrated, pruned and then trained to recover.
+    """LightningModule of a causal LM that is calibrated, pruned and then trained to recover.
 
-    The model is loaded in ``configure_model``, after every argument was checked. A checkpoint carries the plan and the
-    LoRA settings, so that the pruned shapes are rebuilt before weights are restored.
+    Arguments are checked first, and the model is loaded in ``configure_model``. A checkpoint contains the plan and the
+    LoRA settings, from which the pruned shapes are rebuilt before weights are restored.
 
     Args:
-        path: Folder of a saved model, hub id, or ``smollm2-135m`` for the embedded default.
-        dtype: Type of the weights; ``auto`` takes what was saved.
-        objective: What calibration differentiates: ``entropy`` (HFPrune) or ``cross_entropy``.
+        path: Folder of a saved model, hub id, or ``smollm2-135m`` for the embedded model.
+        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
+        objective: Objective differentiated during calibration: ``entropy`` (HFPrune) or ``cross_entropy``.
         revision: Branch, tag or commit of a hub id.
-        allow_pruned: Prune a model that hfprune pruned before; the budget then refers to that model, not to the dense
-            one it came from.
-        learning_rate: Peak learning rate of recovery (AdamW).
+        allow_pruned: Whether to accept a model pruned by hfprune; the budget then refers to this smaller model.
+        learning_rate: Peak learning rate of recovery.
         weight_decay: Weight decay of recovery.
-        warmup_ratio: Share of the steps with a linearly rising learning rate, before the cosine decay to zero.
-        distillation: Recover towards the dense model's predictions; None recovers on the text alone.
-        trainable: What recovery without adapters trains: ``all``, or ``mlp``, the projections of the MLPs. The
-            callbacks' ``recovery="mlp"`` sets it.
-        optimizer: ``adamw``, or ``adamw_8bit``: bitsandbytes' AdamW, which keeps its moments in 8 bits a number, not
-            32 (``pip install bitsandbytes``).
-        gradient_checkpointing: Recovery keeps the inputs of the layers only, and runs each again in the backward pass:
-            less memory, more time.
+        warmup_ratio: Share of the steps with linear warm-up, before the cosine decay to zero.
+        distillation: Recovery towards the dense model's predictions; None trains on the text only.
+        trainable: Weights trained by recovery without adapters: ``all``, or ``mlp`` for the projections of the MLPs.
+            Set by ``recovery="mlp"`` of the callbacks.
+        optimizer: ``adamw``, or ``adamw_8bit`` for AdamW of bitsandbytes with 8-bit moments
+            (``pip install bitsandbytes``).
+        gradient_checkpointing: Whether recovery stores only the inputs of the layers and recomputes each layer in the
+            backward pass, which saves memory and takes more time.
 
     Raises:
-        ConfigError: A value is out of range, there is no model at ``path``, or it was pruned already.
+        ConfigError: A value is out of range, there is no model at ``path``, or the model was already pruned.
 
     Example:
         >>> import tempfile
         >>> from transformers import LlamaConfig
-        >>> folder = tempfile.mkdtemp()  # in place of the folder of a model
+        >>> folder = tempfile.mkdtemp()  # stands for the folder of a saved model
         >>> LlamaConfig(hidden_size=16, num_attention_heads=2, vocab_size=64).save_pretrained(folder)
         >>> PruningModule(folder, learning_rate=2e-4).vocab_size
         64
@@ -119,22 +118,22 @@ class PruningModule(RecoverySteps):
         self.fingerprint = ""
         self.run_seed: int | None = None
         self._tokenizer: Any = None
-        self.__dict__["_root"] = None  # the root unit of a sharded model, not a submodule: names stay those of `model`
+        self.__dict__["_root"] = None  # root unit of a sharded model; as a submodule it would change parameter names
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the model, sharded over the ranks under ``ModelParallelStrategy``, unless it is loaded already."""
+        """Loads the model if it is not loaded yet, sharded over the ranks under ``ModelParallelStrategy``."""
         if self.model is not None:
             return
         if self._mesh is not None:
             if self.distillation is not None:
                 raise ConfigError(
-                    "distillation needs the whole dense model on every rank, which FSDP2 does not have: remove it."
+                    "`distillation` requires the full dense model on every rank, which FSDP2 shards: remove it."
                 )
             if self.optimizer_name == "adamw_8bit":
                 raise ConfigError(
-                    "optimizer='adamw_8bit' quantises the moments of whole weights, which FSDP2 shards: set 'adamw'."
+                    "optimizer='adamw_8bit' requires unsharded weights and cannot be used under FSDP2: set 'adamw'."
                 )
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
@@ -145,32 +144,36 @@ class PruningModule(RecoverySteps):
             self.fingerprint = fingerprint(self.model)
 
     def check_loadable(self) -> None:
-        """Raises ``ConfigError`` when a model that is not loaded yet has no weights or no tokenizer to load."""
+        """Raises ``ConfigError`` if a model that is not loaded yet has no weight files or no tokenizer."""
         if self.model is None:
             check_weight_files(self.path)
             self.tokenizer  # noqa: B018
 
     @property
     def _mesh(self) -> Any:
-        """The mesh that weights are sharded over, None when they are not."""
+        """Device mesh over which weights are sharded, or None."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"]
 
     @property
     def sharded(self) -> bool:
-        """Whether the model's weights are spread over the ranks."""
+        """Whether the model's weights are sharded over the ranks."""
         return self.__dict__["_root"] is not None
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns ``function(*args)``, computed where head and embeddings are whole also when the model is sharded.
+        """Returns ``function(*args)``, with gathered head and embeddings if the model is sharded.
 
-        What needs a gradient must be among the returned tensors. Under a sharded strategy every rank must call it.
+        Tensors that need a gradient must be returned. Under a sharded strategy, every rank must call this method.
+
+        Args:
+            function: Function of the model.
+            args: Its arguments.
         """
         root = self.__dict__["_root"]
         return function(*args) if root is None else root(function, *args)
 
     @property
     def causal_lm(self) -> Any:
-        """The Hugging Face model itself, also when adapters are around it."""
+        """The Hugging Face model, without the wrapper of adapters."""
         return self.model if self.lora is None else self.model.get_base_model()
 
     @property
@@ -182,28 +185,25 @@ class PruningModule(RecoverySteps):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that the model has an embedding for."""
+        """Number of token embeddings."""
         return int(self.config.vocab_size)
 
     @property
     def max_positions(self) -> int | None:
-        """Number of positions that the model allows."""
+        """Maximum sequence length, or None if the config has none."""
         return max_positions(self.config)
 
     @property
     def config(self) -> Any:
-        """The model's config, read without its weights when these are not loaded yet."""
+        """The model's config; read from its folder before the model is loaded."""
         return self.causal_lm.config if self.model is not None else load_config(self.path, revision=self.revision)
 
     def meta_model(self) -> Any:
-        """Returns the loaded model, or, before loading, one with the same shapes and no weights."""
+        """Returns the loaded model, or a model on the meta device before it is loaded."""
         return self.causal_lm if self.model is not None else meta_model(self.path, revision=self.revision)
 
     def apply_plan(self, plan: PruningPlan) -> None:
-        """Cuts the model; see :func:`hfprune.io.layouts.apply_plan`.
-
-        A sharded model is rebuilt, one layer at a time.
-        """
+        """Prunes the model, see :func:`hfprune.io.layouts.apply_plan`; a sharded model is rebuilt layer by layer."""
         if self.sharded:
             self._rebuild(plan=plan)
         else:
@@ -220,7 +220,7 @@ class PruningModule(RecoverySteps):
                 parameter.requires_grad_(name.rpartition(".")[0] + "." in names)
 
     def add_lora(self, lora: LoraRecovery) -> None:
-        """Wraps the model with adapters, from then on its only trainable weights."""
+        """Adds adapters, which become the only trainable weights."""
         if self.sharded:
             self._rebuild(lora=lora, seed=self.run_seed or 0)
         else:
@@ -230,7 +230,7 @@ class PruningModule(RecoverySteps):
         self.lora = lora
 
     def unwrap(self, *, merge: bool = True) -> Any:
-        """Merges the adapters into the weights, or drops them; returns the plain model, which the module then holds."""
+        """Merges the adapters into the weights, or drops them, and returns the model without adapters."""
         if self.lora is not None:
             if self.sharded:
                 self._rebuild(merge=merge)
@@ -251,8 +251,8 @@ class PruningModule(RecoverySteps):
 
         Args:
             batch: ``input_ids`` [B, T]; ``attention_mask`` and ``labels`` [B, T] are optional.
-            batch_idx: Position of the batch in the calibration data.
-            objective: What to sum; the module's own objective if not given.
+            batch_idx: Index of the batch in the calibration data.
+            objective: The objective; that of the module if not given.
         """
         total, valid = self.run(objective_sum, self.causal_lm, objective or self.objective, batch)
         mask = batch.get("attention_mask")
@@ -266,7 +266,7 @@ class PruningModule(RecoverySteps):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None = None) -> Record:
-        """Returns the pruning state that checkpoints carry."""
+        """Returns the pruning state for checkpoints."""
         return Record(
             phase=phase,
             fingerprint=self.fingerprint,
@@ -278,10 +278,13 @@ class PruningModule(RecoverySteps):
         )
 
     def replay(self, record: Record) -> None:
-        """Rebuilds the shapes that ``record`` describes, plan first, then adapters, unless they are there already.
+        """Applies the plan of ``record`` and then its adapters, unless this has been done.
+
+        Args:
+            record: Pruning state of a checkpoint.
 
         Raises:
-            ConfigError: The record belongs to another dense model, or to another plan than the one applied here.
+            ConfigError: The record belongs to another dense model, or its plan differs from the applied one.
         """
         self.configure_model()
         record.check_model(self.fingerprint, f"'{self.path}'")
@@ -289,7 +292,7 @@ class PruningModule(RecoverySteps):
         if record.plan is not None and self.plan is None:
             self.apply_plan(record.plan)
         if record.plan is not None and self.plan is not None and self.plan.keep != record.plan.keep:
-            raise ConfigError("The checkpoint's model was pruned to other units than the model here.")
+            raise ConfigError("The plan of the checkpoint keeps other units than the plan of this model.")
         if record.lora is not None and self.lora is None:
             self.add_lora(LoraRecovery(**record.lora))
 
@@ -302,15 +305,15 @@ class PruningModule(RecoverySteps):
         keep_cut_epoch(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replays plan and adapters before the weights are restored, so that every shape fits."""
+        """Replays plan and adapters before the weights are restored."""
         record = Record.of(checkpoint)
         if record is None:
-            raise ConfigError("This checkpoint was not written by a PruningModule: it carries no pruning state.")
+            raise ConfigError("This checkpoint was not written by a PruningModule: it has no pruning state.")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.check_resumed(checkpoint, begun=record.phase == "training")
         self.replay(record)
         self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)
         self._seconds = checkpoint.get("training_seconds", 0.0)
         self.training_flops = checkpoint.get("training_flops", 0)
-        if record.phase != "training" and not checkpoint.get("state_dict"):  # what was replayed is what there was
+        if record.phase != "training" and not checkpoint.get("state_dict"):  # the checkpoint has no weights
             checkpoint["state_dict"] = self.state_dict()

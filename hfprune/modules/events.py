@@ -1,4 +1,4 @@
-"""PruningEvents: the hooks that a callback can add to Lightning's to follow pruning."""
+"""PruningEvents: additional callback hooks for pruning."""
 
 from lightning import LightningModule, Trainer
 
@@ -6,7 +6,7 @@ from hfprune.plan import PruningPlan
 
 
 class PruningEvents:
-    """Mix into a Lightning callback to receive the events of pruning; every hook does nothing by default.
+    """Mixin for Lightning callbacks with hooks for pruning, which do nothing by default.
 
     The hooks run on every rank, in the order of ``trainer.callbacks``.
 
@@ -19,14 +19,14 @@ class PruningEvents:
 
     @property
     def needs_stock(self) -> bool:
-        """Whether the callback writes the model with a stock config of its class, which restricts allocations."""
+        """Whether the callback saves the model with a stock config, which restricts the allocation."""
         return False
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called in ``on_fit_start`` with the dense model in place, before calibration."""
+        """Called in ``on_fit_start`` with the dense model, before calibration."""
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
-        """Called with the pruned model in place, before adapters are added and optimizers rebuilt."""
+        """Called with the pruned model, before adapters are added and optimizers are rebuilt."""
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called before every optimizer step of a ``PruningModule``, with the gradients before they are clipped."""
+        """Called before every optimizer step of a ``PruningModule``, before gradients are clipped."""

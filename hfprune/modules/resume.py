@@ -1,4 +1,4 @@
-"""Resuming recovery: the settings that checkpoints store, those that a resumed run may change, and the schedule."""
+"""Resuming of recovery: settings in checkpoints, changes accepted on resume, and the learning-rate schedule."""
 
 import math
 import os
@@ -12,14 +12,14 @@ from lightning import Trainer
 from hfprune.utils.errors import ConfigError
 
 FIXED = ("recovery data", "distillation", "trainable", "optimizer", "precision", "seed")
-"""Settings that recovery cannot change once it has begun; the others are applied from the next step on."""
+"""Settings that cannot change after recovery has started; changes of others apply from the next step."""
 
 
 def recovery_settings(module: Any) -> dict[str, Any]:
-    """Returns the settings that decide the result of a ``PruningModule``'s recovery, as plain data.
+    """Returns the settings that determine the result of a ``PruningModule``'s recovery, as plain data.
 
     Args:
-        module: The module, its trainer attached and its data set up.
+        module: The module, with its trainer attached and its data set up.
     """
     trainer = module.trainer
     datamodule = trainer.datamodule
@@ -43,7 +43,7 @@ def recovery_settings(module: Any) -> dict[str, Any]:
 
 
 def data_fingerprint(trainer: Trainer, role: str) -> Any:
-    """Returns the hash of the data of ``role``, or their source and seed; None when the datamodule has no summary."""
+    """Returns the hash of the data of ``role``, or their source and seed; None if the datamodule has no summary."""
     summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
     found = summary().get(role) if callable(summary) else None
     if not isinstance(found, dict):
@@ -52,13 +52,13 @@ def data_fingerprint(trainer: Trainer, role: str) -> Any:
 
 
 def given_seed() -> int | None:
-    """Returns the seed that ``seed_everything`` was given, None without."""
+    """Returns the seed passed to ``seed_everything``, or None."""
     found = os.environ.get("PL_GLOBAL_SEED")
     return int(found) if found else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Returns setting -> [old, new] for settings that both know and that differ."""
+    """Returns setting -> [old, new] for the common settings with different values."""
     return {
         name: [before[name], value]
         for name, value in now.items()
@@ -67,7 +67,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
-    """Raises ``ConfigError`` that names every changed setting, its old and its new value.
+    """Raises a ``ConfigError`` that lists every changed setting with its old and new value, if there is any.
 
     Args:
         changes: Setting -> [old, new].
@@ -76,13 +76,13 @@ def refuse(changes: Mapping[str, list[Any]], done: str) -> None:
     if changes:
         summary = "; ".join(f"{name} {_words(old)} -> {_words(new)}" for name, (old, new) in changes.items())
         raise ConfigError(
-            f"The checkpoint's run {done} with other settings: {summary}. Resume with the old ones, or leave ckpt_path "
-            "out to start a new run."
+            f"The checkpoint's run {done} with other settings: {summary}. Resume with the old settings, or start a new "
+            "run without ckpt_path."
         )
 
 
 def _words(value: Any) -> str:
-    """Returns a setting for a message: settings of a class as ``Name(option=value)``, ``none`` for None."""
+    """Returns a setting for a message: ``Name(option=value)`` for settings of a class, ``none`` for None."""
     if value is None:
         return "none"
     if not isinstance(value, Mapping):
@@ -93,17 +93,16 @@ def _words(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Learning rate as a share of its peak: linear warm-up, then cosine decay to zero, per step of the optimizer.
+    """Learning-rate schedule: linear warm-up, then cosine decay to zero, per optimizer step.
 
-    ``transformers.get_cosine_schedule_with_warmup`` is not used: its first step has a learning rate of zero, it cannot
-    change its length after a resume with other batch sizes, and its cosine (``math.cos``) differs from this one in the
-    last bit for some steps, so that checkpoints would not resume to the same weights.
+    ``transformers.get_cosine_schedule_with_warmup`` is not used. Its first step has a learning rate of zero, its length
+    cannot change after a resume with another batch size, and its cosine (``math.cos``) differs in the last bit for some
+    steps, so that checkpoints would not resume to the same weights.
 
     Attributes:
-        total: Steps until the rate is zero.
-        warmup: Steps with a rising rate.
-        offset: What is added to the optimizer's steps, so that steps of another size, taken before a resume, count as
-            so many of this run's.
+        total: Number of steps until the rate is zero.
+        warmup: Number of warm-up steps.
+        offset: Number added to the optimizer's step, which converts steps before a resume to steps of this run.
     """
 
     total: int
@@ -117,7 +116,7 @@ class Schedule:
         return cls(total=total, warmup=int(warmup_ratio * total), offset=offset)
 
     def factor(self, step: int) -> float:
-        """Returns the share of the peak rate at a step of the optimizer."""
+        """Returns the learning rate at an optimizer step, relative to its peak."""
         step += self.offset
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
@@ -125,7 +124,7 @@ class Schedule:
         return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress, dtype=torch.float64))))
 
     def apply(self, trainer: Trainer, *, learning_rate: float, weight_decay: float) -> None:
-        """Sets a new peak rate and weight decay in restored optimizers and schedulers, and the rate of this step."""
+        """Sets the peak rate, the weight decay and the current rate in restored optimizers and schedulers."""
         for config in trainer.lr_scheduler_configs:
             scheduler: Any = config.scheduler
             rate = learning_rate * self.factor(scheduler.last_epoch)
@@ -136,7 +135,7 @@ class Schedule:
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Returns the optimizer's steps in an epoch, None where the length of the data is not known."""
+    """Returns the number of optimizer steps per epoch, or None if the length of the data is unknown."""
     number = trainer.num_training_batches
     return None if math.isinf(number) else math.ceil(number / trainer.accumulate_grad_batches)
 
@@ -145,7 +144,7 @@ def _total_steps(trainer: Trainer, offset: int) -> int:
     estimated = trainer.estimated_stepping_batches
     if math.isinf(estimated):
         raise ConfigError(
-            "max_epochs or max_steps is needed: the learning rate decays to zero over a known number of steps."
+            "max_epochs or max_steps is required: the learning rate decays to zero over a known number of steps."
         )
     if not offset:
         return max(int(estimated), 1)
@@ -157,12 +156,12 @@ def _total_steps(trainer: Trainer, offset: int) -> int:
 
 
 def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) -> int:
-    """Returns the schedule's offset after a resume: earlier steps count by epochs, also when an epoch has other steps.
+    """Returns the schedule's offset after a resume, which preserves the number of epochs trained so far.
 
     Args:
         saved: ``steps_per_epoch`` and ``offset`` of the run that wrote the checkpoint.
-        step: The checkpoint's step of the optimizer.
-        per_epoch: Steps in an epoch of this run.
+        step: Optimizer step of the checkpoint.
+        per_epoch: Optimizer steps per epoch of this run.
     """
     before: int | None = saved["steps_per_epoch"]
     offset = int(saved["offset"])
@@ -174,8 +173,12 @@ def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) 
 def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Changes the checkpoint of an interrupted epoch so that a resumed run continues that epoch.
 
-    Where ``max_steps``, ``max_time`` or a callback ends training within an epoch, Lightning counts the epoch as done
-    before checkpoints are written: a resumed run would begin the next one.
+    If ``max_steps``, ``max_time`` or a callback stops training within an epoch, Lightning counts the epoch as finished
+    before it writes checkpoints, and a resumed run would start the next epoch.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The checkpoint, changed in place.
     """
     state = checkpoint.get("loops", {}).get("fit_loop")
     if state is None:
@@ -183,7 +186,7 @@ def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     epoch, batches = state["epoch_progress"], state["epoch_loop.batch_progress"]
     if not 0 < batches["current"]["processed"] < trainer.num_training_batches:
         return
-    if epoch["current"]["processed"] < epoch["current"]["started"]:  # it is under way
+    if epoch["current"]["processed"] < epoch["current"]["started"]:  # the epoch is unfinished
         return
     for count in (epoch["current"], epoch["total"]):
         count["processed"] = count["started"] - 1
@@ -192,7 +195,7 @@ def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _distillation(settings: Any) -> dict[str, Any] | None:
-    """Returns the settings of recovery's distillation that decide its result: where a cache lies does not."""
+    """Returns the settings of distillation that determine its result, without the folder of the cache."""
     if settings is None:
         return None
     found: dict[str, Any] = settings.to_dict()

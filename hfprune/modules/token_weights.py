@@ -1,4 +1,4 @@
-"""Every supervised token of an optimizer step counts alike, whichever batch and rank it was in."""
+"""Token-weighted gradients: all supervised tokens of an optimizer step have equal weight, across batches and ranks."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from hfprune.modules.events import PruningEvents
 
 _SCALE = 1024.0
-"""Sums of losses are divided by this, so that their gradients are about as large as those of means (for float16)."""
+"""Divisor of summed losses, which keeps their gradients in the range of float16."""
 
 
 class TokenWeighted(LightningModule):
-    """Steps along the gradient of the mean over all tokens of a step.
+    """LightningModule whose gradient is that of the mean loss over all tokens of an optimizer step.
 
-    Lightning averages over accumulated batches, DDP and FSDP over ranks. With a mean per batch, a token of a short
-    batch would count more than one of a long batch. So each batch's mean is turned back into a sum for the backward
-    pass, and before the optimizer steps its gradients are divided by the number of tokens of all its batches on all
-    ranks, which is known only then. A ``training_step`` returns the mean over its tokens and calls ``weigh`` with
-    their number. The ``on_gradients_ready`` hooks of callbacks run then.
+    Lightning averages over accumulated batches, and DDP and FSDP over ranks, so that a token of a short batch would
+    have a larger weight. The backward pass therefore uses the sum over a batch. Before the optimizer step, gradients
+    are divided by the number of tokens of all batches on all ranks, and the ``on_gradients_ready`` hooks run.
+
+    ``training_step`` must return the mean over its tokens and call :meth:`weigh` with their number.
     """
 
     def __init__(self) -> None:
@@ -27,23 +27,23 @@ class TokenWeighted(LightningModule):
         self._batch_tokens: int | None = None
         self._step_tokens = 0
         self.trained_tokens = 0
-        """Supervised tokens of all steps so far, on all ranks."""
+        """Number of supervised tokens so far, on all ranks."""
         self._step_seen = 0
         self.seen_tokens = 0
-        """Tokens of all steps so far, on all ranks, supervised or not; padding left out."""
+        """Number of tokens so far on all ranks, without padding."""
 
     def weigh(self, num_tokens: int, *, seen: int | None = None) -> None:
-        """Says over how many tokens the loss that ``training_step`` is about to return is a mean.
+        """Sets the number of tokens that the loss of the current ``training_step`` is averaged over.
 
         Args:
-            num_tokens: Supervised tokens.
-            seen: Tokens that the model has read for it; as many if not given.
+            num_tokens: Number of supervised tokens.
+            seen: Number of all tokens without padding; ``num_tokens`` if not given.
         """
         self._batch_tokens = num_tokens
         self._step_seen += num_tokens if seen is None else seen
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Runs the backward pass of the batch's sum."""
+        """Runs the backward pass of the loss summed over the batch."""
         if self._batch_tokens is not None:
             loss = loss * (self._batch_tokens / _SCALE)
             self._step_tokens += self._batch_tokens
@@ -51,7 +51,7 @@ class TokenWeighted(LightningModule):
         super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the number of tokens of the step; before they are clipped."""
+        """Divides the gradients by the number of tokens of the step, before clipping."""
         trainer = self.trainer
         counts = torch.tensor([self._step_tokens, self._step_seen], dtype=torch.float64)
         every, seen = trainer.strategy.reduce(counts.to(trainer.strategy.root_device), reduce_op="sum").tolist()

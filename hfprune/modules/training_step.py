@@ -1,4 +1,4 @@
-"""The steps of recovery: losses, the dense model as a teacher, the optimizer."""
+"""Recovery training: steps and losses, distillation from the dense model, and the optimizer."""
 
 import hashlib
 import logging
@@ -38,20 +38,11 @@ _log = logging.getLogger(__name__)
 
 
 class RecoverySteps(TokenWeighted):
-    """Trains the causal LM of a ``PruningModule``.
+    """Training of a ``PruningModule``, which describes the settings.
 
     Attributes:
-        path: Where the dense model comes from.
-        plan: What was pruned; None before.
-        fingerprint: The dense model's.
-        revision: Branch, tag or commit of a hub id.
-        distillation: The dense model's part in the loss; None trains on the text alone.
-        learning_rate: Peak learning rate.
-        weight_decay: Weight decay.
-        warmup_ratio: Share of the steps with a linearly rising learning rate.
-        trainable: What recovery without adapters trains.
-        optimizer_name: ``adamw`` or ``adamw_8bit``.
-        gradient_checkpointing: Run layers again in the backward pass.
+        plan: The pruning plan, None before pruning.
+        fingerprint: Fingerprint of the dense model.
         run_seed: Seed of the run.
     """
 
@@ -73,27 +64,31 @@ class RecoverySteps(TokenWeighted):
 
     def __init__(self) -> None:
         super().__init__()
-        self._teacher: Teacher | None = None  # not a submodule: no checkpoint holds it, no optimizer trains it
+        self._teacher: Teacher | None = None  # not a submodule: neither saved in checkpoints nor trained
         self._losses: list[RecoveryLoss] = []
         self._seconds = 0.0
         self._since: float | None = None
         self._saved: dict[str, Any] | None = None
         self.schedule: Schedule | None = None
         self.resumed: list[dict[str, Any]] = []
-        """Every time the run was resumed: checkpoint, step, epoch, and setting -> [old, new] for what it changed."""
+        """Resumes of the run: checkpoint, step, epoch, and setting -> [old, new] of changed settings."""
         self.training_flops = 0
-        """Floating-point operations of recovery, see :mod:`hfprune.recovery.cost`; known when it has ended."""
+        """Floating-point operations of recovery, see :mod:`hfprune.recovery.cost`; set at its end."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seeds the step's dropout by run, epoch, batch and rank: a resumed run draws what it would have drawn."""
+        """Seeds the dropout of the step by run, epoch, batch and rank, so that a resumed run has the same masks."""
         if self.run_seed is not None:
             text = f"{self.run_seed} {self.trainer.current_epoch} {batch_idx} {self.global_rank}"
             torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns recovery's loss, nats per supervised token: cross-entropy, or the mixture of ``distillation``.
+        """Returns the loss in nats per supervised token: cross-entropy, or the loss of ``distillation``.
 
-        Logs it as ``train_loss``, and the terms of the mixture as ``train_kl``, ``train_ce`` and ``train_hidden``.
+        Logs ``train_loss``, and with ``distillation`` its terms ``train_kl``, ``train_ce`` and ``train_hidden``.
+
+        Args:
+            batch: ``input_ids`` [B, T] and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T].
+            batch_idx: Index of the batch.
         """
         loss, num_tokens, terms = self._recovery_loss(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=num_tokens)
@@ -103,10 +98,10 @@ class RecoverySteps(TokenWeighted):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss``: cross-entropy, nats per supervised token, whatever recovery's loss is.
+        """Logs ``val_loss``: cross-entropy in nats per supervised token, independent of the training loss.
 
-        With ``distillation`` also ``val_ce``, the same figure, and ``val_kl`` where the teacher is in memory: these
-        compare with ``train_ce`` and ``train_kl``.
+        With ``distillation``, also logs the same value as ``val_ce``, and ``val_kl`` if the teacher is in memory, for
+        comparison with ``train_ce`` and ``train_kl``.
         """
         total, valid, kl = self._validated(batch)
         num_tokens = int(valid.sum())
@@ -117,7 +112,7 @@ class RecoverySteps(TokenWeighted):
             self.log(name, value, prog_bar=name == "val_loss", sync_dist=True, batch_size=num_tokens)
 
     def logged_figures(self) -> tuple[str, ...]:
-        """Returns the names under which training and validation log."""
+        """Returns the names of the logged values."""
         settings = self.distillation
         if settings is None:
             return ("train_loss", "val_loss")
@@ -126,7 +121,7 @@ class RecoverySteps(TokenWeighted):
         return names if settings.cache is not None else (*names, "val_kl")
 
     def _validated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns summed cross-entropy, where tokens count, and the summed KL to a teacher that is in memory."""
+        """Returns the summed cross-entropy, the supervised positions [B, T], and the summed KL to a loaded teacher."""
         hard = OBJECTIVES.get("cross_entropy")
         if self._teacher is None or self._teacher.model is None:
             total, valid = self.run(objective_sum, self.causal_lm, hard, batch)
@@ -141,13 +136,13 @@ class RecoverySteps(TokenWeighted):
         self.log("test_loss", loss, prog_bar=True, sync_dist=True, batch_size=num_tokens)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the logits [B, T, V] of every position."""
+        """Returns the logits [B, T, V]."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         logits: Tensor = self.run(lambda: self.causal_lm(**inputs, use_cache=False).logits)
         return logits
 
     def setup(self, stage: str) -> None:
-        """Raises ``ConfigError``, before anything is run, where the teacher cannot be followed as asked."""
+        """Raises ``ConfigError`` if the settings of ``distillation`` are not possible, before any computation."""
         settings = self.distillation
         if stage != "fit" or settings is None:
             return
@@ -158,11 +153,11 @@ class RecoverySteps(TokenWeighted):
 
     @property
     def training_seconds(self) -> float:
-        """Seconds that recovery has taken so far, those before a checkpoint included."""
+        """Duration of recovery so far in seconds, including the time before a resume."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def on_train_start(self) -> None:
-        """Starts the clock; loads the teacher from where the dense model came from, also in a resumed run."""
+        """Starts the clock and loads the teacher from the path of the dense model."""
         if self.distillation is not None:
             self._start_distillation(self.distillation)
         if self.gradient_checkpointing:
@@ -174,7 +169,7 @@ class RecoverySteps(TokenWeighted):
     # ---- resuming ----------------------------------------------------------------------------------------------------
 
     def recovery_state(self) -> dict[str, Any]:
-        """Returns what a checkpoint says about recovery: settings, steps of an epoch, and earlier resumes."""
+        """Returns the recovery state for checkpoints: settings, steps per epoch, and previous resumes."""
         return {
             "settings": recovery_settings(self),
             "steps_per_epoch": steps_per_epoch(self.trainer),
@@ -184,14 +179,14 @@ class RecoverySteps(TokenWeighted):
         }
 
     def check_resumed(self, checkpoint: Mapping[str, Any], *, begun: bool) -> None:
-        """Compares a checkpoint that ``fit`` goes on from with this run's settings.
+        """Compares the settings of a resumed checkpoint with those of this run.
 
         Args:
             checkpoint: The checkpoint.
-            begun: Whether recovery had begun.
+            begun: Whether recovery had started.
 
         Raises:
-            ConfigError: A setting was changed that recovery cannot change once it has begun.
+            ConfigError: A setting was changed that must not change after recovery has started.
         """
         saved = checkpoint.get("recovery")
         path = None if self.trainer.ckpt_path is None else Path(self.trainer.ckpt_path).name
@@ -204,10 +199,10 @@ class RecoverySteps(TokenWeighted):
         self._saved = saved
 
     def _take_up(self) -> None:
-        """Applies what a resumed run has changed to the restored optimizer, and says so.
+        """Applies changed settings of a resumed run to the restored optimizer, and logs them.
 
         Raises:
-            ConfigError: Steps are left, and the learning rate has decayed to zero already.
+            ConfigError: The learning rate has decayed to zero before the last step.
         """
         saved, self._saved = self._saved, None
         step = self.trainer.global_step
@@ -223,24 +218,24 @@ class RecoverySteps(TokenWeighted):
                 self.schedule.apply(self.trainer, **rates)
                 summary = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in changes.items())
                 rate = self.learning_rate * self.schedule.factor(step)
-                _log.info("Changed for the rest of recovery: %s. The learning rate is %.3g now.", summary, rate)
+                _log.info("Changed for the rest of recovery: %s. The learning rate is now %.3g.", summary, rate)
             self.resumed[-1]["changes"] = changes
         if step and not self.schedule.factor(step) and not self.trainer.fit_loop.done:
             raise ConfigError(
-                f"Recovery is at step {step}, and the learning rate decays to zero over {self.schedule.total} steps: "
-                "the steps that are left would change nothing. Give more max_epochs or max_steps, or start a new run."
+                f"Recovery is at step {step}, but the learning rate decays to zero over {self.schedule.total} steps: "
+                "further steps have no effect. Increase max_epochs or max_steps, or start a new run."
             )
 
     def operations(self) -> int:
-        """Returns the floating-point operations of recovery so far, with adapters and teacher in place."""
-        if self._since is None:  # not in training: what a checkpoint knew
+        """Returns the floating-point operations of recovery so far."""
+        if self._since is None:  # not training: the value of the checkpoint
             return self.training_flops
         return training_flops(
             self.model, self.seen_tokens, teacher=None if self._teacher is None else self._teacher.model
         )
 
     def on_train_end(self) -> None:
-        """Stops the clock, counts operations, lets the teacher go."""
+        """Stops the clock, counts operations and frees the teacher."""
         self.training_flops = self.operations()
         self._seconds, self._since = self.training_seconds, None
         if self.gradient_checkpointing:
@@ -249,7 +244,7 @@ class RecoverySteps(TokenWeighted):
         self._teacher, self._losses = None, []
 
     def _start_distillation(self, settings: DistillationRecovery) -> None:
-        """Makes the teacher and the losses of ``settings`` ready."""
+        """Prepares the teacher and the losses of ``settings``."""
         if settings.cache is not None:
             self._teacher = CachedTopK(self._fill_cache(settings).lookup)
         else:
@@ -265,7 +260,7 @@ class RecoverySteps(TokenWeighted):
         return teacher.requires_grad_(requires_grad=False)
 
     def _fill_cache(self, settings: DistillationRecovery) -> TeacherCache:
-        """Returns the dense model's predictions for all rows of the recovery data; each rank computes its share."""
+        """Returns the dense model's predictions for all recovery data; each rank computes its share."""
         assert settings.cache is not None
         strategy = self.trainer.strategy
         predicted = with_config(self.fingerprint, load_config(self.path, revision=self.revision))
@@ -275,7 +270,7 @@ class RecoverySteps(TokenWeighted):
             top_k=settings.top_k,
             temperature=settings.temperature,
         )
-        strategy.barrier("the cache was read")  # before another rank adds to it
+        strategy.barrier("the cache was read")  # before other ranks add to it
         rows = training_rows(self.trainer.train_dataloader, rank=self.global_rank, world_size=self.trainer.world_size)
         moved = ({name: tensor.to(self.device) for name, tensor in row.items()} for row in rows)
         with strategy.precision_plugin.forward_context():
@@ -294,7 +289,7 @@ class RecoverySteps(TokenWeighted):
         return DistillationObjective(alpha=settings.alpha, temperature=settings.temperature, teacher=self._teacher)
 
     def _recovery_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """Returns recovery's loss per supervised token, the number of these, and its terms by name."""
+        """Returns the loss per supervised token, the number of these tokens, and the terms of the loss by name."""
         objective = self._recovery_objective()
         with ExitStack() as stack:
             for term in self._losses:
@@ -313,12 +308,12 @@ class RecoverySteps(TokenWeighted):
         return (total / max(num_tokens, 1)).float(), num_tokens
 
     def check_training(self, *, adapters: bool = False) -> None:
-        """Raises ``ConfigError`` where weights of half precision would be trained, or adapters and MLPs are asked for.
+        """Raises ``ConfigError`` for training of half-precision weights, and for adapters with ``trainable="mlp"``.
 
-        In bfloat16 a second moment with beta2 = 0.999 rounds back to itself and cannot decay, and a small step is lost.
+        In bfloat16, a second moment with beta2 = 0.999 rounds to itself and cannot decay, and small steps are lost.
 
         Args:
-            adapters: Adapters are trained, or will be, in place of the weights.
+            adapters: Whether adapters are trained instead of the weights.
         """
         if self.trainer.limit_train_batches == 0:
             return
@@ -346,11 +341,11 @@ class RecoverySteps(TokenWeighted):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW with states as wide as the trainable weights, or of 8 bits; cosine decay to zero, per step."""
+        """Returns AdamW, with 8-bit states if requested, and the schedule per step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         make = _optimizer_class(self.optimizer_name)
         optimizer = make(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        if self.trainer.limit_train_batches == 0:  # prune only: no step will be taken
+        if self.trainer.limit_train_batches == 0:  # no training
             return {"optimizer": optimizer}
         self.schedule = Schedule.of(self.trainer, self.warmup_ratio)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
@@ -358,7 +353,7 @@ class RecoverySteps(TokenWeighted):
 
     @property
     def _factor(self) -> Callable[[int], float]:
-        """The schedule of this moment, as a plain function: a scheduler's checkpoint keeps the state of others."""
+        """Returns the current schedule as a function: callable objects would be saved in the scheduler's checkpoint."""
 
         def factor(step: int) -> float:
             assert self.schedule is not None
@@ -368,26 +363,26 @@ class RecoverySteps(TokenWeighted):
 
 
 def _terms(objective: Objective, num_tokens: int) -> dict[str, Tensor]:
-    """Returns the terms of a mixture, per supervised token; none for an objective of one term."""
+    """Returns the terms of a mixed objective per supervised token; empty for an objective with one term."""
     return {name: (total / max(num_tokens, 1)).float() for name, total in (objective.parts or {}).items()}
 
 
 def _mask(batch: dict[str, Tensor]) -> Tensor:
-    """Returns where a batch holds real tokens, [B, T]."""
+    """Returns the mask [B, T] of the tokens that are not padding."""
     found = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]) if found is None else found
 
 
 @contextmanager
 def _old_name() -> Iterator[None]:
-    """Hides that transformers 5.23 has a newer name, which 5.20 does not know."""
+    """Suppresses a deprecation warning of transformers 5.23; the new name does not exist in 5.20."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         yield
 
 
 def check_optimizer(name: str) -> None:
-    """Raises ``ConfigError`` for an optimizer that is unknown, or whose library is missing."""
+    """Raises ``ConfigError`` if an optimizer is unknown or its library is not installed."""
     _optimizer_class(name)
 
 
@@ -400,6 +395,7 @@ def _optimizer_class(name: str) -> Any:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            f"optimizer='adamw_8bit' needs bitsandbytes (pip install bitsandbytes): {error}. Or set optimizer='adamw'."
+            f"optimizer='adamw_8bit' requires bitsandbytes (pip install bitsandbytes): {error}. Or set "
+            "optimizer='adamw'."
         ) from error
     return bitsandbytes.optim.AdamW8bit

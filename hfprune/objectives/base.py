@@ -1,4 +1,4 @@
-"""The contract of an objective.
+"""Base class of objectives.
 
 Shape legend: B batch, T tokens, V vocabulary, D hidden size.
 """
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from hfprune.objectives.teacher import Teacher
 
 IGNORE_INDEX = -100
-"""Label of a position that is not supervised, as in PyTorch and transformers."""
+"""Label of unsupervised positions, as in PyTorch and transformers."""
 
 
 class ValueAndGrad(NamedTuple):
-    """An objective's value per token, and its gradient.
+    """Value of an objective per token, and its gradient.
 
     Attributes:
         value: [T], nats.
-        grad: [T, V], derivative of ``value.sum()`` with respect to the logits; it may reuse the logits' memory.
+        grad: [T, V], gradient of ``value.sum()`` with respect to the logits; may reuse the memory of the logits.
     """
 
     value: Tensor
@@ -31,17 +31,17 @@ class ValueAndGrad(NamedTuple):
 
 
 class Objective(ABC):
-    """A scalar function of each token's logits, summed over tokens by the caller and divided once by their number.
+    """A scalar function of the logits of each token. The caller sums it over tokens and divides by their number.
 
-    ``value_and_grad`` receives logits of at least float32 and may overwrite them: a chunk of logits is the largest
-    tensor of a calibration step.
+    ``value_and_grad`` receives logits of at least float32 and may overwrite them, since a chunk of logits is the
+    largest tensor of a calibration step.
     """
 
     name: str
     teacher: "Teacher | None" = None
-    """The model that the objective follows; None for objectives without a teacher."""
+    """Teacher of a distillation objective, else None."""
     parts: dict[str, Tensor] | None = None
-    """Sums over tokens, so far, of the terms that a mixture is made of, by name; None for objectives of one term."""
+    """Term name -> accumulated sum over tokens, for objectives with several terms; None for a single term."""
 
     @abstractmethod
     def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Any = None) -> ValueAndGrad:
@@ -49,13 +49,13 @@ class Objective(ABC):
 
         Args:
             logits: [T, V], float32 or float64; ``-inf`` marks masked-out vocabulary. May be overwritten.
-            targets: [T] or [T, K], int64, or None when the objective needs none.
-            teacher: Logits [T, V] of the objective's teacher, which may be overwritten, or the
-                :class:`~hfprune.objectives.top_k.KnownTop` of them; None without a teacher.
+            targets: [T] or [T, K], int64, or None if the objective needs no targets.
+            teacher: Logits [T, V] of the teacher (may be overwritten), or their
+                :class:`~hfprune.objectives.top_k.KnownTop`; None without a teacher.
         """
 
     def note(self, **terms: Tensor) -> None:
-        """Adds the values per token [T] of a mixture's terms to ``parts``, in float64."""
+        """Adds the values per token [T] of the given terms to ``parts``, in float64."""
         parts = self.parts or {}
         for name, value in terms.items():
             total = value.detach().sum(dtype=torch.float64)
@@ -64,15 +64,15 @@ class Objective(ABC):
 
     @abstractmethod
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Returns the target of every position and which positions count.
+        """Returns the target of every position and the positions that count.
 
         Args:
             input_ids: [B, T], int64.
             attention_mask: [B, T], 1 for real tokens.
-            labels: [B, T] with ``-100`` where not supervised, or None: every real token is its own label.
+            labels: [B, T] with ``-100`` at unsupervised positions; None uses ``input_ids``.
 
         Returns:
-            Targets [B, T] or [B, T, K] int64 (None when the objective needs none) and a boolean mask [B, T].
+            Targets [B, T] or [B, T, K] int64 (None if the objective needs no targets) and a boolean mask [B, T].
         """
 
 

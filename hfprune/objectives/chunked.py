@@ -1,8 +1,8 @@
-"""From the final hidden states to the objective, a chunk of tokens at a time.
+"""Chunked objectives: computed from the final hidden states, one chunk of tokens at a time.
 
 The [T, V] logits of a batch are the largest tensor of a calibration step (525 MB in fp32 for T = 1024, V = 128256).
-Here they exist for one chunk only: each chunk's gradient is pushed through the output head at once, so that the
-ordinary backward pass starts at the hidden states.
+Only one chunk of them exists at a time. The gradient of each chunk is propagated through the output head immediately,
+and the backward pass of autograd starts at the hidden states.
 
 Shape legend: N tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -19,18 +19,21 @@ from hfprune.objectives.output_head import OutputHead
 from hfprune.objectives.teacher import TokenPredictions
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk of fp32 logits on the CPU. Peak memory of the head is about three of these for any vocabulary."""
+"""Size of one chunk of fp32 logits on the CPU. Peak memory of the head is about three chunks for any vocabulary."""
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
-"""The same on an accelerator, which small matrix products leave idle."""
+"""Size of one chunk on accelerators, which small matrix products do not saturate."""
 
 
 def chunk_tokens(vocab_size: int, *, chunk_bytes: int | None = None, device: torch.device | None = None) -> int:
-    """Returns how many tokens' fp32 logits fit into one chunk (at least one).
+    """Returns the number of tokens (at least one) whose fp32 logits fit into one chunk.
 
     Args:
         vocab_size: V.
-        chunk_bytes: Size of a chunk; the default of ``device`` if not given.
-        device: Where the logits are computed; the CPU if not given.
+        chunk_bytes: Size of a chunk in bytes; defaults to the chunk size of ``device``.
+        device: Device of the logits; defaults to the CPU.
+
+    >>> chunk_tokens(1024, chunk_bytes=2**20)
+    256
     """
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES if device is None or device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
@@ -42,10 +45,10 @@ class Term:
     """One objective over some of the tokens.
 
     Attributes:
-        objective: What to sum.
-        targets: [N] or [N, K] int64, or None when the objective needs none.
+        objective: The objective.
+        targets: [N] or [N, K] int64, or None if the objective needs no targets.
         tokens: [N] boolean, the tokens that count; None for all.
-        teacher: Predictions of the objective's teacher for the tokens that count; None without a teacher.
+        teacher: Predictions of the teacher for the tokens that count; None without a teacher.
     """
 
     objective: Objective
@@ -54,7 +57,7 @@ class Term:
     teacher: TokenPredictions | None = None
 
     def part(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns logits and targets of this term's tokens in a chunk."""
+        """Returns the logits and targets of the term's tokens in a chunk."""
         targets = None if self.targets is None else self.targets[part]
         if self.tokens is None:
             return logits, targets
@@ -62,17 +65,17 @@ class Term:
         return logits[chosen], None if targets is None else targets[chosen]
 
     def teacher_logits(self, part: slice) -> Any:
-        """Returns what the teacher predicts for this term's tokens in a chunk; None without a teacher."""
+        """Returns the teacher's predictions for the term's tokens in a chunk; None without a teacher."""
         if self.teacher is None:
             return None
-        if self.tokens is not None:  # the teacher has the tokens that count, one after the other
+        if self.tokens is not None:  # the teacher's predictions hold the tokens that count only
             start = int(self.tokens[: part.start].sum())
             part = slice(start, start + int(self.tokens[part].sum()))
         return self.teacher.logits(part)
 
 
 class _ChunkedObjectives(torch.autograd.Function):
-    """Sums of objectives over tokens; gradients are computed in the forward pass and scaled in the backward pass."""
+    """Sums objectives over tokens. Gradients are computed in the forward pass and scaled in the backward pass."""
 
     @staticmethod
     def forward(
@@ -105,7 +108,7 @@ class _ChunkedObjectives(torch.autograd.Function):
                 totals[index] += value
                 inputs = hidden[part] if term.tokens is None else hidden[part][term.tokens[part]]
                 _add(saved[3 * index : 3 * index + 3], part, term.tokens, grad, inputs, weight)
-                del rows, grad, teacher  # or they would live on beside the next chunk's logits
+                del rows, grad, teacher  # free them before the next chunk's logits exist
             del logits
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
@@ -118,7 +121,7 @@ class _ChunkedObjectives(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         sums: list[Tensor | None] = [None, None, None]
         for index, scale in enumerate(grad_outputs):
-            if scale is None:  # another objective of the same pass is differentiated
+            if scale is None:  # this objective is not differentiated in this backward pass
                 continue
             for kind in range(3):
                 grad = saved[3 * index + kind]
@@ -143,7 +146,7 @@ def _value_and_grad(
     teacher: Any,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Returns an objective's sum over a chunk, float64, and its gradient at the projection, [C, V]."""
+    """Returns the objective's sum over a chunk, float64, and its gradient at the output projection, [C, V]."""
     saved = logits.clone() if head.softcap is not None else None
     value, grad = objective.value_and_grad(logits, targets, teacher)
     return value.sum(dtype=torch.float64), head.pull_back(grad, saved).to(dtype)
@@ -152,7 +155,7 @@ def _value_and_grad(
 def _add(
     sums: list[Tensor | None], part: slice, tokens: Tensor | None, grad: Tensor, inputs: Tensor, weight: Tensor
 ) -> None:
-    """Adds a chunk's gradients to those of hidden states, weight and bias."""
+    """Adds the gradients of a chunk to those of hidden states, weight and bias."""
     grad_hidden, grad_weight, grad_bias = sums
     if grad_hidden is not None and tokens is None:
         torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[part])
@@ -176,12 +179,15 @@ def chunked_objective(
     """Returns the sum of an objective over tokens; see :func:`chunked_objectives`.
 
     Args:
-        objective: What to sum.
-        hidden: [N, D], final hidden states of the tokens that count (padding already left out).
+        objective: The objective.
+        hidden: [N, D], final hidden states of the tokens that count, without padding.
         head: The output head.
-        targets: [N] or [N, K] int64, or None when the objective needs none.
-        teacher: Predictions of the objective's teacher for the N tokens; None without a teacher.
-        chunk_bytes: Size of one chunk of fp32 logits; the default of the device if not given.
+        targets: [N] or [N, K] int64, or None if the objective needs no targets.
+        teacher: Predictions of the teacher for the N tokens; None without a teacher.
+        chunk_bytes: Size of one chunk of fp32 logits; defaults to the chunk size of the device.
+
+    Returns:
+        Float64 scalar, differentiable with respect to ``hidden`` and the head.
     """
     (total,) = chunked_objectives([Term(objective, targets, teacher=teacher)], hidden, head, chunk_bytes=chunk_bytes)
     return total
@@ -190,16 +196,19 @@ def chunked_objective(
 def chunked_objectives(
     terms: Sequence[Term], hidden: Tensor, head: OutputHead, *, chunk_bytes: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Returns each objective's sum over its tokens: float64 scalars, differentiable in ``hidden`` and the head.
+    """Sums several objectives over their tokens, from one computation of the logits.
 
-    Logits are computed once for all objectives. Arithmetic on them is float32 whatever the model's dtype (float64 for a
-    float64 model). The results do not depend on the chunk size beyond rounding.
+    Arithmetic on the logits is float32 for every model dtype, except float64 for float64 models. Results depend on the
+    chunk size by rounding only.
 
     Args:
         terms: Objectives and their tokens.
         hidden: [N, D], final hidden states.
         head: The output head.
-        chunk_bytes: Size of one chunk of fp32 logits; the default of the device if not given.
+        chunk_bytes: Size of one chunk of fp32 logits; defaults to the chunk size of the device.
+
+    Returns:
+        Float64 scalars, one for each term, differentiable with respect to ``hidden`` and the head.
     """
     size = chunk_tokens(head.weight.shape[0], chunk_bytes=chunk_bytes, device=hidden.device)
     totals: tuple[Tensor, ...] = _ChunkedObjectives.apply(  # type: ignore[no-untyped-call]

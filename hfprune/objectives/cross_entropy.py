@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> ValueAndGrad:
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy of the next token; a sequence of T real tokens has T - 1 targets."""
+    """Cross-entropy of the next token. A sequence of T real tokens has T - 1 targets."""
 
     name = "cross_entropy"
 
@@ -33,7 +33,7 @@ class CrossEntropy(Objective):
         return cross_entropy(logits, targets)
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Position t predicts label t + 1; it counts when both are real and the label is supervised."""
+        """Returns label t + 1 for position t; it counts if both tokens are real and the label is supervised."""
         labels = input_ids if labels is None else labels
         targets = torch.full_like(labels, IGNORE_INDEX)
         targets[:, :-1] = labels[:, 1:]

@@ -1,6 +1,6 @@
-"""Distillation that recovers: a pruned model follows the predictions of the dense one.
+"""Distillation for recovery: the pruned model learns the predictions of the dense one.
 
-Shape legend: T tokens, V vocabulary, K tokens that are known of a teacher.
+Shape legend: T tokens, V vocabulary, K stored tokens of a teacher's prediction.
 """
 
 import torch
@@ -17,15 +17,16 @@ def check_mixture(alpha: float, temperature: float) -> None:
     """Raises ``ConfigError`` unless ``alpha`` lies in [0, 1] and ``temperature`` is positive."""
     if not 0 <= alpha <= 1 or not temperature > 0:
         raise ConfigError(
-            f"alpha={alpha} must lie in [0, 1] and temperature={temperature} must be positive: distillation mixes "
-            "alpha KL and (1 - alpha) cross-entropy."
+            f"alpha={alpha} must lie in [0, 1] and temperature={temperature} must be positive: the objective is "
+            "alpha KL + (1 - alpha) cross-entropy."
         )
 
 
 def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> ValueAndGrad:
     """Returns KL(q || p) per token and its gradient p - q, with p = softmax(z) and q = softmax(teacher / temperature).
 
-    The temperature is the teacher's alone, with no factor of its square, as in SDMPrune's code. Overwrites ``teacher``.
+    The temperature applies to the teacher only, without a factor of its square, as in SDMPrune's code. Overwrites
+    ``teacher``.
 
     Args:
         logits: [T, V], float32 or float64.
@@ -44,16 +45,16 @@ def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0
 
 
 def top_kl(logits: Tensor, top: KnownTop) -> ValueAndGrad:
-    """Returns KL(p || softmax(z)) per token, everything outside the known K being one token, and its gradient.
+    """Returns KL(p || softmax(z)) per token and its gradient, with all but the K known tokens merged into one.
 
-    sum_k p_k (log p_k - log q_k) + r (log r - log q_r), with r = 1 - sum_k p_k and q_r what q gives to all other
-    tokens: a lower bound of the KL from the whole p (data-processing inequality), equal to it where K = V. What it
-    leaves out is r times the KL between p and q within the others. The gradient is q - p at the known tokens and
-    q (1 - r / q_r) at the others.
+    sum_k p_k (log p_k - log q_k) + r (log r - log q_r), with r = 1 - sum_k p_k and q_r the probability of all other
+    tokens under q. This is a lower bound of the KL from the full p (data-processing inequality), and equal to it for
+    K = V. The difference is r times the KL between p and q within the other tokens. The gradient is q - p at the known
+    tokens and q (1 - r / q_r) at the others.
 
     Args:
         logits: z [T, V], float32 or float64, divided by the temperature.
-        top: What is known of p.
+        top: The K most likely tokens of p.
     """
     log_p = top.log_p.to(logits.dtype)
     p = log_p.exp()
@@ -72,16 +73,18 @@ def top_kl(logits: Tensor, top: KnownTop) -> ValueAndGrad:
 class DistillationObjective(Objective):
     """(1 - alpha) CE + alpha t^2 KL(softmax(z_T / t) || softmax(z / t)) at every supervised position.
 
-    The temperature t is that of teacher and student, and t^2 keeps the size of the gradients (Hinton et al., 2015,
-    arXiv:1503.02531). Where only the teacher's K most likely tokens are known, KL is :func:`top_kl`.
+    The temperature t applies to teacher and student, and the factor t^2 preserves the size of the gradients. If only
+    the K most likely tokens of the teacher are known, KL is :func:`top_kl`.
 
     Args:
         alpha: Weight of KL, in [0, 1].
         temperature: t > 0.
-        teacher: The model to follow, with the student's vocabulary.
+        teacher: The teacher, with the vocabulary of the student.
 
     Raises:
-        ConfigError: A value out of range.
+        ConfigError: A value is out of range.
+
+    Source: Hinton et al. (2015, arXiv:1503.02531).
 
     >>> from hfprune.objectives.teacher import DenseModel
     >>> objective = DistillationObjective(alpha=1.0, temperature=2.0, teacher=DenseModel(torch.nn.Identity()))
@@ -112,5 +115,5 @@ class DistillationObjective(Objective):
         return ValueAndGrad(value, grad.mul_(self.alpha * t).add_(hard.grad, alpha=1 - self.alpha))
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the next token of every position and where it is supervised, as cross-entropy has it."""
+        """Returns the targets of :class:`~hfprune.objectives.cross_entropy.CrossEntropy`."""
         return CrossEntropy().targets(input_ids, attention_mask, labels)

@@ -1,4 +1,4 @@
-"""Entropy of the model's own output distribution: no labels, no teacher (HFPrune, Eq. 3 and 4, in nats)."""
+"""Entropy of the output distribution, without labels or teacher (HFPrune, Zhu et al., 2026, arXiv:2603.08083)."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from hfprune.objectives.base import OBJECTIVES, Objective, ValueAndGrad, softmax
 def entropy(logits: Tensor) -> ValueAndGrad:
     """Returns Ent(p) = -sum_v p_v log p_v per token and its gradient -p * (z - E_p[z]), with p = softmax(z).
 
-    The gradient needs no logarithm, so a probability that underflows to zero contributes exactly zero, and columns of
-    ``-inf`` (masked-out vocabulary) have probability and gradient zero. Overwrites ``logits``.
+    The gradient needs no logarithm: a probability that underflows to zero contributes exactly zero. Columns of ``-inf``
+    (masked-out vocabulary) have probability and gradient zero. Overwrites ``logits``. This is Eq. 3 and 4 of HFPrune,
+    in nats.
 
     Args:
         logits: [T, V], float32 or float64.
@@ -36,7 +37,7 @@ class Entropy(Objective):
         return entropy(logits)
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[None, Tensor]:
-        """Needs no targets; every real token counts, whatever ``labels`` masks."""
+        """Returns no targets; every real token counts, also where ``labels`` is masked."""
         return None, attention_mask.bool()
 
 

@@ -1,4 +1,4 @@
-"""The output head: from final hidden states to logits.
+"""Output head: maps final hidden states to logits.
 
 Shape legend: C tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputHead:
-    """The output projection and what the model does to its result.
+    """Output projection with logit scale and soft cap.
 
     Attributes:
         weight: [V, D].
         bias: [V] or None.
-        scale: Factor on the logits.
+        scale: Factor of the logits.
         softcap: ``cap`` of ``cap * tanh(z / cap)`` (Gemma 2), or None.
     """
 
@@ -40,7 +40,12 @@ class OutputHead:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def pull_back(self, grad: Tensor, logits: Tensor | None) -> Tensor:
-        """Returns d/d(projection) [C, V] for d/d(logits) [C, V]; ``logits`` are needed with a soft cap only."""
+        """Returns the gradient at the projection [C, V] from the gradient at the logits [C, V].
+
+        Args:
+            grad: Gradient at the logits; overwritten.
+            logits: Logits [C, V], required with a soft cap only.
+        """
         if self.softcap is not None:
             assert logits is not None
             grad = grad.mul_(1 - (logits / self.softcap) ** 2)

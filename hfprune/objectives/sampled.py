@@ -1,4 +1,4 @@
-"""Cross-entropy with labels that the model draws from its own output: no labels needed (Fisher scores)."""
+"""Cross-entropy with labels sampled from the model's own predictions, for Fisher scores."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ _BITS = 48  # of a random number; float64 holds them exactly
 
 
 class Sampled(Objective):
-    """-log p_y at every real position, y drawn from p with a random number that belongs to the sequence and position.
+    """-log p_y at every real position, with label y drawn from p.
 
-    The random numbers are a hash of the sequence's tokens, the position and the seed, so the same sequence draws the
-    same labels whatever it is batched with, how its logits are cut into chunks, and which process runs it. The label
-    is where the cumulative probability passes the number, found in float64.
+    The random numbers are a hash of the sequence's tokens, the position and the seed. A sequence therefore draws the
+    same labels for every batch, chunk size and process. The label is the first token whose cumulative probability, in
+    float64, exceeds the random number.
 
     Args:
-        seed: Which random numbers.
+        seed: Seed of the random numbers.
     """
 
     name = "sampled"
@@ -27,12 +27,12 @@ class Sampled(Objective):
         self.seed = seed
 
     def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
-        """Returns the cross-entropy with the drawn labels; ``targets`` holds the random numbers."""
+        """Returns the cross-entropy with sampled labels; ``targets`` holds the random numbers."""
         assert targets is not None
         return cross_entropy(logits, draw(softmax_statistics(logits)[0], targets))
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns a random number for every position; every real token counts, whatever ``labels`` masks."""
+        """Returns a random number for every position; every real token counts, also where ``labels`` is masked."""
         return position_numbers(input_ids, attention_mask, self.seed), attention_mask.bool()
 
 
@@ -40,22 +40,22 @@ OBJECTIVES.add(Sampled.name, Sampled())
 
 
 def draw(p: Tensor, numbers: Tensor) -> Tensor:
-    """Returns the label of each token, [T] int64: where the cumulative probability of ``p`` [T, V] passes its number.
+    """Samples the label of each token, [T] int64, by inverse transform sampling.
 
     Args:
-        p: Probabilities.
-        numbers: [T] int64 in [0, 2^48).
+        p: Probabilities [T, V].
+        numbers: Random numbers [T], int64 in [0, 2^48).
     """
     return inverse_cdf(p, numbers.to(torch.float64) * 2.0**-_BITS)
 
 
 def position_numbers(input_ids: Tensor, attention_mask: Tensor, seed: int) -> Tensor:
-    """Returns a random number in [0, 2^48) for every position, [B, T] int64, from real tokens only.
+    """Returns a random number in [0, 2^48) for every position, [B, T] int64, derived from the real tokens.
 
     Args:
         input_ids: [B, T].
         attention_mask: [B, T], 1 for real tokens; padding on either side makes no difference.
-        seed: Mixed into every number.
+        seed: Seed of the random numbers.
     """
     real = attention_mask.to(torch.int64)
     place = real.cumsum(1)

@@ -1,4 +1,4 @@
-"""Self-distillation that scores units: KL to the unmasked model, mixed with cross-entropy (SDMPrune)."""
+"""Self-distillation objective for scoring: KL to the unmasked model and cross-entropy (SDMPrune)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,18 +13,20 @@ from hfprune.objectives.teacher import UnmaskedSelf
 
 
 class SelfDistillationObjective(Objective):
-    """(1 - alpha) CE + alpha KL(softmax(z_teacher / temperature) || softmax(z)) at every real position (SDMPrune).
+    """(1 - alpha) CE + alpha KL(softmax(z_teacher / temperature) || softmax(z)) at every real position.
 
-    The teacher is the model itself with nothing masked. CE is the mean over a sequence's T - 1 targets and KL the mean
-    over its T positions, as published; summed over tokens, a CE term therefore counts T / (T - 1) times.
+    The teacher is the model itself without masks. CE is the mean over the T - 1 targets of a sequence and KL the mean
+    over its T positions, as published. In a sum over tokens, a CE term therefore counts T / (T - 1) times.
 
     Args:
         alpha: Weight of KL, in [0, 1].
-        temperature: The teacher's temperature, > 0.
-        unmasked: Context in which the model is its own teacher: its masks are lifted.
+        temperature: Temperature of the teacher, > 0.
+        unmasked: Context manager that disables the masks for the teacher's forward pass.
 
     Raises:
-        ConfigError: A value out of range.
+        ConfigError: A value is out of range.
+
+    Source: SDMPrune (Zhu and Shen, 2025, arXiv:2506.11120).
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class SelfDistillationObjective(Objective):
         self.name = f"distillation (alpha {alpha:g}, temperature {temperature:g})"
 
     def value_and_grad(self, logits: Tensor, targets: Tensor | None, teacher: Tensor | None = None) -> ValueAndGrad:
-        """Returns the mixture; ``targets`` is what :meth:`targets` returns, [T, 3]."""
+        """Returns the mixture; ``targets`` [T, 3] is the result of :meth:`targets`."""
         assert targets is not None
         assert teacher is not None
         value, grad = distillation_kl(logits, teacher, temperature=self.temperature)
@@ -50,7 +52,7 @@ class SelfDistillationObjective(Objective):
         return ValueAndGrad(value, grad.scatter_add_(-1, index, -weight.unsqueeze(-1)))
 
     def targets(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns label, number of targets and number of tokens of the sequence, [B, T, 3]; every real token counts."""
+        """Returns label, targets and tokens of the sequence, [B, T, 3]; every real token counts."""
         found, supervised = CrossEntropy().targets(input_ids, attention_mask, labels)
         found = found.masked_fill(~supervised, IGNORE_INDEX)
         real = attention_mask.bool()

@@ -1,6 +1,6 @@
-"""Teachers: models whose predictions an objective follows, in memory or on disk.
+"""Teachers of distillation objectives: models in memory, and cached predictions.
 
-Shape legend: B rows, T tokens, V vocabulary, D hidden size, N tokens that count.
+Shape legend: B rows, T tokens, V vocabulary, D hidden size, N tokens that count, C tokens of a chunk.
 """
 
 from abc import ABC, abstractmethod
@@ -17,51 +17,51 @@ from hfprune.objectives.top_k import KnownTop
 
 
 class TokenPredictions(Protocol):
-    """A teacher's predictions for N tokens."""
+    """Predictions of a teacher for N tokens."""
 
     def logits(self, part: slice) -> Any:
-        """Returns the logits [C, V] of some tokens, or the :class:`~hfprune.objectives.top_k.KnownTop` of them."""
+        """Returns the logits [C, V] of a range of tokens, or their :class:`~hfprune.objectives.top_k.KnownTop`."""
 
 
 class Predictions(Protocol):
-    """A teacher's predictions for a batch."""
+    """Predictions of a teacher for a batch."""
 
     def at(self, valid: Tensor) -> TokenPredictions:
-        """Returns the predictions at the N tokens where ``valid``, [B, T] boolean, holds, row after row."""
+        """Returns the predictions at the N tokens selected by ``valid``, [B, T] boolean, in row-major order."""
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenPredictions:
-    """Predictions as final hidden states and an output head, so that logits exist for one chunk of tokens only.
+    """Predictions as final hidden states and an output head; logits are computed one chunk of tokens at a time.
 
     Attributes:
-        hidden: [B, T, D]; [N, D] once tokens were selected.
-        head: The teacher's output head.
+        hidden: [B, T, D], or [N, D] after :meth:`at`.
+        head: Output head of the teacher.
     """
 
     hidden: Tensor
     head: OutputHead
 
     def at(self, valid: Tensor) -> "HiddenPredictions":
-        """Returns the predictions where ``valid`` [B, T] holds."""
+        """Returns the predictions at the tokens selected by ``valid`` [B, T]."""
         chosen = self.hidden.flatten(0, 1) if bool(valid.all()) else self.hidden[valid]
         return HiddenPredictions(chosen, self.head)
 
     def logits(self, part: slice) -> Tensor:
-        """Returns the logits [C, V] of the selected tokens in ``part``, in memory of their own."""
+        """Returns the logits [C, V] of a range of the selected tokens, as a new tensor."""
         return self.head.logits(self.hidden[part])
 
 
 Forward = Callable[[nn.Module], HiddenPredictions]
-"""Runs a model on the batch at hand."""
+"""Function that runs a model on the current batch."""
 
 
 class Teacher(ABC):
-    """A model that an objective follows.
+    """Base class of teachers.
 
     Attributes:
-        name: What an objective's name calls it.
-        model: The model that is in memory for this purpose; None without one.
+        name: Name of the teacher in the objective's name.
+        model: Model held in memory by the teacher, or None.
     """
 
     name: str
@@ -69,17 +69,17 @@ class Teacher(ABC):
 
     @abstractmethod
     def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> Predictions:
-        """Returns the predictions for a batch, without gradients; called before the student's forward pass.
+        """Returns the predictions for a batch, without gradients. Called before the student's forward pass.
 
         Args:
-            student: The model that follows.
+            student: The student.
             batch: ``input_ids`` [B, T] and the other tensors of a batch.
-            forward: Runs a model on ``batch``.
+            forward: Function that runs a model on ``batch``.
         """
 
 
 class DenseModel(Teacher):
-    """Another model in memory.
+    """Teacher that is a separate model in memory.
 
     Args:
         model: A supported causal LM with the student's vocabulary, in eval mode.
@@ -98,10 +98,10 @@ class DenseModel(Teacher):
 
 
 class UnmaskedSelf(Teacher):
-    """The student itself while nothing of it is masked.
+    """Teacher that is the student itself without masks.
 
     Args:
-        unmasked: Context in which the student's masks are lifted.
+        unmasked: Context manager that disables the student's masks.
     """
 
     name = "the model itself"
@@ -116,10 +116,10 @@ class UnmaskedSelf(Teacher):
 
 
 class CachedTopK(Teacher):
-    """Predictions that were stored, of which the most likely tokens are known.
+    """Teacher whose predictions were stored; only the most likely tokens are known.
 
     Args:
-        lookup: Takes a batch and where tokens count, [B, T]; returns what is stored for these N tokens.
+        lookup: Function of a batch and a mask [B, T] that returns the stored predictions of the N selected tokens.
     """
 
     name = "the dense model's cached predictions"
@@ -128,7 +128,7 @@ class CachedTopK(Teacher):
         self.lookup = lookup
 
     def predict(self, student: nn.Module, batch: Mapping[str, Tensor], forward: Forward) -> "_Stored":
-        """Returns the predictions, which are read when the tokens that count are known."""
+        """Returns the stored predictions; they are read when tokens are selected."""
         return _Stored(self.lookup, batch)
 
 

@@ -1,6 +1,6 @@
-"""Predictions of which only the most likely tokens are known, and how they are stored.
+"""Top-k predictions: the most likely tokens of a teacher and their compact storage format.
 
-Shape legend: T tokens, V vocabulary, K tokens that are known of the teacher.
+Shape legend: T tokens, V vocabulary, K most likely tokens.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ class KnownTop:
     """The K most likely tokens of a teacher's predictions.
 
     Attributes:
-        log_p: [T, K], their log-probabilities at the temperature of the distillation.
-        tokens: [T, K], int64.
-        log_rest: [T], the log-probability of all other tokens together; -inf where there are none.
+        log_p: [T, K], log-probabilities at the temperature of the distillation.
+        tokens: [T, K], token ids, int64.
+        log_rest: [T], log-probability of all other tokens together; -inf for K = V.
     """
 
     log_p: Tensor
@@ -27,28 +27,31 @@ class KnownTop:
 
     @classmethod
     def restored(cls, values: Tensor, tokens: Tensor, odds: Tensor, *, dtype: torch.dtype) -> "KnownTop":
-        """Returns what :func:`rounded_top` took apart: probabilities that add up to one, however values were rounded.
+        """Inverts :func:`rounded_top`; probabilities add up to one in spite of the rounding.
 
         p_k = (1 - r) softmax(values)_k, with r = sigmoid(odds).
+
+        Args:
+            values: [T, K], float16.
+            tokens: [T, K], int32.
+            odds: [T], log-odds of all other tokens, float32.
+            dtype: Type of the log-probabilities.
         """
         log_p = values.to(dtype).log_softmax(-1) + F.logsigmoid(-odds.to(dtype)).unsqueeze(-1)
         return cls(log_p, tokens.long(), F.logsigmoid(odds.to(dtype)))
 
     @classmethod
     def joined(cls, parts: "Sequence[KnownTop]") -> "KnownTop":
-        """Returns what is known of all ``parts``, one after the other."""
-        return cls(
-            torch.cat([part.log_p for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.log_rest for part in parts]),
-        )
+        """Concatenates ``parts`` along the tokens."""
+        columns = zip(*((part.log_p, part.tokens, part.log_rest) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
 
     def __getitem__(self, part: slice) -> "KnownTop":
-        """Returns a part of the tokens."""
+        """Returns a range of the tokens."""
         return KnownTop(self.log_p[part], self.tokens[part], self.log_rest[part])
 
     def logits(self, part: slice) -> "KnownTop":
-        """Returns what is known of a part of the tokens, in place of their logits."""
+        """Returns a range of the tokens (protocol of ``TokenPredictions``)."""
         return self[part]
 
     def __len__(self) -> int:
@@ -57,14 +60,14 @@ class KnownTop:
 
 
 def rounded_top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the ``k`` most likely tokens of softmax(z) in 6 bytes each, and 4 bytes for all others.
+    """Compresses the ``k`` most likely tokens of softmax(z) to 6 bytes each, and all other tokens to 4 bytes.
 
-    Logits relative to the largest are rounded to float16, by at most 2^-11 of themselves; the share of the others, a
-    difference of log-sum-exps, is kept in float32, so that rounding moves nothing between the known and the others.
+    Logits relative to the largest are rounded to float16, a relative error of at most 2^-11. The log-odds of the other
+    tokens are float32, so that rounding moves no probability between the known tokens and the others.
 
     Args:
         logits: z [T, V], float32 or float64, divided by the temperature.
-        k: K; V where that is smaller.
+        k: Number of tokens, at most V.
 
     Returns:
         Values [T, K], float16; tokens [T, K], int32; log-odds [T] of all other tokens, float32.

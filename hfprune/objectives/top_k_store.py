@@ -1,7 +1,7 @@
-"""Top-k predictions on disk: files of rows with checksums, each written in one step.
+"""Top-k predictions on disk: safetensors files of rows with checksums, written atomically.
 
-A row is a set of tensors, stored as ``ROW.PART``. The recovery cache keeps a row for every sequence; the cache of
-evaluation has a file with one row, whose name is empty.
+A row is a set of tensors, stored as ``ROW.PART``. The recovery cache has one row per sequence. The cache of the
+evaluation has files with a single row, whose name is empty.
 """
 
 import json
@@ -21,11 +21,11 @@ class TopKFile:
     """A file of rows.
 
     Args:
-        path: The file; its header is read at once, its rows when they are asked for.
+        path: The file. The header is read by the constructor, rows by :meth:`read`.
 
     Attributes:
         path: The file.
-        checksums: Row -> CRC-32 of its tensors; None for a file of the versions that wrote none.
+        checksums: Row -> CRC-32 of its tensors; None for files of earlier versions without checksums.
 
     Raises:
         ConfigError: The file cannot be read.
@@ -39,10 +39,10 @@ class TopKFile:
 
     @classmethod
     def write(cls, path: Path, rows: Mapping[str, Mapping[str, Tensor]]) -> "TopKFile":
-        """Writes a file, in whole or not at all, and returns it.
+        """Writes a file atomically and returns it.
 
         Args:
-            path: The file; its folder is created.
+            path: The file; missing folders are created.
             rows: Row -> part -> tensor.
 
         Raises:
@@ -54,7 +54,11 @@ class TopKFile:
         return cls(path)
 
     def read(self, row: str, parts: Sequence[str]) -> list[Tensor]:
-        """Returns the tensors ``parts`` of a row, in the order in which they were written.
+        """Returns tensors of a row.
+
+        Args:
+            row: Name of the row.
+            parts: Names of its tensors, in the order in which they were written.
 
         Raises:
             ConfigError: The file cannot be read, or the row is damaged.
@@ -63,7 +67,7 @@ class TopKFile:
             tensors = [file.get_tensor(_key(row, part)) for part in parts]
             expected = None if self.checksums is None else self.checksums[row]
         if expected is not None and _checksum(tensors) != expected:
-            raise ConfigError(f"The cached predictions '{self.path}' are damaged: delete the file; it is recomputed.")
+            raise ConfigError(f"The cached predictions '{self.path}' are corrupt. Delete the file to recompute them.")
         return tensors
 
     @contextmanager
@@ -72,7 +76,7 @@ class TopKFile:
             yield
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"The cached predictions '{self.path}' cannot be read ({error}): delete the file; it is recomputed."
+                f"The cached predictions '{self.path}' cannot be read ({error}). Delete the file to recompute them."
             ) from error
 
 

@@ -1,1 +1,1 @@
-"""Structured pruning: a model, batches and a budget become a pruning plan."""
+"""Structured pruning: computes a pruning plan from a model, calibration batches and a budget."""

@@ -1,7 +1,7 @@
-"""Accumulating importance during forward and backward passes, without Lightning.
+"""Importance accumulator: sums of a criterion over forward and backward passes, without Lightning.
 
-``ImportanceAccumulator`` hooks the projections of the groups, lets a gradient flow from the first of them on (all
-weights frozen), and adds each backward pass to exact sums; for criteria of activations, each forward pass.
+``ImportanceAccumulator`` hooks the projections of the groups and freezes all weights; the autograd graph begins at the
+first hooked projection. Each backward pass (each forward pass for activation criteria) is added to exact sums.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,12 +45,12 @@ from hfprune.utils.errors import CalibrationError, ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveSum:
-    """The objective of one batch, summed over tokens and not divided.
+    """The objective of one batch, summed over tokens.
 
     Attributes:
-        total: Scalar, differentiable, nats.
-        num_tokens: [B], int64, tokens counted in each sequence.
-        padding: [B, T] boolean, True at padding; None when there is none.
+        total: Differentiable scalar, in nats.
+        num_tokens: [B], int64, tokens that count in each sequence.
+        padding: [B, T] boolean, True at padding; None without padding.
     """
 
     total: Tensor
@@ -59,7 +59,15 @@ class ObjectiveSum:
 
 
 def weight_scores(model: nn.Module, groups: Sequence[Group], criterion: WeightCriterion) -> dict[str, Tensor]:
-    """Returns group name -> importance [U], float64, on the CPU; every rank of a sharded model must ask for it.
+    """Scores units by their weights. Collective when the model is sharded.
+
+    Args:
+        model: The dense model.
+        groups: Groups to score.
+        criterion: Criterion that reads weights alone.
+
+    Returns:
+        Group name -> importance [U], float64, on the CPU.
 
     Raises:
         CalibrationError: A group's scores do not rank its units.
@@ -83,12 +91,12 @@ def backward(
     count: bool = True,
     retain_graph: bool = False,
 ) -> tuple[float, int]:
-    """Runs the backward pass of one batch's objective; every accumulator adds what its criterion makes of it.
+    """Runs the backward pass of one batch's objective and adds it to every accumulator.
 
     Args:
         out: The objective.
-        accumulators: Those that hooked the model.
-        count: False adds nothing.
+        accumulators: Accumulators whose hooks are active.
+        count: False runs the pass without adding it.
         retain_graph: Whether another objective of the same forward pass follows.
 
     Returns:
@@ -96,7 +104,7 @@ def backward(
 
     Raises:
         NotFiniteError: The objective is not finite.
-        CalibrationError: A score is not finite, or the objective depends on nothing that is scored.
+        CalibrationError: A score is not finite, or the objective does not depend on any scored activation.
     """
     if not out.total.requires_grad:
         raise CalibrationError(
@@ -117,13 +125,13 @@ def backward(
 def check_criterion(
     model: nn.Module, groups: tuple[Group, ...], criterion: Criterion, *, settles: bool = False
 ) -> None:
-    """Raises ``ConfigError`` where ``criterion`` does not score units, or what units hold; reads shapes alone.
+    """Raises ``ConfigError`` if ``criterion`` cannot score the groups; reads shapes alone.
 
     Args:
-        model: The dense model, or one with its shapes.
-        groups: The groups that may lose units.
-        criterion: How they are scored.
-        settles: Whether scores are recomputed during calibration, to detect convergence.
+        model: The dense model, possibly on the meta device.
+        groups: Groups to prune.
+        criterion: The criterion.
+        settles: Whether scores are recomputed during calibration to detect convergence.
     """
     if isinstance(criterion, LayerwiseCriterion):
         return
@@ -136,20 +144,20 @@ def check_criterion(
         criterion.check(group, shapes)
         if settles and criterion.moments(group, shapes):
             raise ConfigError(
-                f"early_stop_overlap does not go with {type(criterion).__name__} as it is set: its sums are too large "
-                "to be reduced and scored several times."
+                f"early_stop_overlap cannot be used with {type(criterion).__name__} and these settings: its sums are "
+                "too large to be reduced and scored several times."
             )
 
 
 class ImportanceAccumulator:
-    """Sums of a criterion over calibration sequences.
+    """Accumulates the sums of a criterion over calibration sequences.
 
     Args:
-        model: The module that the groups' names refer to, dense.
-        groups: What is scored.
-        criterion: How.
-        root: The module that is frozen and put into eval mode while recording; ``model`` if not given.
-        device: Where sums live; the first parameter's device if not given.
+        model: Dense model that contains the modules of the groups.
+        groups: Groups to score.
+        criterion: Criterion that scores them.
+        root: Module to freeze and put into eval mode while recording; defaults to ``model``.
+        device: Device of the sums; defaults to the device of the first parameter.
 
     Raises:
         ConfigError: The criterion cannot score one of the groups.
@@ -177,7 +185,7 @@ class ImportanceAccumulator:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Freezes the root, puts it into eval mode and hooks the model; undoes all three at the end."""
+        """Context in which the root is frozen and in eval mode and the model is hooked."""
         criterion = self._criterion
         if isinstance(criterion, GradientCriterion):
             handles = hook_gradients(self._model, self._groups, criterion, self._receive_signal)
@@ -190,17 +198,17 @@ class ImportanceAccumulator:
     # ---- passes ------------------------------------------------------------------------------------------------------
 
     def step(self, objective: Callable[[], ObjectiveSum], *, count: bool = True) -> tuple[float, int]:
-        """Runs one forward and backward pass of ``objective`` and adds it.
+        """Runs one forward and backward pass and adds it.
 
         Args:
-            objective: Runs the forward pass.
-            count: False runs the passes and adds nothing: what a rank of a sharded model does that has no batch left.
+            objective: Function that runs the forward pass.
+            count: False runs the passes without adding them, for ranks of a sharded model that have no batch left.
 
         Returns:
-            The batch's summed objective (nats) and its number of tokens.
+            The summed objective (nats) and the number of tokens of the batch.
 
         Raises:
-            CalibrationError: The objective or a score is not finite; the message names the first layer where.
+            CalibrationError: The objective or a score is not finite; the message names the first affected layer.
         """
         with torch.enable_grad():
             out = objective()
@@ -212,19 +220,19 @@ class ImportanceAccumulator:
     def observe(
         self, forward: Callable[[], None], num_tokens: Tensor, padding: Tensor | None, *, count: bool = True
     ) -> int:
-        """Runs one forward pass for a criterion of activations and adds it.
+        """Runs one forward pass for an activation criterion and adds it.
 
         Args:
-            forward: Runs the model.
+            forward: Function that runs the model.
             num_tokens: [B], tokens that count in each sequence.
-            padding: [B, T] boolean, True at padding; None when there is none.
-            count: False adds nothing.
+            padding: [B, T] boolean, True at padding; None without padding.
+            count: False runs the pass without adding it.
 
         Returns:
             The number of tokens.
 
         Raises:
-            CalibrationError: An activation is not finite; the message names the last layer where.
+            CalibrationError: An activation is not finite; the message names the last affected layer.
         """
         self.arm(num_tokens, padding, count=count)
         with torch.no_grad():
@@ -233,16 +241,25 @@ class ImportanceAccumulator:
         return int(num_tokens.sum())
 
     def arm(self, num_tokens: Tensor, padding: Tensor | None, *, count: bool = True) -> None:
-        """Makes the hooks record what the next backward pass (or forward pass, for activations) brings."""
+        """Starts recording of the next backward pass (forward pass for activation criteria).
+
+        Args:
+            num_tokens: [B], tokens that count in each sequence.
+            padding: [B, T] boolean, True at padding; None without padding.
+            count: False records nothing.
+        """
         self._batch = BatchInfo(num_sequences=len(num_tokens), num_tokens=num_tokens, padding=padding)
         self._counting = count and int(num_tokens.sum()) > 0
         self._pending, self._waiting = {}, {}
 
     def commit(self, total: Tensor) -> None:
-        """Adds what was recorded, and the objective ``total``, unless nothing counts; stops recording.
+        """Stops recording and adds the recorded pass.
+
+        Args:
+            total: Summed objective of the batch, scalar.
 
         Raises:
-            CalibrationError: A score is not finite, or a joint criterion saw a part of a group's projections only.
+            CalibrationError: A score is not finite, or a joint criterion did not receive all projections of a group.
         """
         batch, self._batch = self._batch, None
         assert batch is not None
@@ -253,14 +270,14 @@ class ImportanceAccumulator:
 
     def _receive_signal(self, group: Group, part: Slice, signal: Signal) -> None:
         criterion, batch = self._criterion, self._batch
-        if batch is None or not self._counting:  # the backward pass of another objective
+        if batch is None or not self._counting:  # backward pass of another objective
             return
         assert isinstance(criterion, GradientCriterion)
         signals = {part: signal}
         if criterion.joint:
             waiting = self._waiting.setdefault(group.name, [])
             home = next((found for found in waiting if part not in found), None)
-            if home is None:  # the projections run several times: each signal joins those of its own run
+            if home is None:  # projections may run several times: signals are collected per run
                 waiting.append(home := {})
             home[part] = signal
             parts = read_slices(criterion, group)
@@ -295,24 +312,24 @@ class ImportanceAccumulator:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
-        """Returns every sum, in a fixed order: adding them over ranks gives the sums of the whole set."""
+        """Returns every sum in a fixed order. Sums of several ranks add up to those of the whole data set."""
         return self._sums.tensors()
 
     @property
     def has_moments(self) -> bool:
-        """Whether sums are kept that are large, and rounded when they are added."""
+        """Whether the criterion keeps moments: large sums that are not exact."""
         return any(self._sums.moments.values())
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Takes over sums that ``tensors`` returned, here or on all ranks together; refuses those of other settings."""
+        """Replaces the sums by the result of :meth:`tensors`, of this rank or added up over all ranks."""
         self._sums.load(tensors)
 
     def totals(self) -> Totals:
-        """Returns how much was accumulated."""
+        """Returns the numbers of accumulated tokens and sequences."""
         return self._sums.totals()
 
     def scores(self) -> dict[str, Tensor]:
-        """Returns group name -> importance [U]; see ``AccumulatedSums``. All ranks of a sharded model must ask."""
+        """Returns group name -> importance [U], float64, on the CPU. Collective when the model is sharded."""
 
         def weights(group: Group) -> list[Tensor]:
             return [whole_weight(self._modules[p.module], p.parameter).to(self._device) for p in group.slices]
@@ -321,15 +338,15 @@ class ImportanceAccumulator:
             return self._sums.scores(weights)
 
     def mean_objective(self) -> float | None:
-        """Returns the objective per token so far, in nats; None where there is none, NaN before any token."""
+        """Returns the mean objective per token in nats; None without an objective, NaN before the first token."""
         if not isinstance(self._criterion, GradientCriterion):
             return None
         tokens = self.totals().num_tokens
         return self._sums.objective_total() / tokens if tokens else float("nan")
 
     def _blame(self, objective: Callable[[], ObjectiveSum]) -> str:
-        """Runs the batch again without gradients and names the first group whose activations are not finite."""
+        """Repeats the forward pass without gradients and names the first group with non-finite activations."""
         bad = first_not_finite(self._modules, self._groups, objective)
         if bad is not None:
             return f"The first activations that are not finite are those of {bad}."
-        return "All MLP activations are finite: look at the final norm and the output head."
+        return "All activations of the scored groups are finite. Check the final norm and the output head."

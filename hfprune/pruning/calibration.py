@@ -1,4 +1,4 @@
-"""Calibration: one loop that runs the batches and adds up the exact sums of one or several criteria."""
+"""Calibration loop: runs the calibration batches and accumulates the sums of one or several criteria."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,30 +31,26 @@ Kept = Mapping[str, Sequence[int]]
 """Group -> kept units."""
 
 State = dict[str, Any]
-"""State of a calibration that was interrupted."""
-
-
-def _no_summary(role: str) -> Any:
-    return None
+"""State of an interrupted calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """The calibration batches, which may be read several times.
+    """Calibration batches that can be read several times.
 
     Attributes:
-        batches: Returns the batches, from the first; called once for each pass.
-        seed: Seed of what the loader shuffles or augments with.
-        summary: Role (``calibration``, ``recovery``) -> provenance of its data, None where there is none.
+        batches: Function that returns all batches; called once per pass.
+        seed: Seed of the loader's shuffling and augmentation.
+        summary: Function from a role (``calibration``, ``recovery``) to the provenance of its data, or None.
     """
 
     batches: Callable[[], Iterable[Any]]
     seed: int = 0
-    summary: Callable[[str], Any] = _no_summary
+    summary: Callable[[str], Any] = lambda role: None
 
     @property
     def fingerprint(self) -> Any:
-        """Hash of the calibration data, None where it is not known."""
+        """Hash of the calibration data; None if unknown."""
         found = self.summary("calibration")
         return found.get("sha256") if isinstance(found, dict) else None
 
@@ -65,8 +61,11 @@ class CalibrationData:
 
         Args:
             communicator: The processes.
-            limit: Use at most this many batches.
-            sequences: Use at most this many sequences, of all ranks together.
+            limit: Maximum number of batches.
+            sequences: Maximum number of sequences of all ranks together.
+
+        Returns:
+            Sequences with ``input_ids`` [1, T].
         """
         seed_data(self.seed)
         every = (sequence for batch in islice(self.batches(), limit) for sequence in split(as_batch(batch)))
@@ -75,12 +74,12 @@ class CalibrationData:
 
 @dataclass(frozen=True)
 class Scorer:
-    """A criterion, and what it scores.
+    """A criterion with its groups and objective.
 
     Attributes:
-        criterion: How signals become scores.
-        groups: The groups.
-        objective: What is differentiated; None for the model's own objective (and for criteria that need none).
+        criterion: The criterion.
+        groups: Groups to score.
+        objective: Objective to differentiate; None for the model's own, and for criteria without an objective.
     """
 
     criterion: CalibratedCriterion
@@ -89,35 +88,35 @@ class Scorer:
 
     @property
     def forward_only(self) -> bool:
-        """Whether nothing is differentiated."""
+        """Whether the criterion needs no backward pass."""
         return isinstance(self.criterion, ActivationCriterion)
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """What this rank does in one round of ``world_size`` items."""
+    """The item of this rank in one round of ``world_size`` items."""
 
     index: int
     item: Any
     runs: bool
     """Whether the rank runs the item."""
     counts: bool
-    """Whether its scores count."""
+    """Whether the scores of the item count."""
     full: bool
-    """Whether every rank had an item."""
+    """Whether every rank has an item."""
     done: int
-    """Items done afterwards, over all ranks."""
+    """Number of items of all ranks after the round."""
 
 
 def _turns(items: Iterable[Any], first: int, *, rank: int, world_size: int, in_step: bool) -> Iterator[_Turn]:
-    """Yields the turns of a rank; item i, counted from ``first``, is that of rank ``i mod world_size``.
+    """Yields the turns of a rank. Item i, counted from ``first``, belongs to rank ``i mod world_size``.
 
     Args:
         items: All items.
-        first: Skip so many.
+        first: Number of items to skip.
         rank: The rank.
         world_size: Number of ranks.
-        in_step: In a last round that is not full, ranks without an item run that of another rank and count nothing.
+        in_step: Whether ranks without an item in an incomplete last round run the item of another rank, not counted.
     """
     own: tuple[int, Any] | None = None
     slot, index, item = world_size - 1, first - 1, None
@@ -136,20 +135,20 @@ def _turns(items: Iterable[Any], first: int, *, rank: int, world_size: int, in_s
 
 
 class Calibration:
-    """Runs the calibration items and adds up the scores of one or several criteria.
+    """Runs the calibration items and accumulates the sums of one or several criteria.
 
-    Item i of the data, counted over all ranks, belongs to rank ``i mod world_size``: every item is run once for any
-    number of processes. The state that ``state`` returns holds the sums of all ranks and the number of items done, so
-    that a run can continue with another number of processes.
+    Item i of the data, counted over all ranks, belongs to rank ``i mod world_size``: every item runs once for any
+    number of processes. :meth:`state` holds the sums of all ranks and the position, so that a run can resume with
+    another number of processes.
 
     Args:
-        model: What is scored.
-        scorers: The criteria; several share the forward pass and the logits, and are not compared as they go.
+        model: Model to score.
+        scorers: The criteria. Several criteria share the forward pass and the logits; convergence is then not tracked.
         data: The calibration data.
-        options: How calibration runs.
+        options: Calibration options.
         communicator: The processes.
-        widths: Kept units of each group, or a function that selects them, for the history of what is kept.
-        masked: What stays of each group while the others are held at zero, which a checkpoint must carry.
+        widths: Number of kept units of each group, or a function that selects them, for the convergence history.
+        masked: Units of each group that are not masked during this pass; saved in checkpoints.
         progress: Show a progress bar.
 
     Raises:
@@ -186,13 +185,13 @@ class Calibration:
         }
         self.history = KeptHistory(self._scorers[0].groups, widths)
         self.stability: float | None = None
-        """Share of the kept units that did not change between the last two comparisons."""
+        """Share of the kept units that are unchanged between the last two comparisons."""
         self.stopped = False
-        """Whether the calibration ended early."""
+        """Whether the calibration stopped early."""
         self.seen = SeenTokens()
         self.position = 0
-        """Items done, over all ranks."""
-        self._unchanged = 0  # comparisons in a row that found the kept units unchanged
+        """Number of finished items of all ranks."""
+        self._unchanged = 0  # successive comparisons with unchanged kept units
 
     @property
     def accumulator(self) -> ImportanceAccumulator:
@@ -201,7 +200,7 @@ class Calibration:
 
     @property
     def _objective_name(self) -> str | None:
-        """Name of what is differentiated, None when nothing is."""
+        """Name of the differentiated objective; None without a backward pass."""
         scorer = self._scorers[0]
         if scorer.forward_only:
             return None
@@ -210,39 +209,42 @@ class Calibration:
     # ---- saving and resuming -----------------------------------------------------------------------------------------
 
     def tensors(self) -> list[Tensor]:
-        """Returns every sum of this rank, in a fixed order."""
+        """Returns every sum of this rank in a fixed order."""
         return [tensor for accumulator in self.accumulators for tensor in accumulator.tensors()]
 
     def state(self) -> State:
-        """Returns sums of all ranks, position and settings, as plain data; every rank must ask for it."""
+        """Returns the sums of all ranks, the position and the settings, as plain data. Collective."""
         history = {"history": self.history.state(), "calm": self._unchanged}
         found = {"position": self.position, "sums": self._summed(), "settings": self._settings, **history}
         return found | {"first_stage": self._masked, "tokens": self._all_seen()}
 
     def load(self, state: State) -> None:
-        """Continues a pass that was interrupted.
+        """Resumes an interrupted pass.
+
+        Args:
+            state: Result of :meth:`state`.
 
         Raises:
-            ConfigError: It was calibrating with other settings or other data.
+            ConfigError: The pass had other settings or other data.
         """
         for name, stored in state["settings"].items():
             if stored != self._settings.get(name):
                 raise ConfigError(
                     f"The checkpoint was written while calibrating with {name} {stored}; this run has "
-                    f"{self._settings.get(name)}. Resume with the same, or start anew."
+                    f"{self._settings.get(name)}. Resume with the same setting, or start again."
                 )
         self.history.load(state["history"])
         self._unchanged = state["calm"]
-        # the sums of all ranks so far, counted once; checkpoints of earlier versions have no tokens
+        # the sums are those of all ranks; checkpoints of earlier versions have no token count
         self.resume(state["position"], state["sums"], state.get("tokens"))
 
     def resume(self, position: int, sums: Sequence[Tensor], tokens: int | None = None) -> None:
-        """Continues after ``position`` items with the ``sums`` of all ranks, which rank 0 takes over.
+        """Continues after ``position`` items; rank 0 loads the sums of all ranks.
 
         Args:
-            position: Items done, over all ranks.
-            sums: What :meth:`tensors` returned, added up over ranks.
-            tokens: Tokens read so far, None where that is not known.
+            position: Number of finished items of all ranks.
+            sums: Result of :meth:`tensors`, added up over ranks.
+            tokens: Number of tokens read so far; None if unknown.
         """
         self.position = position
         if self._communicator.rank == 0:
@@ -255,11 +257,11 @@ class Calibration:
             accumulator.load([t.to(self._model.device) for t in islice(rest, len(accumulator.tensors()))])
 
     def _summed(self) -> list[Tensor]:
-        """Returns the sums over all ranks; exact sums do not depend on which rank added what."""
+        """Returns the sums over all ranks; exact sums do not depend on the distribution of the items."""
         return [self._communicator.sum(tensor).cpu() for tensor in self.tensors()]
 
     def _all_seen(self) -> int | None:
-        """Returns the tokens that all ranks have read so far, None where items do not say; every rank must ask."""
+        """Returns the number of tokens read by all ranks; None if unknown. Collective."""
         own = torch.tensor([self.seen.number, int(self.seen.unknown)], dtype=torch.int64, device=self._model.device)
         number, unknown = self._communicator.sum(own).tolist()
         return None if unknown else int(number)
@@ -267,10 +269,13 @@ class Calibration:
     # ---- the pass ----------------------------------------------------------------------------------------------------
 
     def run(self, save: Callable[[], None] = lambda: None) -> ImportanceAccumulator:
-        """Runs the rest of the data; afterwards every rank holds the sums of all.
+        """Runs the remaining items; afterwards every rank holds the sums of all ranks.
 
         Args:
-            save: Saves progress; called each time that about ``checkpoint_every`` items were done.
+            save: Function that saves progress, called about every ``checkpoint_every`` items.
+
+        Returns:
+            The sums of the first criterion.
         """
         every, saved = self._options.checkpoint_every, self.position
         communicator, bar = self._communicator, self._progress and self._communicator.rank == 0
@@ -297,11 +302,11 @@ class Calibration:
         return self.accumulator
 
     def scores(self) -> list[dict[str, Tensor]]:
-        """Returns group -> importance [U], for every criterion."""
+        """Returns group name -> importance [U] for every criterion."""
         return [accumulator.scores() for accumulator in self.accumulators]
 
     def _compare(self, before: int) -> bool:
-        """Compares the units that would be kept now with those before, where it is time; returns whether to stop."""
+        """Compares the kept units with those of the previous comparison if it is due; returns whether to stop."""
         every = self._check_every
         if every is None or self.position // every == before // every:
             return False
@@ -322,7 +327,7 @@ class Calibration:
             yield from self._model.items(batch, exact=self._options.exact)
 
     def _expected(self) -> int | None:
-        """Returns how many items this rank will run, where that is known beforehand."""
+        """Returns the number of items of this rank; None if unknown."""
         batches: Any = self._batches
         try:
             number = min(len(batches), self._options.batches or len(batches))
@@ -352,7 +357,7 @@ class Calibration:
         advance(seen or 0, self.accumulator.mean_objective(), self.stability)
 
     def _run_shared(self, item: Any, index: int, *, count: bool) -> int:
-        """Runs one forward pass for all criteria, and a backward pass for each objective; returns the real tokens."""
+        """Runs one forward pass for all criteria and a backward pass per objective; returns the number of tokens."""
         num_tokens, padding = self._model.token_counts(item)
         pairs = list(zip(self._scorers, self.accumulators, strict=True))
         passive = [accumulator for scorer, accumulator in pairs if scorer.forward_only]
@@ -385,10 +390,10 @@ class Calibration:
 
 
 class SeenTokens:
-    """Tokens that the model has read in calibration, unlike those that its objective counts.
+    """Counter of the tokens that the model reads in calibration, including those that the objective does not count.
 
     Args:
-        number: Those before; None where items did not say.
+        number: Initial count; None if unknown.
     """
 
     def __init__(self, number: int | None = 0) -> None:
@@ -396,11 +401,11 @@ class SeenTokens:
 
     @property
     def total(self) -> int | None:
-        """All of them, None where items do not say."""
+        """Number of tokens; None if unknown."""
         return None if self.unknown else self.number
 
     def add(self, tokens: int | None) -> None:
-        """Adds those of an item, None where it does not say."""
+        """Adds the tokens of an item; None makes the count unknown."""
         self.number += tokens or 0
         self.unknown |= tokens is None
 
@@ -410,7 +415,7 @@ class SeenTokens:
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Restores the state of the random number generators of torch, NumPy and Python at the end."""
+    """Context that restores the random number generators of torch, NumPy and Python at the end."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     python, arrays = random.getstate(), numpy.random.get_state()
     try:
@@ -422,7 +427,7 @@ def isolated_rng() -> Iterator[None]:
 
 
 def seed_data(seed: int) -> None:
-    """Seeds what a loader may shuffle or augment with."""
+    """Seeds the random number generators of torch, NumPy and Python, which loaders shuffle and augment with."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -431,27 +436,27 @@ def seed_data(seed: int) -> None:
 # ---- self-distillation -----------------------------------------------------------------------------------------------
 
 Pass = Callable[[Kept | None, State | None], dict[str, Tensor]]
-"""Runs the calibration data once: units that stay unmasked, saved state -> scores."""
+"""One pass over the calibration data: unmasked units of each group, saved state -> scores."""
 
 
 def check_stages(model: Prunable, setting: SelfDistillation, budget: Budget, allocation: Allocation | None) -> None:
-    """Raises ``ConfigError`` when the stages do not fit what is pruned, before anything is loaded.
+    """Raises ``ConfigError`` if the stages do not fit the units and the budget; the model need not be loaded.
 
     Args:
-        model: What is pruned.
-        setting: The stages.
-        budget: What was asked.
-        allocation: How it is spent.
+        model: Model to prune.
+        setting: Settings of the stages.
+        budget: The budget.
+        allocation: Allocation of the budget.
     """
     for name in ("layers", "channels"):
         if name in model.units:
-            raise ConfigError(f"distillation cuts units of every layer first: leave '{name}' out of the units.")
+            raise ConfigError(f"self_distillation masks units in every layer: leave '{name}' out of the units.")
     if not model.known:
         return
     resolved = model.resolve(budget, allocation)
     if resolved.provisional:
         raise ConfigError(
-            f"distillation needs every width before its first stage, and {allocation} takes them from scores."
+            f"self_distillation needs all widths before its first stage, but {allocation} computes them from scores."
         )
     setting.first_widths(model.groups(model.shapes()), resolved.widths)
 
@@ -464,18 +469,21 @@ def two_stages(
     saved: State | None,
     run: Pass,
 ) -> dict[str, Tensor]:
-    """Returns the scores of the second stage.
+    """Runs both stages of self-distillation and returns the scores of the second.
 
     Args:
-        model: What is scored; its objective becomes each stage's.
-        groups: Its groups.
-        setting: The stages.
-        widths: How many units of each group are kept in the end.
-        saved: State of a pass that was interrupted, of either stage.
-        run: Runs one pass with the model's objective.
+        model: Model to score; its objective is set to that of each stage.
+        groups: Groups of the model.
+        setting: Settings of the stages.
+        widths: Number of units of each group that the budget keeps.
+        saved: State of an interrupted pass of either stage, or None.
+        run: Function that runs one pass with the model's objective.
+
+    Returns:
+        Group name -> importance [U].
 
     Raises:
-        ConfigError: The first stage would keep fewer units than the second.
+        ConfigError: The first stage would keep fewer units than the budget.
     """
     first = setting.first_widths(groups, widths)
     kept: Kept | None = saved.get("first_stage") if saved else None

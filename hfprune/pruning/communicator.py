@@ -1,4 +1,4 @@
-"""Communicators: what scoring and planning need of the processes that share the work."""
+"""Communicators: the operations between processes that scoring and planning use."""
 
 import logging
 from typing import Any, Protocol
@@ -11,11 +11,7 @@ _log = logging.getLogger("hfprune.pruning")
 class Communicator(Protocol):
     """The processes that share a calibration.
 
-    ``hfprune.callbacks.communicator.LightningCommunicator`` is the one of a Lightning ``Trainer``.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
+    ``hfprune.callbacks.communicator.LightningCommunicator`` implements it for a Lightning ``Trainer``.
     """
 
     @property
@@ -27,14 +23,14 @@ class Communicator(Protocol):
         """Number of processes."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Returns the sum of ``tensor`` over all processes, as a new tensor; every process must call it."""
+        """Returns the sum of ``tensor`` over all processes, as a new tensor. Collective."""
 
     def broadcast(self, value: Any) -> Any:
-        """Returns the ``value`` of process 0; every process must call it."""
+        """Returns the ``value`` of process 0. Collective."""
 
 
 class LocalCommunicator:
-    """One process on its own.
+    """Communicator of a single process.
 
     >>> import torch
     >>> LocalCommunicator().sum(torch.tensor([2.0]))

@@ -1,6 +1,6 @@
-"""Hooks that hand a criterion's signals over as forward and backward passes bring them.
+"""Forward and backward hooks that pass activations and gradients to a criterion.
 
-Nothing of the graph outlives its backward pass: gradients reach their signals in tensor hooks, which go with it.
+Gradients are read in tensor hooks, which are freed with the autograd graph after each backward pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +26,13 @@ ReceiveActivation = Callable[[Group, Slice, Activation], None]
 
 
 def slice_shapes(modules: Mapping[str, nn.Module], group: Group) -> list[Shape]:
-    """Returns [out, in] of the projection of every slice of ``group``, sharded or not."""
+    """Returns the global shape [out, in] of the projection of every slice of ``group``."""
     shapes = (weight_of(modules[part.module], part.parameter).shape for part in group.slices)
     return [(shape[0], shape[1]) for shape in shapes]
 
 
 def read_slices(criterion: CalibratedCriterion, group: Group) -> list[Slice]:
-    """Returns the slices that ``criterion`` reads."""
+    """Returns the slices of ``group`` that ``criterion`` reads."""
     if isinstance(criterion, GradientCriterion):
         return [part for part in group.slices if criterion.reads(part) is not None]
     assert isinstance(criterion, ActivationCriterion)
@@ -42,7 +42,17 @@ def read_slices(criterion: CalibratedCriterion, group: Group) -> list[Slice]:
 def hook_gradients(
     model: nn.Module, groups: Sequence[Group], criterion: GradientCriterion, receive: ReceiveSignal
 ) -> list[Any]:
-    """Hooks what ``criterion`` reads; returns the handles. The graph begins at the first of them."""
+    """Registers the hooks of a gradient criterion. The autograd graph begins at the first hooked module.
+
+    Args:
+        model: The model.
+        groups: Groups to score.
+        criterion: The criterion.
+        receive: Function called with group, slice and signal during the backward pass.
+
+    Returns:
+        Handles of the hooks.
+    """
     modules, handles = group_modules(model, groups), []
     for group in groups:
         for part in read_slices(criterion, group):
@@ -62,7 +72,17 @@ def hook_gradients(
 def hook_activations(
     model: nn.Module, groups: Sequence[Group], criterion: ActivationCriterion, receive: ReceiveActivation
 ) -> list[Any]:
-    """Hooks what ``criterion`` reads; returns the handles."""
+    """Registers the hooks of an activation criterion.
+
+    Args:
+        model: The model.
+        groups: Groups to score.
+        criterion: The criterion.
+        receive: Function called with group, slice and activation during the forward pass.
+
+    Returns:
+        Handles of the hooks.
+    """
     modules, handles = group_modules(model, groups), []
 
     def hook(group: Group, part: Slice) -> Callable[..., None]:
@@ -81,8 +101,8 @@ def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[.
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not torch.is_grad_enabled():
             return None
-        x = _differentiable(args[0].view_as(args[0]))  # what others do with the same tensor has gradients of its own
-        value = x.detach()  # a closure over x itself would be a reference cycle through its graph
+        x = _differentiable(args[0].view_as(args[0]))  # a view: other consumers of the tensor keep separate gradients
+        value = x.detach()  # a closure over x would be a reference cycle through its graph
         x.register_hook(lambda grad: receive(group, part, _signal(module, value, None, grad)))
         return (x, *args[1:])
 
@@ -90,7 +110,7 @@ def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[.
 
 
 def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
-    """Returns a hook of a module of experts, whose inputs are the weights that the router gives them."""
+    """Returns a hook of an experts module that reads the router weights among its inputs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not torch.is_grad_enabled():
@@ -110,7 +130,7 @@ def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable
 
 
 def _head_hook(head: nn.Module, group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
-    """Returns a hook of the final norm, whose output is the head's input."""
+    """Returns a hook of the final norm, whose output is the input of the head."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():
@@ -140,19 +160,19 @@ def _signal(module: nn.Module, value: Tensor, output: Tensor | None, grad: Tenso
 
 
 def _differentiable(x: Tensor) -> Tensor:
-    """Returns ``x``, or, where nothing before it needs a gradient, a leaf in its place: the graph begins here."""
+    """Returns ``x`` if it requires a gradient, else a new leaf tensor at which the graph begins."""
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def full_precision(signal: Tensor) -> torch.autocast:
-    """Returns the context in which a criterion's products are not rounded by mixed precision."""
+    """Returns a context that disables autocast, so that products of a criterion are not rounded."""
     return torch.autocast(signal.device.type, enabled=False)
 
 
 def first_not_finite(
     modules: Mapping[str, nn.Module], groups: Sequence[Group], run: Callable[[], object]
 ) -> str | None:
-    """Returns the first group whose units' activations hold NaN or infinity while ``run`` runs; None without any."""
+    """Returns the name of the first group with NaN or infinite activations during ``run``; None if all are finite."""
     bad: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -169,12 +189,12 @@ def first_not_finite(
 
 
 class UnitMask:
-    """Sets units to zero where consumers read them: the outputs of the pruned model, from the weights of the dense one.
+    """Masks units at the inputs of their consumers: the dense model then computes the outputs of the pruned one.
 
     Args:
         model: The dense model.
-        groups: Its groups.
-        keep: Kept units of each.
+        groups: Groups of the model.
+        keep: Group name -> kept units.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], keep: Mapping[str, Sequence[int]]) -> None:
@@ -185,7 +205,7 @@ class UnitMask:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Masks the units while the context lasts."""
+        """Context in which the units are masked."""
         modules = group_modules(self._model, self._groups)
         handles = []
         for group in self._groups:
@@ -201,7 +221,7 @@ class UnitMask:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Lifts the mask while the context lasts: the model is the dense one."""
+        """Context in which the mask is disabled, so that the model is the dense one."""
         self._lifted = True
         try:
             yield

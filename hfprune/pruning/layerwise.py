@@ -1,4 +1,4 @@
-"""Layer-by-layer pruning: each layer is fitted to the outputs of the pruned layers before it.
+"""Layer-by-layer pruning: each layer is pruned and fitted on the outputs of the pruned layers before it.
 
 Shape legend: B sequences, T tokens, C input channels of a projection, U units.
 """
@@ -18,13 +18,13 @@ from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.criteria.base import checked_scores
 from hfprune.models import is_supported
 from hfprune.models.forward import run_together
-from hfprune.models.groups import find_spec
+from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
 from hfprune.models.projection import num_channels, weight_of
 from hfprune.plan import Group
 from hfprune.pruning.calibration import CalibrationData, isolated_rng
 from hfprune.pruning.communicator import Communicator
-from hfprune.pruning.hooks import evaluating
+from hfprune.pruning.hooks import evaluating, hooked
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.least_squares import reconstruction_error
@@ -34,14 +34,14 @@ from hfprune.utils.second_moments import Moments
 
 @dataclass(slots=True)
 class LayerwiseResult:
-    """What a pass through the layers found.
+    """Result of a pass through the layers.
 
     Attributes:
-        keep: Group -> kept units, ascending.
-        scores: Group -> [U], of groups whose units the pass chose.
-        errors: Group -> share of its projection's output energy that the new weights do not give back.
-        tokens: Calibration tokens, of all ranks.
-        columns: Most inputs that one projection was fitted on; 0 where none was fitted input by input.
+        keep: Group name -> kept units, ascending.
+        scores: Group name -> importance [U], for groups whose units were selected by the pass.
+        errors: Group name -> relative squared error of the output of the fitted projection.
+        tokens: Number of calibration tokens of all ranks.
+        columns: Largest number of inputs of a projection with one fitted weight per input; 0 without such fits.
     """
 
     keep: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -52,29 +52,29 @@ class LayerwiseResult:
 
     @property
     def warning(self) -> str:
-        """What has to be said where the fit has fewer tokens than unknowns; empty otherwise."""
+        """Warning if the fit has fewer tokens than unknowns; empty otherwise."""
         if self.tokens >= self.columns:
             return ""
         return (
-            f"The closed-form fit has {self.tokens:,} calibration tokens for up to {self.columns:,} columns of a "
-            "projection: it is underdetermined, and its small output error says nothing of other text. Calibrate on "
-            f"several times {self.columns:,} tokens."
+            f"The closed-form fit is underdetermined: {self.tokens:,} calibration tokens for up to {self.columns:,} "
+            "columns of a projection. Its small output error does not carry over to other text. Calibrate on several "
+            f"times {self.columns:,} tokens."
         )
 
 
 class LayerwisePass:
-    """Moves calibration sequences through the layers; removes units and fits the projections that read them.
+    """Runs calibration sequences through the layers, selects units and fits the projections that read them.
 
-    The model keeps its shapes: inputs that go have weight zero afterwards, and surgery cuts them as it does others.
+    Shapes do not change: the weights of removed inputs become zero, and surgery cuts them afterwards.
 
     Args:
-        model: The dense model, in eval mode; the projections that read units are changed in place.
-        groups: What is pruned.
-        compensation: How the weights on the kept inputs are fitted; None leaves them as they are.
-        reduce: Adds sums up over ranks; None where there is one.
+        model: The dense model, in eval mode. The projections that read units are changed in place.
+        groups: Groups to prune.
+        compensation: Fit of the weights on the kept inputs; None keeps the weights.
+        reduce: Function that adds a tensor up over ranks; None for a single process.
 
     Raises:
-        ConfigError: A group is read by more than one projection, or shares its projection's inputs with others.
+        ConfigError: A group is read by more than one projection, or shares the inputs of its projection.
     """
 
     def __init__(
@@ -102,14 +102,17 @@ class LayerwisePass:
         criterion: LayerwiseCriterion | None = None,
         done: Callable[[int, int], None] = lambda layer, layers: None,
     ) -> LayerwiseResult:
-        """Goes through the layers, on the model's device.
+        """Prunes and fits all layers in order, on the model's device.
 
         Args:
-            batches: This rank's ``input_ids`` [B, T], without padding.
-            widths: Kept units per group.
-            keep: Kept units that were chosen before; None lets ``criterion`` choose.
-            criterion: Chooses units from the moments of their activations.
-            done: Told after each layer how many of how many are done.
+            batches: ``input_ids`` [B, T] of this rank, without padding.
+            widths: Group name -> number of kept units.
+            keep: Group name -> kept units; None selects them by ``criterion``.
+            criterion: Criterion that selects units from the moments of their activations.
+            done: Function called after each layer with the numbers of finished and of all layers.
+
+        Returns:
+            Kept units, scores and errors.
 
         Raises:
             CalibrationError: There is no token, or moments are not finite.
@@ -160,7 +163,7 @@ class LayerwisePass:
         criterion: LayerwiseCriterion | None,
         result: LayerwiseResult,
     ) -> None:
-        """Chooses the units of one group where they are not given, and fits the projection that reads them."""
+        """Selects the units of one group unless ``keep`` gives them, and fits the projection that reads them."""
         _, module = self._readers[group.name]
         weight, bias = weight_of(module).detach(), module.bias
         if keep is None:
@@ -187,51 +190,46 @@ class LayerwisePass:
 
 
 def _token_weights(output: Tensor) -> Tensor:
-    """Returns 1 / mean square of a layer's output at each token: what the next norm divides by, squared."""
+    """Returns 1 / mean square of a layer's output at each token, the square of the next norm's factor."""
     return 1 / output.to(torch.promote_types(output.dtype, torch.float32)).square().mean(-1)
 
 
 @contextmanager
 def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the module's input whenever it runs."""
+    """Yields a list to which every forward pass of the module appends its input."""
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         found.append(args[0].detach())
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with hooked([module.register_forward_pre_hook(hook)]):
         yield found
-    finally:
-        handle.remove()
 
 
 def _reader(model: nn.Module, group: Group) -> tuple[str, Any]:
-    """Returns name and module of the one projection that reads ``group``."""
+    """Returns name and module of the only projection that reads ``group``."""
     parts = group.inputs()
     if len(parts) != 1:
-        raise ConfigError(f"{group.name} is read by {len(parts)} projections; layer by layer, one can be fitted.")
+        raise ConfigError(f"{group.name} is read by {len(parts)} projections; layer-by-layer fits support one.")
     module = model.get_submodule(parts[0].module)
     if num_channels(module, "in") != group.num_units * parts[0].width:
-        raise ConfigError(f"{parts[0].module} reads more than the units of {group.name}: it cannot be fitted to them.")
+        raise ConfigError(f"{parts[0].module} reads more inputs than the units of {group.name} and cannot be fitted.")
     return parts[0].module, module
 
 
 def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
-    """Returns the groups of every layer, attention before the MLP that may read it."""
-    spec = find_spec(model)
-    layers = model.get_submodule(spec.layers)
-    assert isinstance(layers, nn.ModuleList)
-    found: list[list[Group]] = [[] for _ in layers]
+    """Returns the groups of every layer, attention before MLP."""
+    prefix = f"{find_spec(model).layers}."
+    found: list[list[Group]] = [[] for _ in find_layers(model)]
     for group in sorted(groups, key=lambda g: g.kind == "mlp"):
-        found[int(group.inputs()[0].module.removeprefix(f"{spec.layers}.").split(".")[0])].append(group)
+        found[int(group.inputs()[0].module.removeprefix(prefix).split(".")[0])].append(group)
     return found
 
 
 _REFUSED = (
-    ("layers", "none may go"),
-    ("channels", "hidden channels go through all of them"),
-    ("experts", "no one projection reads experts"),
+    ("layers", "no layer can be removed"),
+    ("channels", "hidden channels belong to all layers"),
+    ("experts", "experts are not read by a single projection"),
 )
 
 
@@ -244,22 +242,22 @@ def check_together(
     *,
     model: Any,
 ) -> None:
-    """Raises ``ConfigError`` when units or weights are to be found layer by layer and units or allocation forbid it.
+    """Raises ``ConfigError`` if a layer-by-layer criterion or compensation does not support the units or allocation.
 
     Args:
-        criterion: How units are chosen.
-        compensation: How weights are fitted.
+        criterion: The criterion.
+        compensation: The compensation, or None.
         units: Unit kinds.
-        allocation: How the budget is spent.
-        inventory: The groups, None where they are not known yet.
-        model: The dense model, or one with its shapes; read where there is an inventory.
+        allocation: Allocation of the budget.
+        inventory: Groups of the model; None if they are not known yet.
+        model: The dense model, possibly on the meta device; read only with an inventory.
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
     for name, why in _REFUSED:
         if name in units:
             raise ConfigError(
-                f"{type(compensation or criterion).__name__} goes through the layers one by one, and {why}: leave "
+                f"{type(compensation or criterion).__name__} processes the layers one at a time; {why}: leave "
                 f"'{name}' out of the units."
             )
     if compensation is not None and compensation.needs_bias and inventory is not None:
@@ -267,33 +265,33 @@ def check_together(
         without = [name for name, module in readers.items() if model.get_submodule(module).bias is None]
         if without:
             raise ConfigError(
-                f"{type(compensation).__name__} needs projections with a bias, and {readers[without[0]]} has none. "
-                "LeastSquares and OutputRegression need none."
+                f"{type(compensation).__name__} requires projections with a bias; {readers[without[0]]} has none. Use "
+                "LeastSquares or OutputRegression."
             )
     waits = allocation is not None and inventory is not None and allocation.needs_scores(inventory)
     if isinstance(criterion, LayerwiseCriterion) and waits:
         raise ConfigError(
-            f"{type(criterion).__name__} scores a layer when those before it are pruned: {allocation} needs all scores "
-            "beforehand."
+            f"{type(criterion).__name__} scores a layer after pruning the layers before it, but {allocation} needs all "
+            "scores in advance."
         )
 
 
 def check_layerwise(
     model: Prunable, criterion: Criterion, compensation: Compensation | None, allocation: Allocation | None = None
 ) -> None:
-    """Raises ``ConfigError`` when units or weights are to be found layer by layer and that does not fit what is pruned.
+    """Raises ``ConfigError`` if the model does not support a layer-by-layer criterion or compensation.
 
     Args:
-        model: What is pruned, before it is loaded.
-        criterion: How units are chosen.
-        compensation: How weights are fitted.
-        allocation: How the budget is spent.
+        model: Model to prune; it need not be loaded.
+        criterion: The criterion.
+        compensation: The compensation, or None.
+        allocation: Allocation of the budget.
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
     asked = type(compensation or criterion).__name__
     if model.known and not is_supported(model.shapes()):
-        raise ConfigError(f"{asked} goes through the layers of a Hugging Face model that hfprune knows; here is none.")
+        raise ConfigError(f"{asked} requires a Hugging Face model of a supported architecture.")
     inventory, shapes = (model.inventory(), model.shapes()) if model.known else (None, None)
     check_together(criterion, compensation, model.units, allocation, inventory, model=shapes)
 
@@ -311,22 +309,25 @@ def run_layerwise(
     limit: int | None = None,
     progress: bool = False,
 ) -> LayerwiseResult:
-    """Runs the pass through the layers on the calibration data and returns its result, the same on every rank.
+    """Runs a :class:`LayerwisePass` on the calibration data; the result is the same on every rank.
 
-    Sequence i of the data, counted over all ranks, belongs to rank ``i mod world_size``. Moments are summed over the
-    ranks in floating point: with another number of processes the fitted weights may differ in their last bits.
+    Sequence i of the data, counted over all ranks, belongs to rank ``i mod world_size``. Moments are summed over ranks
+    in floating point: for another number of processes, fitted weights may differ in their last bits.
 
     Args:
-        model: What is pruned, dense.
-        groups: Its groups.
-        widths: Kept units per group.
+        model: The dense model.
+        groups: Groups to prune.
+        widths: Group name -> number of kept units.
         data: The calibration data.
         communicator: The processes.
-        keep: Kept units that were chosen before, or None.
-        criterion: Chooses units where ``keep`` is None.
-        compensation: How weights are fitted, or None.
-        limit: Use at most this many batches.
+        keep: Group name -> kept units; None selects them by ``criterion``.
+        criterion: Criterion that selects units.
+        compensation: Fit of the weights, or None.
+        limit: Maximum number of batches.
         progress: Show a progress bar.
+
+    Returns:
+        Kept units, scores and errors.
 
     Raises:
         CalibrationError: A rank has no sequence.

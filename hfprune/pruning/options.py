@@ -1,4 +1,4 @@
-"""Options of structured pruning: how calibration runs, and what decides which units are kept."""
+"""Options of structured pruning and of its calibration."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,26 +21,24 @@ from hfprune.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """How units are scored on calibration data.
+    """Calibration options.
 
     Attributes:
-        batches: Number of calibration batches; all if not given. Needed when the training data serve for calibration.
-        exact: Run each sequence alone, so that scores are the same bits for every batch size, padding and number of
-            processes. False runs batches as they come: faster on a GPU when sequences are short, and equal up to
-            rounding.
-        checkpoint_every: Save progress each time that about so many sequences (batches, unless ``exact``) were scored;
-            never if None.
-        check_every: Compare the kept units with those of the comparison before each time that so many sequences (or
-            batches) were scored; never if None. A multiple of the number of processes with ``early_stop_overlap``.
-        early_stop_overlap: End calibration when two comparisons in a row find this share of the kept units unchanged,
-            for example 0.99; None runs all batches.
-        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
-        schedule: How the removal is spread over the rounds: after a share x of them ``linear`` has removed x, and
-            ``cubic`` 1 - (1 - x)^3.
-        self_distillation: Scores in two stages, with the dense model as the teacher (SDMPrune).
+        batches: Number of calibration batches; defaults to all. Required if the training data are used for calibration.
+        exact: Run each sequence alone, so that scores have the same bits for every batch size, padding and number of
+            processes. False runs whole batches: faster on GPUs for short sequences, and equal up to rounding.
+        checkpoint_every: Number of sequences (batches, unless ``exact``) between saves of the progress; None saves
+            none.
+        check_every: Number of sequences (batches, unless ``exact``) between comparisons of the kept units; None
+            compares none. Must be a multiple of the number of processes with ``early_stop_overlap``.
+        early_stop_overlap: Stop when two successive comparisons find this share of the kept units unchanged, for
+            example 0.99; None runs all batches.
+        rounds: Number of rounds in which units are removed; each round scores the model without the removed units.
+        schedule: Share of the removal after a share x of the rounds: x for ``linear``, 1 - (1 - x)^3 for ``cubic``.
+        self_distillation: Two-stage scoring with the dense model as the teacher (SDMPrune).
 
     Raises:
-        ConfigError: A value is out of range, or rounds and self-distillation are given together.
+        ConfigError: A value is out of range, or rounds and self-distillation are combined.
 
     >>> CalibrationOptions(batches=8, rounds=2, schedule="linear").removal.shares()
     [0.5, 1.0]
@@ -56,17 +54,17 @@ class CalibrationOptions:
     self_distillation: SelfDistillation | None = None
 
     def __post_init__(self) -> None:
-        """Checks every value on its own, and those that exclude each other."""
+        """Checks the values and their combinations."""
         for name in ("batches", "checkpoint_every", "check_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be positive.")
         overlap = self.early_stop_overlap
         if overlap is not None and (not 0 < overlap <= 1 or self.check_every is None):
-            raise ConfigError(f"early_stop_overlap={overlap} must be a share in (0, 1], and needs check_every.")
+            raise ConfigError(f"early_stop_overlap={overlap} must be a share in (0, 1] and requires `check_every`.")
         if self.removal.number > 1 and self.self_distillation is not None:
             raise ConfigError(
-                f"rounds={self.rounds} and self_distillation both calibrate more than once: give one of the two."
+                f"rounds={self.rounds} and `self_distillation` cannot be combined: both calibrate more than once."
             )
 
     @property
@@ -75,7 +73,7 @@ class CalibrationOptions:
         return Rounds(number=self.rounds, schedule=self.schedule)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what a resumed calibration must share, as plain data; names are those of earlier checkpoints."""
+        """Returns the settings that a resumed calibration must share, under the names of earlier checkpoints."""
         distillation = self.self_distillation
         return {
             "distillation": None if distillation is None else str(distillation),
@@ -88,19 +86,19 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PruningOptions:
-    """What decides which units are kept.
+    """Options of structured pruning.
 
     Attributes:
-        budget: How far to go.
-        units: Unit kinds.
-        allocation: How the budget is spread over groups; the same share everywhere if not given.
-        criterion: How signals become scores.
-        objective: Name of what calibration differentiates; None for the criterion's own.
-        compensation: How the weights that read pruned units are fitted; None leaves them.
-        calibration: How calibration runs.
+        budget: Number of parameters or units to remove.
+        units: Unit kinds to remove.
+        allocation: Distribution of the budget over groups; defaults to the same share for all.
+        criterion: Criterion that scores units.
+        objective: Name of the objective to differentiate; None for the criterion's default.
+        compensation: Fit of the weights that read pruned units; None keeps the weights.
+        calibration: Calibration options.
 
     Raises:
-        ConfigError: Criterion, units, objective and self-distillation do not go together.
+        ConfigError: Criterion, units, objective and self-distillation cannot be combined.
     """
 
     budget: Budget
@@ -112,7 +110,7 @@ class PruningOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     def __post_init__(self) -> None:
-        """Checks what does not depend on the model."""
+        """Checks the combinations that do not depend on the model."""
         resolve_objective(self.criterion, self.objective)
         check_experts(self.criterion, self.units)
         if self.calibration.self_distillation is not None:
@@ -120,17 +118,17 @@ class PruningOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether calibration data are read."""
+        """Whether calibration data are needed."""
         return self.compensation is not None or not isinstance(self.criterion, WeightCriterion)
 
     def target_objective(self, *, described: bool) -> str | None:
-        """Returns the objective whose tokens count; None for the module's own, or its loss.
+        """Returns the name of the objective that defines which tokens count; None for the loss of the user's module.
 
         Args:
-            described: Whether the module's neurons were described by its owner.
+            described: Whether the groups are custom neurons of the user's module.
         """
         if self.calibration.self_distillation is not None:
             return "cross_entropy"
-        if isinstance(self.criterion, ActivationCriterion):  # nothing is differentiated: every real token counts
+        if isinstance(self.criterion, ActivationCriterion):  # no backward pass: every real token counts
             return None if described else "entropy"
         return resolve_objective(self.criterion, self.objective)

@@ -1,4 +1,4 @@
-"""Planner: scores units, spends the budget on them and makes the pruning plan."""
+"""Planner: scores units, allocates the budget and creates the pruning plan."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,19 +34,19 @@ from hfprune.version import __version__
 
 
 def check_scored(model: Prunable, criterion: Criterion, *, settles: bool) -> None:
-    """Raises ``ConfigError`` where ``criterion`` does not score units, or what units hold; reads shapes alone."""
+    """Raises ``ConfigError`` if ``criterion`` cannot score the model's units; see :func:`check_criterion`."""
     shapes = model.shapes()
     check_criterion(shapes, model.groups(shapes), criterion, settles=settles)
 
 
 def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:
-    """Returns a function that selects the scored units which would be kept with given scores.
+    """Returns a function from scores to the units of the scored groups that would be kept.
 
     Args:
-        model: What is pruned.
-        budget: What was asked.
-        allocation: How it is spent.
-        criterion: How units are scored.
+        model: Model to prune.
+        budget: The budget.
+        allocation: Allocation of the budget.
+        criterion: The criterion.
     """
     groups = model.groups(model.model)
     scored = scored_groups(model.model, groups, criterion)
@@ -61,22 +61,22 @@ def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, 
 
 
 class Planner:
-    """Scores a model's units, spends the budget on them and fits weights where asked.
+    """Creates the pruning plan of a model: scores units, allocates the budget and optionally fits weights.
 
     Args:
-        model: What is pruned.
+        model: Model to prune.
         data: The calibration data.
-        options: What decides which units are kept.
-        communicator: The processes; this one alone if not given.
-        saved: State of a calibration that was interrupted.
-        save: Saves progress during calibration, from :attr:`calibration`.
+        options: Options of structured pruning.
+        communicator: The processes; defaults to this process.
+        saved: State of an interrupted calibration.
+        save: Function that saves the state of :attr:`calibration`, called during calibration.
         progress: Show progress bars.
 
     Attributes:
-        importance: Group -> scores [U] of the units.
-        convergence: Calibration tokens, and the share of the finally kept units that were kept after so many.
-        calibration: The pass over the calibration data that is under way.
-        allocation: How the budget is spent, with what was measured for it.
+        importance: Group name -> importance [U].
+        convergence: Pairs of calibration tokens and the share of the finally kept units selected at that point.
+        calibration: Current pass over the calibration data; None outside of passes.
+        allocation: The allocation, with its measurements.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Planner:
         self._warnings: list[str] = []
 
     def plan(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[PruningPlan, ResolvedBudget]:
-        """Returns the plan, the same on every rank, and the budget as the scores decide it.
+        """Returns the plan, the same on every rank, and the resolved budget.
 
         Args:
-            groups: The model's groups.
-            resolved: The budget as far as shapes decide it.
+            groups: Groups of the model.
+            resolved: Budget resolved from shapes alone.
         """
         options, model = self._options, self._model
         calibration = self.score(groups, resolved)
@@ -156,13 +156,14 @@ class Planner:
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def score(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> dict[str, Any] | None:
-        """Sets :attr:`importance`; returns the provenance of the calibration, None when there was none.
-
-        Importance is empty where units are chosen layer by layer.
+        """Computes :attr:`importance`, which stays empty for layer-by-layer criteria.
 
         Args:
-            groups: The model's groups.
-            resolved: The budget as far as shapes decide it.
+            groups: Groups of the model.
+            resolved: Budget resolved from shapes alone.
+
+        Returns:
+            Provenance of the calibration; None without calibration.
         """
         criterion, model = self._options.criterion, self._model.model
         if isinstance(criterion, LayerwiseCriterion):
@@ -179,9 +180,9 @@ class Planner:
         return self._summary(calibration, seconds)
 
     def _summary(self, calibration: Calibration, seconds: float) -> dict[str, Any]:
-        """Logs what the calibration read, and returns its provenance."""
+        """Logs the size of the calibration and returns its provenance."""
         sequences, tokens = calibration.accumulator.totals().num_sequences, calibration.seen.total
-        early = "; the kept units had settled" if calibration.stopped else ""
+        early = "; stopped early: the kept units had converged" if calibration.stopped else ""
         size = f"{sequences:,} batches" if tokens is None else f"{tokens:,} tokens"
         say(self._communicator, f"Calibrated on {size} in {seconds:.1f} s{early}.")
         return {
@@ -195,7 +196,7 @@ class Planner:
         }
 
     def _calibrate(self, scored: tuple[Group, ...], resolved: ResolvedBudget) -> tuple[Calibration, dict[str, Tensor]]:
-        """Returns the last pass over the calibration data, and the scores of the units."""
+        """Returns the last pass over the calibration data and the scores of the units."""
         options, model = self._options, self._model
         passes: list[Calibration] = []
 
@@ -216,11 +217,11 @@ class Planner:
     def _pass(
         self, scored: tuple[Group, ...], resolved: ResolvedBudget, masked: Kept | None, saved: State | None
     ) -> Calibration:
-        """Runs the calibration data once."""
+        """Runs one pass over the calibration data."""
         options, model = self._options, self._model
         assert isinstance(options.criterion, CalibratedCriterion)
         widths: Sequence[int] | Select = resolved.widths
-        if resolved.kinds:
+        if resolved.provisional or resolved.removed_layers or len(scored) < len(resolved.widths):
             widths = final_units(model, options.budget, options.allocation, options.criterion)
         calibration = Calibration(
             model,
@@ -245,7 +246,7 @@ class Planner:
     def _layerwise(
         self, groups: tuple[Group, ...], resolved: ResolvedBudget, keep: dict[str, tuple[int, ...]] | None
     ) -> LayerwiseResult:
-        """Chooses units that were not chosen yet, and fits the weights that read them."""
+        """Selects units unless ``keep`` gives them, and fits the weights that read them."""
         options, start = self._options, time.perf_counter()
         result = run_layerwise(
             self._model,
@@ -262,14 +263,14 @@ class Planner:
         self.importance = self.importance or result.scores
         error = sum(result.errors.values()) / len(result.errors)
         seconds = time.perf_counter() - start
-        say(self._communicator, f"Went through the layers in {seconds:.1f} s; mean output error {error:.1%}.")
+        say(self._communicator, f"Fitted the layers in {seconds:.1f} s; mean output error {error:.1%}.")
         self._warnings.append(result.warning)
         warn(self._communicator, result.warning)
         return result
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns package name -> version for the plan's provenance."""
     return {
         "hfprune": __version__,
         "torch": torch.__version__,

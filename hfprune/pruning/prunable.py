@@ -1,23 +1,20 @@
-"""Prunable models: the groups of a model, and how calibration runs it."""
+"""Prunable models: the interface through which calibration and planning access a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate, resolve_shares
+from hfprune.allocation import Allocation, Inventory, ResolvedBudget, allocate
 from hfprune.models import (
     check_stock,
     class_name,
     config_values,
     find_groups,
     is_supported,
-    parameter_count,
-    pruned_count,
 )
 from hfprune.models.forward import (
     as_batch,
@@ -35,13 +32,13 @@ from hfprune.utils.errors import ConfigError
 
 
 class Prunable(ABC):
-    """A model that can be scored and pruned, wherever it lives.
+    """Base class of models that can be scored and pruned.
 
     Attributes:
-        module: The module that is frozen and put into eval mode during calibration; holds the model.
-        objective: What calibration differentiates; None: a loss of the module's own.
+        module: Module that contains the model; frozen and in eval mode during calibration.
+        objective: Objective to differentiate; None for the loss of the user's module.
         units: Unit kinds of a Hugging Face model.
-        stock: Whether a stock config has to describe what is left, so that allocations choose what it can state.
+        stock: Whether a stock config must describe the pruned model; allocations then choose widths that it supports.
     """
 
     module: Any
@@ -52,7 +49,7 @@ class Prunable(ABC):
     @property
     @abstractmethod
     def model(self) -> Any:
-        """The module that the groups' names refer to."""
+        """The model that contains the modules of the groups."""
 
     @abstractmethod
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
@@ -60,30 +57,30 @@ class Prunable(ABC):
 
     @abstractmethod
     def shapes(self) -> Any:
-        """Returns the dense model, or one with its shapes before it is loaded."""
+        """Returns the dense model, or a model of the same shapes on the meta device before loading."""
 
     @abstractmethod
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
         """Returns the objective of one calibration item.
 
         Args:
-            item: One item.
-            index: Its position in the calibration data.
+            item: The item.
+            index: Position of the item in the calibration data.
         """
 
     @abstractmethod
     def forward(self, item: Any, index: int) -> None:
-        """Runs the model on one calibration item for what hooks see: no gradients, and no output head if possible."""
+        """Runs the model on one calibration item for its hooks, without gradients and, if possible, output head."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns what the plan's provenance says about the model."""
+        """Returns the description of the model for the plan's provenance."""
 
-    # ---- how it is run -----------------------------------------------------------------------------------------------
+    # ---- forward passes ----------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where items and sums go."""
+        """Device of items and sums."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -92,7 +89,7 @@ class Prunable(ABC):
         return {name: value.to(self.device) for name, value in item.items()}
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Returns the context of a forward pass: autocast, for example."""
+        """Returns the context of forward passes, for example autocast."""
         return nullcontext()
 
     def objective_sums(self, item: Any, objectives: Sequence[Objective]) -> list[ObjectiveSum]:
@@ -104,20 +101,20 @@ class Prunable(ABC):
         ]
 
     def token_counts(self, item: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns the tokens [B] that count in each sequence of an item without objective, and its padding [B, T]."""
+        """Returns the number of real tokens [B] of each sequence of an item, and its padding [B, T] or None."""
         return token_counts(item)
 
     def seen_tokens(self, item: Any, counted: int) -> int | None:
-        """Returns how many tokens of a calibration item the model read, None where that is not known.
+        """Returns the number of tokens that the model reads in a calibration item; None if unknown.
 
         Args:
-            item: One item.
-            counted: Tokens that its objective counts.
+            item: The item.
+            counted: Number of tokens that the objective counts.
         """
         return counted
 
     def items(self, batch: Any, *, exact: bool) -> list[Any]:
-        """Returns what of ``batch`` is run at once: each sequence alone when ``exact``, and where rows are packed."""
+        """Returns the inputs of single forward passes: sequences if ``exact`` or packed, else the whole batch."""
         if not self.reads_tokens:
             return [batch]
         tensors = as_batch(batch)
@@ -125,7 +122,7 @@ class Prunable(ABC):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether batches hold token ids, so that they can be split into sequences."""
+        """Whether batches contain token ids and can be split into sequences."""
         return self.objective is not None
 
     @property
@@ -135,12 +132,12 @@ class Prunable(ABC):
 
     @property
     def sharded(self) -> bool:
-        """Whether the ranks must run the model in step."""
+        """Whether the model is sharded, so that all ranks must run it together."""
         return False
 
     @property
     def known(self) -> bool:
-        """Whether the model's shapes are known already."""
+        """Whether the shapes of the model are known."""
         return True
 
     # ---- shapes and budgets ------------------------------------------------------------------------------------------
@@ -148,39 +145,36 @@ class Prunable(ABC):
     def resolve(
         self, budget: Budget, allocation: Allocation | None = None, scores: Mapping[str, Tensor] | None = None
     ) -> ResolvedBudget:
-        """Returns what ``budget`` means here, from shapes, and scores where the allocation needs them.
+        """Resolves a budget to numbers of kept units.
 
         Args:
-            budget: What was asked.
-            allocation: How it is spent; None: the same share of every group of a kind.
-            scores: Importance of the units, None before calibration.
+            budget: The budget.
+            allocation: Allocation of the budget; None for the same share of every group of a kind.
+            scores: Group name -> importance [U]; None before calibration.
 
         Raises:
-            ConfigError: It is impossible, or units or allocation do not apply to modules that no table describes.
+            ConfigError: The budget cannot be met, or custom neurons are combined with units or an allocation.
         """
-        model = self.shapes()
-        groups, dense_params = self.groups(model), parameter_count(model)
-        if is_supported(model):
-            return allocate(self.inventory(), budget, allocation, scores=scores)
-        if allocation is not None or tuple(self.units) != ("mlp",):
+        described = not is_supported(self.shapes())
+        if described and (allocation is not None or tuple(self.units) != ("mlp",)):
             raise ConfigError(
-                "units and allocation apply to Hugging Face models that hfprune knows; described neurons all lose the "
-                "same share. Leave both out."
+                "units and allocation require a Hugging Face model of a supported architecture; all groups of custom "
+                "neurons are pruned by the same share. Remove both arguments."
             )
-        return resolve_shares(budget, groups, partial(pruned_count, model, groups), dense_params=dense_params)
+        return allocate(self.inventory(), budget, allocation, scores=scores)
 
     def inventory(self) -> Inventory:
-        """Returns the groups of a Hugging Face model and what their units cost."""
+        """Returns the groups of the model and the parameters of their units."""
         model = self.shapes()
         return Inventory.of(model, self.groups(model), stock=self.stock)
 
     def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-        """Returns the config keys that change when ``keep`` stays."""
+        """Returns the config keys that change when the units ``keep`` are kept."""
         model = self.model
         return config_values(model, self.groups(model), keep) if is_supported(model) else {}
 
     def outline(self, resolved: ResolvedBudget) -> PruningPlan:
-        """Returns a plan with the numbers of units that ``resolved`` leaves; which units these are is not known yet."""
+        """Returns a plan with the widths of ``resolved`` and arbitrary units, for checks before scoring."""
         model = self.shapes()
         groups = self.groups(model)
         keep = {g.name: tuple(range(width)) for g, width in zip(groups, resolved.widths, strict=True)}
@@ -190,7 +184,7 @@ class Prunable(ABC):
         return PruningPlan(model_class=class_name(model), groups=groups, keep=keep, config=config)
 
     def check_stock(self, resolved: ResolvedBudget) -> None:
-        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe what ``resolved`` leaves."""
+        """Raises ``UnsupportedArchitectureError`` unless a stock config can describe the widths of ``resolved``."""
         plan = self.outline(resolved)
         check_stock(self.shapes(), plan.groups, plan.keep)
 
@@ -201,7 +195,7 @@ class PrunableModel(Prunable):
     Args:
         model: A supported Hugging Face causal LM.
         units: Unit kinds.
-        objective: What calibration differentiates.
+        objective: Objective to differentiate.
     """
 
     def __init__(self, model: Any, units: Sequence[str] = ("mlp",), *, objective: Objective | None = None) -> None:
@@ -213,7 +207,7 @@ class PrunableModel(Prunable):
         return self.module
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
-        """Returns the groups of the unit kinds."""
+        """Returns the groups of the selected unit kinds."""
         return find_groups(model, self.units)
 
     def shapes(self) -> Any:
@@ -222,7 +216,7 @@ class PrunableModel(Prunable):
 
     @property
     def reads_tokens(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def objective_sum(self, item: Any, index: int) -> ObjectiveSum:
@@ -232,10 +226,10 @@ class PrunableModel(Prunable):
         return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=token_counts(item)[1])
 
     def forward(self, item: Any, index: int) -> None:
-        """Runs the model without its head."""
+        """Runs the model without its output head."""
         run_backbone(self.module, item)
 
     def describe(self) -> dict[str, Any]:
-        """Returns class, path and type of the weights."""
+        """Returns class, path and dtype of the model."""
         model = self.module
         return {"class": class_name(model), "path": model.name_or_path, "dtype": str(model.dtype)}

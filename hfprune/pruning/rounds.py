@@ -1,4 +1,4 @@
-"""Pruning in rounds: each round scores the remaining units on the model without those removed before."""
+"""Iterative pruning: each round scores the remaining units on the model without the units removed before."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 
 Schedule = Literal["linear", "cubic"]
-"""Share of the removal that is done after a share x of the rounds: x, or 1 - (1 - x)^3, most of it early."""
+"""Share of the removal after a share x of the rounds: x for ``linear``, 1 - (1 - x)^3 for ``cubic``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """Number of rounds in which units are removed.
+    """Number and schedule of the pruning rounds.
 
     Attributes:
-        number: Number of rounds; 1 removes all units by scores of the dense model.
-        schedule: How the removal is spread over the rounds.
+        number: Number of rounds; 1 removes all units by the scores of the dense model.
+        schedule: Distribution of the removal over the rounds.
     """
 
     number: int = 1
     schedule: Schedule = "cubic"
 
     def __post_init__(self) -> None:
-        """Raises ``ConfigError`` for values out of range."""
+        """Raises ``ConfigError`` if a value is out of range."""
         if self.number < 1:
             raise ConfigError(f"rounds={self.number} must be positive.")
         if self.schedule not in ("linear", "cubic"):
             raise ConfigError(f"schedule='{self.schedule}' is not one of linear, cubic.")
 
     def __str__(self) -> str:
-        """Returns the settings in words."""
+        """Returns the settings as text."""
         return f"{self.number} rounds, {self.schedule}"
 
     def shares(self) -> list[float]:
-        """Returns the share of the removal that is done after each round; the last is 1.
+        """Returns the share of the removal after each round; the last is 1.
 
         >>> Rounds(number=2).shares()
         [0.875, 1.0]
@@ -56,43 +56,41 @@ class Rounds:
         return done if self.schedule == "linear" else [1 - (1 - x) ** 3 for x in done]
 
     def check(self, model: "Prunable", budget: Budget, allocation: Allocation | None, criterion: Criterion) -> None:
-        """Raises ``ConfigError`` where rounds do not fit what is pruned, before anything is loaded.
+        """Raises ``ConfigError`` if rounds do not support the other settings; the model need not be loaded.
 
         Args:
-            model: What is pruned.
-            budget: What was asked.
-            allocation: How it is spent.
-            criterion: How units are scored.
+            model: Model to prune.
+            budget: The budget.
+            allocation: Allocation of the budget.
+            criterion: The criterion.
         """
         if self.number == 1:
             return
         if not isinstance(criterion, CalibratedCriterion):
             raise ConfigError(
-                f"rounds={self.number} scores all layers several times on the calibration data, which "
-                f"{type(criterion).__name__} does not do."
+                f"rounds={self.number} requires a criterion that scores all layers on calibration data; "
+                f"{type(criterion).__name__} does not."
             )
         for name in ("layers", "channels"):
             if name in model.units:
                 raise ConfigError(f"rounds={self.number} prunes every layer: leave '{name}' out of the units.")
         if budget.allocated:
-            raise ConfigError(
-                f"rounds={self.number} spends a budget in steps, and {allocation} sets the widths itself."
-            )
+            raise ConfigError(f"rounds={self.number} requires a budget, but {allocation} sets the widths itself.")
         if model.known and model.resolve(budget, allocation).provisional:
             raise ConfigError(
-                f"rounds={self.number} needs the widths of every round before it, and {allocation} waits for scores."
+                f"rounds={self.number} needs the widths of every round in advance, but {allocation} needs scores."
             )
 
     def widths(
         self, model: "Prunable", budget: Budget, allocation: Allocation | None, final: Sequence[int]
     ) -> list[tuple[int, ...]]:
-        """Returns how many units each group keeps after each round, never more than after the one before.
+        """Returns the number of kept units of each group after each round; widths never increase.
 
         Args:
-            model: What is pruned.
-            budget: What was asked.
-            allocation: How it is spent.
-            final: What is left in the end.
+            model: Model to prune.
+            budget: The budget.
+            allocation: Allocation of the budget.
+            final: Widths after the last round.
         """
         widths = [tuple(final)]
         resolved = model.resolve(budget, allocation)
@@ -111,16 +109,19 @@ def in_rounds(
     saved: "State | None",
     run: "Pass",
 ) -> dict[str, Tensor]:
-    """Returns importance in which units that were removed in an earlier round rank behind all others.
+    """Runs all rounds and returns scores in which units removed in earlier rounds rank below all others.
 
-    Removed units are held at zero where they are read, which is what the pruned model computes.
+    Removed units are masked at the inputs of their consumers, which gives the outputs of the pruned model.
 
     Args:
-        model: What is scored.
-        groups: Its groups.
-        widths: How many units each group keeps after each round.
-        saved: State of a round that was interrupted.
-        run: Runs one pass over the calibration data: what is kept, saved state.
+        model: Model to score.
+        groups: Groups of the model.
+        widths: Number of kept units of each group after each round.
+        saved: State of an interrupted round, or None.
+        run: Function that runs one pass over the calibration data.
+
+    Returns:
+        Group name -> importance [U].
     """
     kept: Kept | None = saved.get("first_stage") if saved else None
     for number in range(_next_round(kept, groups, widths), len(widths)):
@@ -134,13 +135,13 @@ def in_rounds(
 
 
 def _next_round(kept: "Kept | None", groups: tuple[Group, ...], widths: Sequence[Sequence[int]]) -> int:
-    """Returns the round that begins with ``kept``; the first where it is of another run, which loading will refuse."""
+    """Returns the round that begins with ``kept``; the first for units of another run, which loading refuses."""
     left = () if kept is None else tuple(len(kept[group.name]) for group in groups)
     return next((number + 1 for number, after in enumerate(widths) if tuple(after) == left), 0)
 
 
 def _removed_last(scores: dict[str, Tensor], groups: tuple[Group, ...], kept: "Kept | None") -> dict[str, Tensor]:
-    """Returns the scores with those of removed units at 0, and of the others above it."""
+    """Returns the scores with removed units at 0 and all others above 0."""
     if kept is None:
         return scores
     smallest = torch.finfo(torch.float64).tiny

@@ -1,4 +1,4 @@
-"""Sensitivity curves: how much the predictions change when one group of units shrinks."""
+"""Sensitivity curves: KL divergence to the dense model as a function of the width of one group."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,7 @@ from hfprune.utils.progress import layer_progress
 
 
 class _Prefix:
-    """Layers before those that are changed: what the last of them returned is kept, and they are not run again.
+    """Cache of the output of the unchanged layers in front of a pruned group.
 
     Args:
         layers: All layers of the model.
@@ -36,7 +36,7 @@ class _Prefix:
 
     @contextmanager
     def unchanged(self, end: int, batch: int) -> Iterator[None]:
-        """Within the context the model is run on a batch, known by its number; its first ``end`` layers are dense."""
+        """Context for a forward pass on a batch whose first ``end`` layers are dense; skips cached layers."""
         reached, output = self._kept.get(batch, (0, None))
         if reached > end:
             reached = 0
@@ -53,7 +53,7 @@ class _Prefix:
 
 @contextmanager
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Lets ``module`` return ``output``, whatever it is called with."""
+    """Context in which ``module`` returns ``output`` for any arguments."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *args, **kwargs: output
     try:
@@ -65,11 +65,11 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 class DensePredictions:
-    """Final hidden states of a model on some sequences, to which it is compared after it was changed.
+    """Final hidden states of the dense model, the reference for KL divergences of masked models.
 
     Args:
         model: A supported Hugging Face causal LM, in eval mode.
-        batches: What it is run on, one sequence at a time on the CPU.
+        batches: Batches of sequences; they run one at a time on the CPU.
     """
 
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
@@ -82,11 +82,11 @@ class DensePredictions:
 
     @torch.no_grad()
     def kl(self, masks: Sequence[UnitMask], *, layer: int) -> Tensor:
-        """Returns the sum over tokens of KL(dense || masked), nats, for every mask, [M] float64.
+        """Returns the sum over tokens of KL(dense || masked) in nats for every mask, [M] float64.
 
         Args:
-            masks: Each changes nothing before ``layer``.
-            layer: Layers before it are run once where calls come in the order of layers.
+            masks: Masks of units in ``layer`` and after it.
+            layer: First masked layer. Layers before it run once if calls are in the order of layers.
         """
         head = output_head(self._model)
         size = chunk_tokens(head.weight.shape[0], device=head.weight.device)
@@ -115,19 +115,22 @@ def kl_curves(
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     done: Callable[[int, int], None] = lambda group, groups: None,
 ) -> dict[str, dict[float, float]]:
-    """Returns group name -> kept share -> KL to the dense model, nats per token, that group alone pruned by ``scores``.
+    """Measures the KL divergence to the dense model when one group at a time is pruned by ``scores``.
 
-    Removed units are masked where they are read, so nothing is copied or cut. A group and share cost what the layers
-    from the group's own on and the output head cost on ``batches``.
+    Removed units are masked at the inputs of their consumers. The cost per group and share is a forward pass of the
+    output head and of the layers from the group's layer on.
 
     Args:
         model: The dense model.
         groups: Groups of units within layers.
         scores: Group name -> importance [U].
-        batches: What KL is measured on, this rank's part.
+        batches: Batches of this rank on which KL is measured.
         shares: Kept shares, each in (0, 1).
-        reduce: Adds sums up over ranks.
-        done: Told after each group how many of how many are done.
+        reduce: Function that adds a tensor up over ranks.
+        done: Function called after each group with the numbers of finished and of all groups.
+
+    Returns:
+        Group name -> kept share -> KL in nats per token.
 
     Raises:
         CalibrationError: There is no token, or a KL is not finite.
@@ -155,15 +158,15 @@ def kl_curves(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMeasurements:
-    """Measurements of the dense model, on some calibration sequences.
+    """Measurements of the dense model for allocations.
 
     Attributes:
         model: The dense model.
         groups: Groups of units within layers.
         scores: Group name -> importance [U].
-        batches: What is measured on, this rank's part.
-        reduce: Adds sums up over ranks.
-        done: Called after each group with the number of groups that are done and of all groups.
+        batches: Batches of this rank.
+        reduce: Function that adds a tensor up over ranks.
+        done: Function called after each group with the numbers of finished and of all groups.
     """
 
     model: Any
@@ -174,30 +177,30 @@ class ModelMeasurements:
     done: Callable[[int, int], None]
 
     def kl_curves(self, shares: Sequence[float]) -> dict[str, dict[float, float]]:
-        """Returns the curves of :func:`kl_curves`."""
+        """Returns group name -> kept share -> KL in nats per token, see :func:`kl_curves`."""
         return kl_curves(self.model, self.groups, self.scores, self.batches, shares, reduce=self.reduce, done=self.done)
 
     def layer_cosines(self) -> dict[int, float]:
-        """Returns layer -> cosine, see :func:`hfprune.pruning.layer_scores.layer_cosines`."""
+        """Returns layer -> cosine similarity, see :func:`hfprune.pruning.layer_scores.layer_cosines`."""
         device = next(self.model.parameters()).device
         found = layer_cosines(self.model, self.batches, reduce=lambda tensor: self.reduce(tensor.to(device)).cpu())
         return dict(enumerate(found.tolist()))
 
 
 def check_curves(model: Prunable, allocation: Allocation | None) -> None:
-    """Raises ``ConfigError`` when curves are to be measured on what they cannot be, before it is loaded.
+    """Raises ``ConfigError`` if the allocation cannot be measured on the model, which need not be loaded.
 
     Args:
-        model: What is pruned.
-        allocation: How the budget is spent.
+        model: Model to prune.
+        allocation: Allocation of the budget.
     """
     if allocation is None or not allocation.measures:
         return
     name = type(allocation).__name__
     if model.sharded:
-        raise ConfigError(f"{name} measures on whole models: under FSDP2 give it {allocation.measures}.")
+        raise ConfigError(f"{name} cannot measure sharded models (FSDP2): set {allocation.measures}.")
     if model.known and not is_supported(model.shapes()):
-        raise ConfigError(f"{name} measures a Hugging Face model that hfprune knows; here is none.")
+        raise ConfigError(f"{name} requires a Hugging Face model of a supported architecture.")
 
 
 def measured(
@@ -210,13 +213,13 @@ def measured(
     *,
     progress: bool = False,
 ) -> Allocation | None:
-    """Returns ``allocation`` with what it measures on the dense model; the same on every rank.
+    """Returns ``allocation`` with its measurements of the dense model, the same on every rank.
 
     Args:
-        model: What is pruned, still dense.
-        groups: Its groups.
+        model: The dense model.
+        groups: Groups of the model.
         scores: Group name -> importance [U].
-        allocation: How the budget is spent.
+        allocation: The allocation; returned unchanged if it needs no measurements.
         data: The calibration data.
         communicator: The processes.
         progress: Show a progress bar.

@@ -1,4 +1,4 @@
-"""Recovery: training after pruning, with adapters, of all weights, or towards the dense model's predictions."""
+"""Recovery: training after pruning, of adapters or weights, optionally with distillation from the dense model."""
 
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora

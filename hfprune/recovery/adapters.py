@@ -1,7 +1,7 @@
-"""Adapters of a pruned model on disk: never without the model that they belong to.
+"""Adapters of a pruned model, saved together with their base model.
 
-PEFT's ``save_pretrained`` writes adapters and the name that their base was loaded from: the dense model's, whose shapes
-do not fit. Here the pruned base is named, and written where nothing else writes it.
+PEFT's ``save_pretrained`` would refer to the dense model as the base, whose shapes do not fit. ``PrunedPeftModel``
+refers to the pruned model, and saves it if necessary.
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
 
 BASE_FOLDER = "base"
-"""Where ``save_pretrained`` writes the pruned base, within the folder of the adapters."""
+"""Subfolder of the adapters to which ``save_pretrained`` writes the pruned base."""
 
-_EMBEDDINGS = 3  # place of save_embedding_layers among PEFT's positional arguments after the folder
+_EMBEDDINGS = 3  # position of save_embedding_layers in PEFT's arguments after the folder
 
 _CARD = """---
 library_name: peft
@@ -49,23 +49,23 @@ model.save_pretrained("{folder}")  # writes its new path, so that AutoPeftModelF
 
 
 class PrunedPeftModel(PeftModelForCausalLM):
-    """A PEFT model around a pruned one, whose adapters are saved with it.
+    """PEFT model of a pruned base model, which is saved with the adapters.
 
     Attributes:
-        plan: What was pruned; None where it is not known.
-        base_folder: Where somebody else writes the pruned base; None: ``save_pretrained`` does, below the adapters.
+        plan: The pruning plan, or None if it is unknown.
+        base_folder: Folder of a separately saved base. If None, ``save_pretrained`` saves the base below the adapters.
     """
 
     plan: PruningPlan | None = None
     base_folder: Path | None = None
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Writes the adapters, a card, and the pruned base with its plan; arguments as PEFT takes them.
+        """Writes the adapters, a model card, and the pruned base with its plan.
 
         Args:
-            save_directory: Receives the adapters; the base goes to its sub-folder ``base``.
-            args: Other arguments of PEFT.
-            kwargs: Other arguments of PEFT.
+            save_directory: Folder for the adapters; the base is written to its subfolder ``base``.
+            args: Further positional arguments of PEFT.
+            kwargs: Further keyword arguments of PEFT.
         """
         folder = Path(save_directory)
         base = self.base_folder or folder / BASE_FOLDER
@@ -73,7 +73,7 @@ class PrunedPeftModel(PeftModelForCausalLM):
         if self.base_folder is None and main:
             self._save_base(base)
         if len(args) < _EMBEDDINGS:
-            kwargs.setdefault("save_embedding_layers", False)  # the base holds them; PEFT would look for it now
+            kwargs.setdefault("save_embedding_layers", False)  # the base holds them, and PEFT would search for it
         config, name = self.peft_config[self.active_adapter], self.base_name
         config.base_model_name_or_path = str(base.absolute())
         try:
@@ -85,12 +85,12 @@ class PrunedPeftModel(PeftModelForCausalLM):
 
     @property
     def base_name(self) -> str | None:
-        """The name that the dense model was loaded from."""
+        """Name or path of the dense model."""
         name: str | None = getattr(self.get_base_model().config, "_name_or_path", None)
         return name or None
 
     def _save_base(self, folder: Path) -> None:
-        """Writes the model below the adapters as a model without any."""
+        """Writes the model without adapters to a subfolder."""
         base: Any = self.get_base_model()
         state = {k.replace(".base_layer.", "."): v for k, v in base.state_dict().items() if "lora_" not in k}
         base.save_pretrained(folder, state_dict=state)

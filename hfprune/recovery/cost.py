@@ -1,4 +1,4 @@
-"""What recovery costs, in floating-point operations."""
+"""Cost of recovery in floating-point operations."""
 
 from torch import nn
 
@@ -7,33 +7,36 @@ from hfprune.models.groups import find_groups, find_spec, is_supported
 
 
 def forward_flops(model: nn.Module) -> int:
-    """Returns the floating-point operations of one token's forward pass: two for each weight that multiplies.
+    """Returns the floating-point operations of the forward pass of one token: two per matrix weight.
 
-    These are the weights of at least two axes but the token embedding, which counts where it is the output head too; of
-    a mixture of experts those that a token goes through. Attention scores, norms and activations are left out: with
-    sequences of a few hundred tokens they are a few per cent. The head counts for every token, supervised or not.
+    Matrix weights are parameters with at least two axes, without token embeddings that are not tied to the output head;
+    experts count by the share of them that a token is routed to. Attention scores, norms and activations are
+    neglected; they are a few per cent for sequences of a few hundred tokens. The head counts for every token.
+
+    Args:
+        model: A supported Hugging Face causal LM.
     """
     return 2 * _multiplied(model, trained=False)
 
 
 def training_flops(model: nn.Module, tokens: int, *, teacher: nn.Module | None = None) -> int:
-    """Returns the floating-point operations of training ``model``, adapters included, on ``tokens`` tokens.
+    """Returns the floating-point operations of training ``model``, including its adapters, on ``tokens`` tokens.
 
-    Forward pass and gradients of activations take two each for every weight that multiplies, gradients of weights two
-    for each of those that is trained (Kaplan et al., 2020, who get 6 a weight where all are), and the forward pass of a
-    teacher two for each of its own. What gradient checkpointing runs again is not counted.
+    Forward pass and activation gradients cost two operations each per matrix weight, weight gradients two per trained
+    matrix weight (Kaplan et al., 2020, arXiv:2001.08361: six per weight if all are trained), and the forward pass of a
+    teacher two per matrix weight. Recomputation by gradient checkpointing is not counted.
 
     Args:
-        model: As it was trained: with adapters, before they are merged.
-        tokens: Tokens of all batches, padding left out.
-        teacher: The model whose predictions were followed, if any.
+        model: The trained model, with adapters that are not merged.
+        tokens: Number of tokens without padding.
+        teacher: The teacher model, or None.
     """
     each = 2 * forward_flops(model) + 2 * _multiplied(model, trained=True)
     return tokens * (each + (0 if teacher is None else forward_flops(teacher)))
 
 
 def _multiplied(model: nn.Module, *, trained: bool) -> int:
-    """Returns how many weights multiply a token's activations; of these, those that are trained."""
+    """Returns the number of matrix weights, or of the trained ones among them."""
     inner = next((m for m in model.modules() if is_supported(m)), None)
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -47,7 +50,7 @@ def _multiplied(model: nn.Module, *, trained: bool) -> int:
 
 
 def _expert_shares(model: nn.Module) -> dict[int, float]:
-    """Returns, for the weights of experts, the share of the experts that a token goes through."""
+    """Returns parameter id -> share of the experts that a token is routed to, for the weights of experts."""
     groups = (group for group in find_groups(model, (EXPERTS,)))
     return {
         id(parameter): group.least / group.num_units

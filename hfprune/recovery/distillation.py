@@ -1,4 +1,4 @@
-"""Recovery by distillation: logits and hidden states of the dense model as targets.
+"""Recovery with distillation: logits and hidden states of the dense model as targets.
 
 Shape legend: B rows, T tokens, H hidden size, N real tokens of the batch.
 """
@@ -17,10 +17,11 @@ from hfprune.utils.errors import ConfigError
 
 
 class RecoveryLoss(ABC):
-    """A term that recovery adds to the loss of the logits, computed from what its forward pass leaves.
+    """Base class of loss terms that are added to the loss of the logits.
 
-    ``check`` is called before any model is loaded, ``start`` when recovery begins, then ``observing`` and the call for
-    every batch. A new loss is a subclass and an entry in :meth:`DistillationRecovery.losses`.
+    ``check`` is called before any model is loaded, and ``start`` when recovery starts. For every batch, the forward
+    passes run inside ``observing``, and the call then returns the term. A new loss is a subclass and an entry in
+    :meth:`DistillationRecovery.losses`.
 
     Args:
         weight: Factor of the term in the loss.
@@ -36,32 +37,32 @@ class RecoveryLoss(ABC):
 
     @abstractmethod
     def check(self, config: Any) -> None:
-        """Raises ``ConfigError`` where the term does not fit the dense model's ``config``."""
+        """Raises ``ConfigError`` if the term is incompatible with the dense model's ``config``."""
 
     @abstractmethod
     def start(self, student: nn.Module, teacher: nn.Module | None, removed: Collection[int]) -> None:
-        """Receives the models.
+        """Prepares the term for the models.
 
         Args:
             student: The pruned model.
-            teacher: The dense model; None where it is not in memory.
-            removed: Layers of the dense model that pruning removed.
+            teacher: The dense model, or None if it is not in memory.
+            removed: Indices of the removed layers of the dense model.
 
         Raises:
-            ConfigError: The term does not fit these models.
+            ConfigError: The term is incompatible with these models.
         """
 
     @abstractmethod
     def observing(self) -> AbstractContextManager[None]:
-        """Returns a context around one forward pass of teacher and student."""
+        """Returns a context for one forward pass of teacher and student."""
 
     @abstractmethod
     def __call__(self, batch: Mapping[str, Tensor], counted: Tensor) -> Tensor:
-        """Returns the term of the pass that was observed, summed over the tokens that count.
+        """Returns the term of the observed forward pass, summed over supervised tokens.
 
         Args:
             batch: ``input_ids`` [B, T] and the other tensors of the batch.
-            counted: [B, T] boolean, the supervised positions.
+            counted: Supervised positions [B, T], bool.
         """
 
 
@@ -70,7 +71,7 @@ class HiddenMatching(RecoveryLoss):
 
     Args:
         weight: Factor of the term in the loss.
-        layers: Layers of the dense model whose outputs are compared; None for all that were kept.
+        layers: Indices of the dense model's layers whose outputs are compared; None for all kept layers.
     """
 
     name = "hidden"
@@ -80,11 +81,11 @@ class HiddenMatching(RecoveryLoss):
         self.layers = layers
 
     def check(self, config: Any) -> None:
-        """Raises ``ConfigError`` for layers that the dense model does not have."""
+        """Raises ``ConfigError`` if the dense model does not have these layers."""
         number = config.num_hidden_layers
         if self.layers is not None and max(self.layers) >= number:
             raise ConfigError(
-                f"distillation.hidden_layers names layer {max(self.layers)}; the model's {number} layers are 0 to "
+                f"distillation.hidden_layers contains layer {max(self.layers)}, but the model has layers 0 to "
                 f"{number - 1}."
             )
 
@@ -97,13 +98,13 @@ class HiddenMatching(RecoveryLoss):
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Keeps the outputs of both models' layers."""
+        """Records the outputs of the layers of both models."""
         with layer_outputs(self._student) as pruned, layer_outputs(self._teacher) as dense:
             self._outputs = pruned, dense
             yield
 
     def __call__(self, batch: Mapping[str, Tensor], counted: Tensor) -> Tensor:
-        """Returns the distance, summed over the tokens that count."""
+        """Returns the distance, summed over supervised tokens."""
         (pruned, dense), self._outputs = self._outputs, ([], [])
         matched = [pruned[i] for i, _ in self._pairs], [dense[j] for _, j in self._pairs]
         return hidden_distance(*matched, counted, batch.get("attention_mask"))
@@ -111,25 +112,31 @@ class HiddenMatching(RecoveryLoss):
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
 class DistillationRecovery:
-    """Recovery minimises (1 - alpha) CE + alpha t^2 KL to the dense model at the supervised positions.
+    """Recovery with the loss (1 - alpha) CE + alpha t^2 KL(dense || pruned) at supervised positions.
 
-    The dense model is loaded a second time, frozen, when recovery begins: its weights stay in memory, and every batch
-    costs one more forward pass. Logits of both exist a chunk of tokens at a time.
+    Source: Hinton, Vinyals and Dean, 2015, arXiv:1503.02531.
 
-    With ``cache`` its predictions are computed once, before recovery, and kept on disk: the ``top_k`` most likely
-    tokens of every supervised position, 6 bytes each, and the share of all others. It is not in memory while the pruned
-    model is trained, and a later run on the same data does not load it. KL is then that of p and q with all other
-    tokens taken as one: a lower bound.
+    The frozen dense model is loaded when recovery starts, and runs one forward pass per batch. Logits of both models
+    are computed for one chunk of tokens at a time.
+
+    With ``cache``, the dense model's predictions are computed once before recovery and stored on disk: the ``top_k``
+    most likely tokens of every supervised position, with 6 bytes each, and the total probability of the others. The
+    dense model is not in memory during training, and later runs on the same data do not load it. The KL divergence then
+    treats all other tokens as one, which gives a lower bound.
 
     Attributes:
-        alpha: Weight of KL, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
-        temperature: t > 0, of teacher and student.
-        hidden: Weight of the distance between hidden states, >= 0, which is added to the loss: the mean over layers of
-            |h - h_dense|^2 / |h_dense|^2. Not with ``cache``, which holds none.
-        hidden_layers: Layers of the dense model whose ends are compared, from 0; those that pruning removed are left
-            out. None compares all that are left.
-        cache: Folder for the dense model's predictions; None keeps the model itself.
-        top_k: How many tokens of each prediction are kept there.
+        alpha: Weight of the KL divergence, in [0, 1]; 1 needs no labels, 0 is plain cross-entropy.
+        temperature: Temperature t > 0 of teacher and student.
+        hidden: Weight >= 0 of the distance between hidden states, the mean over layers of |h - h_dense|^2 /
+            |h_dense|^2. Must be 0 with ``cache``.
+        hidden_layers: Indices of the dense model's layers whose outputs are compared, without removed layers; None for
+            all kept layers.
+        cache: Folder for the dense model's predictions; None keeps the dense model in memory.
+        top_k: Number of stored tokens per prediction.
+
+    Example:
+        >>> [loss.name for loss in DistillationRecovery(alpha=0.9, hidden=0.1).losses()]
+        ['hidden']
     """
 
     alpha: float = 1.0
@@ -148,20 +155,20 @@ class DistillationRecovery:
             )
         if self.hidden < 0 or (self.hidden and self.cache is not None):
             raise ConfigError(
-                f"distillation.hidden={self.hidden} must be a weight >= 0, and 0 with distillation.cache, which holds "
-                "no hidden states."
+                f"distillation.hidden={self.hidden} must be >= 0, and 0 with distillation.cache, which stores no "
+                "hidden states."
             )
         layers = self.hidden_layers
         if layers is not None and (not self.hidden or not layers or min(layers) < 0 or len(set(layers)) < len(layers)):
             raise ConfigError(
-                f"distillation.hidden_layers={list(layers)} must name one or more different layers >= 0, and needs "
-                f"distillation.hidden > 0 (it is {self.hidden})."
+                f"distillation.hidden_layers={list(layers)} must contain one or more different layers >= 0, and "
+                f"requires distillation.hidden > 0 (it is {self.hidden})."
             )
         if self.top_k < 1:
             raise ConfigError(f"distillation.top_k={self.top_k} must be positive.")
 
     def losses(self) -> list[RecoveryLoss]:
-        """Returns the terms that are added to the loss of the logits."""
+        """Returns the terms added to the loss of the logits."""
         return [HiddenMatching(self.hidden, self.hidden_layers)] if self.hidden else []
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,9 +178,9 @@ class DistillationRecovery:
 
 @contextmanager
 def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the output of every layer of a supported model, in order, as it runs.
+    """Yields a list to which the layers of a supported model append their outputs.
 
-    Outputs are [B, T, H], or [1, N, H] where packed rows run as one (see :mod:`hfprune.models.forward`).
+    Outputs are [B, T, H], or [1, N, H] if packed rows run as one (see :mod:`hfprune.models.forward`).
     """
     found: list[Tensor] = []
 
@@ -193,14 +200,14 @@ def hidden_distance(
 ) -> Tensor:
     """Returns the sum over tokens of the mean over layers of |h - h_dense|^2 / |h_dense|^2, float32 or wider.
 
-    Each state is measured against the dense one's own size, so that the few tokens and the late layers whose states are
-    hundreds of times larger count like the others.
+    The distance is relative to the norm of each dense state, since the states of few tokens and of late layers are
+    hundreds of times larger than the others.
 
     Args:
         pruned: Outputs [B, T, H], or [1, N, H], of the pruned model's layers.
-        dense: Those of the dense model's layers that they are matched with.
-        counted: [B, T] boolean, the tokens that count.
-        real: [B, T], 0 for padding; None where there is none.
+        dense: Outputs of the matching layers of the dense model.
+        counted: Tokens to sum over [B, T], bool.
+        real: Attention mask [B, T], 0 for padding; None without padding.
     """
     real = torch.ones_like(counted) if real is None else real.bool()
     total: Tensor | float = 0.0
@@ -214,23 +221,23 @@ def hidden_distance(
 
 
 def _chosen(state: Tensor, counted: Tensor, real: Tensor) -> Tensor:
-    """Returns the states of the tokens that count, row after row."""
+    """Returns the states of the counted tokens in row-major order."""
     return state[counted] if state.shape[:2] == counted.shape else state[0, counted[real]]
 
 
 def matched_layers(number: int, removed: Collection[int], chosen: Collection[int] | None) -> list[tuple[int, int]]:
-    """Returns which layer of the pruned model is matched with which of the dense one.
+    """Returns pairs of a layer of the pruned model and the matching layer of the dense model.
 
     >>> matched_layers(4, removed=(1,), chosen=(1, 2))
     [(1, 2)]
 
     Args:
-        number: Layers of the dense model.
-        removed: Those of them that were removed.
-        chosen: Those of them whose ends are compared; None for all.
+        number: Number of layers of the dense model.
+        removed: Indices of the removed layers.
+        chosen: Indices of the compared layers of the dense model; None for all.
 
     Raises:
-        ConfigError: None is left.
+        ConfigError: All chosen layers were removed.
     """
     kept = [layer for layer in range(number) if layer not in removed]
     found = [(place, layer) for place, layer in enumerate(kept) if chosen is None or layer in chosen]
@@ -240,10 +247,10 @@ def matched_layers(number: int, removed: Collection[int], chosen: Collection[int
 
 
 def check_sizes(pruned: nn.Module, dense: nn.Module) -> None:
-    """Raises ``ConfigError`` where hidden states have different sizes."""
+    """Raises ``ConfigError`` if the hidden states have different sizes."""
     ours, theirs = (model.config.hidden_size for model in (pruned, dense))  # type: ignore[union-attr]
     if ours != theirs:
         raise ConfigError(
-            f"distillation.hidden compares hidden states, but those of the pruned model have {ours} channels and those "
-            f"of the dense model {theirs}: set it to 0, or remove 'channels' from the units."
+            f"distillation.hidden compares hidden states, which have {ours} channels in the pruned model and {theirs} "
+            "in the dense model: set it to 0, or remove 'channels' from the units."
         )

@@ -14,20 +14,24 @@ from hfprune.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)  # no slots: jsonargparse reads a default's __dict__
 class LoraRecovery:
-    """Low-rank adapters on the pruned model; everything else stays frozen.
+    """Low-rank adapters on the pruned model, whose other weights are frozen.
 
     Attributes:
         rank: Rank r of the adapters.
-        alpha: Scale: the update is alpha / r * B A.
+        alpha: Scale of the update alpha / r * B A.
         dropout: Dropout on the adapters' input, in [0, 1).
-        target_modules: Names of the adapted projections; None adapts every linear projection of a layer (the seven of
-            a Llama layer, as in the paper).
-        rslora: Scale by alpha / sqrt(r) in place of alpha / r (Kalajdzievski, 2023).
-        dora: Train the size of every weight column beside the direction that the adapter changes (DoRA, Liu et al.,
-            2024). Needs whole weights: not under FSDP2.
-        init: ``default``: the adapter starts at zero. ``pissa``: it starts as the ``rank`` largest singular directions
-            of the weight, which keeps the rest (PiSSA, Meng et al., 2024); base and adapter together are the pruned
-            model, the base alone is not. Needs whole weights, too.
+        target_modules: Names of the adapted projections; None for all linear projections of a layer (seven in Llama, as
+            in the HFPrune paper).
+        rslora: Whether to scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023, arXiv:2312.03732).
+        dora: Whether to train the magnitude of every weight column separately from its direction (DoRA, Liu et al.,
+            2024, arXiv:2402.09353). Not supported under FSDP2.
+        init: ``default``: adapters start at zero. ``pissa``: adapters start as the ``rank`` largest singular components
+            of the weight, which are subtracted from the base (PiSSA, Meng et al., 2024, arXiv:2404.02948), so that the
+            base without adapters is not the pruned model. Not supported under FSDP2.
+
+    Example:
+        >>> LoraRecovery(rank=16, alpha=32.0).to_dict()["rank"]
+        16
     """
 
     rank: int = 32
@@ -40,10 +44,12 @@ class LoraRecovery:
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` for values out of range."""
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"rank={self.rank} must be >= 1, alpha={self.alpha} positive, and dropout={self.dropout} in [0, 1)."
-            )
+        if self.rank < 1:
+            raise ConfigError(f"LoraRecovery: rank={self.rank} must be at least 1.")
+        if self.alpha <= 0:
+            raise ConfigError(f"LoraRecovery: alpha={self.alpha} must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoraRecovery: dropout={self.dropout} must be at least 0 and less than 1.")
         if self.init not in ("default", "pissa"):
             raise ConfigError(f"init='{self.init}' is not one of default, pissa.")
 
@@ -53,13 +59,18 @@ class LoraRecovery:
 
 
 def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
-    """Returns ``model`` wrapped by PEFT, with fresh adapters (B = 0: outputs unchanged) as its only trainable weights.
+    """Returns ``model`` wrapped by PEFT, with new adapters (B = 0) as its only trainable weights.
 
-    The first weights of an adapter follow from ``seed`` and the adapter's name (``pissa``: from the weights), not from
-    the state of a random number generator: a resumed run, and every rank, starts from the same ones.
+    The initial weights of an adapter depend on ``seed`` and its name (with ``pissa``, on the weights), not on the state
+    of a random number generator. They are therefore equal on every rank and in a resumed run.
+
+    Args:
+        model: The pruned Hugging Face model.
+        lora: Settings of the adapters.
+        seed: Seed of the initial weights.
 
     Raises:
-        ConfigError: See :func:`check_lora`; or the weights are not of a kind that DoRA or PiSSA can start from.
+        ConfigError: See :func:`check_lora`, or the weights are unsuitable for DoRA or PiSSA.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -67,10 +78,10 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
 
     if (lora.dora or lora.init == "pissa") and any(p.is_meta for p in model.parameters()):
         raise ConfigError(
-            "dora and init='pissa' start from whole weights, which are sharded under FSDP2: remove both settings."
+            "`dora` and init='pissa' require unsharded weights and cannot be used under FSDP2: remove both settings."
         )
     if lora.init == "pissa" and any(p.dtype == torch.float64 for p in model.parameters()):
-        raise ConfigError("init='pissa' needs weights of at most 32 bits, not float64: set dtype='float32'.")
+        raise ConfigError("init='pissa' does not support float64 weights: set dtype='float32'.")
     targets = check_lora(model, lora)
     config = LoraConfig(
         r=lora.rank,
@@ -85,30 +96,34 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
         fan_in_fan_out=any(_is_conv1d(module) for module in model.modules()),
     )
     with warnings.catch_warnings():
-        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
+        # peft 0.21 reads an attribute that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         wrapped = get_peft_model(model, config)
     wrapped.__class__ = PrunedPeftModel  # type: ignore[assignment]  # saves adapters together with their base
     if lora.init == "default":
         _initialise(wrapped, seed)
-    else:  # PEFT would take directions out of the saved base again when it loads the adapters
+    else:  # PEFT would subtract the components from the saved base again when it loads the adapters
         config.init_lora_weights = True
     return wrapped
 
 
 def check_lora(model: nn.Module, lora: LoraRecovery) -> list[str]:
-    """Returns the names of the projections to adapt; ``model`` has no adapters yet, and may be on the meta device.
+    """Returns the names of the projections to adapt.
+
+    Args:
+        model: A Hugging Face model without adapters, possibly on the meta device.
+        lora: Settings of the adapters.
 
     Raises:
-        ConfigError: A target matches no projection of the model, the message lists what exists; or the output head,
-            which the chunked losses apply as the plain matrix that it is.
+        ConfigError: A target matches no projection of the model, or is the output head, which the chunked losses apply
+            as a plain matrix.
     """
     spec = find_spec(model)
     names = [name for name, module in model.named_modules() if _is_projection(module) and name != spec.lm_head]
     targets = list(lora.target_modules or spec.lora_targets)
     for target in targets:
         if spec.lm_head == target or spec.lm_head.endswith("." + target):
-            raise ConfigError(f"LoRA target '{target}' is the output head, which adapters leave alone: leave it out.")
+            raise ConfigError(f"LoRA target '{target}' is the output head, which cannot be adapted: remove it.")
         if not any(name == target or name.endswith("." + target) for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(f"LoRA target '{target}' matches no projection of the model. It has: {', '.join(known)}.")
@@ -116,7 +131,7 @@ def check_lora(model: nn.Module, lora: LoraRecovery) -> list[str]:
 
 
 def _initialise(model: nn.Module, seed: int) -> None:
-    """Gives every adapter PEFT's default first weights: A uniform in +-1/sqrt(inputs), B zero."""
+    """Sets every adapter to PEFT's default initial weights: A uniform in +-1/sqrt(inputs), B zero."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in model.named_modules():
@@ -134,7 +149,7 @@ def _initialise(model: nn.Module, seed: int) -> None:
 
 
 def merge_lora(model: Any) -> Any:
-    """Returns the plain model with its adapters merged into the weights (in place: the wrapper is spent)."""
+    """Merges the adapters into the weights, in place, and returns the model without the PEFT wrapper."""
     return model.merge_and_unload(progressbar=False)
 
 

@@ -1,4 +1,4 @@
-"""Recovery that leaves zeros zero: adapters and gradients act on the other weights alone.
+"""Recovery that preserves zeros: adapters and gradients only change nonzero weights.
 
 Shape legend: O outputs, C inputs of a projection, R rank of its adapter.
 """
@@ -12,14 +12,14 @@ from hfprune.models.projection import is_projection
 
 
 class _Masked(LoraVariant):
-    """A LoRA adapter whose update scale * B A is zero wherever the weight it adapts is.
+    """LoRA variant whose update scale * B A is zero where the adapted weight is zero.
 
-    The product is formed in the forward pass, [O, C], R multiplications an entry: as much as R tokens cost.
+    The forward pass computes the product [O, C], which costs as much as R tokens.
     """
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Needs nothing."""
+        """Does nothing: the variant has no parameters."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -42,7 +42,7 @@ class _Masked(LoraVariant):
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Returns the weight without the update: it is added where the weight was not zero, so zeros are known."""
+        """Returns the weight without the update, whose zeros are those of the merged weight."""
         return orig_weight - _delta(module, active_adapter).to(orig_weight.dtype)
 
 
@@ -54,7 +54,7 @@ def _delta(module: Any, adapter: str) -> Tensor:
 
 
 def mask_adapters(model: nn.Module) -> None:
-    """Restricts every LoRA adapter within ``model``, in place, to the weights that are not zero."""
+    """Restricts every LoRA adapter of ``model`` to nonzero weights, in place."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for adapter in module.active_adapters:
@@ -62,11 +62,13 @@ def mask_adapters(model: nn.Module) -> None:
 
 
 def hold_zeros(model: nn.Module) -> list[Any]:
-    """Sets the gradients of zero weights of all trained projections to zero; returns handles that undo it.
+    """Masks the gradients of zero weights in all trained projections; returns the handles of the hooks.
 
-    Adapters' own projections, one of which begins at zero, are left out.
+    Optimizers such as SGD, Adam and AdamW do not change a zero weight without a gradient. The projections of adapters,
+    which start at zero, are not masked.
 
-    An optimizer whose step is zero for a weight, gradient and moments of zero leaves it zero (SGD, Adam, AdamW).
+    Args:
+        model: The sparse model.
     """
 
     def held(weight: Tensor) -> Any:

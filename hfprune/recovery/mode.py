@@ -1,4 +1,4 @@
-"""Recovery mode: what is trained after pruning, as one word."""
+"""Recovery mode: the weights trained after pruning."""
 
 import warnings
 from typing import Any, Literal, get_args
@@ -8,25 +8,25 @@ from hfprune.utils.errors import ConfigError
 
 RecoveryWord = Literal["lora", "full", "mlp", "none"]
 RecoverySetting = LoraRecovery | RecoveryWord | None
-"""What ``recovery=...`` accepts. None means ``"full"``, for one release, with a warning."""
+"""Values of ``recovery=...``. None is deprecated and means ``"full"``."""
 
 
 class RecoveryMode:
-    """What recovery trains.
+    """Recovery mode, one of the following.
 
     ========  ==========================================================================================
-    ``lora``  low-rank adapters with the default settings; give a ``LoraRecovery`` for others
-    ``full``  all weights (those of the MLPs where the module has ``trainable="mlp"``)
+    ``lora``  low-rank adapters with default settings; use a ``LoraRecovery`` for other settings
+    ``full``  all weights (those of the MLPs if the module has ``trainable="mlp"``)
     ``mlp``   the projections of the MLPs (of the experts in a mixture of experts)
-    ``none``  nothing: ``fit`` ends with the pruned model
+    ``none``  no training: ``fit`` ends with the pruned model
     ========  ==========================================================================================
 
     Args:
-        setting: One of these words, or the settings of adapters.
+        setting: One of these words, or settings of adapters.
 
     Attributes:
-        word: The word.
-        lora: Settings of the adapters; None without adapters.
+        word: The mode.
+        lora: Settings of the adapters, or None without adapters.
 
     Raises:
         ConfigError: The word is unknown.
@@ -42,7 +42,7 @@ class RecoveryMode:
     def __init__(self, setting: RecoverySetting) -> None:
         if setting is None:
             warnings.warn(
-                "recovery=None trains all weights; write recovery='full'. From the next release on it is an error.",
+                "recovery=None is deprecated and will be an error in the next release: use recovery='full'.",
                 FutureWarning,
                 stacklevel=4,
             )
@@ -56,22 +56,26 @@ class RecoveryMode:
         self._limit: Any = None
 
     def start(self, trainer: Any, module: Any) -> None:
-        """Prepares a trainer and its module for ``fit``, before data are read and weights are loaded.
+        """Prepares a trainer and its module for ``fit``, before data and weights are loaded.
+
+        Args:
+            trainer: The Lightning trainer.
+            module: Its LightningModule.
 
         Raises:
-            ConfigError: ``mlp`` for a module that does not select its trained weights.
+            ConfigError: The mode is ``mlp``, and the module is not a ``PruningModule``.
         """
         if self.word == "mlp":
             if not hasattr(module, "trainable"):
                 raise ConfigError(
-                    f"recovery='mlp' selects weights of a PruningModule, not of {type(module).__name__}: freeze the "
-                    "other weights in your module and write recovery='full'."
+                    f"recovery='mlp' requires a PruningModule, not {type(module).__name__}: freeze the other weights "
+                    "in your module and set recovery='full'."
                 )
             module.trainable = "mlp"
         if self.word == "none":
             self._limit, trainer.limit_train_batches = trainer.limit_train_batches, 0
 
     def end(self, trainer: Any) -> None:
-        """Gives the trainer its own settings back."""
+        """Restores the settings of the trainer."""
         if self._limit is not None:
             trainer.limit_train_batches, self._limit = self._limit, None

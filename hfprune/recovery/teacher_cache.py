@@ -1,11 +1,11 @@
-"""Teacher cache: the K most likely tokens that the dense model predicts for the recovery data, on disk.
+"""Teacher cache: the dense model's K most likely tokens for each position of the recovery data, on disk.
 
-A row is identified by its content, not its position: shuffling, epochs, packing and the number of processes do not
-matter, and other data add rows. A folder belongs to one model, K and temperature. A run that was killed while it wrote
-computes the missing rows only. Encoding: :func:`hfprune.objectives.top_k.rounded_top`; files:
+A row is identified by its content, not by its position: shuffling, epochs, packing and the number of processes have no
+effect, and other data add rows. A folder belongs to one model, K and temperature. An interrupted run only computes the
+missing rows. The encoding is described in :func:`hfprune.objectives.top_k.rounded_top`, the files in
 :mod:`hfprune.objectives.top_k_store`.
 
-Shape legend: N supervised tokens, K the most likely tokens that are kept.
+Shape legend: N supervised tokens, K stored tokens per position.
 """
 
 import hashlib
@@ -33,23 +33,28 @@ ROWS_PER_FILE = 256
 _PARTS = ("value", "token", "odds")
 _FORMAT = 2
 _Row = tuple[Tensor, Tensor, Tensor]
-"""Values [N, K], float16; tokens [N, K], int32; log-odds of all others [N], float32."""
+"""Values [N, K], float16; tokens [N, K], int32; log-odds of all other tokens [N], float32."""
 
 _STREAM = (
-    "distillation.cache needs recovery data in memory, to compute the dense model's predictions once for all rows: set "
+    "distillation.cache requires recovery data in memory, for which predictions are computed once: set "
     "streaming=False, or remove distillation.cache."
 )
 
 
 def supervised(batch: Batch) -> Tensor:
-    """Returns where a batch's tokens are supervised, [B, T]."""
+    """Returns the mask [B, T], bool, of a batch's supervised tokens."""
     mask = batch.get("attention_mask")
     mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
     return OBJECTIVES.get("cross_entropy").targets(batch["input_ids"], mask, labels_of(batch))[1]
 
 
 def row_names(batch: Batch, valid: Tensor) -> list[str]:
-    """Returns a name for what each row of a batch holds: its tokens, where documents begin, and what is supervised."""
+    """Returns a hash of each row of a batch: its tokens, document starts and supervised positions.
+
+    Args:
+        batch: ``input_ids`` [B, T] and optionally ``attention_mask`` and ``position_ids`` [B, T].
+        valid: Supervised positions [B, T].
+    """
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     names = []
     for row in range(len(ids)):
@@ -61,13 +66,13 @@ def row_names(batch: Batch, valid: Tensor) -> list[str]:
 
 
 class TeacherCache:
-    """The dense model's predictions in a folder.
+    """Predictions of a dense model in a folder.
 
     Args:
-        folder: Where folders of models are; made when missing.
-        fingerprint: What the dense model predicts: its weights, config and precision.
+        folder: Parent folder of the caches; created if missing.
+        fingerprint: Identifies the weights, config and precision of the dense model.
         top_k: K.
-        temperature: What its logits are divided by.
+        temperature: Divisor of the logits.
 
     Raises:
         ConfigError: The folder holds a damaged file.
@@ -82,11 +87,11 @@ class TeacherCache:
         self.refresh()
 
     def __contains__(self, name: str) -> bool:
-        """Returns whether a row is there."""
+        """Returns whether the cache holds a row."""
         return name in self._where
 
     def refresh(self) -> None:
-        """Reads the headers of new files, those of other processes included."""
+        """Reads the headers of new files, including those of other processes."""
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             if path not in self._read:
                 self._add(TopKFile(path))
@@ -94,20 +99,20 @@ class TeacherCache:
     def _add(self, file: TopKFile) -> None:
         if file.checksums is None:
             raise ConfigError(
-                f"The cached predictions '{file.path}' cannot be read: delete the file; it is recomputed."
+                f"The cached predictions '{file.path}' cannot be read: delete the file to recompute them."
             )
         self._where |= dict.fromkeys(file.checksums, file)
         self._read.add(file.path)
 
     def fill(self, load_teacher: Callable[[], nn.Module], batches: Iterable[Batch]) -> int:
-        """Computes the rows that are missing; the model is loaded only if there are any, and not kept.
+        """Computes missing rows; the dense model is only loaded if there are any.
 
         Args:
-            load_teacher: Returns the dense model, in eval mode, where the batches are.
-            batches: All rows of the recovery data, one batch after the other.
+            load_teacher: Returns the dense model in eval mode, on the device of the batches.
+            batches: All rows of the recovery data, in batches.
 
         Returns:
-            The number of rows that were computed.
+            Number of computed rows.
 
         Raises:
             OutputError: A file could not be written.
@@ -134,7 +139,7 @@ class TeacherCache:
                     yield name, {key: value[row : row + 1] for key, value in batch.items()}, valid[row : row + 1]
 
     def _computed(self, teacher: Any, batch: Batch, valid: Tensor) -> _Row:
-        """Returns what is kept of one row."""
+        """Returns the stored form of one row."""
         with torch.no_grad():
             head = output_head(teacher)
             hidden = final_hidden(teacher, batch)[0][valid]
@@ -156,7 +161,11 @@ class TeacherCache:
         self._add(TopKFile.write(self.folder / f"rows-{uuid.uuid4().hex}.safetensors", named))
 
     def lookup(self, batch: Batch, valid: Tensor) -> KnownTop:
-        """Returns the dense model's predictions at a batch's supervised tokens [N], row after row.
+        """Returns the dense model's predictions at a batch's supervised tokens [N], in row-major order.
+
+        Args:
+            batch: ``input_ids`` [B, T] and the other tensors of the batch.
+            valid: Supervised positions [B, T].
 
         Raises:
             ConfigError: A row is missing or damaged.
@@ -169,18 +178,18 @@ class TeacherCache:
     def _row(self, name: str) -> list[Tensor]:
         if name not in self._where:
             raise ConfigError(
-                f"'{self.folder}' has no predictions for a row of the recovery data, which were made at the start of "
-                "this run: the data have changed since, or the processes do not share that folder."
+                f"'{self.folder}' has no predictions for a row of the recovery data. The data have changed since the "
+                "start of the run, or the processes do not share the folder."
             )
         return self._where[name].read(name, _PARTS)
 
 
 def check_cache(folder: str, data: Any) -> None:
-    """Raises ``ConfigError`` where the folder cannot be written, or the data are a stream.
+    """Raises ``ConfigError`` if the folder is not writable or the data are streamed.
 
     Args:
-        folder: Where predictions are to be kept.
-        data: The datamodule, if any.
+        folder: Folder of the cache.
+        data: The datamodule, or None.
     """
     if getattr(data, "streaming", False):
         raise ConfigError(_STREAM)
@@ -193,10 +202,15 @@ def check_cache(folder: str, data: Any) -> None:
 
 
 def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[str, Tensor]]:
-    """Yields this rank's share of the rows that a training loader holds, each as a batch of one; its place stays.
+    """Yields this rank's share of the rows of a training loader as batches of one row.
+
+    Args:
+        loader: The training loader, which is not advanced.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ConfigError: The rows are read as a stream, which ends nowhere in particular.
+        ConfigError: The loader reads a stream.
     """
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or collate is None:

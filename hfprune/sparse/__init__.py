@@ -1,4 +1,4 @@
-"""Unstructured and N:M sparsity: weights become zero, shapes stay. One file per method."""
+"""Unstructured and N:M sparsity: weights become zero, shapes are unchanged. One file per method."""
 
 from hfprune.sparse.allocation import ExplicitSparsity, Matrix, OutlierWeighed, SparseAllocation, UniformSparsity
 from hfprune.sparse.base import InputSums, Pruned, ScoreMethod, SparseMethod

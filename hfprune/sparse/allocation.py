@@ -1,4 +1,4 @@
-"""Sparsity allocation: the share of zeros of each matrix, uniform, by outliers (OWL) or given."""
+"""Sparsity allocations: the share of zeros of each matrix, uniform, by outliers (OWL) or explicit."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from hfprune.utils.settings import Configured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One projection that is pruned.
+    """One projection to prune.
 
     Attributes:
-        layer: Its layer.
-        name: Its name within the layer.
-        shape: Outputs and inputs.
+        layer: Index of its layer.
+        name: Name within the layer.
+        shape: Numbers of outputs and inputs.
     """
 
     layer: int
@@ -32,16 +32,16 @@ class Matrix:
 
     @property
     def path(self) -> str:
-        """Layer and name, as patterns see them: ``3.mlp.down_proj``."""
+        """Layer and name, the text that patterns match: ``3.mlp.down_proj``."""
         return f"{self.layer}.{self.name}"
 
 
 class SparseAllocation(Configured, ABC):
-    """Turns one sparsity into one for each matrix.
+    """Base class: distributes the sparsity of the run over the matrices.
 
     Attributes:
-        threshold: Weights whose |w| * ||x|| is so many times their layer's mean are outliers, and their share of each
-            layer is what the allocation reads; None reads nothing.
+        threshold: Weights whose |w| * ||x|| exceeds ``threshold`` times the mean of their layer are outliers; the
+            allocation then receives the share of outliers of each layer. None if outliers are not needed.
     """
 
     threshold: float | None = None
@@ -53,21 +53,21 @@ class SparseAllocation(Configured, ABC):
         """Returns path -> sparsity.
 
         Args:
-            matrices: Of every layer.
-            sparsity: What was asked.
-            outliers: Share of outliers of each layer, where ``threshold`` asks for it.
+            matrices: Matrices of all layers.
+            sparsity: Sparsity of the run.
+            outliers: Share of outliers of each layer; None if ``threshold`` is None.
 
         Raises:
-            ConfigError: It cannot be spread.
+            ConfigError: The allocation does not apply to the matrices or the sparsity.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Returns name and settings, for reports."""
+        """Returns name and settings for reports."""
         return {"name": type(self).__name__, **self.settings(unset=True)}
 
 
 class UniformSparsity(SparseAllocation):
-    """The same for every matrix, as all papers but OWL have it.
+    """The same sparsity for every matrix, as in all papers except OWL.
 
     Example:
         >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
@@ -78,20 +78,22 @@ class UniformSparsity(SparseAllocation):
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
     ) -> dict[str, Sparsity]:
-        """Returns ``sparsity`` for each."""
+        """Returns ``sparsity`` for every matrix."""
         return {matrix.path: sparsity for matrix in matrices}
 
 
 class OutlierWeighed(SparseAllocation):
-    """OWL: layers with more outliers get a lower sparsity (Yin et al., 2023, arXiv:2310.05175).
+    """OWL: layers with more outliers get a lower sparsity.
 
-    Layer l's share of zeros is s - 2 spread (D_l - mean D) / (max D - min D), D_l the share of its weights whose
-    |w| * ||x|| exceeds ``threshold`` times the layer's mean, on the dense model. The mean over layers, by their numbers
-    of weights, is s.
+    The share of zeros of layer l is s - 2 spread (D_l - mean D) / (max D - min D), with D_l the share of its weights
+    whose |w| * ||x|| exceeds ``threshold`` times the layer's mean on the dense model. The mean over layers, weighted by
+    their numbers of weights, is s.
 
     Args:
-        threshold: M of the paper, 5 or 7 there.
-        spread: Lambda of the paper: layers differ by at most twice as much.
+        threshold: M of the paper, where it is 5 or 7.
+        spread: Lambda of the paper; the sparsities of two layers differ by at most 2 lambda.
+
+    Source: OWL (Yin et al., 2023, arXiv:2310.05175).
 
     Example:
         >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
@@ -105,15 +107,17 @@ class OutlierWeighed(SparseAllocation):
         self.threshold, self.width = threshold, spread
 
     def describe(self) -> dict[str, Any]:
-        """Returns name and settings."""
+        """Returns name and settings for reports."""
         return {"name": "OutlierWeighed", "threshold": self.threshold, "spread": self.width}
 
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
     ) -> dict[str, Sparsity]:
-        """Returns the layer's share for each matrix."""
+        """Returns the share of its layer for every matrix."""
         if sparsity.of is not None:
-            raise ConfigError(f"--sparsity {sparsity} is the same in every group: OutlierWeighed needs a share (0.5).")
+            raise ConfigError(
+                f"sparsity={sparsity} fixes the zeros of every group; OutlierWeighed needs a share such as 0.5."
+            )
         assert outliers is not None
         wide = max(outliers) - min(outliers)
         scaled = [(share - min(outliers)) / wide * 2 * self.width if wide else 0.0 for share in outliers]
@@ -122,18 +126,18 @@ class OutlierWeighed(SparseAllocation):
         ratios = [sparsity.ratio + mean - value for value in scaled]
         if not all(0 <= ratio < 1 for ratio in ratios):
             raise ConfigError(
-                f"OutlierWeighed would spread --sparsity {sparsity} from {min(ratios):.3f} to {max(ratios):.3f}, which "
-                "is not in [0, 1): give a smaller spread."
+                f"OutlierWeighed would spread sparsity={sparsity} from {min(ratios):.3f} to {max(ratios):.3f}, which "
+                "is not in [0, 1). Use a smaller spread."
             )
         return {matrix.path: Sparsity(ratios[matrix.layer]) for matrix in matrices}
 
 
 class ExplicitSparsity(SparseAllocation):
-    """Given sparsities of matrices; the others have the sparsity of the run.
+    """Explicit sparsities for some matrices; all others get the sparsity of the run.
 
     Args:
-        sparsities: Pattern -> share or n:m. A pattern is compared with ``LAYER.NAME``, for example ``0.*`` (all of
-            layer 0), ``*.mlp.down_proj``, ``*.q_proj``; of several that fit the last one counts.
+        sparsities: Pattern -> share or n:m. Patterns are matched against ``LAYER.NAME``, for example ``0.*`` (all of
+            layer 0), ``*.mlp.down_proj``, ``*.q_proj``. The last matching pattern applies.
 
     Example:
         >>> matrices = [Matrix(layer=layer, name="mlp.up_proj", shape=(4, 2)) for layer in range(2)]
@@ -148,11 +152,11 @@ class ExplicitSparsity(SparseAllocation):
     def spread(
         self, matrices: Sequence[Matrix], sparsity: Sparsity, outliers: Sequence[float] | None
     ) -> dict[str, Sparsity]:
-        """Returns what the last pattern that fits says."""
+        """Returns the sparsity of the last matching pattern for every matrix."""
         for pattern in self._parsed:
             if not any(fnmatchcase(matrix.path, pattern) for matrix in matrices):
                 raise ConfigError(
-                    f"ExplicitSparsity names '{pattern}', which fits no projection. Projections are called "
+                    f"ExplicitSparsity: the pattern '{pattern}' matches no projection. Names of projections are "
                     f"'{matrices[0].path}', '{matrices[-1].path}', and so on."
                 )
         found = {}

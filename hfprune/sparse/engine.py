@@ -1,10 +1,11 @@
-"""Sparse pruning one layer after another: each on what the pruned layers before it give.
+"""Layer-by-layer sparse pruning: each layer is pruned on the outputs of the pruned layers before it.
 
 Shape legend: B sequences, T tokens, O outputs and C inputs of a projection.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.exact_sums import GridSum
 
 Offload = Literal["cpu", "disk"]
-"""Where hidden states wait: in the CPU's memory, or in temporary files."""
+"""Storage of hidden states between layers: CPU memory, or temporary files."""
 
 
 def matrices_of(model: nn.Module) -> list[Matrix]:
@@ -49,27 +50,30 @@ def prune_sparse(
     state: LayerState | None = None,
     reduce: Reduce | None = None,
 ) -> Iterator[SparseLayer]:
-    """Prunes every projection inside the layers of ``model`` in place, and yields what became of each layer.
+    """Prunes every projection inside the layers of ``model`` in place.
 
-    Statistics of a layer are taken on the outputs of the pruned layers before it, by one forward pass of the layer for
-    all of its projections; they are sums with the same bits whatever the order and the ranks, so that with one sequence
-    a batch neither matters. Embeddings, norms, biases and the head stay. Memory beyond the model is the calibration
-    set's hidden states, twice, and one layer's sums.
+    One forward pass of a layer collects the statistics of all its projections, on the outputs of the pruned layers
+    before it. Sums have the same bits for every order of the batches and every number of ranks; with one sequence per
+    batch, results therefore do not depend on either. Embeddings, norms, biases and the output head are not pruned.
+    Memory in addition to the model: the hidden states of the calibration set, twice, and the sums of one layer.
 
     Args:
         model: A supported Hugging Face causal LM, in eval mode.
-        batches: This rank's ``input_ids`` [B, T], without padding.
-        method: What is dropped.
-        sparsity: How many weights of each projection.
-        allocation: How many of which; the same share of all if not given.
-        update: Lets the weights that stay make up for those that ``method`` dropped.
-        device: Where layers run, one at a time; the model's device if not given.
-        offload: Where hidden states wait; on the device if not given.
-        state: Finished layers of an earlier run are taken from it, and those of this run saved to it.
-        reduce: Adds sums up over ranks; None where there is one.
+        batches: ``input_ids`` [B, T] of this rank, without padding.
+        method: Method that selects the weights to drop.
+        sparsity: Share or pattern of zeros of each projection.
+        allocation: Distribution over projections; defaults to the same sparsity for all.
+        update: Second-order update of the kept weights that compensates for the dropped ones.
+        device: Device on which layers run, one at a time; defaults to the model's device.
+        offload: Storage of hidden states between layers; defaults to the device.
+        state: Folder of finished layers: layers of an earlier run are loaded, those of this run are saved.
+        reduce: Function that adds a tensor up over ranks; None for a single process.
+
+    Yields:
+        The result of each layer, in order.
 
     Raises:
-        ConfigError: A pattern does not fit a projection, or settings exclude each other; nothing was changed.
+        ConfigError: A pattern does not fit a projection, or settings exclude each other. The model is unchanged.
         CalibrationError: There is no token, or weights or activations are not finite; the message names the projection.
     """
     work = SparsePass(model, batches, method, sparsity, allocation=allocation, update=update, reduce=reduce)
@@ -83,34 +87,30 @@ def check_sparse(
     allocation: SparseAllocation | None = None,
     update: SparseGPT | None = None,
 ) -> None:
-    """Raises ``ConfigError`` when settings exclude each other or do not fit ``model``, whose shapes alone are read."""
+    """Raises ``ConfigError`` if settings exclude each other or do not fit the shapes of ``model``."""
     name = type(method).__name__
     if find_spec(model).experts is not None:
         raise ConfigError(
-            f"The experts of {find_spec(model).model_class} hold their weights in stacks, which sparse methods do not "
-            "read. Remove whole experts (--importance.units '[experts]'), or prune a model without mixtures."
+            f"The experts of {find_spec(model).model_class} hold their weights in stacked tensors, which sparse "
+            "methods do not support. Use structured pruning with the unit kind 'experts' to remove whole experts."
         )
     if update is not None and isinstance(method, SparseGPT):
-        raise ConfigError("--update sparsegpt follows a method that only drops weights; SparseGPT updates them itself.")
+        raise ConfigError("update='sparsegpt' requires another method: SparseGPT updates the weights itself.")
     if method.across and (sparsity.of is not None or allocation is not None):
-        asked = f"--sparsity {sparsity}" if allocation is None else type(allocation).__name__
+        asked = f"sparsity={sparsity}" if allocation is None else type(allocation).__name__
         raise ConfigError(
-            f"{name} with scope 'model' ranks the weights of all matrices together; {asked} says how many zeros each "
-            "matrix gets. Leave one of the two out."
+            f"{name} with scope='model' ranks the weights of all matrices together, but {asked} sets the zeros of each "
+            "matrix. Remove one of the two."
         )
-    found = matrices_of(model)
-    if allocation is not None and allocation.threshold is None:
-        spread = allocation.spread(found, sparsity, None)
-    elif allocation is not None:
-        spread = allocation.spread(found, sparsity, [0.0] * len(find_layers(model)))
-    else:
-        spread = {matrix.path: sparsity for matrix in found}
+    found, allocation = matrices_of(model), allocation or UniformSparsity()
+    outliers = None if allocation.threshold is None else [0.0] * len(find_layers(model))
+    spread = allocation.spread(found, sparsity, outliers)
     for matrix in found:
         spread[matrix.path].check(matrix.shape[1], f"{matrix.name} of layer {matrix.layer}")
 
 
 class SparsePass:
-    """Moves the calibration sequences through the layers and prunes them; see :func:`prune_sparse`."""
+    """Runs the calibration sequences through the layers and prunes each layer, see :func:`prune_sparse`."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class SparsePass:
         self._num_sequences = int(self._reduce(torch.tensor(mine, device=next(model.parameters()).device)))
 
     def run(self, *, device: torch.device, offload: Offload | None, state: LayerState | None) -> Iterator[SparseLayer]:
-        """Prunes layer by layer."""
+        """Prunes the layers in order and yields the result of each."""
         importance = ImportanceSource(self._model, self._batches, self._method, state, self._reduce)
         importance.prepare(device)
         spread = self._spread(importance, device, offload, state)
@@ -161,7 +161,7 @@ class SparsePass:
     def _spread(
         self, importance: ImportanceSource, device: torch.device, offload: Offload | None, state: LayerState | None
     ) -> dict[str, Sparsity]:
-        """Returns the sparsity of every matrix."""
+        """Returns path -> sparsity of every matrix."""
         matrices = matrices_of(self._model)
         if not self._method.across and self._allocation.threshold is None:
             return self._allocation.spread(matrices, self._sparsity, None)
@@ -178,7 +178,7 @@ class SparsePass:
         return found
 
     def _outliers(self, stream: LayerStream, threshold: float) -> list[float]:
-        """Returns each dense layer's share of weights whose |w| ||x|| exceeds ``threshold`` times the layer's mean."""
+        """Returns the share of outliers of each dense layer, see :attr:`SparseAllocation.threshold`."""
         shares = []
         for index in range(len(stream.layers)):
             with stream.placed(index) as layer:
@@ -205,7 +205,7 @@ class SparsePass:
     def _prune(
         self, stream: LayerStream, index: int, importance: ImportanceSource, spread: Mapping[str, Sparsity]
     ) -> SparseLayer:
-        """Prunes one layer and moves the stream behind it."""
+        """Prunes one layer and advances the stream past it."""
         layer, before = stream.layer(index), stream.hidden.new()
         statistics = InputStatistics(layer, products=self._products)
         with statistics.recording():
@@ -216,14 +216,14 @@ class SparsePass:
             sums = self._reduced(statistics, name, index) if self._sums else InputSums()
             scores = importance.of(index, name)
             if scores is not None:
-                sums = InputSums(**_fields(sums) | {"importance": scores.to(stream.device)})
+                sums = replace(sums, importance=scores.to(stream.device))
             sparsity = spread[f"{index}.{name}"]
             found = self._matrix(module, sums, sparsity, f"{name} of layer {index}")
             if found.order is not None:
                 orders[name] = found.order
             zeros = int((weight_of(module) == 0).sum())
             matrices[name] = SparseMatrix(
-                sparsity=str(sparsity), weights=found.gone.numel(), zeros=zeros, permuted=found.order is not None
+                sparsity=str(sparsity), weights=found.dropped.numel(), zeros=zeros, permuted=found.order is not None
             )
         error = self._advance(stream, index, before)
         return SparseLayer(index=index, matrices=matrices, orders=orders, error=error)
@@ -236,8 +236,8 @@ class SparsePass:
         try:
             found = self._method.apply(weight, sums, sparsity)
             new = found.weight
-            if self._update is not None and bool(found.gone.any()):
-                new = self._update.update(weight, sums, found.gone)
+            if self._update is not None and bool(found.dropped.any()):
+                new = self._update.update(weight, sums, found.dropped)
         except CalibrationError as error:
             raise CalibrationError(f"{name}: {error}.") from error
         with torch.no_grad():
@@ -245,14 +245,10 @@ class SparsePass:
         return found
 
     def _advance(self, stream: LayerStream, index: int, before: HiddenStates) -> float:
-        """Moves the stream behind a layer; returns the relative error of its output, over all ranks."""
+        """Advances the stream past a layer and returns the relative error of its output over all ranks."""
         total = GridSum((2,), device=stream.device)
         for old, new in zip(before, stream.step(index), strict=True):
             lost = (old.double() - new.double()).square().sum()
             total.add(torch.stack([lost, old.double().square().sum()]))
         error, whole = (float(value) for value in total.reduced(self._reduce))
         return error / max(whole, torch.finfo(torch.float64).tiny)
-
-
-def _fields(sums: InputSums) -> dict[str, Any]:
-    return {"num_sequences": sums.num_sequences, "squares": sums.squares, "products": sums.products}

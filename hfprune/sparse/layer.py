@@ -1,4 +1,4 @@
-"""What sparse pruning made of a layer, in memory and on disk.
+"""Results of sparse pruning per layer, in memory and on disk.
 
 Shape legend: C inputs of a projection.
 """
@@ -17,13 +17,13 @@ from hfprune.sparse.statistics import projections
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseMatrix:
-    """What became of one projection.
+    """Result of one projection.
 
     Attributes:
-        sparsity: What was asked of it, as one types it.
-        weights: Their number.
-        zeros: How many of them are zero.
-        permuted: Whether n:m groups are made in an order of inputs of their own.
+        sparsity: Requested sparsity as text, for example ``0.5`` or ``2:4``.
+        weights: Number of weights.
+        zeros: Number of zero weights.
+        permuted: Whether n:m groups are consecutive in a permuted order of the inputs only.
     """
 
     sparsity: str
@@ -34,14 +34,14 @@ class SparseMatrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseLayer:
-    """What became of one layer.
+    """Result of one layer.
 
     Attributes:
-        index: The layer.
-        matrices: Projection, by its name within the layer -> what became of it.
-        orders: Projection -> order of inputs [C] in which its n:m groups are made, where that is not the stored one.
+        index: Index of the layer.
+        matrices: Name of a projection within the layer -> its result.
+        orders: Name of a projection -> permuted order of inputs [C] in which its n:m groups are consecutive.
         error: ||output before - output after||^2 / ||output before||^2 on the calibration tokens of all ranks.
-        resumed: Whether an earlier run had pruned it.
+        resumed: Whether the layer was loaded from an earlier run.
     """
 
     index: int
@@ -52,17 +52,17 @@ class SparseLayer:
 
     @property
     def zeros(self) -> dict[str, float]:
-        """Share of the weights that are zero, by projection."""
+        """Name of a projection -> share of zero weights."""
         return {name: matrix.zeros / matrix.weights for name, matrix in self.matrices.items()}
 
 
 def layer_file(index: int) -> str:
-    """Returns the name under which a finished layer is saved."""
+    """Returns the name of the saved entry of a finished layer."""
     return f"layer-{index:05}"
 
 
 def save_layer(state: LayerState, layer: nn.Module, found: SparseLayer) -> None:
-    """Saves a finished layer's weights and what became of it."""
+    """Saves the weights and the result of a finished layer."""
     weights = {f"weight.{name}": weight_of(module) for name, module in projections(layer).items()}
     orders = {f"order.{name}": order for name, order in found.orders.items()}
     matrices = {name: asdict(matrix) for name, matrix in found.matrices.items()}
@@ -70,7 +70,14 @@ def save_layer(state: LayerState, layer: nn.Module, found: SparseLayer) -> None:
 
 
 def restore_layer(index: int, layer: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> SparseLayer:
-    """Gives a layer the weights that an earlier run found."""
+    """Loads the weights of an earlier run into a layer and returns its result.
+
+    Args:
+        index: Index of the layer.
+        layer: The layer, changed in place.
+        tensors: Tensors written by :func:`save_layer`.
+        data: Plain data written by :func:`save_layer`.
+    """
     with torch.no_grad():
         for name, module in projections(layer).items():
             weight_of(module).copy_(tensors[f"weight.{name}"])

@@ -1,4 +1,4 @@
-"""Names of the sparse methods on the command line, with their settings as published."""
+"""Short names of the sparse methods with their published settings."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,14 +15,14 @@ _FACTORIES: dict[str, Callable[[], SparseMethod]] = {
 }
 
 METHODS: Mapping[str, Callable[[], SparseMethod]] = dict(sorted(_FACTORIES.items()))
-"""Name -> the method; options are given with its class (``--method Wanda --method.scope matrix``)."""
+"""Short name -> factory of the method. For other settings, create its class: ``Wanda(scope="matrix")``."""
 
 
 def sparse_method(name: str) -> SparseMethod:
     """Returns the method called ``name``.
 
     Raises:
-        ConfigError: There is none; the message names the nearest one.
+        ConfigError: The name is unknown; the message suggests the nearest one.
 
     >>> sparse_method("wanda").describe()
     {'name': 'Wanda', 'scope': 'row', 'adaptive': False}

@@ -1,4 +1,4 @@
-"""Sparsity patterns (ratios and N:M) and the weights that they drop.
+"""Sparsity patterns (ratios and N:M) and the selection of the weights to drop.
 
 Shape legend: O outputs, C inputs.
 """
@@ -16,14 +16,14 @@ from hfprune.utils.errors import ConfigError
 from hfprune.utils.settings import check_choice
 
 Scope = Literal["row", "matrix"]
-"""Weights that compete: those of one output (``row``), or all of a matrix."""
+"""Weights that are ranked together: those of one output (``row``), or of one ``matrix``."""
 
 WideScope = Literal["row", "matrix", "model"]
-"""The same, or all that are pruned (``model``): for scores that can be compared between matrices."""
+"""A :data:`Scope`, or all pruned matrices (``model``) for scores that are comparable between matrices."""
 
 
 def check_scope(scope: str, known: Sequence[str] = ("row", "matrix")) -> None:
-    """Raises ``ConfigError`` unless ``scope`` is one."""
+    """Raises ``ConfigError`` unless ``scope`` is one of ``known``."""
     check_choice("scope", scope, known)
 
 
@@ -43,10 +43,10 @@ class Sparsity:
 
     @classmethod
     def parse(cls, text: str | float) -> "Sparsity":
-        """Returns what ``text`` says: ``0.5``, or ``1:4``, 1 ZERO in every 4 (the papers' meaning, not 3 zeros).
+        """Parses a share (``0.5``) or a pattern (``1:4``: one ZERO in every 4 weights, as in the papers, not 3).
 
         Raises:
-            ConfigError: It says neither.
+            ConfigError: The text is neither.
 
         >>> Sparsity.parse("4:8").ratio
         0.5
@@ -55,20 +55,20 @@ class Sparsity:
         if found:
             n, m = int(found[1]), int(found[2])
             if not 0 < n < m:
-                raise ConfigError(f"--sparsity {text}: n:m is n zeros in every m weights, with 0 < n < m.")
+                raise ConfigError(f"sparsity={text}: n:m means n zeros in every m weights, with 0 < n < m.")
             return cls(n / m, n, m)
         try:
             ratio = float(text)
         except ValueError:
-            raise ConfigError(f"--sparsity '{text}' is neither a share of zeros (0.5) nor a pattern (2:4).") from None
+            raise ConfigError(f"sparsity='{text}' is neither a share of zeros (0.5) nor a pattern (2:4).") from None
         if not 0 <= ratio < 1:
             hint = ' (YAML reads an unquoted 2:4 as 124: write "2:4".)' if ratio > 60 else ""
-            raise ConfigError(f"--sparsity {text} is not in [0, 1): it is the share of weights that become zero.{hint}")
+            raise ConfigError(f"sparsity={text} is not in [0, 1): it is the share of weights that become zero.{hint}")
         return cls(ratio)
 
     @classmethod
     def exactly(cls, count: int, size: int) -> "Sparsity":
-        """Returns the share with which ``drop`` makes ``count`` zeros among ``size`` weights.
+        """Returns the share for which ``drop`` selects exactly ``count`` of ``size`` weights.
 
         >>> int(49 * Sparsity.exactly(29, 49).ratio)
         29
@@ -76,27 +76,35 @@ class Sparsity:
         return cls(math.nextafter(count / size, 1.0))
 
     def __str__(self) -> str:
-        """Returns it as one types it."""
+        """Returns the text that :meth:`parse` reads."""
         return f"{self.ratio:g}" if self.of is None else f"{self.zeros}:{self.of}"
 
     def check(self, inputs: int, name: str) -> None:
-        """Raises ``ConfigError`` unless the pattern's groups fill rows of ``inputs`` weights."""
+        """Raises ``ConfigError`` unless ``inputs`` is a multiple of the pattern's group size.
+
+        Args:
+            inputs: Number of inputs.
+            name: Name of the matrix in the message.
+        """
         if self.of is not None and inputs % self.of:
-            raise ConfigError(f"--sparsity {self}: {name} has {inputs} inputs, which groups of {self.of} do not fill.")
+            raise ConfigError(f"sparsity={self}: {name} has {inputs} inputs, not a multiple of {self.of}.")
 
 
 def drop(scores: Tensor, sparsity: Sparsity, *, scope: Scope) -> Tensor:
-    """Returns which weights become zero, [O, C] boolean: those with the lowest scores, and of equal ones the first.
+    """Returns the mask [O, C] of the weights with the lowest scores; of equal scores the first are selected.
 
     Counts are exact: int(C * ratio) of every row, int(O * C * ratio) of a matrix, or n of every m inputs.
 
     Args:
         scores: [O, C].
-        sparsity: How many.
-        scope: Which weights compete; n:m patterns compete within their groups whatever it says.
+        sparsity: Share or pattern of zeros.
+        scope: Weights that are ranked together; n:m patterns always rank within their groups.
 
     Raises:
-        ConfigError: Groups of m do not fill the rows.
+        ConfigError: The number of inputs is not a multiple of m.
+
+    >>> drop(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), Sparsity(0.5), scope="row")
+    tensor([[False,  True,  True, False]])
     """
     sparsity.check(scores.shape[1], "the matrix")
     if sparsity.of is not None:
@@ -108,24 +116,28 @@ def drop(scores: Tensor, sparsity: Sparsity, *, scope: Scope) -> Tensor:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Returns which ``count`` entries of the last axis are the lowest."""
+    """Returns the mask of the ``count`` lowest entries along the last axis."""
     order = torch.sort(scores, dim=-1, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
 _DIGIT = 16
-"""Bits that one pass over the scores tells apart."""
+"""Bits that one pass over the scores resolves."""
 
 
 def zeros_across(scores: Callable[[], Iterator[tuple[str, Tensor]]], sparsity: Sparsity) -> dict[str, Sparsity]:
-    """Returns, for each matrix, the share with which the lowest scores of the whole model become zero.
+    """Returns the share of each matrix for which the lowest scores of the whole model become zero.
 
-    Exactly int(total * ratio) weights go; of equal scores those of the first matrices do. Scores are compared as
-    float32, whose bits, as integers, are ordered as they are: two passes count them by 16 bits each.
+    Exactly int(total * ratio) weights are dropped; of equal scores, those of the first matrices. Scores are compared as
+    float32. Non-negative floats have the order of their bits as integers, so two passes of 16 bits each find the
+    threshold.
 
     Args:
-        scores: Yields name and scores [O, C] >= 0 of every matrix, the same each time that it is called.
-        sparsity: A share, no pattern.
+        scores: Function that yields name and scores [O, C] >= 0 of every matrix, the same ones in every call.
+        sparsity: A share, not a pattern.
+
+    Returns:
+        Name -> share of zeros.
     """
     sizes = {name: found.numel() for name, found in scores()}
     count = int(sum(sizes.values()) * sparsity.ratio)
@@ -148,7 +160,7 @@ def _bits(scores: Tensor) -> Tensor:
 
 
 def _digit(values: Iterator[Tensor], count: int) -> tuple[int, int]:
-    """Returns the digit of the value that comes after ``count`` lower ones, and how many have lower digits."""
+    """Returns the digit of the value at position ``count`` of the sorted values, and the number of lower digits."""
     counts = torch.zeros(2**_DIGIT, dtype=torch.int64)
     for part in values:
         counts += torch.bincount(part, minlength=2**_DIGIT).cpu()

@@ -1,36 +1,31 @@
 """Channel permutation: assigns inputs to n:m groups (RIA, Zhang et al., ICLR 2024).
 
-Shape legend: O outputs, C inputs, G = C / m groups, K = m - n weights that stay in a group.
+Shape legend: O outputs, C inputs, G = C / m groups, K = m - n kept weights per group.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from hfprune.sparse.pattern import Sparsity
-from hfprune.utils.settings import check_choice
 
 Permutation = Literal["none", "dealt", "assigned"]
-"""``dealt``: sorted by total score and dealt to the slots in alternating direction; ``assigned``: then refined."""
+"""``dealt`` sorts inputs by total score and deals them to the groups in alternating direction; ``assigned`` refines the
+result by linear assignment."""
 
 _CHUNK = 2**24
-"""Values of [O, groups, G] that exist at once."""
-
-
-def check_permutation(name: str) -> None:
-    """Raises ``ConfigError`` unless ``name`` is one."""
-    check_choice("permutation", name, get_args(Permutation))
+"""Size of the [O, groups, G] tensors that exist at once."""
 
 
 def permute(scores: Tensor, sparsity: Sparsity, permutation: Permutation) -> Tensor | None:
-    """Returns the order of inputs [C] whose consecutive groups of m keep more of the score; None for ``none``.
+    """Returns an order of inputs [C] whose consecutive groups of m retain more of the score; None for ``none``.
 
     Args:
         scores: [O, C].
         sparsity: The pattern n:m.
-        permutation: How far to go.
+        permutation: ``none``, ``dealt`` or ``assigned``.
     """
     if permutation == "none" or sparsity.of is None:
         return None
@@ -40,16 +35,24 @@ def permute(scores: Tensor, sparsity: Sparsity, permutation: Permutation) -> Ten
 
 
 def deal(scores: Tensor, of: int) -> Tensor:
-    """Returns inputs sorted by total score, dealt to the ``of`` slots of the groups in alternating direction, [C]."""
+    """Returns inputs [C] sorted by total score and dealt to groups of ``of`` in alternating direction."""
     by_total = torch.sort(scores.sum(0, dtype=torch.float64), stable=True).indices
     slots = list(by_total.view(of, -1))
     return torch.stack([slot.flip(0) if number % 2 else slot for number, slot in enumerate(slots)], dim=1).flatten()
 
 
 def assign(scores: Tensor, order: Tensor, sparsity: Sparsity) -> Tensor:
-    """Returns ``order`` with the inputs of each slot, one slot after another, assigned anew to the groups.
+    """Refines an order by linear assignment of the inputs of each slot to the groups, one slot at a time.
 
-    Each assignment maximises the score that stays, the other slots given: it never falls.
+    Each assignment maximises the retained score for fixed other slots, so that the score never decreases.
+
+    Args:
+        scores: [O, C].
+        order: Order of the inputs [C].
+        sparsity: The pattern n:m.
+
+    Returns:
+        The refined order [C].
     """
     groups = order.view(-1, int(sparsity.of or 1)).clone()
     keep = groups.shape[1] - int(sparsity.zeros or 0)
@@ -63,9 +66,9 @@ def assign(scores: Tensor, order: Tensor, sparsity: Sparsity) -> Tensor:
 
 
 def _retained(scores: Tensor, candidates: Tensor, others: Tensor, keep: int) -> Tensor:
-    """Returns the score that stays in group g when candidate c joins its other inputs, [G, G] float64.
+    """Returns the retained score of group g with candidate c in place of the slot's input, [G, G] float64.
 
-    Of m weights the K largest stay: the K - 1 largest of the others, and the larger of the candidate and the next.
+    Of m weights the K largest are kept: the K - 1 largest of the others, and the larger of the candidate and the next.
     """
     ranked = torch.sort(scores[:, others], dim=-1, descending=True).values.to(torch.float64)  # [O, G, m - 1]
     certain = ranked[..., : keep - 1].sum((0, 2))

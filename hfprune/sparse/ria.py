@@ -1,26 +1,27 @@
 """RIA: relative importance times a power of the input norm (Zhang et al., ICLR 2024)."""
 
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
 from hfprune.sparse.magnitude import relative
-from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
-from hfprune.sparse.permutation import Permutation, check_permutation, permute
+from hfprune.sparse.pattern import Scope, Sparsity, check_scope
+from hfprune.sparse.permutation import Permutation, permute
+from hfprune.utils.settings import check_choice
 
 
 class RIA(ScoreMethod):
     """(|w_ij| / sum_i' |w_i'j| + |w_ij| / sum_j' |w_ij'|) * ||x_j||^a.
 
-    With a permutation, the zeros of n:m lie in groups of inputs that are not consecutive in the saved matrix: hardware
-    that skips them must gather the inputs in the recorded order first.
+    With a permutation, n:m groups are not consecutive in the saved matrix: hardware that skips the zeros must gather
+    the inputs in the recorded order first.
 
     Args:
-        power: a, 0.5 as published.
-        scope: ``matrix`` as published; ``row`` compares the weights of one output.
-        permutation: For n:m, how inputs are put into groups so that more of the score stays: ``none`` as they are
-            stored, ``dealt`` by their total score, ``assigned`` refined by a linear assignment for each slot.
+        power: Exponent a, 0.5 as published.
+        scope: ``matrix`` as published; ``row`` ranks the weights of each output.
+        permutation: Assignment of inputs to n:m groups: ``none`` (stored order), ``dealt`` (by total score), or
+            ``assigned`` (refined by linear assignment).
 
     Source: Zhang et al. (ICLR 2024).
 
@@ -38,7 +39,7 @@ class RIA(ScoreMethod):
 
     def __init__(self, *, power: float = 0.5, scope: Scope = "matrix", permutation: Permutation = "none") -> None:
         check_scope(scope)
-        check_permutation(permutation)
+        check_choice("permutation", permutation, get_args(Permutation))
         self.power, self.scope = power, scope
         self.permutation: Permutation = permutation
 
@@ -46,10 +47,6 @@ class RIA(ScoreMethod):
         """Returns the relative importance times the power of the norm."""
         return relative(weight) * sums.norms().to(weight) ** self.power
 
-    def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
-        """Returns the lowest of the matrix or of each row."""
-        return drop(scores, sparsity, scope=self.scope)
-
     def order(self, scores: Tensor, sparsity: Sparsity) -> Tensor | None:
-        """Returns the permutation that was asked for."""
+        """Returns the order of the selected permutation."""
         return permute(scores, sparsity, self.permutation)

@@ -11,15 +11,15 @@ from hfprune.utils.errors import CalibrationError, ConfigError
 
 
 class SparseGPT(SparseMethod):
-    """Drops by w^2 / Hinv_jj^2 within blocks of columns and updates the columns that follow.
+    """Drops weights by w^2 / Hinv_jj^2 within blocks of columns and updates the following columns.
 
     Hinv is the upper Cholesky factor of the inverse of (2 / sequences) sum x x^T + damping * mean(diagonal) * I. Inputs
-    that are always zero get weight zero and diagonal 1. Solved in float64; a matrix that is singular in spite of the
-    damping is an error that says so.
+    that are always zero get weight zero and diagonal 1. The computation runs in float64; a matrix that is singular in
+    spite of the damping raises ``CalibrationError``.
 
     Args:
-        block: Columns that one threshold and one batch of updates cover.
-        damping: Relative to the mean of the diagonal.
+        block: Number of columns per threshold and batch of updates.
+        damping: Damping relative to the mean of the diagonal.
 
     Source: Frantar and Alistarh (2023, arXiv:2301.00774).
 
@@ -43,32 +43,39 @@ class SparseGPT(SparseMethod):
         """Returns the updated weights with zeros."""
         sparsity.check(weight.shape[1], "the matrix")
         if sparsity.ratio == 0:
-            return Pruned(weight=weight.clone(), gone=torch.zeros_like(weight, dtype=torch.bool))
+            return Pruned(weight=weight.clone(), dropped=torch.zeros_like(weight, dtype=torch.bool))
         return self._solve(weight, sums, sparsity, None)
 
     def update(self, weight: Tensor, sums: InputSums, mask: Tensor) -> Tensor:
-        """Returns weights that are zero where ``mask`` [O, C] says so; the others make up for it."""
+        """Returns weights that are zero under ``mask`` [O, C]; the others are updated to compensate."""
         return self._solve(weight, sums, Sparsity(0.0), mask).weight
 
     def _solve(self, weight: Tensor, sums: InputSums, sparsity: Sparsity, mask: Tensor | None) -> Pruned:
-        """Goes through the columns; ``mask`` fixes what becomes zero, else the scores of each block decide."""
+        """Prunes the columns in order, by ``mask``, or by the scores of each block if it is None."""
         w = weight.to(torch.float64).clone()
         factor, dead = self.factor(sums)
         if mask is None:
             w[:, dead] = 0
         columns, step = w.shape[1], self.block
-        if sparsity.of is not None:  # blocks hold whole groups
+        if sparsity.of is not None:  # blocks contain whole groups
             step = -(-step // sparsity.of) * sparsity.of
         dropped = torch.zeros_like(w, dtype=torch.bool) if mask is None else mask
         for start in range(0, columns, step):
             end = min(start + step, columns)
-            gone = None if mask is None else mask[:, start:end]
-            errors, dropped[:, start:end] = self._block(w, factor, start, end, sparsity, gone)
+            given = None if mask is None else mask[:, start:end]
+            errors, dropped[:, start:end] = self._block(w, factor, start, end, sparsity, given)
             w[:, end:] -= errors @ factor[start:end, end:]
-        return Pruned(weight=w.to(weight.dtype), gone=dropped)
+        return Pruned(weight=w.to(weight.dtype), dropped=dropped)
 
     def factor(self, sums: InputSums) -> tuple[Tensor, Tensor]:
-        """Returns the upper Cholesky factor [C, C] of the inverse Hessian, and which inputs are always zero [C]."""
+        """Returns the upper Cholesky factor [C, C] of the inverse Hessian, and the mask [C] of always-zero inputs.
+
+        Args:
+            sums: Sums of the inputs, with ``products``.
+
+        Raises:
+            CalibrationError: The sums are not finite, or singular in spite of the damping.
+        """
         assert sums.products is not None
         hessian = sums.products.to(torch.float64) * (2 / max(sums.num_sequences, 1))
         if not bool(hessian.isfinite().all()):
@@ -83,7 +90,8 @@ class SparseGPT(SparseMethod):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if int(failed):
             raise CalibrationError(
-                f"the inputs' second moments are singular at damping {self.damping:g}: give a larger one or more tokens"
+                f"the second moments of the inputs are singular with damping={self.damping:g}; increase it or "
+                "calibrate on more tokens"
             )
         return upper, dead
 
@@ -93,21 +101,21 @@ class SparseGPT(SparseMethod):
         """Prunes and updates columns ``start`` to ``end`` in place.
 
         Returns:
-            The scaled errors and what was dropped, [O, end - start] each.
+            The scaled errors and the mask of dropped weights, [O, end - start] each.
         """
         diagonal = factor.diagonal()
         errors = torch.zeros_like(w[:, start:end])
         if mask is None and sparsity.of is None:
             mask = drop((w[:, start:end] / diagonal[start:end]).square(), sparsity, scope="matrix")
-        gone = torch.zeros_like(errors, dtype=torch.bool) if mask is None else mask
+        dropped = torch.zeros_like(errors, dtype=torch.bool) if mask is None else mask
         for j in range(start, end):
             if mask is None and sparsity.of is not None and j % sparsity.of == 0:
                 last = j + sparsity.of
                 scores = (w[:, j:last] / diagonal[j:last]).square()
-                gone[:, j - start : last - start] = drop(scores, sparsity, scope="row")
-            kept = w[:, j].masked_fill(gone[:, j - start], 0.0)
+                dropped[:, j - start : last - start] = drop(scores, sparsity, scope="row")
+            kept = w[:, j].masked_fill(dropped[:, j - start], 0.0)
             error = (w[:, j] - kept) / diagonal[j]
             w[:, j:end] -= torch.outer(error, factor[j, j:end])
             w[:, j] = kept
             errors[:, j - start] = error
-        return errors, gone
+        return errors, dropped

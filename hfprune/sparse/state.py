@@ -1,4 +1,4 @@
-"""Progress of a layer-by-layer sparse run on disk, and the zeros of a saved model."""
+"""Saved progress of a layer-by-layer sparse run, and counts of the zeros of a saved model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -34,17 +34,17 @@ class SavedLayers:
 
 
 class LayerState:
-    """A folder with one file for each finished piece of work, written in one step, and the settings that made them.
+    """A folder with one atomically written file per finished step, and the settings of the run.
 
     Args:
-        folder: Made where it is not there; what holds files of others is refused.
-        settings: What results depend on, as plain data: method, model, data.
-        fresh: Drop what an earlier run saved in the folder.
-        writer: Whether this process reads and writes; exactly one of a run does.
-        broadcast: Gives what the writer read to the other processes.
+        folder: The folder, created if missing. A folder with other files is refused.
+        settings: Settings on which results depend (method, model, data), as plain data.
+        fresh: Delete the files of an earlier run.
+        writer: Whether this process reads and writes; True for exactly one process of a run.
+        broadcast: Function that sends a value of the writer to all processes.
 
     Raises:
-        ConfigError: The folder holds work that other settings made, or files of others.
+        ConfigError: The folder holds results of other settings, or other files.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class LayerState:
             raise ConfigError(message)
 
     def _open(self, settings: dict[str, Any], *, fresh: bool) -> str | None:
-        """Makes the folder; returns what is wrong with the one that is there."""
+        """Creates the folder; returns a message if an existing one cannot be used."""
         path = self.folder / _SETTINGS
         try:
             self._own.check("state_dir")
@@ -72,25 +72,25 @@ class LayerState:
         if fresh:
             self._own.clear()
         if path.is_file():
-            made = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in settings if made.get(name) != settings[name]]
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in settings if saved.get(name) != settings[name]]
             if not changed:
                 return None
             name = changed[0]
             return (
-                f"'{self.folder}' holds layers that were pruned with {name} {made.get(name)}; this run has "
-                f"{settings[name]}. Go on with the same, or give --overwrite true to start anew."
+                f"'{self.folder}' holds layers that were pruned with {name} {saved.get(name)}; this run has "
+                f"{settings[name]}. Use the same setting to continue, or set fresh=True to start again."
             )
         write_json(self._own.file(_SETTINGS), settings)
         return None
 
     def drop(self) -> None:
-        """Removes what was saved; files that others put into the folder stay."""
+        """Deletes the saved files; other files in the folder are kept."""
         if self._writer:
             self._own.clear()
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Returns the tensors and the data that were saved as ``name``, on the CPU; None where there are none."""
+        """Returns the tensors and data that were saved as ``name``, on the CPU; None if nothing was saved."""
         found: tuple[dict[str, Tensor], Any] | None = self._broadcast(self._read(name) if self._writer else None)
         return found
 
@@ -103,24 +103,23 @@ class LayerState:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, json.loads(file.metadata()["data"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"'{path}' cannot be read: {error}. Delete '{self.folder}' to start anew.") from error
+            raise ConfigError(f"'{path}' cannot be read: {error}. Delete '{self.folder}' to start again.") from error
 
     def save(self, name: str, tensors: Mapping[str, Tensor], data: Any) -> None:
-        """Saves tensors and plain data as ``name``, in one step."""
-        if not self._writer:
-            return
-        write_tensors(self._own.file(self._path(name).name), tensors, {"data": json.dumps(data)})
+        """Saves tensors and plain data as ``name``, atomically."""
+        if self._writer:
+            write_tensors(self._own.file(self._path(name).name), tensors, {"data": json.dumps(data)})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
 
 ORDERS_FILE = "permutations.safetensors"
-"""``LAYER.NAME`` -> order of inputs [C] in which that projection's n:m groups are consecutive."""
+"""File of the permuted orders: ``LAYER.NAME`` -> order of inputs [C] in which n:m groups are consecutive."""
 
 
 def save_orders(orders: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes the orders of inputs of projections whose groups are not made as they are stored; nothing without any."""
+    """Writes the permuted orders of inputs to ``folder``; without any, deletes the file."""
     if orders:
         write_tensors(folder / ORDERS_FILE, orders)
     else:
@@ -128,42 +127,42 @@ def save_orders(orders: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def load_orders(folder: Path) -> dict[str, Tensor]:
-    """Returns what ``save_orders`` wrote; empty where it wrote nothing."""
+    """Returns the orders that ``save_orders`` wrote; empty if there is no file."""
     found: dict[str, Tensor] = load_file(folder / ORDERS_FILE) if (folder / ORDERS_FILE).is_file() else {}
     return found
 
 
 def count_saved(folder: Path, model: nn.Module, plan: PruningPlan, orders: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Returns what is zero in the saved files of a sparse model.
+    """Counts the zeros in the saved files of a sparse model.
 
     Args:
-        folder: Holds the safetensors files.
-        model: The model in memory, for its names and layouts.
-        plan: Says what was made zero, in its provenance.
-        orders: ``LAYER.NAME`` -> order of inputs of projections that have one.
+        folder: Folder of the safetensors files.
+        model: The model in memory, for names and layouts of its weights.
+        plan: Pruning plan; its provenance holds the number of zeros of each matrix.
+        orders: ``LAYER.NAME`` -> permuted order of inputs.
 
     Returns:
         ``weights``, ``zeros`` and ``achieved`` share of all pruned matrices; ``groups`` of n:m patterns, and
-        ``groups_with_n_zeros``, those with exactly n (a group has more where weights were zero before).
+        ``groups_with_n_zeros``, those with exactly n. A group has more zeros if weights were zero before.
 
     Raises:
-        OutputError: A matrix is missing, has fewer zeros than it was given, or a group has fewer than n.
+        OutputError: A matrix is missing or has fewer zeros than planned, or a group has fewer than n.
     """
     prefix, layers = find_spec(model).layers, find_layers(model)
     found = {"weights": 0, "zeros": 0, "groups": 0, "groups_with_n_zeros": 0}
     for layer in plan.provenance["sparsity"]["layers"]:
-        for name, made in layer["matrices"].items():
+        for name, planned in layer["matrices"].items():
             key = f"{prefix}.{layer['layer']}.{name}.weight"
             weight = _read(folder, key)
             if is_transposed(layers[layer["layer"]].get_submodule(name)):
                 weight = weight.T
             zeros = int((weight == 0).sum())
-            if zeros < made["zeros"]:
-                raise OutputError(f"{key} was saved with {zeros:,} zeros, not {made['zeros']:,}.")
+            if zeros < planned["zeros"]:
+                raise OutputError(f"{key} was saved with {zeros:,} zeros, not {planned['zeros']:,}.")
             found["weights"] += weight.numel()
             found["zeros"] += zeros
-            sparsity = Sparsity.parse(made["asked"]) if ":" in made["asked"] else None
-            if sparsity is not None:
+            if ":" in planned["asked"]:
+                sparsity = Sparsity.parse(planned["asked"])
                 order = orders.get(f"{layer['layer']}.{name}")
                 groups, exact = _groups(weight if order is None else weight[:, order], sparsity, key)
                 found["groups"] += groups
@@ -172,11 +171,11 @@ def count_saved(folder: Path, model: nn.Module, plan: PruningPlan, orders: Mappi
 
 
 def _groups(weight: Tensor, sparsity: Sparsity, key: str) -> tuple[int, int]:
-    """Returns the number of groups, and of those with exactly n zeros."""
+    """Returns the number of groups, and the number of groups with exactly n zeros."""
     zeros = (weight == 0).unflatten(1, (-1, int(sparsity.of or 1))).sum(-1)
     wanted = int(sparsity.zeros or 0)
     if bool((zeros < wanted).any()):
-        raise OutputError(f"{key}: {int((zeros < wanted).sum()):,} groups have fewer zeros than {sparsity} says.")
+        raise OutputError(f"{key}: {int((zeros < wanted).sum()):,} groups have fewer zeros than {sparsity}.")
     return zeros.numel(), int((zeros == wanted).sum())
 
 
@@ -186,4 +185,4 @@ def _read(folder: Path, key: str) -> Tensor:
             if key in file.keys():  # noqa: SIM118
                 tensor: Tensor = file.get_tensor(key)
                 return tensor
-    raise OutputError(f"The saved files hold no '{key}'.")
+    raise OutputError(f"The saved files do not contain '{key}'.")

@@ -1,4 +1,4 @@
-"""Sums of what enters a layer's projections while it runs."""
+"""Statistics of the inputs of a layer's projections, accumulated during its forward passes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune.models.contexts import hooked
 from hfprune.models.layer_stream import Reduce
 from hfprune.models.projection import is_projection
 from hfprune.sparse.base import InputSums
@@ -16,18 +17,18 @@ from hfprune.utils.second_moments import wide_tokens
 
 
 def projections(layer: nn.Module) -> dict[str, nn.Module]:
-    """Returns every linear projection of a layer, by name: what sparse methods prune (norms and biases stay)."""
+    """Returns name -> linear projection of a layer, the modules that sparse methods prune."""
     return {name: module for name, module in layer.named_modules() if is_projection(module)}
 
 
 class InputStatistics:
-    """Sums of squares or of products of every projection's inputs; projections with one input share its sums.
+    """Sums of squares or products of the inputs of every projection; projections with the same input share sums.
 
-    Every forward pass adds one term, the same bits whatever the order of the passes and the rank that made them.
+    Every forward pass adds one term. Sums have the same bits for every order of the passes and distribution over ranks.
 
     Args:
         layer: The layer.
-        products: Sum x x^T, rather than x^2 alone.
+        products: Accumulate x x^T instead of x^2.
     """
 
     def __init__(self, layer: nn.Module, *, products: bool) -> None:
@@ -39,14 +40,10 @@ class InputStatistics:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Adds up while the layer runs in this block."""
-        handles = [m.register_forward_pre_hook(self._hook(name)) for name, m in projections(self._layer).items()]
-        try:
+        """Accumulates statistics of forward passes within the context."""
+        with hooked([m.register_forward_pre_hook(self._hook(name)) for name, m in projections(self._layer).items()]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._latest = None
+        self._latest = None
 
     def _hook(self, name: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -65,18 +62,18 @@ class InputStatistics:
         return add
 
     def reduced(self, name: str, reduce: Reduce, num_sequences: int) -> InputSums:
-        """Returns the sums of one projection's inputs over all ranks; each rank must ask for the same ones in turn.
+        """Returns the sums of the inputs of one projection over all ranks. Collective: all ranks use the same order.
 
         Args:
-            name: The projection.
-            reduce: Adds up over ranks.
-            num_sequences: Calibration sequences of all ranks.
+            name: Name of the projection.
+            reduce: Function that adds a tensor up over ranks.
+            num_sequences: Number of calibration sequences of all ranks.
 
         Raises:
             CalibrationError: The projection did not run.
         """
         if name not in self._owner:
-            raise CalibrationError(f"{name} did not run: nothing is known of its inputs.")
+            raise CalibrationError(f"{name} did not run, so there are no statistics of its inputs.")
         owner = self._owner[name]
         if owner not in self._reduced:
             self._reduced[owner] = self._sums.pop(owner).reduced(reduce)

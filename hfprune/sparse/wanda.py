@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
-from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
+from hfprune.sparse.pattern import Scope, Sparsity, check_scope
 
 
 class Wanda(ScoreMethod):
-    """|w_ij| * ||x_j||, the lowest of each row dropped.
+    """|w_ij| * ||x_j||, ranked per row.
 
     Args:
-        scope: ``row`` as published; ``matrix`` compares all weights of a matrix.
-        adaptive: The published variant: every row drops the weights that make up the same share of its summed scores,
-            that share chosen so that the matrix has the sparsity asked for within 0.001. Unstructured only; exactly met
-            counts are not its aim.
+        scope: ``row`` as published; ``matrix`` ranks all weights of a matrix.
+        adaptive: Published variant for unstructured sparsity: every row drops the weights that make up the same share
+            of its summed scores. The share is chosen so that the matrix reaches the requested sparsity within 0.001.
 
     Source: Sun et al. (2024, arXiv:2306.11695).
 
@@ -36,18 +35,18 @@ class Wanda(ScoreMethod):
         self.scope, self.adaptive = scope, adaptive
 
     def score(self, weight: Tensor, sums: InputSums) -> Tensor:
-        """Returns |w| times the input's norm; a common factor of all norms changes nothing."""
+        """Returns |w| times the norm of the input."""
         return weight.abs() * sums.norms().to(weight)
 
     def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
-        """Returns the lowest scores of each row, or the adaptive choice."""
+        """Returns the mask of the lowest scores of each row, or the adaptive choice."""
         if self.adaptive and sparsity.of is None:
             return _adaptive(scores, sparsity.ratio)
-        return drop(scores, sparsity, scope=self.scope)
+        return super().mask(scores, sparsity)
 
 
 def _adaptive(scores: Tensor, ratio: float) -> Tensor:
-    """Returns per row the smallest scores that add up to a common share of the row's sum."""
+    """Returns the mask of the smallest scores of each row that add up to a common share of the row's sum."""
     order = torch.sort(scores, dim=1, stable=True)
     cumulative = order.values.cumsum(1)
     places = torch.arange(scores.shape[1], device=scores.device)

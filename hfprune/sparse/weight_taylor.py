@@ -1,14 +1,15 @@
-"""First-order Taylor scores of single weights, |w dL/dw|, and the pass that collects the gradients.
+"""First-order Taylor scores of single weights, |w dL/dw|, and the calibration pass that computes them.
 
 Shape legend: T tokens, O outputs and C inputs of a projection.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from hfprune.models.contexts import frozen, hooked
 from hfprune.models.forward import objective_sum, sequences
 from hfprune.models.groups import find_layers
 from hfprune.models.layer_stream import Reduce
@@ -16,7 +17,7 @@ from hfprune.models.projection import weight_of
 from hfprune.objectives import OBJECTIVES
 from hfprune.sparse.allocation import Matrix
 from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod, SparseMethod
-from hfprune.sparse.pattern import Sparsity, WideScope, check_scope, drop
+from hfprune.sparse.pattern import WideScope, check_scope
 from hfprune.sparse.state import LayerState
 from hfprune.sparse.statistics import projections
 from hfprune.utils.errors import CalibrationError
@@ -25,17 +26,20 @@ from hfprune.utils.second_moments import wide_tokens
 
 
 class TaylorSparsity(ScoreMethod):
-    """Sum over sequences of |w_ij * d objective / d w_ij|, taken on the dense model.
+    """Sum over sequences of |w_ij * d objective / d w_ij| on the dense model.
 
-    The elementwise form of LLM-Pruner's ``param_first`` at batch size 1 (Ma et al., 2023, arXiv:2305.11627), for any
-    objective: the gradient of a sequence is summed over its tokens, then the absolute value is taken.
+    This is the elementwise form of LLM-Pruner's ``param_first`` at batch size 1, for any objective. The gradient of a
+    sequence is summed over its tokens before the absolute value is taken.
 
     Args:
-        objective: What is differentiated: ``entropy`` or ``cross_entropy``.
-        scope: Which weights compete; scores share a unit, so that ``model`` ranks all of them together.
-        layers_at_once: Layers whose scores are summed in one pass over the data, 16 bytes a weight; None: all of them.
+        objective: Objective to differentiate, ``entropy`` or ``cross_entropy``.
+        scope: Weights that are ranked together; scores are comparable between matrices, so ``model`` is allowed.
+        layers_at_once: Number of layers scored in one pass over the data, at 16 bytes per weight; None for all.
+
+    Source: LLM-Pruner (Ma et al., 2023, arXiv:2305.11627).
 
     Example:
+        >>> from hfprune.sparse.pattern import Sparsity
         >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
         >>> sums = InputSums(importance=weight.abs())
         >>> TaylorSparsity().prune(weight, sums, Sparsity(0.5))
@@ -50,34 +54,24 @@ class TaylorSparsity(ScoreMethod):
         self, *, objective: str = "entropy", scope: WideScope = "row", layers_at_once: int | None = None
     ) -> None:
         OBJECTIVES.get(objective)
-        check_scope(scope, ("row", "matrix", "model"))
-        self.objective, self.layers_at_once = objective, layers_at_once
-        self.scope: WideScope = scope
-
-    @property
-    def across(self) -> bool:
-        """Whether all matrices share a ranking."""
-        return self.scope == "model"
+        check_scope(scope, get_args(WideScope))
+        self.objective, self.layers_at_once, self.scope = objective, layers_at_once, scope
 
     def score(self, weight: Tensor, sums: InputSums) -> Tensor:
-        """Returns the scores that were summed beforehand."""
+        """Returns the precomputed scores."""
         assert sums.importance is not None
         return sums.importance
 
-    def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
-        """Returns the lowest of each row or of the matrix."""
-        return drop(scores, sparsity, scope="row" if self.scope == "row" else "matrix")
-
 
 class ImportanceSource:
-    """The scores that a method takes from gradients on the dense model, kept in memory or in the state's files.
+    """Gradient scores of the dense model, computed before the first layer is pruned.
 
     Args:
         model: The dense model, in eval mode.
-        batches: This rank's ``input_ids`` [B, T], without padding.
-        method: Whose scores; methods that need none get none.
-        state: Where scores wait, and where those of an earlier run are; None keeps them in memory.
-        reduce: Adds sums up over ranks.
+        batches: ``input_ids`` [B, T] of this rank, without padding.
+        method: The method; only :class:`TaylorSparsity` needs gradient scores.
+        state: Folder in which scores are saved, also those of an earlier run; None keeps them in memory.
+        reduce: Function that adds a tensor up over ranks.
     """
 
     def __init__(
@@ -92,10 +86,10 @@ class ImportanceSource:
         self._found: dict[int, dict[str, Tensor]] = {}
 
     def prepare(self, device: torch.device) -> None:
-        """Runs what must be run before the first layer changes: forward and backward passes of the whole model.
+        """Computes the scores by forward and backward passes of the whole model.
 
         Args:
-            device: Where; the model is moved there, and back.
+            device: Device of the passes; the model is moved there and back.
 
         Raises:
             CalibrationError: There is no token, or a score is not finite.
@@ -106,7 +100,7 @@ class ImportanceSource:
         step = self._method.layers_at_once or len(layers)
         for part in (layers[start : start + step] for start in range(0, len(layers), step)):
             if self._state is not None and self._state.load(_name(part[-1])) is not None:
-                continue  # an earlier run's
+                continue  # saved by an earlier run
             home = next(self._model.parameters()).device
             self._model.to(device)
             found = weight_taylor(self._model, self._batches, self._method.objective, part, reduce=self._reduce)
@@ -118,18 +112,18 @@ class ImportanceSource:
                     self._state.save(_name(layer), scores, None)
 
     def of(self, layer: int, name: str) -> Tensor | None:
-        """Returns the scores [O, C] of one projection; None where the method needs none."""
+        """Returns the scores [O, C] of one projection; None if the method needs none."""
         if not isinstance(self._method, TaylorSparsity):
             return None
         if layer not in self._found:
             assert self._state is not None
             saved = self._state.load(_name(layer))
             assert saved is not None
-            self._found = {layer: saved[0]}  # one at a time
+            self._found = {layer: saved[0]}  # one layer in memory at a time
         return self._found[layer][name]
 
     def scores(self, matrices: Sequence[Matrix]) -> Iterator[tuple[str, Tensor]]:
-        """Yields path and scores [O, C] of one matrix after another, for methods that need no data of the inputs."""
+        """Yields path and scores [O, C] of each matrix, for methods that need no statistics of the inputs."""
         assert isinstance(self._method, ScoreMethod)
         layers = find_layers(self._model)
         for matrix in matrices:
@@ -149,17 +143,20 @@ def weight_taylor(
     *,
     reduce: Reduce | None = None,
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns layer -> projection -> sum over sequences of |w * d objective / d w|, [O, C] float32.
+    """Computes the sum over sequences of |w * d objective / d w| for every projection of some layers.
 
-    Weights stay frozen: a sequence's gradient of a projection is the product of its output's gradient and its input,
-    summed over tokens. The graph begins at the first of ``layers``.
+    Weights are frozen: the gradient of a projection for a sequence is the product of output gradient and input, summed
+    over tokens. The autograd graph begins at the first of ``layers``.
 
     Args:
-        model: A supported Hugging Face causal LM, in eval mode.
-        batches: This rank's ``input_ids`` [B, T]; every sequence is run alone.
+        model: A supported Hugging Face causal LM.
+        batches: ``input_ids`` [B, T] of this rank; every sequence runs alone.
         objective: Name of the objective, summed over tokens.
-        layers: Which ones.
-        reduce: Adds sums up over ranks; None where there is one.
+        layers: Indices of the layers.
+        reduce: Function that adds a tensor up over ranks; None for a single process.
+
+    Returns:
+        Layer -> name of the projection -> scores [O, C], float32.
 
     Raises:
         CalibrationError: A score is not finite.
@@ -169,28 +166,18 @@ def weight_taylor(
     for key, module in found.items():
         weight = weight_of(module)
         sums[key] = GridSum(weight.shape, device=weight.device)
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in frozen:
-        p.requires_grad_(False)
     handles = [module.register_forward_hook(_hook(sums[key])) for key, module in found.items()]
     device = next(model.parameters()).device
-    try:
-        with torch.enable_grad():
-            for batch in batches:
-                for sequence in sequences(batch):
-                    moved = {name: value.to(device) for name, value in sequence.items()}
-                    total, _ = objective_sum(model, OBJECTIVES.get(objective), moved)
-                    total.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, flag in frozen:
-            p.requires_grad_(flag)
+    with frozen(model), hooked(handles), torch.enable_grad():
+        for sequence in (sequence for batch in batches for sequence in sequences(batch)):
+            moved = {name: value.to(device) for name, value in sequence.items()}
+            total, _ = objective_sum(model, OBJECTIVES.get(objective), moved)
+            total.backward()
     result: dict[int, dict[str, Tensor]] = {}
     for (index, name), summed in sums.items():
         scores = summed.reduced(reduce or (lambda tensor: tensor)).to(torch.float32)
         if not bool(scores.isfinite().all()):
-            raise CalibrationError(f"The scores of {name} of layer {index} are not finite: calibrate in float32.")
+            raise CalibrationError(f"The scores of {name} of layer {index} are not finite. Calibrate in float32.")
         result.setdefault(index, {})[name] = scores
     return result
 

@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from hfprune.sparse.base import InputSums, Needs, Presets, ScoreMethod
-from hfprune.sparse.pattern import Scope, Sparsity, check_scope, drop
+from hfprune.sparse.pattern import Scope, check_scope
 
 
 class ZPruner(ScoreMethod):
     """(alpha |z_R|^3 + (1 - alpha) |z_K|^3) * ||x_j||^1.5.
 
-    R = W / norm of its row, K = W / norm of its column, z their z-scores over the whole matrix (unbiased), alpha = 0.7
-    (1 - 0.3 sigma), sigma the share of weights below a tenth of the mean size. Scores are float32 or wider: in float16,
-    as the published code has them, |z| > 40 overflows. N:M patterns are made; the published code parses and ignores
-    them.
+    R is W divided by the norms of its rows, K is W divided by the norms of its columns, and z_R and z_K are their
+    z-scores over the whole matrix (unbiased). alpha = 0.7 (1 - 0.3 sigma), with sigma the share of weights below a
+    tenth of the mean magnitude. Scores are float32 or wider: in the float16 of the published code, |z| > 40 overflows.
+    N:M patterns are supported; the published code parses but ignores them.
 
     Args:
-        scope: ``matrix`` as published; ``row`` compares the weights of one output.
+        scope: ``matrix`` as published; ``row`` ranks the weights of each output.
 
     Source: Bhuiyan et al. (2025, arXiv:2508.15828).
 
     Example:
+        >>> from hfprune.sparse.pattern import Sparsity
         >>> import torch
         >>> weight = torch.tensor([[1.0, -2.0, 3.0, 4.0], [8.0, 6.0, -5.0, 7.0]])
         >>> sums = InputSums(num_sequences=1, squares=torch.tensor([16.0, 1.0, 1.0, 1.0], dtype=torch.float64))
@@ -47,10 +48,6 @@ class ZPruner(ScoreMethod):
         small = (size < 0.1 * size.mean()).to(weight.dtype).mean()
         alpha = 0.7 * (1 - 0.3 * small)
         return (alpha * rows + (1 - alpha) * columns) * sums.norms().to(weight) ** 1.5
-
-    def mask(self, scores: Tensor, sparsity: Sparsity) -> Tensor:
-        """Returns the lowest of the matrix or of each row."""
-        return drop(scores, sparsity, scope=self.scope)
 
 
 def _cubed_z(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many widths, objectives, criteria and seeds from as few calibration passes as possible, in one table."""
+"""Sweeps over widths, objectives, criteria and seeds, with shared calibration passes and one table of results."""
 
 from hfprune.sweep.grid import Method, SweepGrid
 from hfprune.sweep.runner import Sweep

@@ -1,4 +1,4 @@
-"""What a sweep compares."""
+"""Grid of a sweep: methods, ratios, seeds and evaluation texts."""
 
 import hashlib
 import json
@@ -32,18 +32,18 @@ _NAME = re.compile(r"[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to score units.
+    """Pruning method of a sweep.
 
     Attributes:
-        name: What tables call it; also part of file names.
-        criterion: How signals become scores; HFPrune's per-token activation Taylor if not given.
-        objective: What calibration differentiates; None for the criterion's own, and for criteria that need none.
-        distillation: Two stages of calibration, with the dense model as the teacher.
-        units: What may be removed, see ``TaylorImportanceCallback``.
-        allocation: How the budget is spread over groups; the same share everywhere if not given.
-        compensation: How the projections that read pruned units are refitted; None leaves the kept weights.
-        rounds: Number of rounds in which units are removed, each scored without those of the rounds before.
-        schedule: How the removal is spread over the rounds.
+        name: Name in tables and file names.
+        criterion: The criterion; ``ActivationTaylor()`` if not given.
+        objective: Differentiated objective; None for that of the criterion, and for criteria without one.
+        distillation: Two-stage calibration with the dense model as the teacher.
+        units: Unit kinds to prune, see ``StructuredPruningCallback``.
+        allocation: Distribution of the budget over groups; the same share of every group if not given.
+        compensation: Refit of the projections that read pruned units; None keeps their weights.
+        rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
+        schedule: Distribution of the removal over rounds.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Method:
         object.__setattr__(self, "units", unit_kinds(self.units))
 
     def check(self) -> None:
-        """Raises ``ConfigError`` unless the name can be one and criterion and objective belong together."""
+        """Raises ``ConfigError`` for an invalid name, or an incompatible criterion and objective."""
         if not _NAME.fullmatch(self.name) or self.name == "dense":
-            raise ConfigError(f"The method name '{self.name}' is not made of letters, digits, '_', '-' and '.'.")
+            raise ConfigError(f"The method name '{self.name}' must consist of letters, digits, '_', '-' and '.'.")
         try:
             found = resolve_objective(self.scorer, self.objective)
             CalibrationOptions(rounds=self.rounds, schedule=self.schedule, self_distillation=self.distillation)
@@ -86,7 +86,7 @@ class Method:
 
     @property
     def differentiated(self) -> str | None:
-        """The objective of its only stage, None without one."""
+        """Objective of a single-stage method, or None."""
         return None if self.distillation is not None else resolve_objective(self.scorer, self.objective)
 
     @property
@@ -96,32 +96,32 @@ class Method:
 
     @property
     def staged(self) -> bool:
-        """Whether its scores need several passes over the calibration data, and share none with other methods."""
+        """Whether scoring requires several passes over the calibration data, which other methods cannot share."""
         return self.distillation is not None or self.rounds > 1
 
     @property
     def measures(self) -> bool:
-        """Whether its allocation measures on the calibration data: sensitivity curves, for example."""
+        """Whether the allocation requires measurements on calibration data, such as sensitivity curves."""
         return self.allocation is not None and bool(self.allocation.measures)
 
     @property
     def calibrated(self) -> bool:
-        """Whether its scores come from calibration data."""
+        """Whether the scores depend on calibration data."""
         return isinstance(self.scorer, CalibratedCriterion)
 
     @property
     def seeded(self) -> bool:
-        """Whether its model depends on the seed: through the data, or through random numbers."""
+        """Whether the pruned model depends on the seed, through data or random numbers."""
         layerwise = self.compensation is not None or isinstance(self.scorer, LayerwiseCriterion)
         return self.seeded_scores or layerwise or self.measures
 
     @property
     def seeded_scores(self) -> bool:
-        """Whether its scores do."""
+        """Whether the scores depend on the seed."""
         return self.calibrated or isinstance(self.scorer, Random)
 
     def scoring(self) -> tuple[str, ...]:
-        """Returns what its scores follow from, beside model and data: methods that share it share their scores."""
+        """Returns the settings that determine the scores; methods with equal settings share their scores."""
         parts = (self.differentiated, sorted(self.scorer.describe().items()), self.distillation, sorted(self.units))
         steps = () if self.rounds == 1 else (self.removal, self.allocation)
         return tuple(map(str, (*parts, *steps)))
@@ -137,7 +137,7 @@ def digest(value: Any) -> str:
 
 
 def default_methods() -> list[Method]:
-    """Returns entropy and cross-entropy Taylor scores, and the two baselines that need no data."""
+    """Returns entropy and cross-entropy Taylor scores, and two baselines without data."""
     return [
         Method(name="entropy", objective="entropy"),
         Method(name="cross_entropy", objective="cross_entropy"),
@@ -151,9 +151,9 @@ class Cell:
     """One pruned model of a sweep.
 
     Attributes:
-        method: How its units were scored.
+        method: The pruning method.
         pruning_ratio: Share of all parameters removed.
-        seed: Seed of calibration data or random numbers; None where neither plays a part.
+        seed: Seed of calibration data or random numbers; None if the method uses neither.
     """
 
     method: Method
@@ -162,22 +162,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name, for files."""
+        """Name of the cell, for files."""
         seed = "" if self.seed is None else f"-seed{self.seed}"
         return f"{self.method.name}-{self.pruning_ratio:g}{seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepGrid:
-    """The grid.
+    """Grid of a sweep.
 
     Attributes:
-        methods: What is compared.
+        methods: The compared methods.
         pruning_ratios: Shares of all parameters to remove.
-        seeds: Seeds of the calibration data (and of random scores).
-        texts: Name -> evaluation text, as ``TextDataModule(text=...)`` takes it.
-        round_to: Kept widths are multiples of this.
-        task_seeds: Run the zero-shot tasks for the first so many seeds.
+        seeds: Seeds of the calibration data and of random scores.
+        texts: Name -> evaluation text, as for ``TextDataModule(text=...)``.
+        round_to: Kept widths are multiples of this number.
+        task_seeds: Number of seeds for which the zero-shot tasks run.
     """
 
     methods: Sequence[Method]
@@ -188,7 +188,7 @@ class SweepGrid:
     task_seeds: int = 1
 
     def __post_init__(self) -> None:
-        """Raises ``ConfigError`` where something is missing or stands there twice."""
+        """Raises ``ConfigError`` for missing or duplicate entries."""
         for method in self.methods:
             method.check()
         listed: dict[str, Sequence[object]] = {
@@ -202,12 +202,12 @@ class SweepGrid:
         if not self.texts:
             raise ConfigError("texts={} must name at least one evaluation text.")
         if any(not _NAME.fullmatch(name) for name in self.texts):
-            raise ConfigError(f"texts: names are made of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
+            raise ConfigError(f"texts: names consist of letters, digits, '_', '-' and '.'; got {list(self.texts)}.")
         if self.task_seeds < 1:
             raise ConfigError(f"task_seeds={self.task_seeds} must be positive.")
 
     def cells(self) -> Iterator[Cell]:
-        """Yields the models to make; those of the first seed first, so that a whole table exists early."""
+        """Yields the cells, beginning with those of the first seed, so that a complete table exists early."""
         for number, seed in enumerate(self.seeds):
             for method in self.methods:
                 if method.seeded or number == 0:
@@ -215,5 +215,5 @@ class SweepGrid:
                         yield Cell(method=method, pruning_ratio=ratio, seed=seed if method.seeded else None)
 
     def runs_tasks(self, cell: Cell) -> bool:
-        """Returns whether the zero-shot tasks are run on a cell's model."""
+        """Returns whether the zero-shot tasks run on a cell's model."""
         return cell.seed is None or cell.seed in list(self.seeds)[: self.task_seeds]

@@ -1,4 +1,4 @@
-"""The pruned models of a sweep: budgets, kept units, surgery and fitted weights."""
+"""Pruned models of a sweep: budgets, kept units, surgery and refitted weights."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -33,15 +33,15 @@ Kept = dict[str, tuple[int, ...]]
 
 
 class Pruner:
-    """Makes the models of a grid.
+    """Builds the pruned models of a grid.
 
     Args:
-        module: The dense model.
-        grid: What is compared.
-        device: Where layers run and models go.
+        module: The module of the dense model.
+        grid: The grid.
+        device: Device of the models.
 
     Raises:
-        ConfigError: A ratio is impossible for a method's units, or a method's parts do not go together.
+        ConfigError: A ratio is impossible for a method's units, or the settings of a method are incompatible.
     """
 
     def __init__(self, module: PruningModule, grid: SweepGrid, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Pruner:
                 self._check(method, ratio)
 
     def inventory(self, method: Method) -> Inventory:
-        """Returns the groups that a method may take units from."""
+        """Returns the groups that a method prunes."""
         units = tuple(method.units)
         if units not in self._inventories:
             model = self._module.meta_model()
@@ -66,13 +66,13 @@ class Pruner:
         scores: ByGroup | None = None,
         allocation: Allocation | None = None,
     ) -> ResolvedBudget:
-        """Returns what removing ``ratio`` of all parameters means for a method; provisional where it needs scores.
+        """Returns the budget of a method for a ratio, which is provisional if it depends on scores.
 
         Args:
             method: The method.
             ratio: Share of all parameters to remove.
             scores: Importance of the units, None before calibration.
-            allocation: The method's allocation with what was measured for it; the method's own if not given.
+            allocation: The method's allocation with its measurements; that of the method if not given.
         """
         asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
         return allocate(self.inventory(method), asked, allocation or method.allocation, scores=scores)
@@ -87,18 +87,18 @@ class Pruner:
             method.removal.check(PrunableModel(model, method.units), asked, method.allocation, method.scorer)
             if method.distillation is not None:
                 if budget.provisional or inventory.layers is not None:
-                    raise ConfigError("distillation needs every width before its first stage, and keeps all layers.")
+                    raise ConfigError("distillation requires widths that are known before scoring, and all layers.")
                 method.distillation.first_widths(inventory.groups, budget.widths)
         except ConfigError as error:
             raise ConfigError(f"Method '{method.name}': {error}") from error
 
     def keep(self, cell: Cell, scores: ByGroup, batches: Iterable[Any]) -> Kept:
-        """Returns the units of a cell's model.
+        """Returns the kept units of a cell's model.
 
         Args:
             cell: The cell.
-            scores: Importance of the units; empty where they are chosen layer by layer.
-            batches: Calibration batches, read where units are chosen layer by layer or the allocation measures.
+            scores: Importance of the units; empty for methods that select units layer by layer.
+            batches: Calibration batches, used for layer-by-layer methods and measured allocations.
         """
         method, groups = cell.method, self.inventory(cell.method).groups
         if isinstance(method.scorer, LayerwiseCriterion):
@@ -114,8 +114,8 @@ class Pruner:
 
         Args:
             cell: The cell.
-            keep: Its units.
-            batches: Calibration batches, read where weights are fitted.
+            keep: Its kept units.
+            batches: Calibration batches, used if weights are refitted.
         """
         model = self._load()
         groups = find_groups(model, cell.method.units)

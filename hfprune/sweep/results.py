@@ -1,4 +1,4 @@
-"""The table of a sweep and the comparison of its cells."""
+"""Results of a sweep: tables and comparisons of cells."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Returns Spearman's rank correlation of the scores within each group of both, averaged; ties share a rank.
+    """Returns Spearman's rank correlation of scores, averaged over the common groups; ties share a rank.
 
     >>> import torch
     >>> a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])
@@ -34,7 +34,7 @@ def rank_correlation(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
 
 
 def overlap(one: Kept, other: Kept) -> float:
-    """Returns the share of the kept units of ``one`` that are kept by ``other``, over the groups of both.
+    """Returns the share of the kept units of ``one`` that ``other`` also keeps, in the common groups.
 
     >>> overlap({"x": [0, 1]}, {"x": [1, 2]})
     0.5
@@ -48,7 +48,7 @@ def _spearman(one: Tensor, other: Tensor) -> float:
     from scipy.stats import spearmanr
 
     if any(len(scores.unique()) < 2 for scores in (one, other)):
-        return float("nan")  # ranks that are all equal correlate with nothing
+        return float("nan")  # undefined for constant ranks
     return float(spearmanr(one.double().numpy(), other.double().numpy()).statistic)
 
 
@@ -69,15 +69,18 @@ def write_results(
     scores: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes ``table.json``, ``table.csv``, ``table.md``, ``report.html`` and ``figures/``; returns the first.
+    """Writes ``table.json``, ``table.csv``, ``table.md``, ``report.html`` and ``figures/``.
 
     Args:
-        out: The folder.
-        grid: What was compared.
-        cells: Cell -> figures, ``dense`` among them.
+        out: Output folder.
+        grid: The grid.
+        cells: Cell -> results, including ``dense``.
         kept: Cell -> group -> kept units.
-        scores: Method -> group -> scores of its first seed.
-        facts: What else the table's reader must know.
+        scores: Method -> group -> scores of the first seed.
+        facts: Further entries of ``table.json``.
+
+    Returns:
+        The content of ``table.json``.
     """
     rows = [_row("dense", None, [cells["dense"]])]
     for ratio in grid.pruning_ratios:
@@ -104,7 +107,7 @@ def write_results(
 
 
 def _row(method: str, ratio: float | None, cells: Sequence[Figures]) -> Row:
-    """Returns the means over seeds of every figure, and the standard deviations where there are several."""
+    """Returns the means over seeds of all results, and the standard deviations of several seeds."""
     row: Row = {"method": method, "pruning_ratio": ratio, "seeds": len(cells)}
     columns = [_columns(cell) for cell in cells]
     for name in dict.fromkeys(key for column in columns for key in column):
@@ -134,7 +137,7 @@ def _columns(cell: Figures) -> dict[str, float]:
 
 
 def _speeds(grid: SweepGrid, cells: Mapping[str, Figures]) -> dict[str, Any]:
-    """Returns the speeds of models of different widths by their label, the dense model's first."""
+    """Returns label -> speed for models of different widths, the dense model first."""
     if "latency" not in cells["dense"]:
         return {}
     timed = [cells["dense"]["latency"], *(cells[cell.name]["latency"] for cell in grid.cells())]
@@ -142,7 +145,7 @@ def _speeds(grid: SweepGrid, cells: Mapping[str, Figures]) -> dict[str, Any]:
 
 
 def _kept_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dict[str, dict[str, float]]:
-    """Returns the overlap of the kept sets of every two methods, for the first seed."""
+    """Returns the pairwise overlap of the methods' kept units, for the first seed."""
     first: dict[str, Any] = {}
     for cell in grid.cells():
         if cell.pruning_ratio == ratio:
@@ -151,7 +154,7 @@ def _kept_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dic
 
 
 def _seed_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dict[str, float]:
-    """Returns, per method, the mean overlap of the kept sets of two different seeds."""
+    """Returns method -> mean overlap of the kept units of two seeds."""
     found = {}
     for method in grid.methods:
         mine = [kept[c.name] for c in grid.cells() if c.method is method and c.pruning_ratio == ratio]
@@ -171,7 +174,7 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _calibration_lines(by_seed: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns what calibrated, each way once; the seeds differ in the documents alone."""
+    """Returns the distinct descriptions of the calibration data; seeds only differ in documents."""
     found = [
         f"Calibration: {one['source']}: {one['sequences']} sequences, {one['tokens']:,} tokens, {one['bos']}."
         for one in by_seed.values()
@@ -181,7 +184,7 @@ def _calibration_lines(by_seed: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Returns the tables of a sweep as Markdown: figures, tasks where they were run, and how alike the methods are."""
+    """Returns the tables of a sweep as Markdown: results, zero-shot tasks and similarity of methods."""
     rows = result["rows"]
     columns: dict[str, tuple[str, str]] = {"parameters": ("parameters", ",.0f")}
     for text in result["protocols"]:
@@ -252,7 +255,7 @@ def _matrix(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> ReportData:
-    """Returns the page: the frontier on the first text."""
+    """Returns the data of the HTML report, with the Pareto plot for the first text."""
     text = next(iter(grid.texts))
     points = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""``Sweep``: scores, prunes and measures every cell of the grid, and can be interrupted anywhere."""
+"""Sweep: scores, prunes and evaluates every cell of a grid, and continues after interruptions."""
 
 import json
 import logging
@@ -36,23 +36,23 @@ from hfprune.utils.files import user_path, write_json
 _log = logging.getLogger(__name__)
 
 MakeData = Callable[[int, str | None], TextDataModule]
-"""Returns the data for a seed, with an evaluation text (None: none)."""
+"""Returns the datamodule for a seed and an evaluation text (or None)."""
 
 
 class Sweep:
-    """Runs a grid. What is finished lies in the output folder and is not done again.
+    """Runs a grid. Finished cells are read from the output folder.
 
     Args:
-        module: The dense model.
-        grid: What to compare.
-        make_data: Makes the data for a seed and an evaluation text.
-        output_dir: Receives ``scores/``, ``cells/``, ``table.csv``, ``table.json``, ``table.md`` and ``report.html``.
-        zero_shot: Tasks to run on the cells of the first seeds and on the dense model.
-        latency: Measure speed, of the dense model and one model per ratio, in alternation.
-        device: Where to run.
+        module: The module of the dense model.
+        grid: The grid.
+        make_data: Returns the datamodule for a seed and an evaluation text.
+        output_dir: Folder for ``scores/``, ``cells/``, ``table.csv``, ``table.json``, ``table.md`` and ``report.html``.
+        zero_shot: Tasks for the cells of the first seeds and the dense model.
+        latency: Whether to measure speed, of the dense model and one model per ratio in alternation.
+        device: Device of the sweep.
 
     Raises:
-        ConfigError: A ratio is impossible for the model, or the folder cannot be written.
+        ConfigError: A ratio is impossible for the model, or the folder is not writable.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Sweep:
         self._model_key = ""
 
     def run(self) -> dict[str, Any]:
-        """Runs what is not there yet; returns the results, which ``table.json`` holds too."""
+        """Runs the unfinished cells and returns the content of ``table.json``."""
         self._warn_of_budgets()
         windows = {name: self._windows(name) for name in self.grid.texts}
         by_seed = {seed: self._bound(self.make_data(seed, None)) for seed in self.grid.seeds}
@@ -120,14 +120,14 @@ class Sweep:
         return write_results(self.out, self.grid, cells, kept, book.first(), facts)
 
     def _warn_of_budgets(self) -> None:
-        """Says, before anything is loaded, where more than half of the parameters are removed."""
+        """Warns of budgets that remove more than half of the parameters, before anything is loaded."""
         every = (self.pruner.budget(m, ratio) for ratio in self.grid.pruning_ratios for m in self.grid.methods)
         for text in dict.fromkeys(budget.warning for budget in every if budget.warning):
             self.warnings.append(text)
             _log.warning("WARNING: %s", text)
 
     def _budgets(self) -> dict[str, dict[str, Any]]:
-        """Returns ratio -> method -> budget, before scores."""
+        """Returns ratio -> method -> budget before scoring."""
         return {
             f"{ratio:g}": {method.name: self.pruner.budget(method, ratio).to_dict() for method in self.grid.methods}
             for ratio in self.grid.pruning_ratios
@@ -161,12 +161,12 @@ class Sweep:
     # ---- cells -------------------------------------------------------------------------------------------------------
 
     def _cell(self, name: str, depends: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Returns a cell's figures: from its file, or made and written to it.
+        """Returns the results of a cell from its file, or computes and saves them.
 
         Args:
-            name: The file's name.
-            depends: What the figures follow from beside the dense model, as plain data: texts, tasks, kept units.
-            make: Measures.
+            name: Name of the file.
+            depends: Inputs of the results other than the dense model, as plain data: texts, tasks, kept units.
+            make: Computes the results.
         """
         path, key = self.out / "cells" / f"{name}.json", digest([self._model_key, depends])
         found = _read_cell(path, key)
@@ -174,12 +174,12 @@ class Sweep:
             return found
         _log.info("Measuring %s.", name)
         write_json(path, {"key": key, **make()})
-        again = _read_cell(path, key)  # as a resumed sweep would have it
+        again = _read_cell(path, key)  # as in a resumed sweep
         assert again is not None
         return again
 
     def _keep(self, cell: Cell, book: ScoreBook) -> Kept:
-        """Returns a cell's units; choosing them layer by layer or by measured curves takes long: these have a file."""
+        """Returns the kept units of a cell, cached in a file if their selection is slow."""
         if not isinstance(cell.method.scorer, LayerwiseCriterion) and not cell.method.measures:
             return self.pruner.keep(cell, book.scores(cell), ())
         budget = self.pruner.budget(cell.method, cell.pruning_ratio).to_dict()
@@ -189,12 +189,12 @@ class Sweep:
         return {name: tuple(units) for name, units in found.items()}
 
     def _fitted(self, cell: Cell, book: ScoreBook) -> list[Any]:
-        """Returns what a cell's fitted weights follow from beside its units; empty where none are fitted."""
+        """Returns the inputs of a cell's refitted weights other than its units; empty without a refit."""
         compensation = cell.method.compensation
         return [] if compensation is None else [compensation.describe(), book.data_key(cell)]
 
     def _depends(self, cell: Cell, keep: Kept, book: ScoreBook) -> list[Any]:
-        """Returns what a cell's model follows from, beside the dense model."""
+        """Returns the inputs of a cell's model other than the dense model."""
         return [keep, *self._fitted(cell, book)]
 
     def _measure_pruned(self, cell: Cell, keep: Kept, book: ScoreBook, windows: dict[str, Windows]) -> dict[str, Any]:
@@ -225,7 +225,7 @@ class Sweep:
         cells: dict[str, dict[str, Any]],
         book: ScoreBook,
     ) -> None:
-        """Adds the zero-shot figures, last: they take longest."""
+        """Adds the zero-shot results, which take longest."""
 
         def run(make: Callable[[], Any]) -> dict[str, Any]:
             return tasks.run(make(), self.module.tokenizer).to_dict()
@@ -240,7 +240,7 @@ class Sweep:
                 cells[cell.name]["zero_shot"] = self._cell(f"tasks-{cell.name}", depends, make)
 
     def _add_speeds(self, dense: Any, kept: dict[str, Kept], cells: dict[str, dict[str, Any]], book: ScoreBook) -> None:
-        """Adds speeds: those of a model depend on its widths only, so one model for each of these is timed."""
+        """Adds speeds, which depend on widths only: one model per set of widths is timed."""
         alike: dict[tuple[Any, ...], list[Cell]] = {}
         for cell in self.grid.cells():
             widths = tuple((name, len(units)) for name, units in kept[cell.name].items())
@@ -266,11 +266,11 @@ class Sweep:
 
 
 def _read_cell(path: Path, key: str) -> dict[str, Any] | None:
-    """Returns the figures of a file that was written for ``key``, None when there is no such file."""
+    """Returns the results in a file written for ``key``, or None."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return None  # not measured yet, or damaged: measured again
+        return None  # missing or damaged
     if not isinstance(found, dict) or found.pop("key", None) != key:
         return None
     return found

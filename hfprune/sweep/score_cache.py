@@ -1,4 +1,4 @@
-"""Every score of a sweep: what is computed once serves all cells that need it."""
+"""Score cache of a sweep, shared by all cells."""
 
 import logging
 import time
@@ -24,14 +24,14 @@ ByGroup = Mapping[str, Tensor]
 
 
 class ScoreBook:
-    """The scores of a grid's methods, kept in files.
+    """Scores of a grid's methods, cached in files.
 
     Args:
         dense: The dense model.
-        grid: What is compared.
-        data: Seed -> calibration data.
-        folder: Where the files go.
-        model_key: What tells the dense model from others.
+        grid: The grid.
+        data: Seed -> datamodule with the calibration data.
+        folder: Folder of the files.
+        model_key: Identifies the dense model.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class ScoreBook:
         self._known: dict[tuple[Any, ...], ByGroup] = {}
 
     def batches(self, cell: Cell) -> Iterable[Any]:
-        """Returns the calibration batches of a cell's seed; none where the cell has none."""
+        """Returns the calibration batches of a cell's seed; empty for a cell without calibration."""
         return () if cell.seed is None else self._data[cell.seed].calibration_dataloader()
 
     def data_key(self, cell: Cell) -> str | None:
-        """Returns what tells a cell's calibration data from others."""
+        """Returns the identity of a cell's calibration data."""
         return None if cell.seed is None else str(self._data[cell.seed].summary()["calibration"]["sha256"])
 
     def scores(self, cell: Cell) -> ByGroup:
-        """Returns the scores of the groups of a cell's method; none where units are chosen layer by layer."""
+        """Returns group -> scores of a cell; empty for methods that select units layer by layer."""
         method = cell.method
         if isinstance(method.scorer, LayerwiseCriterion):
             return {}
@@ -71,7 +71,7 @@ class ScoreBook:
         return with_layers(self._known[key], groups, scored)
 
     def first(self) -> dict[str, ByGroup]:
-        """Returns method -> scores of its first cell."""
+        """Returns method -> group -> scores of its first cell."""
         found: dict[str, ByGroup] = {}
         for cell in self._grid.cells():
             if cell.method.name not in found and (scores := self.scores(cell)):
@@ -79,12 +79,12 @@ class ScoreBook:
         return found
 
     def _key(self, cell: Cell, method: Method) -> tuple[Any, ...]:
-        """Returns what the scores of a method in a cell depend on, besides the model."""
-        ratio = cell.pruning_ratio if method.rounds > 1 else None  # the rounds before decide what is scored
+        """Returns the inputs of a method's scores in a cell other than the model."""
+        ratio = cell.pruning_ratio if method.rounds > 1 else None  # later rounds depend on the removed units
         return method.scoring(), cell.seed if method.seeded_scores else None, ratio
 
     def _calibrate(self, cell: Cell) -> None:
-        """Adds the scores of a cell's seed: one pass serves all criteria that calibrate in one stage."""
+        """Adds the scores of a cell's seed; all single-stage criteria share one pass."""
         assert cell.seed is not None
         staged = cell.method.staged
         one_stage = [m for m in self._grid.methods if m.calibrated and not m.staged]

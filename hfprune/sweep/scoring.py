@@ -1,4 +1,4 @@
-"""Scores of a sweep: those of every calibrated method for one seed, from as few passes over the data as possible."""
+"""Scoring of a sweep's calibrated methods for one seed, with shared passes over the data."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from hfprune.sweep.grid import Method
 from hfprune.utils.files import load_tensors, save_tensors
 
 SAVE_EVERY = 64
-"""Sequences between saved states."""
+"""Number of sequences between saved states."""
 
 Scores = dict[str, dict[str, Tensor]]
 """Method -> group -> importance [U]."""
@@ -44,7 +44,7 @@ def shared_pass(
         name = method.differentiated
         scorers.append(Scorer(method.scorer, groups, objective or (None if name is None else OBJECTIVES.get(name))))
     data = CalibrationData(batches=lambda: batches)
-    options = CalibrationOptions(checkpoint_every=SAVE_EVERY, check_every=None)  # no budget: nothing to compare
+    options = CalibrationOptions(checkpoint_every=SAVE_EVERY, check_every=None)  # no budget, so no convergence checks
     return Calibration(PrunableModel(model), scorers, data, options, LocalCommunicator())
 
 
@@ -57,14 +57,14 @@ def seed_scores(
     key: str,
     objective: Objective | None = None,
 ) -> Scores:
-    """Returns the scores of one seed, from ``path`` if they were computed before; resumes an interrupted pass.
+    """Returns the scores of one seed, from ``path`` if possible; resumes an interrupted pass.
 
     Args:
         model: The dense model.
         methods: Methods that calibrate.
         batches: The calibration batches.
-        path: File of the scores; the state of an unfinished pass lies next to it.
-        key: Hash of what the scores depend on; a file with another one is not used.
+        path: File of the scores; the state of an unfinished pass is saved next to it.
+        key: Hash of the inputs of the scores; a file with another hash is not used.
         objective: The objective of all methods; each method's own if not given.
     """
     stored = load_tensors(path, key=key)
@@ -96,14 +96,14 @@ def seed_scores(
 def staged_scores(
     model: Any, method: Method, batches: Callable[[], Iterable[Any]], path: Path, *, key: str, budget: Budget
 ) -> Scores:
-    """Returns the scores of a method of several passes (rounds, or self-distillation); each has a file of its own.
+    """Returns the scores of a method with several passes (rounds or self-distillation), each with a separate file.
 
     Args:
         model: The dense model.
         method: A method with ``rounds`` or ``distillation``.
         batches: Returns the calibration batches.
-        path: File of the last pass; those of the passes before lie next to it.
-        key: Hash of what the scores depend on.
+        path: File of the last pass; those of earlier passes are next to it.
+        key: Hash of the inputs of the scores.
         budget: The budget of the last round.
     """
     subject = PrunableModel(model, method.units)

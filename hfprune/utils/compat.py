@@ -1,11 +1,12 @@
-"""Private APIs of other libraries: one function each, so that a release which changes one breaks a single place.
+"""Private APIs of other libraries, one function each, so that a release which changes one breaks a single place.
 
-Each function names the release that it was written against and what fails without the private name.
-``tests/unit/utils/test_compat.py`` has a test per function, which says which release broke it.
+Each function names the releases it was tested with and why the public API is not enough.
+``tests/unit/utils/test_compat.py`` has one test per function.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,46 @@ def attention_implementation(config: Any) -> str:
     """Returns the attention implementation that a model with ``config`` runs: ``eager``, ``sdpa``, ...
 
     transformers 5.20 to 5.23: ``config._attn_implementation``. The public ``attn_implementation`` is an argument of
-    ``from_pretrained`` and no attribute; without the private one, packed documents could not be kept apart safely.
+    ``from_pretrained``, not an attribute. Without the private one, packed documents could not be separated safely.
+
+    Args:
+        config: A Hugging Face config.
     """
     return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+@contextmanager
+def safetensors_metadata(facts: Mapping[str, str]) -> Iterator[None]:
+    """Adds entries to the metadata of the safetensors files that ``save_pretrained`` writes inside the block.
+
+    transformers 5.20 to 5.23: ``transformers.modeling_utils.safe_save_file``. ``save_pretrained`` has no argument for
+    metadata; without the private name every file would be written twice.
+
+    Args:
+        facts: Name -> text.
+    """
+    from transformers import modeling_utils
+
+    original: Any = modeling_utils.safe_save_file  # type: ignore[attr-defined]
+
+    def save(tensors: Any, filename: Any, metadata: Any = None) -> Any:
+        return original(tensors, filename, metadata={**(metadata or {}), **facts})
+
+    modeling_utils.safe_save_file = save  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        modeling_utils.safe_save_file = original  # type: ignore[attr-defined]
 
 
 def is_repo_id(text: str) -> bool:
     """Returns whether a text has the form of a hub id: ``name`` or ``owner/name``.
 
-    huggingface_hub 1.31 to 2.4: ``huggingface_hub.utils.validate_repo_id``, which has no documentation page of its own.
-    Without it a misspelled folder would be looked up on the hub.
+    huggingface_hub 1.31 to 2.4: ``huggingface_hub.utils.validate_repo_id``, which is not documented. Without it, a
+    misspelled folder would be looked up on the hub.
+
+    Args:
+        text: The text.
     """
     from huggingface_hub import utils
     from huggingface_hub.errors import HFValidationError
@@ -58,16 +89,16 @@ def is_repo_id(text: str) -> bool:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that operators allocate inside the block, until it is freed.
+    """Context that counts the bytes of the storages that operators allocate, until they are freed.
 
     torch 2.6 to 2.13: ``torch.utils._python_dispatch.TorchDispatchMode`` and ``torch.utils._pytree.tree_leaves``.
-    torch has no public figure of the peak memory on the CPU; without them, reports lack it there.
+    torch has no public measure of peak memory on the CPU.
 
     Args:
-        known: Tensors that existed before and are not counted.
+        known: Existing tensors, which are not counted.
 
     Attributes:
-        peak: Most bytes that were alive at once.
+        peak: Largest number of bytes allocated at the same time.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:

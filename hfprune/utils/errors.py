@@ -1,16 +1,16 @@
-"""Exceptions that hfprune raises on purpose.
+"""Exceptions raised by hfprune.
 
-Every message says what was asked, what was found and what to do. The command line prints it as one line and exits with
-status 2; a traceback means a bug.
+A message states the argument, the problem and the remedy. The command line prints it as one line and exits with
+status 2; a traceback indicates a bug.
 """
 
 
 class HFPruneError(Exception):
-    """Base class of every error that hfprune raises on purpose."""
+    """Base class of the exceptions raised by hfprune."""
 
 
 class ConfigError(HFPruneError, ValueError):
-    """An argument, a configuration file or an input that cannot be used as given."""
+    """An invalid argument, configuration file or input."""
 
 
 class UnsupportedArchitectureError(HFPruneError):
@@ -18,7 +18,7 @@ class UnsupportedArchitectureError(HFPruneError):
 
 
 class CalibrationError(HFPruneError):
-    """Calibration produced nothing usable: no tokens, non-finite scores, or scores that are all zero."""
+    """Calibration without a usable result: no tokens, non-finite scores, or scores that are all zero."""
 
 
 class PlanError(HFPruneError):
@@ -26,13 +26,24 @@ class PlanError(HFPruneError):
 
 
 class OutputError(HFPruneError, OSError):
-    """Results could not be written, or what was written is not what was asked for."""
+    """Results that could not be written, or files that differ from the model in memory."""
 
 
 def first_line(error: BaseException) -> str:
-    r"""Returns the first line of an error's message that is not empty; the name of its class where there is none.
+    r"""Returns the first non-empty line of an error's message, or the name of its class.
 
     >>> first_line(ValueError("\n  the reason\nmore")), first_line(KeyError())
     ('the reason', 'KeyError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hub_reason(error: BaseException) -> str:
+    """Returns why the Hugging Face Hub gave nothing, in one line.
+
+    >>> hub_reason(OSError("Connection refused"))
+    'Connection refused'
+    """
+    if type(error).__name__ == "RepositoryNotFoundError":
+        return "there is no such repository, or it is private and the token may not read it."
+    return str(getattr(error, "server_message", None) or first_line(error))

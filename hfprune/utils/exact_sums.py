@@ -1,8 +1,8 @@
-"""Sums that do not depend on the order of their terms, so that neither the number of processes nor a resume can.
+"""Exact sums: totals that do not depend on the order of their terms, on the number of ranks or on a resume.
 
-Floating-point addition is not associative: two ranks, or a run that was interrupted, would add the same terms to
-totals that differ in the last bits, and two units of nearly equal score could change places. ``ExactSum`` puts every
-term on a fixed grid and adds integers instead.
+Floating-point addition is not associative: the same terms added on two ranks, or in an interrupted run, give totals
+that differ in the last bits, and two units of nearly equal score could change places. ``ExactSum`` rounds every term
+to a fixed grid and adds integers instead.
 
 Shape legend: U units, R rows (terms).
 """
@@ -23,19 +23,19 @@ _CARRY_AFTER = 2**20  # rows that 63 - 42 bits of head room hold, halved
 
 
 class UnitSum(ABC):
-    """A sum per unit, kept as plain tensors that ranks add up."""
+    """Base class of sums per unit, with a state of plain tensors that can be added over ranks."""
 
     @abstractmethod
     def add(self, rows: Tensor) -> None:
-        """Adds ``rows`` [R, U]."""
+        """Adds the terms ``rows`` [R, U]."""
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the state; adding it over ranks, element by element, gives the state of all ranks' rows."""
+        """Returns the state. The elementwise sum of the states of all ranks is the state of all their terms."""
 
     @abstractmethod
     def load(self, tensors: tuple[Tensor, ...]) -> None:
-        """Takes over a state."""
+        """Restores a state."""
 
     @abstractmethod
     def total(self) -> Tensor:
@@ -74,7 +74,7 @@ class ExactSum(UnitSum):
         return (self._limbs,)
 
     def load(self, tensors: tuple[Tensor, ...]) -> None:
-        """Takes over limbs."""
+        """Restores the limbs, int64 [4, U]."""
         (limbs,) = tensors
         self._limbs.copy_(limbs)
         self._carry()
@@ -104,39 +104,39 @@ def _carried(limbs: Tensor) -> Tensor:
 
 
 class Bfloat16Sum(UnitSum):
-    """The running bfloat16 sum of the published HFPrune code, one row after another, rounding errors included."""
+    """Running bfloat16 sum of the published HFPrune code, with the same rounding errors."""
 
     def __init__(self, num_units: int, *, device: torch.device) -> None:
         self._sum = torch.zeros(num_units, dtype=torch.bfloat16, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Adds each row, rounding after each."""
+        """Adds the rows of [R, U] one after another, rounding after each."""
         for row in rows.to(torch.bfloat16):
             self._sum += row
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the sum."""
+        """Returns the sum, bfloat16 [U]."""
         return (self._sum,)
 
     def load(self, tensors: tuple[Tensor, ...]) -> None:
-        """Takes over a sum."""
+        """Restores a sum, bfloat16 [U]."""
         self._sum.copy_(tensors[0])
 
     def total(self) -> Tensor:
-        """Returns the sum as float64."""
+        """Returns the sum [U], float64."""
         return self._sum.to(torch.float64)
 
 
 class GridSum:
     """Sum of tensors of one shape, with the same bits for every order, grouping and number of processes.
 
-    Each float64 term is split into a multiple of 2^-10 and a rest rounded to 2^-52; both parts are added in float64,
-    which is exact as long as totals stay below 2^43. Twice the memory of a plain sum, for matrices where ``ExactSum``
-    would take four times. Larger totals, or terms that are not finite, add up as floating-point numbers do.
+    Each float64 term is split into a multiple of 2^-10 and a remainder rounded to 2^-52. Both parts are added in
+    float64, which is exact for totals below 2^43; larger or non-finite totals are rounded as usual. The sum takes twice
+    the memory of a plain one; ``ExactSum`` would take four times.
 
     Args:
-        shape: Of the terms.
-        device: Where the sum lives.
+        shape: Shape of the terms.
+        device: Device of the sum.
 
     >>> s = GridSum((2,), device=torch.device("cpu"))
     >>> s.add(torch.tensor([1e9, -0.5])), s.add(torch.tensor([2.0**-40, 0.25]))
@@ -154,7 +154,7 @@ class GridSum:
         self._terms = 0
 
     def add(self, term: Tensor) -> None:
-        """Adds a tensor of the sum's shape."""
+        """Adds a term of the sum's shape."""
         term = term.to(torch.float64)
         high = (term * self._COARSE).round_().div_(self._COARSE)
         self._high += high
@@ -164,10 +164,10 @@ class GridSum:
             self._carry()
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the total [shape], float64, over all ranks.
+        """Returns the total over all ranks, float64, of the sum's shape.
 
         Args:
-            reduce: Returns a tensor's sum over the ranks.
+            reduce: Function that sums a tensor over the ranks.
         """
         self._carry()
         self._high, self._low = reduce(self._high), reduce(self._low)
@@ -175,7 +175,7 @@ class GridSum:
         return self._high + self._low
 
     def total(self) -> Tensor:
-        """Returns the total [shape], float64; equal terms give equal bits."""
+        """Returns the total, float64, of the sum's shape; equal terms give equal bits."""
         return self.reduced(lambda tensor: tensor)
 
     def _carry(self) -> None:

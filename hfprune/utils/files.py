@@ -1,8 +1,8 @@
-"""Atomic writes of files and folders, files of tensors with a key, and paths as users write them.
+"""Atomic writes of files and folders, files of tensors with a key, and user paths.
 
-New content is made in a hidden folder beside its target, a *stage*, is written through to the disk and then renamed. A
-process holds the lock of its stage as long as it lives. The next write beside it removes the stages that nobody holds,
-and gives back a folder that was moved aside and not yet replaced.
+New content is written to a *stage*, a hidden folder in the folder of its target, synced to the disk and then renamed.
+Each process locks its stage while it runs. The next write to the same folder removes stages without a lock, and
+restores a folder that was moved away but not yet replaced.
 """
 
 import errno
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import struct
 import sys
 import tempfile
 import time
@@ -18,15 +19,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from hfprune.utils.errors import ConfigError, OutputError
 
-if sys.platform != "win32":  # where stages of killed processes stay
+if TYPE_CHECKING:
+    from torch import Tensor
+
+if sys.platform != "win32":  # Windows has no fcntl: stages of killed processes are not removed there
     import fcntl
 
 _log = logging.getLogger(__name__)
@@ -37,18 +39,18 @@ _MAKING_SECONDS = 60.0
 
 
 class FailedCheckError(OutputError):
-    """What was written is complete, and is not what was to be written."""
+    """Files that were written completely, but differ from the model in memory."""
 
 
 class Stage:
-    """A hidden folder beside a target, for content that is not complete; removed on ``close``.
+    """Hidden folder for incomplete content, next to its target; removed on ``close``.
 
     Args:
-        target: The file or folder that will be made or replaced.
+        target: The file or folder to create or replace.
 
     Attributes:
         folder: The stage.
-        new: Where the new content is to be written; what is there is published.
+        new: Path to which the new content is written; ``publish`` moves it to the target.
     """
 
     def __init__(self, target: Path) -> None:
@@ -62,7 +64,7 @@ class Stage:
             if sys.platform != "win32":
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(self.folder / _MAKING, self.folder / _LOCK)  # a lock is held from when it can be seen
+            os.rename(self.folder / _MAKING, self.folder / _LOCK)  # the lock is held before it is visible
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
@@ -76,24 +78,24 @@ class Stage:
         self.close()
 
     def close(self) -> None:
-        """Removes the stage; what was published stays."""
+        """Removes the stage; published content is kept."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             os.close(self._handle)
 
     def settle(self) -> None:
-        """Gives the new files the modes that the umask asks for, and writes them through to the disk."""
+        """Applies the umask to the new files and syncs them to the disk."""
         mode = os.fstat(self._handle).st_mode & 0o777
         for path in (self.new, *self.new.rglob("*")):
             if not path.is_dir():
-                path.chmod(mode)  # safetensors writes private files
+                path.chmod(mode)  # safetensors writes files that only the user can read
             _sync(path)
 
     def publish(self, *, swap: bool = False) -> None:
         """Moves the new content to the target.
 
         Args:
-            swap: The target may be a folder, which is removed when the new content stands in its place.
+            swap: Whether the target may be an existing folder, which is removed after it was replaced.
         """
         self.settle()
         if swap and self.target.is_dir():
@@ -108,7 +110,7 @@ class Stage:
         _sync(self.target.parent)
 
     def set_aside(self, name: str) -> Path:
-        """Moves the new content to a place of its own, ``TARGET.name``, where nothing is; returns that place."""
+        """Moves the new content to the unused path ``TARGET.name`` and returns that path."""
         self.settle()
         place = _free(self.target, name)
         os.rename(self.new, place)
@@ -116,21 +118,21 @@ class Stage:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what killed processes left in ``folder``, and gives back a folder that they had moved aside."""
+    """Removes the stages that killed processes left in ``folder``, and restores a folder that they had moved away."""
     try:
         names = [name for name in os.listdir(folder) if name.startswith(".") and name.endswith(_SUFFIX)]
     except OSError:
         return
     for name in names:
         stage, target = folder / name, folder / name[1:].rsplit(".", 2)[0]
-        with suppress(OSError):  # another process is as far
+        with suppress(OSError):  # another process is removing it
             if _is_abandoned(stage):
                 _give_back(stage, target)
                 shutil.rmtree(stage, ignore_errors=True)
 
 
 def _is_abandoned(stage: Path) -> bool:
-    """Returns whether no process holds a stage; one that was killed before it had a lock is removed here."""
+    """Returns whether no process holds a stage; removes a stage whose process was killed before it had a lock."""
     if sys.platform == "win32":
         return False
     try:
@@ -138,7 +140,7 @@ def _is_abandoned(stage: Path) -> bool:
     except FileNotFoundError:
         if time.time() - stage.stat().st_mtime > _MAKING_SECONDS:
             (stage / _MAKING).unlink(missing_ok=True)
-            stage.rmdir()  # fails where it holds more: it is no stage
+            stage.rmdir()  # fails for a folder with other content, which is not a stage
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,15 +153,15 @@ def _is_abandoned(stage: Path) -> bool:
 
 def _give_back(stage: Path, target: Path) -> None:
     old = stage / _OLD
-    if not os.path.lexists(old) or not os.path.lexists(stage / _NEW):  # the new folder stands
+    if not os.path.lexists(old) or not os.path.lexists(stage / _NEW):  # the target was replaced
         return
     place = _free(target, "recovered") if os.path.lexists(target) else target
     os.rename(old, place)
-    _log.warning("A run was stopped while it replaced '%s': what was there before is in '%s'.", target, place)
+    _log.warning("A run was interrupted while it replaced '%s'. The previous content is in '%s'.", target, place)
 
 
 def _free(target: Path, name: str) -> Path:
-    """Returns ``TARGET.name``, with a number where that is taken."""
+    """Returns the path ``TARGET.name``, with a number if that exists."""
     place, number = target.with_name(f"{target.name}.{name}"), 1
     while os.path.lexists(place):
         number += 1
@@ -168,7 +170,7 @@ def _free(target: Path, name: str) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Writes a file, or the entries of a folder, through to the disk."""
+    """Syncs a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -181,21 +183,24 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises ``OutputError`` for what goes wrong while ``path`` is written."""
+    """Context that turns every error during a write to ``path`` into an ``OutputError``."""
     try:
         yield
     except OutputError:
         raise
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"Writing '{path}' failed; what was there before is as it was: {error}") from error
+        raise OutputError(f"Writing '{path}' failed; existing files are unchanged: {error}") from error
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that takes the place of ``path`` when the block ends well.
+    """Yields a temporary path; the file written there replaces ``path`` at the end of the block.
+
+    Args:
+        path: The file to create or replace.
 
     Raises:
-        OutputError: Writing failed; ``path`` is as it was.
+        OutputError: Writing failed; ``path`` is unchanged.
     """
     with writing(path), Stage(path) as stage:
         yield stage.new
@@ -204,14 +209,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of ``target`` when the block ends well.
+    """Yields an empty folder that replaces ``target`` at the end of the block.
 
     Args:
-        target: The folder; a link to a folder stays one. Who calls has made sure that it may be replaced.
-        first_wins: Leave a target that another process has made in the meantime.
+        target: The folder, or a link to one. The caller has checked that it may be replaced.
+        first_wins: Keep a target that another process created in the meantime.
 
     Raises:
-        OutputError: Writing failed; ``target`` is as it was. After a ``FailedCheckError`` of the block, what was made
+        OutputError: Writing failed; ``target`` is unchanged. After a ``FailedCheckError`` in the block, the new folder
             is kept as ``TARGET.failed-check``.
     """
     with writing(target), Stage(Path(os.path.realpath(target))) as stage:
@@ -220,18 +225,18 @@ def replaced_folder(target: Path, *, first_wins: bool = False) -> Iterator[Path]
             yield stage.new
         except FailedCheckError as error:
             place = stage.set_aside("failed-check")
-            raise OutputError(f"{error} '{target}' is as it was; what was made is kept in '{place}'.") from error
+            raise OutputError(f"{error} '{target}' is unchanged; the new files are kept in '{place}'.") from error
         if not (first_wins and stage.target.is_dir()):
             stage.publish(swap=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in one step; raises ``OutputError``."""
+    """Writes ``text`` to ``path`` atomically; raises ``OutputError`` on failure."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path`` in one step; raises ``OutputError``."""
+    """Writes ``data`` to ``path`` atomically; raises ``OutputError`` on failure."""
     with replaced_file(path) as new:
         new.write_bytes(data)
 
@@ -242,7 +247,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """Returns ``value`` with NaN and infinities as text, which strict JSON has no numbers for."""
+    """Returns ``value`` with NaN and infinities as text: strict JSON has no such numbers."""
     if isinstance(value, Mapping):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -250,24 +255,45 @@ def _strict(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file in one step.
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically.
 
     Args:
-        path: The file; its folder is made where it is not there.
-        tensors: Name -> tensor, of any shape, on any device.
-        metadata: Of the file.
+        path: The file; its folder is created if missing.
+        tensors: Name -> tensor of any shape, on any device.
+        metadata: Metadata of the file.
 
     Raises:
-        OutputError: It cannot be written; a file that was there before stays as it is.
+        OutputError: Writing failed; an existing file is unchanged.
     """
+    from safetensors.torch import save_file  # imports torch, which plans and folders are read without
+
     with replaced_file(path) as new:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, new, metadata=None if metadata is None else dict(metadata))
+        sort_metadata(new)
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file in the order of its names, in place; no tensor is touched.
+
+    safetensors writes several entries in an order that changes from run to run; equal models give equal files.
+    """
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        metadata = header.get("__metadata__") or {}
+        if len(metadata) < 2:
+            return
+        ordered = header | {"__metadata__": dict(sorted(metadata.items()))}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()  # as safetensors writes it
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 class OwnFolder:
-    """A folder that hfprune made, with a list of the files it wrote there: it removes these and no others.
+    """Folder created by hfprune, with a list of the files written to it. Only those files are ever removed.
 
     Args:
         path: The folder.
@@ -279,10 +305,10 @@ class OwnFolder:
         self.path = path
 
     def check(self, argument: str) -> None:
-        """Raises ``ConfigError`` where something is at the path that hfprune did not make.
+        """Raises ``ConfigError`` if the path exists and was not created by hfprune.
 
         Args:
-            argument: What gave the path, for the message.
+            argument: Name of the argument that gave the path, for the message.
         """
         if not os.path.lexists(self.path) or self._is_own() or self._is_empty():
             return
@@ -298,48 +324,48 @@ class OwnFolder:
         return self.path.is_dir() and not any(not name.endswith(_SUFFIX) for name in os.listdir(self.path))
 
     def names(self) -> list[str]:
-        """Returns the names of the files that were written here."""
+        """Returns the names of the listed files."""
         if not self._is_own():
             return []
         lines = (self.path / self.LIST).read_text(encoding="utf-8").splitlines()
         return [name for name in lines[1:] if name and name == Path(name).name and name not in (".", "..")]
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file that is about to be written, after its name was put on the list."""
+        """Adds a file to the list and returns its path, for writing."""
         known = self.names()
         if name not in known or not self._is_own():
             write_text(self.path / self.LIST, "\n".join(["Files that hfprune wrote:", *known, name]) + "\n")
         return self.path / name
 
     def clear(self) -> None:
-        """Removes the files on the list, and the folder where nothing else is in it."""
+        """Removes the listed files, and then the folder if it is empty."""
         if not self._is_own():
             return
         for name in self.names():
             (self.path / name).unlink(missing_ok=True)
         tidy(self.path)
         (self.path / self.LIST).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something of others
+        with suppress(OSError):  # it holds other files
             self.path.rmdir()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, **facts: str) -> None:
-    """Writes tensors in one step.
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, **facts: str) -> None:
+    """Writes tensors atomically, with a key that :func:`load_tensors` compares.
 
     Args:
-        path: The file; its folder is made where it is not there.
-        tensors: Name -> tensor, of any shape, on any device.
-        key: What the tensors depend on.
-        facts: More for the file's metadata.
+        path: The file; its folder is created if missing.
+        tensors: Name -> tensor of any shape, on any device.
+        key: Identifies the inputs that the tensors were computed from.
+        facts: Further metadata of the file.
 
     Raises:
-        OutputError: The file cannot be written; one that was there before stays as it is.
+        OutputError: Writing failed; an existing file is unchanged.
     """
     write_tensors(path, tensors, {"key": key, **facts})
 
 
-def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
-    """Returns the tensors that were saved for ``key``; None when there are none, or the file is damaged."""
+def load_tensors(path: Path, *, key: str) -> "dict[str, Tensor] | None":
+    """Returns the tensors saved with ``key``, or None if the file is missing, damaged or has another key."""
     if not path.is_file():
         return None
     try:
@@ -352,14 +378,14 @@ def load_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
 
 
 def user_path(path: str | Path, argument: str) -> str:
-    """Returns ``path`` with a leading ``~`` or ``~user`` replaced by the home folder, as a shell does it.
+    """Returns ``path`` with a leading ``~`` or ``~user`` replaced by the home folder.
 
     >>> user_path("runs/out", "output_dir")
     'runs/out'
 
     Args:
-        path: A path; what does not start with ``~`` (a hub id, for example) is returned as it is.
-        argument: The argument that gave it, for the message.
+        path: A path, or a hub id.
+        argument: Name of the argument that gave it, for the message.
 
     Raises:
         ConfigError: The user's home folder is not known.

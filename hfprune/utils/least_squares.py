@@ -1,11 +1,11 @@
-"""Least squares on second moments: weights that make up for removed inputs, and which inputs are missed least.
+"""Least squares on second moments: refitted weights after inputs are removed, and the choice of those inputs.
 
 For a projection y = W x with inputs x, kept inputs K and removed inputs R, the weights V on the kept inputs minimise
 
     sum_tokens || W x - V x_K ||^2  +  damping * || W_K - V ||^2
 
-so V = W_K + W_R M_RK (M_KK + damping I)^-1 with M the inputs' second moments: large damping leaves the kept weights as
-they are. Everything is solved in float64 from sums over tokens; no activation is needed twice.
+so V = W_K + W_R M_RK (M_KK + damping I)^-1, where M are the second moments of the inputs. Large damping leaves the kept
+weights unchanged. All systems are solved in float64 from sums over tokens; activations are not stored.
 
 Shape legend: O outputs, C inputs, K kept inputs, U units, w inputs of a unit.
 """
@@ -18,7 +18,11 @@ from hfprune.utils.second_moments import Moments
 
 
 def ridge(moments: Moments, damping: float) -> float:
-    """Returns what is added to the diagonal: ``damping`` times the mean second moment of an input.
+    """Returns the value added to the diagonal: ``damping`` times the mean second moment of an input.
+
+    Args:
+        moments: Second moments of the inputs.
+        damping: Relative damping.
 
     Raises:
         CalibrationError: The moments are not finite.
@@ -32,32 +36,32 @@ def ridge(moments: Moments, damping: float) -> float:
 def refit(weight: Tensor, moments: Moments, keep: Tensor, *, damping: float) -> Tensor:
     """Returns the least-squares weights on the kept inputs, [O, K], float64.
 
-    With paired moments the target is W y, what the projection gives on the second input (the dense model's), instead of
-    W x.
+    With paired moments the target is W y, the projection's output for the second input (that of the dense model),
+    instead of W x.
 
     Args:
         weight: W, [O, C].
-        moments: Of the inputs; centred ones give the fit with a free intercept.
-        keep: [K], int64, ascending.
-        damping: Relative to the mean second moment.
+        moments: Moments of the inputs; centred moments give the fit with a free intercept.
+        keep: Kept inputs [K], int64, ascending.
+        damping: Damping relative to the mean second moment.
     """
     w = weight.to(torch.float64)
     kept = w[:, keep]
     target = moments.xy if moments.paired else moments.xx
     matrix = moments.xx[keep][:, keep]
-    extra = target[keep] @ w.T - matrix @ kept.T  # [K, O]: what the kept weights as they are do not give
+    extra = target[keep] @ w.T - matrix @ kept.T  # [K, O]: the part that the kept weights do not reproduce
     added = _damped(matrix, ridge(moments, damping))
     return kept + torch.cholesky_solve(extra, torch.linalg.cholesky(added)).T
 
 
 def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Tensor) -> float:
-    """Returns sum ||W x - V x_K||^2 / sum ||W x||^2: 0 where nothing is lost, 1 where all is.
+    """Returns the relative error sum ||W x - V x_K||^2 / sum ||W x||^2, 0 for a perfect fit.
 
     Args:
         weight: W, [O, C].
-        moments: Of the inputs, not paired.
+        moments: Moments of the inputs, not paired.
         new: V, [O, K].
-        keep: [K], int64.
+        keep: Kept inputs [K], int64.
     """
     w = weight.to(torch.float64)
     difference = w.clone()
@@ -68,21 +72,21 @@ def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Te
 def eliminate(
     weight: Tensor, moments: Moments, width: int, *, unit_width: int, damping: float, step: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Removes units one after another, each time those with the smallest error after the others are refitted.
+    """Removes units step by step, each time those with the smallest error after a refit of the others.
 
-    Optimal Brain Surgeon for whole units: with G the inverse of the damped moments of the units that are left and V the
-    weights fitted to them, losing unit b costs trace(V_b (G_bb)^-1 V_b^T).
+    This is Optimal Brain Surgeon (Hassibi and Stork, 1993) for whole units. With G the inverse of the damped moments of
+    the remaining units and V the weights fitted to them, removing unit b costs trace(V_b (G_bb)^-1 V_b^T).
 
     Args:
-        weight: W, [O, U * w]; unit j owns inputs j * w up to (j + 1) * w.
-        moments: Of the inputs, not paired.
-        width: Units that stay.
+        weight: W, [O, U * w]; unit j owns inputs j * w to (j + 1) * w - 1.
+        moments: Moments of the inputs, not paired.
+        width: Number of units to keep.
         unit_width: w.
-        damping: Relative to the mean second moment.
-        step: Units removed before the costs are recomputed; more is faster and less exact.
+        damping: Damping relative to the mean second moment.
+        step: Units removed before the costs are recomputed; larger steps are faster and less accurate.
 
     Returns:
-        The kept units, ascending, and the cost [U] of every unit: when it went, or, of one that stayed, at the end.
+        The kept units, ascending, and the cost [U] of every unit: at its removal, or at the end for a kept unit.
     """
     inputs = weight.shape[1]
     units = inputs // unit_width
@@ -105,7 +109,7 @@ def eliminate(
 
 
 def _costs(v: Tensor, inverse: Tensor, unit_width: int) -> Tensor:
-    """Returns trace(V_b (G_bb)^-1 V_b^T) of every unit, [U]; NaN or infinite for units that are gone."""
+    """Returns trace(V_b (G_bb)^-1 V_b^T) of every unit, [U]; NaN or infinite for removed units."""
     if unit_width == 1:
         return v.square().sum(0) / inverse.diagonal()
     units = len(inverse) // unit_width

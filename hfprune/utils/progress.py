@@ -1,4 +1,4 @@
-"""The calibration progress bar."""
+"""Progress bars of calibration and of layer-wise pruning."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,20 +6,20 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[[int, float | None, float | None], None]
-"""Called after each batch with its number of tokens, the objective so far (nats per token; None without one), and the
-share of the kept units that the last look found unchanged."""
+"""Called after each batch with its number of tokens, the mean objective so far (nats per token, or None), and the share
+of the kept units that did not change since the last convergence check."""
 
 
 @contextmanager
 def calibration_progress(total: int | None, *, objective: str | None, enabled: bool) -> Iterator[Advance]:
-    """Shows batches done, tokens/s, time left, the objective so far and how settled the kept units are.
+    """Shows finished batches, tokens/s, remaining time, the objective and the stability of the kept units.
 
-    Yields the function that advances it.
+    Yields the function that advances the bar.
 
     Args:
-        total: Number of batches, None when unknown.
-        objective: Name shown with its value; None without one.
-        enabled: False shows nothing.
+        total: Number of batches, None if unknown.
+        objective: Name of the objective, None to show no value.
+        enabled: Whether to show the bar.
     """
     columns = (
         TextColumn("Calibrating"),
@@ -47,11 +47,11 @@ def calibration_progress(total: int | None, *, objective: str | None, enabled: b
 
 @contextmanager
 def layer_progress(*, enabled: bool, text: str = "Layer by layer") -> Iterator[Callable[[int, int], None]]:
-    """Shows layers (or groups) done; yields the function that takes how many of how many are.
+    """Shows finished layers (or groups); yields a function of the finished and the total number.
 
     Args:
-        enabled: False shows nothing.
-        text: What is going on.
+        enabled: Whether to show the bar.
+        text: Label of the bar.
     """
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not enabled) as progress:
@@ -61,11 +61,11 @@ def layer_progress(*, enabled: bool, text: str = "Layer by layer") -> Iterator[C
 
 @contextmanager
 def sparse_progress(layers: int, *, enabled: bool) -> Iterator[Callable[[int, float], None]]:
-    """Shows layers done and the error that pruning made in each; yields the function that takes a layer and its error.
+    """Shows finished layers and their output error; yields a function of a layer's index and its relative error.
 
     Args:
-        layers: Their number.
-        enabled: False shows nothing.
+        layers: Number of layers.
+        enabled: Whether to show the bar.
     """
     columns = (
         TextColumn("Layer by layer"),

@@ -1,4 +1,4 @@
-"""Random numbers: a 64-bit mixer, draws from a distribution, and random states that come back as they were."""
+"""Random numbers: a 64-bit mixer, draws from a distribution, and a context that restores random states."""
 
 import random
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def splitmix64(x: Tensor) -> Tensor:
     'e220a8397b1dcdaf'
 
     Args:
-        x: Of any shape, int64.
+        x: int64, any shape.
     """
     x = (x ^ logical_shift(x, 30)) * -4658895280553007687
     x = (x ^ logical_shift(x, 27)) * -7723592293110705685
@@ -38,18 +38,18 @@ def logical_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def inverse_cdf(p: Tensor, numbers: Tensor) -> Tensor:
-    """Returns the index per row where the cumulative probability exceeds the row's number, [N] int64.
+    """Returns the first index per row at which the cumulative probability exceeds the row's number, [N] int64.
 
-    Indices are in the order of the columns, not of the probability: rounding of ``p`` moves the borders between
-    indices a little and never exchanges two of them.
+    Columns keep their order and are not sorted by probability: rounding of ``p`` then shifts the boundaries between
+    indices slightly, but never exchanges two indices.
 
     >>> p = torch.tensor([[0.2, 0.0, 0.8], [0.2, 0.0, 0.8]])
     >>> inverse_cdf(p, torch.tensor([0.1, 0.2], dtype=torch.float64))
     tensor([0, 2])
 
     Args:
-        p: [N, V] weights of at least 0; the sum of a row need not be 1. They are added up in float64.
-        numbers: [N] float64 in [0, 1).
+        p: Weights [N, V], not negative; rows need not sum to 1. They are summed in float64.
+        numbers: [N], float64, in [0, 1).
     """
     cumulative = p.cumsum(-1, dtype=torch.float64)
     goals = numbers[:, None] * cumulative[:, -1:]

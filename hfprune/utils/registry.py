@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps names to objects; unknown names raise with the nearest one and the whole list.
+    """Maps names to objects; an unknown name raises an error with the nearest name and the full list.
 
     Args:
         what: What the names stand for, used in messages (``"criterion"``).
-        package: Package whose modules, or module that, registers the items; imported at the first lookup.
+        package: Module, or package of modules, that registers the items; imported at the first lookup.
         error: Exception class for unknown names.
         hint: Sentence added to the message of an unknown name.
     """
@@ -27,18 +27,18 @@ class Registry(Generic[T]):
         self._complete = False
 
     def add(self, name: str, item: T) -> T:
-        """Registers ``item``; raises ``ConfigError`` when the name is taken by another object."""
+        """Registers and returns ``item``; raises ``ConfigError`` if the name belongs to another object."""
         if name in self._items and self._items[name] is not item:
             raise ConfigError(f"The {self._what} '{name}' is registered twice.")
         self._items[name] = item
         return item
 
     def remove(self, name: str) -> None:
-        """Takes out an item; raises ``KeyError`` where there is none of this name."""
+        """Removes an item; raises ``KeyError`` if the name is not registered."""
         del self._items[name]
 
     def get(self, name: str) -> T:
-        """Returns the object called ``name``; raises when unknown, naming the nearest one."""
+        """Returns the object registered as ``name``; raises the registry's error for an unknown name."""
         self._import_all()
         if name not in self._items:
             nearest_name = nearest(name, self._items)

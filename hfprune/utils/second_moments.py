@@ -12,20 +12,20 @@ from torch import Tensor
 class Moments:
     """Weighted sums over tokens of x, x x^T and, with a second input y of equal shape, x y^T, in float64.
 
-    Products of one batch are formed in the dtype of the inputs, float32 at least, and added in float64. All of them are
-    plain sums: batches and ranks add up.
+    Products within a batch are computed in the dtype of the inputs, float32 at least, and accumulated in float64. The
+    sums of batches and ranks can be added.
 
     Attributes:
-        count: Sum of the tokens' weights: their number, where all weigh the same.
-        x: [C], sum of x.
-        xx: [C, C], sum of x x^T.
-        y: [C], sum of y; zeros where there is none.
-        xy: [C, C], sum of x y^T; empty where there is none.
+        count: Sum of the token weights; the number of tokens without weights.
+        x: Sum of x, [C].
+        xx: Sum of x x^T, [C, C].
+        y: Sum of y, [C]; zeros without y.
+        xy: Sum of x y^T, [C, C]; empty without y.
 
     Args:
         channels: C.
-        device: Where the sums live.
-        paired: Whether there is a y.
+        device: Device of the sums.
+        paired: Whether there is a second input y.
     """
 
     def __init__(self, channels: int, *, device: torch.device, paired: bool = False) -> None:
@@ -36,7 +36,7 @@ class Moments:
         self.xy = torch.zeros_like(self.xx) if paired else self.xx.new_zeros(0, 0)
 
     def add(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Adds the tokens of ``x`` [..., C], and of ``y`` of the same shape, each counted ``weights`` [...] times."""
+        """Adds the tokens of ``x`` and ``y``, both [..., C], with the token weights ``weights`` [...]."""
         assert (y is not None) == self.paired
         x = wide_tokens(x)
         weighted = x if weights is None else x * weights.reshape(-1, 1).to(x.dtype)
@@ -53,15 +53,15 @@ class Moments:
         return [self.count, self.x, self.xx, self.y, self.xy]
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        """Takes over sums that ``tensors`` returned, here or on all ranks together."""
+        """Restores sums that ``tensors`` returned, possibly added over ranks."""
         self.count, self.x, self.xx, self.y, self.xy = tensors
 
     def mean(self, keep: Tensor) -> Tensor:
-        """Returns the mean of x over tokens at inputs ``keep``, [K]."""
+        """Returns the mean over tokens of the inputs ``keep`` [K], of shape [K]."""
         return self.x[keep] / self.count
 
     def centred(self) -> "Moments":
-        """Returns the moments of x and y about their means (sums of squares and products, not divided)."""
+        """Returns the central moments of x and y, as sums that are not divided by the count."""
         out = object.__new__(Moments)
         out.paired, out.count = self.paired, self.count
         out.x, out.y = torch.zeros_like(self.x), torch.zeros_like(self.y)
@@ -71,5 +71,5 @@ class Moments:
 
 
 def wide_tokens(values: Tensor) -> Tensor:
-    """Returns [..., C] as [N, C], float32 or wider."""
+    """Returns ``values`` [..., C] as [N, C], in float32 or a wider dtype."""
     return values.reshape(-1, values.shape[-1]).to(torch.promote_types(values.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Settings: what methods are configured with, their names and their discovery."""
+"""Settings of methods: constructor arguments as data, checks of choices, and discovery of classes."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Configured:
-    """A method that holds its constructor's arguments as public attributes, in their order.
+    """Base class of methods that keep their constructor arguments as public attributes, in the same order.
 
     >>> class Scaled(Configured):
     ...     def __init__(self, factor=2.0, offset=None):
@@ -23,10 +23,10 @@ class Configured:
     """
 
     def settings(self, *, unset: bool = False) -> dict[str, Any]:
-        """Returns the arguments by name; methods among them as text.
+        """Returns the arguments by name, with nested methods as text.
 
         Args:
-            unset: Whether arguments that are None are listed.
+            unset: Whether to include arguments that are None.
         """
         public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {
@@ -37,7 +37,7 @@ class Configured:
 
 
 def check_choice(argument: str, value: object, known: Iterable[object], hint: str = "") -> None:
-    """Raises ``ConfigError`` unless the value of an argument is one of ``known``.
+    """Raises ``ConfigError`` unless ``value`` is one of the ``known`` values of an argument.
 
     >>> check_choice("norm", "l2", ["l1", "l2"])
     >>> check_choice("norm", "l3", ["l1", "l2"])
@@ -60,10 +60,7 @@ def snake_case(name: str) -> str:
 
 
 def discover(package: str, base: type[T]) -> dict[str, type[T]]:
-    """Imports the modules of a package and returns the public subclasses of ``base`` that they define, by name.
-
-    Abstract classes and ``base`` itself are left out. A new file in the package needs no other entry.
-    """
+    """Imports the modules of a package and returns their public, concrete subclasses of ``base``, by name."""
     found: dict[str, type[T]] = {}
     for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
         module = importlib.import_module(f"{package}.{info.name}")

@@ -1,13 +1,13 @@
-"""Spelling: the known name that is closest to a misspelled one."""
+"""Spelling: suggestions for misspelled names."""
 
 from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the known name that ``name`` is a misspelling of, None where none is close.
+    """Returns the known name closest to ``name``, or None if no name is close enough.
 
-    Close is one edit in four letters, at least one: an insertion, a deletion, a substitution, or two neighbours
-    exchanged. Case and hyphens do not count.
+    One edit per four letters (at least one) is accepted: an insertion, a deletion, a substitution or a transposition.
+    Case is ignored, and hyphens equal underscores.
 
     >>> nearest("prnue", ["fit", "prune"]), nearest("ratio", ["mlp_ratio"]), nearest("SeedOss", ["Opt"])
     ('prune', None, None)

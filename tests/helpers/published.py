@@ -63,7 +63,7 @@ def resolved(cli, name, *, layout=True):
     pruning = next(c for c in trainer.callbacks if isinstance(c, PRUNING))
     report = next(c for c in trainer.callbacks if isinstance(c, ReportCallback))
     if not layout:
-        pruning.planned = lambda module: None
+        pruning.expected_model = lambda module: None
     for callback in (report, pruning):
         callback.setup(trainer, module, "fit")
     return pruning

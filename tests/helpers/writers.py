@@ -7,9 +7,9 @@ import os
 import signal
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-import hfprune.utils.files
 from hfprune.callbacks.checkpointing import AtomicCheckpointIO
 from hfprune.data.examples import ExampleStore, digest
 from hfprune.evaluation.cache import cached_reference
@@ -106,7 +106,7 @@ class Fault:
     def install(self, monkeypatch):
         for owner, name in STEPS:
             monkeypatch.setattr(owner, name, self._failing(getattr(owner, name)))
-        monkeypatch.setattr(hfprune.utils.files, "save_file", self._half(hfprune.utils.files.save_file))
+        monkeypatch.setattr(safetensors.torch, "save_file", self._half(safetensors.torch.save_file))
         monkeypatch.setattr(torch, "save", self._half(torch.save))
         monkeypatch.setattr(Path, "write_bytes", self._failing(Path.write_bytes))
 

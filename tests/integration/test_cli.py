@@ -154,8 +154,8 @@ def test_sparse_prune_round_trip(dense, capsys):
         (["--method=wnada", "--sparsity=0.5"], "Did you mean 'wanda'?"),
         (["--method=wanda"], "--sparsity"),
         (["--method=wanda", "--sparsity=1.2"], "not in [0, 1)"),
-        (["--method=wanda", "--sparsity=2:5"], "16 inputs, which groups of 5 do not fill"),
-        (["--method=sparsegpt", "--sparsity=0.5", "--update=sparsegpt"], "SparseGPT updates them itself"),
+        (["--method=wanda", "--sparsity=2:5"], "16 inputs, not a multiple of 5"),
+        (["--method=sparsegpt", "--sparsity=0.5", "--update=sparsegpt"], "SparseGPT updates the weights itself"),
         (["--method=wanda", "--sparsity=0.5", "--update=obc"], "update='obc' is unknown. Known: sparsegpt"),
         (["--method=wanda", "--sparsity=0.5", "--pruning_ratio=0.2"], "pruning_ratio"),
     ],
@@ -172,7 +172,7 @@ def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
         (["--pruning_ratio=1"], "not between 0 and 1"),
         (["--pruning_ratio=-0.2"], "not between 0 and 1"),
         (["--pruning_ratio=0.9"], "largest possible --pruning_ratio is"),
-        (["--mlp_ratio=2.8"], "largest possible value is 1.4375"),
+        (["--mlp_ratio=2.8"], "largest possible --mlp_ratio is 1.4375"),
         (["--pruning_ratio=zero"], "--pruning_ratio zero: expected float."),
         (["--pruning_ratio=0.2", "--mlp_ratio=1"], "--pruning_ratio and --mlp_ratio were given"),
         (["--pruning_ration=0.2"], "Did you mean 'pruning_ratio'?"),
@@ -183,8 +183,8 @@ def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
         (["--pruning_ratio=0.2", "--data.calibration=nothing.txt"], "holds no text"),
         (["--pruning_ratio=0.2", "--data.calibration=short.txt"], "too short"),
         (["--pruning_ratio=0.2", "--data.calibration=picture.png"], "not read. Known: .txt"),
-        (["--pruning_ratio=0.2", "--data.calibration=tokens.safetensors"], "tokens are those of another tokenizer"),
-        (["--pruning_ratio=0.2", "--data.seq_len=1000"], "1000 tokens are more than the 64 positions"),
+        (["--pruning_ratio=0.2", "--data.calibration=tokens.safetensors"], "tokenised with another tokenizer"),
+        (["--pruning_ratio=0.2", "--data.seq_len=1000"], "1000 tokens exceed the model's maximum of 64 positions"),
         (["--pruning_ratio=0.2", "--data.calibration_batch_size=0"], "--data.calibration_batch_size 0 must be positive"),
         (["--pruning_ratio=0.2", "--output_dir=busy"], "'busy' is not empty"),
         (["--pruning_ratio=0.2", "--output_dir=short.txt"], "is a file"),
@@ -318,7 +318,7 @@ def test_evaluate_refuses_what_cannot_be_compared(dense, tmp_path, capsys):
     other.save_pretrained(tmp_path / "other")
     flags = ["--data.eval_window=16", "--latency=false"]
     assert main(["evaluate", f"--model.path={dense}", f"--dense={tmp_path / 'other'}", *flags]) == 2
-    assert "has 70 tokens, the model 61" in capsys.readouterr().err
+    assert "has 70 tokens, but the model has 61" in capsys.readouterr().err
 
 
 EVALUATE = ["--data.eval_window=16", "--data.eval_windows=2", "--latency=false", "--output=eval.json"]
@@ -387,9 +387,9 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
     Path("other.txt").write_text(documents[40])
     flags = ["--data.calibration=seen.json", "--data.recovery=other.txt", "--data.text=other.txt"]
     assert prune(dense, "--intermediate_size=12", "--data.calibration_sequences=1400", *flags) == 0
-    with pytest.warns(UserWarning, match="13-grams occur in the text of the model's calibration"):
+    with pytest.warns(UserWarning, match="13-grams occur in the model.s calibration"):
         found = evaluate("--model.path=out/model", "--data.text=seen.txt", "--data.eval_windows=null")
-    assert "its figures look better" in found["warnings"][0]
+    assert "the results are too optimistic" in found["warnings"][0]
     Path("new.txt").write_text("Nothing of this stands in there, not a line of it, and so it goes on. " * 20)
     assert evaluate("--model.path=out/model", "--data.text=new.txt")["warnings"] == []
 
@@ -404,9 +404,9 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--data.eval_window=999"], "more than the 64 positions"),
         (["--data.text=empty.txt"], "holds no text"),
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
-        (["--output=folder"], "output='folder' is a folder"),
+        (["--output=folder"], "--output 'folder' is a folder"),
         (["--output=empty.txt/eval.json"], "'empty.txt/eval.json' cannot be written"),
-        (["--dense_cache=cache"], "dense_cache stores the dense model's predictions and needs dense"),
+        (["--dense_cache=cache"], "dense_cache stores the dense model's predictions and requires --dense"),
         (["--dense=./nowhere/at/all"], "--dense './nowhere/at/all' does not exist"),
         (["--num_fewshot=3"], "--num_fewshot belongs to zero-shot tasks"),
         (["--share_prefixes=true"], "--share_prefixes belongs to zero-shot tasks"),
@@ -458,7 +458,7 @@ def test_sweep_from_yaml_and_resumed(dense, capsys):
         ([], "texts that do not calibrate"),
         (["--data.text=builtin"], "texts that do not calibrate"),
         (["--data.text=words.txt", "--seeds=[1,1]"], "each once"),
-        (["--data.text=words.txt", "--pruning_ratios=[0.99]"], "largest possible --pruning_ratio"),
+        (["--data.text=words.txt", "--pruning_ratios=[0.99]"], "largest possible `pruning_ratio`"),
         (["--data.text=words.txt", "--methods=[{name: a}]"], "needs an objective"),
         (["--data.text=nowhere.txt"], "does not exist"),
     ],

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.cli.config_files import with_config_paths
 from hfprune.cli.entry import COMMANDS
+from hfprune.cli.light import LIGHT_COMMANDS, light_parser
 from tests.helpers.models import save_tiny
 from tests.helpers.published import resolved, unchecked
 
@@ -66,6 +67,9 @@ def test_documented_commands_are_resolved(page, line, monkeypatch):
     unchecked(monkeypatch)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
+    if command in LIGHT_COMMANDS:
+        light_parser(command).parse_args(flags)
+        return
     flags = with_config_paths(flags)
     cli = CLASSES[command](command, flags)
     if command in ("fit", "prune"):

@@ -131,12 +131,15 @@ def test_allocations():
         ({}, "budget=... is missing"),
         ({"budget": 0.2}, "scores has no entry for model.layers.0.mlp"),
         ({"budget": 1.2}, "pruning_ratio"),
-        ({"budget": 0.2, "keep": {}}, "leave budget and allocation out"),
-        ({"keep": {"model.layers.7.mlp": [1]}}, "keep names 'model.layers.7.mlp'"),
-        ({"budget": 0.2, "scores": {"other": torch.ones(3)}}, "scores names 'other'"),
-        ({"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.ones(3) for i in range(3)}}, r"\[3\], not \[24\]"),
+        ({"budget": 0.2, "keep": {}}, "remove budget and allocation"),
+        ({"keep": {"model.layers.7.mlp": [1]}}, "keep has an unknown group 'model.layers.7.mlp'"),
+        ({"budget": 0.2, "scores": {"other": torch.ones(3)}}, "scores has an unknown group 'other'"),
+        (
+            {"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.ones(3) for i in range(3)}},
+            r"\[3\], expected \[24\]",
+        ),
         ({"budget": 0.2, "scores": {f"model.layers.{i}.mlp": torch.full((24,), torch.nan) for i in range(3)}}, "NaN"),
-        ({"budget": 0.2, "allocation": Sensitivity()}, "give it curves"),
+        ({"budget": 0.2, "allocation": Sensitivity()}, "pass curves"),
     ],
 )
 def test_plans_that_cannot_be_made(arguments, message):
@@ -152,7 +155,7 @@ def test_indices_that_are_not_units(units):
 
 def test_scores_that_cannot_be_made():
     model = tiny("llama")
-    with pytest.raises(ConfigError, match="scores a layer when those before it are pruned"):
+    with pytest.raises(ConfigError, match="scores each layer after the previous layers were pruned"):
         hfprune.score(model, BATCHES, Reconstruction())
     with pytest.raises(ConfigError, match="takes no objective"):
         hfprune.score(model, BATCHES, Magnitude(), objective="entropy")

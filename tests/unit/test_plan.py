@@ -76,10 +76,10 @@ def test_kept_units_of_any_integers_become_a_sorted_tuple(kind):
 @pytest.mark.parametrize(
     ("keep", "match"),
     [
-        (np.ones(24, dtype=bool), "mask of booleans"),
-        (torch.ones(24, dtype=torch.bool), "mask of booleans"),
-        ([True, False], "mask of booleans"),
-        ([np.True_], "mask of booleans"),
+        (np.ones(24, dtype=bool), "boolean mask"),
+        (torch.ones(24, dtype=torch.bool), "boolean mask"),
+        ([True, False], "boolean mask"),
+        ([np.True_], "boolean mask"),
         (np.array([0.0, 1.0]), "one-dimensional list of integers"),
         (torch.zeros(2, 2, dtype=torch.int64), "one-dimensional list of integers"),
         (torch.tensor(3), "one-dimensional list of integers"),
@@ -164,7 +164,7 @@ def test_takes_blocks_is_the_deprecated_name_of_takes_layers():
 
 
 def test_explicit_takes_one_of_both_names():
-    with pytest.raises(ConfigError, match="give layers alone"):
+    with pytest.raises(ConfigError, match="give `layers` only"):
         Explicit(blocks=2, layers=2)
 
 

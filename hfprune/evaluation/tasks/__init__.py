@@ -1,9 +1,9 @@
-"""Task files for lm-eval: groups of the papers' tasks, and the tasks on local copies of their data."""
+"""Task files for lm-eval: task groups of papers, and tasks on local data."""
 
 from pathlib import Path
 
 GROUPS_FOLDER = Path(__file__).parent / "groups"
-"""``paper10``, ``llmpruner7`` and ``zpruner5``: pass it to ``lm_eval --include_path``."""
+"""Folder of ``paper10``, ``llmpruner7`` and ``zpruner5``, for ``include_path`` of lm-eval."""
 
 LOCAL_FOLDER = Path(__file__).parent / "local"
-"""Stock tasks that read their data from ``data_dir``, given as metadata, in place of the hub."""
+"""Folder of stock tasks that read their data from ``data_dir`` in the metadata instead of the hub."""

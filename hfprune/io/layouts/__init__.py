@@ -1,4 +1,4 @@
-"""Layouts: the ways to write a pruned model, models whose layers differ in width, and ``apply_plan``."""
+"""Layouts: file formats of pruned models, models whose layers differ in width, and ``apply_plan``."""
 
 from hfprune.io.layouts.apply import apply_plan, empty_copy, not_expressed, pruned_shapes, run_empty, shapes
 from hfprune.io.layouts.base import LAYOUTS, Layout

@@ -1,4 +1,4 @@
-"""Applying a plan to a Hugging Face model: surgery, and a config that describes the result."""
+"""Application of a plan to a Hugging Face model: surgery, and a config that describes the result."""
 
 import copy
 from collections.abc import Iterable
@@ -17,20 +17,20 @@ from hfprune.plan import PruningPlan
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Cuts ``model`` in place to the plan's kept units; its config then describes it.
+    """Cuts ``model`` in place to the kept units of a plan, and updates its config.
 
-    Where one value per config field can express the result, the config stays a stock one. Else it becomes one whose
-    layers differ (:mod:`hfprune.io.layouts.per_layer`). ``save_pretrained`` of the model writes the plan in both cases
+    The config remains a stock config if one value per field can describe the result. Otherwise it becomes a per-layer
+    config (:mod:`hfprune.io.layouts.per_layer`). ``save_pretrained`` writes the plan in both cases
     (:mod:`hfprune.io.recorded_plan`).
 
-    Tied weights stay tied. Parameters that shrink are new objects: optimizers built before must be rebuilt.
+    Tied weights remain tied. Parameters that shrink are replaced: existing optimizers must be rebuilt.
 
     Args:
         model: A supported Hugging Face model, or any module whose projections the plan names.
         plan: The kept units of every group.
 
     Raises:
-        PlanError: The plan does not fit the model; nothing was changed.
+        PlanError: The plan does not fit the model, which is unchanged.
 
     Example:
         >>> from hfprune.models import find_groups
@@ -62,9 +62,12 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def not_expressed(model: Any) -> str | None:
-    """Returns why one value per config field cannot describe ``model``, None when it can.
+    """Returns why a stock config cannot describe ``model``, or None if it can.
 
-    What stock transformers would build from the config is compared with what is there, shape by shape.
+    The shapes that stock transformers would build from the config are compared with those of the model.
+
+    Args:
+        model: A Hugging Face model.
     """
     found = shapes(model.state_dict().items())
     try:
@@ -84,11 +87,11 @@ def shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[int]]:
 
 
 def empty_copy(model: Any, config: Any = None) -> Any:
-    """Returns a model of the class of ``model`` on the meta device: every shape, no weight.
+    """Returns a model of the same class on the meta device, with shapes but no weights.
 
     Args:
-        model: A Hugging Face model, whose own config is taken when no other is given.
-        config: Stock or per-layer; the new model has a copy of it.
+        model: A Hugging Face model.
+        config: Stock or per-layer config, which is copied; the config of ``model`` if not given.
     """
     config = copy.deepcopy(model.config if config is None else config)
     with torch.device("meta"):
@@ -96,21 +99,21 @@ def empty_copy(model: Any, config: Any = None) -> Any:
 
 
 def pruned_shapes(model: Any, plan: PruningPlan) -> Any:
-    """Returns what ``plan`` leaves of ``model``, on the meta device; the model itself stays as it is."""
+    """Returns a pruned copy of ``model`` on the meta device; ``model`` itself is not changed."""
     empty = empty_copy(model)
     apply_plan(empty, plan)
     return empty
 
 
 def run_empty(model: Any, *, tokens: int = 2) -> Any:
-    """Runs a model on the meta device and returns its outputs: shapes and a cache, no values.
+    """Runs a model on the meta device and returns its outputs, which have shapes and a cache but no values.
 
-    Rotary embeddings that choose their frequencies by the length of the text (``dynamic``, ``longrope``) keep the first
-    ones meanwhile, and experts run in the way that has no shapes which depend on values: the shapes are the same.
+    Two settings of the model are changed permanently, without an effect on shapes: rotary embeddings with
+    length-dependent frequencies (``dynamic``, ``longrope``) use the default ones, and experts run batched.
 
     Args:
-        model: A Hugging Face causal LM of a supported class, on the meta device; the two settings above stay changed.
-        tokens: Length of the one sequence.
+        model: A Hugging Face causal LM of a supported class, on the meta device.
+        tokens: Sequence length; the batch size is 1.
     """
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
@@ -125,17 +128,18 @@ def run_empty(model: Any, *, tokens: int = 2) -> Any:
 
 
 def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None:
-    """Makes the config of ``model`` state a width that described neurons have now.
+    """Updates the config of a pruned model of an unknown class to its new MLP width.
 
-    The key is found by trying: it had the old width, or none, and with the new one the class builds these shapes.
+    Candidates are the keys with the old width or without a value. A key is accepted if the class then builds the shapes
+    of ``model``.
 
     Args:
         model: A Hugging Face model of any class, after its projections were cut.
         before: Neurons per group of the dense model.
-        after: Neurons per group that stay.
+        after: Kept neurons per group.
 
     Returns:
-        The reason why no key does, the config being unchanged; None if the config describes the model now.
+        None on success, otherwise the reason why no key fits; the config is then unchanged.
     """
     reason, config = not_expressed(model), model.config
     if reason is None:

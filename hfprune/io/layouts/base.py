@@ -1,4 +1,4 @@
-"""Layouts: the base class and registry, config keys per layer, and the history of pruning that is written."""
+"""Layout base class and registry, config values per layer, and the pruning history of a model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ from hfprune.utils.registry import Registry
 
 
 class Layout(ABC):
-    """Base class of the ways to write a pruned model to disk.
+    """Base class of the file formats of pruned models.
 
     A subclass in a module of this package registers an instance with ``LAYOUTS.add``.
 
     Attributes:
-        name: Name of the layout in arguments.
-        stock: Whether one value per config field must be able to describe the model.
-        shards: Whether a model that is sharded over ranks can be written, parameter by parameter.
-        by_runs: Whether ``fit`` and ``prune`` write it. If not, only ``export`` does, from a folder that they wrote.
+        name: Value of ``layout=...``.
+        stock: Whether the layout requires a model that a stock config can describe.
+        shards: Whether a model sharded over ranks can be written, parameter by parameter.
+        by_runs: Whether ``fit`` and ``prune`` write this layout. Otherwise only ``export`` does, from their output.
 
     Example:
         >>> from hfprune.io.layouts import LAYOUTS
@@ -53,14 +53,14 @@ class Layout(ABC):
 
     @abstractmethod
     def written(self, model: Any) -> Any:
-        """Returns the model whose ``save_pretrained`` writes ``model`` in this layout; ``model`` stays as it is."""
+        """Returns a model whose ``save_pretrained`` writes this layout; ``model`` itself is not changed."""
 
     def compress(self, folder: Path) -> bool:
-        """Rewrites the files of ``save_pretrained`` in place, where a layout stores less; returns whether it did."""
+        """Compresses the files of ``save_pretrained`` in place; returns whether the layout does so."""
         return False
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Returns the accepted change of the logits, relative to the largest: that of another kernel."""
+        """Returns the accepted difference of the logits after reloading, relative to the largest logit."""
         return 1e-5
 
 
@@ -69,20 +69,20 @@ LAYOUTS: Registry[Layout] = Registry("layout", package="hfprune.io.layouts")
 
 
 Overrides = dict[int, dict[str, int]]
-"""Layer -> config keys that it has a value of its own for, as in transformers' ``per_layer_config``."""
+"""Layer index -> config key -> value of that layer, as in transformers' ``per_layer_config``."""
 
 
 def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int) -> dict[str, int] | None:
-    """Returns the config keys of a unit kind with their values at ``kept`` of ``units`` units.
+    """Returns the config values of a unit kind with ``kept`` of ``units`` units, None for whole layers.
 
-    None for kinds that no number of a config expresses (whole layers).
+    The head size is unchanged; query and key-value heads shrink in proportion.
 
     Args:
-        config: The dense config. Heads keep their size; query and key-value heads shrink in proportion.
-        spec: The architecture's table.
+        config: The dense config.
+        spec: Specification of the architecture.
         kind: Unit kind.
-        kept: Units that stay.
-        units: Units of the dense model.
+        kept: Number of kept units.
+        units: Number of units of the dense model.
     """
     if kind == "mlp":
         return {spec.width_key: kept}
@@ -108,15 +108,15 @@ def _head_size(config: Any, spec: ArchSpec) -> int:
 
 
 def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *, num_layers: int) -> Overrides:
-    """Returns what the config keys of each layer say after ``plans``.
+    """Returns the config values of each layer after ``plans``.
 
-    Empty where plans took whole layers: those that are left have new numbers, and the plans alone tell.
+    The result is empty if whole layers were removed: the remaining layers are renumbered, and only the plans are valid.
 
     Args:
         config: The dense config.
-        spec: The architecture's table.
-        plans: What was pruned, the first plan from the dense model, each other one from what the one before left.
-        num_layers: Layers that the pruned model has.
+        spec: Specification of the architecture.
+        plans: The plans in order; the first one is for the dense model, each further one for the result of the last.
+        num_layers: Number of layers of the pruned model.
     """
     if num_layers != config.num_hidden_layers:
         return {}
@@ -132,7 +132,7 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
 
 
 def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -> dict[str, int]:
-    """Returns the config keys that the dense config leaves to a rule which no longer holds after ``plans``."""
+    """Returns the values of config keys that are implicit in the dense config and must be explicit after ``plans``."""
     groups = {group.kind: group for plan in plans for group in plan.groups}.values()
     found = [kind_values(config, spec, g.kind, kept=g.num_units, units=g.num_units) or {} for g in groups]
     return {key: value for values in found for key, value in values.items() if not hasattr(config, key)}
@@ -140,12 +140,12 @@ def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """How a model came to be from a dense one.
+    """Pruning history of a model: the plans that lead to it from the dense model.
 
     Attributes:
-        dense: Values that the dense config has for the keys which the plans rewrote.
+        dense: Values in the dense config of the keys that the plans changed.
         count: Number of plans.
-        plans: The plans, each made for what the one before left; empty while they have not been read.
+        plans: The plans, each for the result of the previous one; empty until they are read.
     """
 
     dense: Mapping[str, Any]
@@ -153,19 +153,19 @@ class Cut:
     plans: tuple[PruningPlan, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cut":
-        """Returns itself: nothing in it changes."""
+        """Returns itself: it is immutable."""
         return self
 
     def files(self) -> list[str]:
-        """Returns the names of the plans' files; ``plan.json`` holds the last."""
+        """Returns the file names of the plans; ``plan.json`` is the last one."""
         return [f"plan-{number}.json" for number in range(1, self.count)] + [PLAN_FILE]
 
     def read(self, path: str, **hub: Any) -> "Cut":
-        """Returns the cut with the plans of a folder or hub id.
+        """Returns a copy with the plans read from a folder or hub id.
 
         Args:
             path: The folder or hub id.
-            hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
+            hub: Hub arguments of ``from_pretrained``: ``revision``, ``token``, ``subfolder`` and others.
 
         Raises:
             PlanError: A plan is missing or damaged.
@@ -178,7 +178,7 @@ def _read(path: str, file: str, hub: Mapping[str, Any]) -> PruningPlan:
         found = cached_file(path, file, **hub)
     except OSError as error:
         raise PlanError(
-            f"'{path}' has no {file}: its layers differ in width, and only the plan says which units they kept. Copy "
-            "the file from where the model was exported."
+            f"'{path}' has no {file}, which lists the kept units of layers that differ in width. Copy the file from "
+            "the exported model."
         ) from error
     return PruningPlan.load(str(found))

@@ -1,15 +1,15 @@
-"""The layout ``bitmask``: of each sparse matrix, the weights that are not zero and one bit per position.
+"""Layout ``bitmask``: the nonzero weights of each sparse matrix, and one bit per position.
 
-Files ``bitmask-*.safetensors`` hold, for a matrix ``name`` with enough zeros, ``name.values`` (its weights that are not
-zero, row by row, in the model's type) and ``name.bits`` (uint8; bit i % 8 of byte i // 8, lowest first, says whether
-weight i, row by row, is there); everything else as it is. ``bitmask.json`` lists the files and the shapes. A negative
-zero is a zero: it comes back without its sign.
+For a matrix ``name`` with enough zeros, ``bitmask-*.safetensors`` hold ``name.values`` (the nonzero weights in the
+model's dtype, row-major) and ``name.bits`` (uint8; bit i % 8 of byte i // 8, least significant first, is set if weight
+i is nonzero). Other tensors are stored unchanged. ``bitmask.json`` lists files and shapes. A negative zero is
+read back as positive.
 
-The model in memory is the stock one, every weight in place: this saves disk and transfer, not memory or time.
-Loading reads one matrix after the other. The config is of the stock class as soon as the model is there.
+The loaded model is a dense stock model: the layout saves disk space and transfer, not memory or time. Matrices are
+read one at a time.
 
-compressed-tensors had such a format (``sparse-bitmask``); its release 0.20 still names it, and has no code that
-reads or writes it, nor has transformers 5.23.
+compressed-tensors used to have a similar format (``sparse-bitmask``). Its release 0.20 can no longer read or write it,
+and transformers 5.23 cannot either.
 """
 
 import copy
@@ -35,11 +35,11 @@ from hfprune.utils.compat import cached_file_or_none
 from hfprune.utils.errors import ConfigError
 
 INDEX_FILE = "bitmask.json"
-_ONE_BY_ONE = threading.Lock()  # transformers reads with several threads; each would hold the places of its matrix
+_ONE_BY_ONE = threading.Lock()  # transformers reads with several threads, each with the unpacked bits of its matrix
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the values [K] of a tensor that are not zero, and one bit a place [ceil(N / 8)], uint8.
+    """Returns the nonzero values [K] of a tensor with N elements, and its bitmask [ceil(N / 8)], uint8.
 
     >>> values, bits = pack(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
     >>> values.tolist(), bits.tolist()
@@ -52,16 +52,16 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
-    """Returns the tensor that :func:`pack` was given.
+    """Returns the original tensor of :func:`pack`.
 
     Args:
-        values: [K].
-        bits: [ceil(N / 8)].
-        shape: Of the tensor, N numbers.
+        values: Nonzero values [K].
+        bits: Bitmask [ceil(N / 8)], uint8.
+        shape: Shape of the tensor, N elements.
         name: Name of the tensor, for the message.
 
     Raises:
-        ConfigError: Values, bits and shape do not belong together.
+        ConfigError: Values, bits and shape are inconsistent.
     """
     size = torch.Size(shape).numel()
     places = bits[:, None] >> torch.arange(8, dtype=torch.uint8)
@@ -69,20 +69,20 @@ def unpack(values: Tensor, bits: Tensor, shape: list[int], name: str) -> Tensor:
     count = int(places.count_nonzero())
     if len(bits) != -(-size // 8) or count != len(values) or bool(places[size:].any()):
         raise ConfigError(
-            f"The weights of {name} are damaged: {len(values):,} values, {count:,} bits that are set, "
-            f"shape {shape}. Copy the files again, or repeat the export."
+            f"The weights of {name} are damaged: {len(values):,} values, {count:,} set bits, shape {shape}. Copy the "
+            "files again, or repeat the export."
         )
     return values.new_zeros(size).masked_scatter_(places[:size], values).view(shape)
 
 
 def is_worth_it(weight: Tensor) -> bool:
-    """Returns whether a matrix, or matrices stacked, take less space without their zeros."""
+    """Returns whether a matrix, or a stack of matrices, takes less space in this layout."""
     saved = int((weight == 0).sum()) * weight.element_size()
     return weight.dim() >= 2 and weight.is_floating_point() and saved > weight.numel() / 8
 
 
 def is_bitmask(folder: Path) -> bool:
-    """Returns whether a folder holds a model in this layout, or parts of one."""
+    """Returns whether a folder holds files of this layout."""
     return any(folder.glob("bitmask*"))
 
 
@@ -119,13 +119,12 @@ class BitmaskLayout(StockLayout):
         return model
 
     def compress(self, folder: Path, *, file_bytes: int = 2**30) -> bool:
-        """Rewrites the files of ``save_pretrained``, then the config; returns True.
-
-        Shards are closed as they fill up: how large a packed matrix is shows only when it has been read.
+        """Rewrites the files of ``save_pretrained`` and the config; returns True.
 
         Args:
             folder: The saved model.
-            file_bytes: Size in bytes at which a file, which is in memory until then, is written.
+            file_bytes: Size in bytes at which a shard is written. Shards are collected in memory, since the size of a
+                packed matrix is not known in advance.
         """
         shapes: dict[str, list[int]] = {}
         parts, size = [dict[str, Tensor]()], 0
@@ -157,14 +156,14 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _matrices(model: Any) -> Iterator[Tensor]:
-    """Yields the matrices of a model; those that are stacked in memory may be files' tensors each, so one by one."""
+    """Yields the matrices of a model; stacked matrices one by one, since files may store them separately."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             yield from parameter.detach().flatten(0, -3) if parameter.dim() > 2 else (parameter.detach(),)
 
 
 def _consumed(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the weight files, and deletes each file when it was read."""
+    """Yields the tensors of the weight files and deletes each file after reading it."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in list(tensors.keys()):
@@ -173,7 +172,7 @@ def _consumed(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _packed(name: str, tensor: Tensor, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Returns what is stored of a tensor; notes its shape if it is packed."""
+    """Returns the stored form of a tensor; adds the shape of a packed one to ``shapes``."""
     if not is_worth_it(tensor):
         return {name: tensor}
     shapes[name] = list(tensor.shape)
@@ -192,13 +191,13 @@ def _flush(parts: list[dict[str, Tensor]], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor on disk. Indexing reads all of it, as transformers does with the slices of a file."""
+    """Tensor on disk that is read as a whole when indexed, as transformers does with slices of a file."""
 
     shape: list[int]
     read: Callable[[], Tensor]
 
     def __getitem__(self, item: Any) -> Tensor:
-        """Returns what ``tensor[item]`` is."""
+        """Reads the tensor and returns ``tensor[item]``."""
         return self.read()[item]
 
     def get_shape(self) -> list[int]:
@@ -208,14 +207,14 @@ class Stored:
 
 @contextmanager
 def stored_tensors(path: str, **hub: Any) -> Iterator[dict[str, Stored]]:
-    """Yields name -> tensor of a folder, or hub id, in this layout; nothing is read yet.
+    """Yields the tensors of a model in this layout, by name, without reading them.
 
     Args:
         path: The folder or hub id.
-        hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``cache_dir`` and others.
+        hub: Hub arguments of ``from_pretrained``: ``revision``, ``token``, ``cache_dir`` and others.
 
     Raises:
-        ConfigError: A file is missing or damaged; what is in a matrix is checked when it is read.
+        ConfigError: A file is missing or damaged. The content of a matrix is checked when it is read.
     """
     files, shapes = _index(path, hub)
     found: dict[str, Stored] = {}
@@ -249,7 +248,7 @@ def _dense(tensors: Any, name: str) -> Stored:
 
 
 def _index(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, list[int]]]:
-    """Returns the names of the weight files, and the shapes of the tensors that are packed."""
+    """Returns the names of the weight files and the shapes of the packed tensors."""
     try:
         index = json.loads(_fetched(path, INDEX_FILE, hub).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -259,9 +258,9 @@ def _index(path: str, hub: Mapping[str, Any]) -> tuple[list[str], dict[str, list
         raise ConfigError(f"'{path}': {INDEX_FILE} was written by another version of hfprune.")
     files, shapes = data.get("files"), data.get("shapes")
     if not (isinstance(files, list) and all(isinstance(file, str) and Path(file).name == file for file in files)):
-        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: it lists no files of this folder. Copy it again.")
+        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: it has no valid list of files. Copy it again.")
     if not (isinstance(shapes, dict) and all(_is_shape(shape) for shape in shapes.values())):
-        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: a shape in it is no list of sizes. Copy it again.")
+        raise ConfigError(f"'{path}': {INDEX_FILE} is damaged: it contains an invalid shape. Copy it again.")
     return files, shapes
 
 
@@ -276,28 +275,28 @@ def _fetched(path: str, file: str, hub: Mapping[str, Any]) -> Path:
         raise ConfigError(f"'{path}' has no {file}. Copy all files of one export.") from error
 
 
-# ---- what transformers' Auto classes call ---------------------------------------------------------------------------
+# ---- entry points of transformers' Auto classes ---------------------------------------------------------------------
 
 
 class BitmaskConfig(CustomConfig):
-    """What the config of a model on disk without its zeros adds to its stock config class."""
+    """Additions to the stock config class for models stored in this layout."""
 
     auto_type = "hfprune_bitmask"
     adjective = "sparse"
     note = "Zeros are not stored. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Returns what config.json holds."""
+        """Returns the content of config.json."""
         return _described(super().to_diff_dict(), self.stock.model_type)  # type: ignore[misc]
 
 
 def _described(data: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Returns what config.json holds for a model of ``family`` whose stock config is ``data``."""
+    """Returns the content of config.json for a model of ``family`` with the stock config ``data``."""
     return BitmaskConfig.described(data) | {"hfprune": BitmaskConfig.section(family)}
 
 
 def bitmask_stock(config: Any) -> Any:
-    """Returns a copy of a config, in its stock class where it is that of a model without its zeros."""
+    """Returns a copy of a config; a ``BitmaskConfig`` becomes a config of its stock class."""
     found: Any = copy.deepcopy(config)
     if isinstance(found, BitmaskConfig):
         stock: Any = found.stock
@@ -306,16 +305,22 @@ def bitmask_stock(config: Any) -> Any:
 
 
 class BitmaskForCausalLM:
-    """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
+    """Entry point of ``AutoModelForCausalLM`` that returns models of the stock class."""
 
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, config: Any, **kwargs: Any) -> Any:
         """Returns the model saved at ``path``, an instance of its stock class with a stock config.
 
-        Beside the model, one matrix is in memory at a time; where its type changes, up to four.
+        In addition to the model, one matrix is held in memory, or up to four if the dtype changes.
+
+        Args:
+            path: Folder or hub id.
+            args: Positional arguments of transformers.
+            config: Config of the saved model.
+            kwargs: Keyword arguments of transformers.
 
         Raises:
-            ConfigError: A file is missing or damaged, or config and weights do not belong together.
+            ConfigError: A file is missing or damaged, or config and weights are inconsistent.
         """
         hub = {key: kwargs.pop(key) for key in HUB if key in kwargs}
         wants_info = kwargs.pop("output_loading_info", False)
@@ -333,12 +338,12 @@ class BitmaskForCausalLM:
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """Returns a model of the stock class with random weights; on the meta device none."""
+        """Returns a model of the stock class with random weights."""
         return stock_model(bitmask_stock(config))._from_config(bitmask_stock(config), **kwargs)
 
 
 def _read_generation(model: Any, path: str, hub: dict[str, Any]) -> None:
-    """Reads the generation config, which transformers reads only together with weight files of its own format."""
+    """Reads the generation config: transformers does so only for weight files in its own format."""
     if cached_file_or_none(path, "generation_config.json", **hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
 

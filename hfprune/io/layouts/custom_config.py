@@ -1,8 +1,8 @@
-"""Custom configs: models that stock config classes cannot describe, registered with transformers' Auto classes.
+"""Custom configs for models that stock config classes cannot describe, registered with transformers' Auto classes.
 
-In memory such a model is an instance of its stock class. Its config belongs to a subclass of the stock config class,
-made at run time: a :class:`CustomConfig` and the stock class. config.json has a ``model_type`` and class names that
-other software does not know, so that it stops instead of loading wrong weights, and a section ``hfprune``.
+In memory, such a model is an instance of its stock class. The class of its config is created at run time from a
+:class:`CustomConfig` and the stock config class. config.json has a ``model_type`` and class names of hfprune and a
+section ``hfprune``, so that other software raises an error instead of loading wrong weights.
 """
 
 from collections.abc import Mapping
@@ -15,22 +15,20 @@ from hfprune.utils.errors import ConfigError, HFPruneError
 
 VERSION = 1
 PREFIX = "HFPrune"
-"""Stands before the name of the stock class in config.json's ``architectures``."""
+"""Prefix of the stock class names in ``architectures`` of config.json."""
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments of ``from_pretrained`` that say where files are."""
+"""Arguments of ``from_pretrained`` that locate files."""
 
 
 class CustomConfig:
-    """What one kind of custom config adds to a stock config class.
-
-    Subclasses set the three class variables below, implement :meth:`restore`, and are registered with :func:`register`.
+    """Base class of the additions to a stock config class; subclasses are registered with :func:`register`.
 
     Attributes:
-        stock: The stock config class; set in the classes that are made at run time.
-        auto_type: ``model_type`` in config.json; software that does not know hfprune names it in its message.
-        adjective: What models of this kind are called in messages.
-        note: How to load such a model; stands in config.json.
+        stock: The stock config class; set in the classes created at run time.
+        auto_type: ``model_type`` in config.json.
+        adjective: Adjective for models of this kind in messages.
+        note: How to load such a model, written to config.json.
     """
 
     stock: ClassVar[type[PreTrainedConfig]]
@@ -40,24 +38,24 @@ class CustomConfig:
 
     @classmethod
     def restore(cls, config: Any, section: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
-        """Turns a stock config that was read from config.json, in place, into one of this kind.
+        """Converts a stock config read from config.json, in place.
 
         Args:
-            config: Of the stock class.
-            section: The section ``hfprune`` of config.json.
-            overrides: The section ``per_layer_config``; empty where there is none.
+            config: Config of the stock class.
+            section: Section ``hfprune`` of config.json.
+            overrides: Section ``per_layer_config``, empty if missing.
         """
         cls.adopt(config)
 
     @classmethod
     def adopt(cls, config: Any) -> None:
-        """Makes ``config``, in place (every module of a model refers to it), one of this kind."""
+        """Changes the class of ``config`` to this kind, in place: every module of the model refers to it."""
         if not isinstance(config, cls):
             config.__class__ = _subclass(cls, type(config))
 
     @classmethod
     def described(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns what config.json holds where a stock config holds ``data``: a type and class names of its own."""
+        """Returns the stock config ``data`` with the ``model_type`` and the class names of this kind."""
         names = [PREFIX + name for name in data.get("architectures") or ()]
         return {**data, "model_type": cls.auto_type, "architectures": names}
 
@@ -68,22 +66,26 @@ class CustomConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Returns the config that config.json describes, of a subclass of its family's config class.
+        """Returns the config described by config.json.
+
+        Args:
+            config_dict: Content of config.json.
+            kwargs: Arguments of the stock class's ``from_dict``.
 
         Raises:
-            ConfigError: It was written by another version, or for a family that this transformers does not know.
+            ConfigError: It was written by another version, or its model type is unknown to the installed transformers.
         """
         data = dict(config_dict)
         section, overrides = data.pop("hfprune", None), data.pop("per_layer_config", None) or {}
         if not isinstance(section, dict) or section.get("version") != VERSION:
             raise ConfigError(
-                f"config.json has model_type '{cls.auto_type}' but no section 'hfprune' of version {VERSION}: it is "
+                f"config.json has model_type '{cls.auto_type}', but no section 'hfprune' of version {VERSION}. It is "
                 "damaged, or was written by another version of hfprune."
             )
         family: Any = section.get("family")
         if family not in CONFIG_MAPPING:
             raise ConfigError(
-                f"config.json describes a {cls.adjective} '{family}', which this transformers does not know."
+                f"config.json describes a {cls.adjective} '{family}', which the installed transformers does not know."
             )
         names = [str(name).removeprefix(PREFIX) for name in data.get("architectures") or ()]
         found = CONFIG_MAPPING[family].from_dict(data | {"model_type": family, "architectures": names}, **kwargs)
@@ -91,7 +93,7 @@ class CustomConfig:
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles by the kind and the stock class: the subclass is made at run time."""
+        """Pickles the kind and the stock class: the subclass is created at run time."""
         return _blank, (_kind(type(self)), self.stock), self.__dict__
 
 
@@ -108,7 +110,7 @@ def register(kind: type[CustomConfig], models: type) -> None:
     """
 
     class Entry(PreTrainedConfig):
-        """The entry point of ``AutoConfig``: makes configs of the model's own family."""
+        """Entry point of ``AutoConfig``."""
 
         model_type = kind.auto_type
 
@@ -128,18 +130,18 @@ def stock_model(config: Any) -> Any:
 def check_weights(
     path: str, info: Mapping[str, Any], *, described_by: str, error: type[HFPruneError] = ConfigError
 ) -> None:
-    """Raises unless the weight files held every parameter, in the shape that the config describes.
+    """Raises an error unless the weight files held every parameter in the shape described by the config.
 
     Args:
         path: The model, for the message.
-        info: What transformers returns for ``output_loading_info``.
+        info: Result of transformers' ``output_loading_info``.
         described_by: The files that describe the shapes, for the message.
-        error: What is raised.
+        error: Class of the error.
     """
     for name, saved, expected in sorted(info["mismatched_keys"]):
         raise error(
-            f"'{path}': {name} is {list(saved)} in the weight files and {list(expected)} by {described_by}: they do "
-            "not belong together. Copy all files of one export."
+            f"'{path}': {name} has the shape {list(saved)} in the weight files and {list(expected)} in {described_by}. "
+            "Copy all files of one export."
         )
     for key, verb in (("missing_keys", "lack"), ("unexpected_keys", "hold unexpected tensors:")):
         if info[key]:
@@ -147,7 +149,7 @@ def check_weights(
 
 
 def _subclass(kind: type[CustomConfig], stock: type[PreTrainedConfig]) -> Any:
-    """Returns the subclass of a stock config class, known to ``AutoModelForCausalLM``."""
+    """Returns the subclass of a stock config class, registered with ``AutoModelForCausalLM``."""
     if (kind, stock) not in _SUBCLASSES:
         names = {"stock": stock, "__module__": kind.__module__}
         name = kind.__name__.removesuffix("Config") + stock.__name__

@@ -1,11 +1,11 @@
-"""The layout ``per_layer``: config and model classes of models whose layers differ in width.
+"""Layout ``per_layer``: config and model classes for models whose layers differ in width.
 
-In memory such a model is an instance of its stock class. Its config is of a subclass of the stock config class that
-carries the plans which cut the dense model, and says in transformers' own ``per_layer_config`` what differs. So
-``save_pretrained`` writes all that loading needs: ``config.json`` with ``model_type`` ``hfprune`` and the plans.
+In memory, such a model is an instance of its stock class. Its config belongs to a subclass of the stock config class,
+holds the plans that cut the dense model, and lists the differences in transformers' own ``per_layer_config``.
+``save_pretrained`` therefore writes ``config.json``, with ``model_type`` ``hfprune``, and the plans.
 
-Loading goes the other way: transformers' ``from_pretrained`` builds the dense model without weights, the plans cut it,
-and the weights are read into what is left. Importing this module registers that with transformers' Auto classes.
+To load it, transformers' ``from_pretrained`` builds the dense model without weights, the plans cut it, and the weights
+are read into the result. Importing this module registers the classes with transformers' Auto classes.
 """
 
 import copy
@@ -23,7 +23,7 @@ from hfprune.utils.errors import PlanError
 
 
 class PerLayerConfig(CustomConfig):
-    """What the config of a model whose layers differ in width adds to its stock config class."""
+    """Additions to the stock config class for models whose layers differ in width."""
 
     auto_type = "hfprune"
     adjective = "pruned"
@@ -32,28 +32,28 @@ class PerLayerConfig(CustomConfig):
 
     @classmethod
     def restore(cls, config: Any, section: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
-        """Turns a stock config, in place, into one whose layers differ; the plans are read later."""
+        """Converts a stock config in place; the plans are read later."""
         layers = {int(index): values for index, values in overrides.items()}
         to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the config as plain data, with what hfprune needs under ``hfprune``."""
+        """Returns the config as plain data, with a section ``hfprune``."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         cut: Cut = data.pop("_hfprune")
         return data | {"hfprune": self.section(self.stock.model_type) | {"plans": cut.count, "dense": dict(cut.dense)}}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Returns what config.json holds."""
+        """Returns the content of config.json."""
         return self.described(super().to_diff_dict())  # type: ignore[misc]
 
     def validate(self) -> None:
-        """Checks nothing: the stock checks read keys that have no one value here; loading checks every shape."""
+        """Does nothing: the stock checks expect one value per key, and loading checks every shape."""
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Writes config.json and the plans.
 
         Raises:
-            PlanError: The plans were not read yet, and are not where the config came from.
+            PlanError: The plans have not been read yet and cannot be found in the config's folder.
         """
         plans = cut_of(self).plans
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -62,17 +62,17 @@ class PerLayerConfig(CustomConfig):
 
 
 def is_per_layer(config: Any) -> bool:
-    """Returns whether ``config`` is that of a model whose layers differ in width."""
+    """Returns whether ``config`` belongs to a model whose layers differ in width."""
     return isinstance(config, PerLayerConfig)
 
 
 def cut_of(config: Any, *, path: str | None = None, **hub: Any) -> Cut:
-    """Returns the cut of a per-layer config with its plans, read once where they were not yet.
+    """Returns the pruning history of a per-layer config; its plans are read at the first call.
 
     Args:
-        config: The config; it keeps what was read.
-        path: Folder or hub id of the plans; by default where the config came from.
-        hub: What ``from_pretrained`` takes of the hub: ``revision``, ``token``, ``subfolder`` and others.
+        config: The config, which stores the plans.
+        path: Folder or hub id of the plans; that of the config if not given.
+        hub: Hub arguments of ``from_pretrained``: ``revision``, ``token``, ``subfolder`` and others.
 
     Raises:
         PlanError: A plan is missing or damaged.
@@ -84,7 +84,7 @@ def cut_of(config: Any, *, path: str | None = None, **hub: Any) -> Cut:
 
 
 def dense_config(config: Any) -> Any:
-    """Returns a copy of ``config`` in its stock class, as it was before any plan made layers differ."""
+    """Returns a copy of ``config`` in its stock class, with the values of the dense model."""
     dense = stock_config(config)
     for key, value in config._hfprune.dense.items() if is_per_layer(config) else ():
         setattr(dense, key, value)
@@ -92,14 +92,14 @@ def dense_config(config: Any) -> Any:
 
 
 def stock_config(config: Any) -> Any:
-    """Returns a copy of ``config`` in its stock class, without what differs per layer."""
+    """Returns a copy of ``config`` in its stock class, without the values per layer."""
     found = copy.deepcopy(config)
     to_stock(found)
     return found
 
 
 def to_stock(config: Any) -> None:
-    """Makes ``config``, in place, one of its stock class."""
+    """Changes the class of ``config`` to its stock class, in place."""
     if is_per_layer(config):
         config.per_layer_config = None
         del config._hfprune
@@ -107,20 +107,26 @@ def to_stock(config: Any) -> None:
 
 
 def to_per_layer(config: Any, cut: Cut, overrides: Mapping[int, Mapping[str, Any]]) -> None:
-    """Makes ``config``, in place (every module of a model refers to it), one whose layers differ as ``cut`` says."""
+    """Changes ``config`` to a per-layer config with the history ``cut``, in place.
+
+    Args:
+        config: Stock or per-layer config; every module of the model refers to it.
+        cut: The pruning history.
+        overrides: Layer index -> config key -> value.
+    """
     PerLayerConfig.adopt(config)
     config._hfprune = cut
-    # transformers leaves out what the config says of all layers
+    # transformers omits the values that are common to all layers
     config.per_layer_config = {index: dict(values) for index, values in overrides.items()} or None
 
 
 def finish(model: Any, dense: Any, cut: Cut) -> None:
-    """Gives a model that was cut by ``cut.plans`` the config that says so.
+    """Sets the per-layer config of a model that was cut by ``cut.plans``.
 
     Args:
-        model: The model; its config is stock or per-layer.
+        model: The model, with a stock or per-layer config.
         dense: The dense config.
-        cut: How the model came to be.
+        cut: The pruning history.
     """
     spec = find_spec(model)
     for key, value in implied_values(dense, spec, cut.plans).items():
@@ -130,11 +136,17 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
 
 
 class HFPruneForCausalLM:
-    """The entry point of ``AutoModelForCausalLM``: makes models of the stock class."""
+    """Entry point of ``AutoModelForCausalLM`` that returns models of the stock class."""
 
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, config: Any, **kwargs: Any) -> Any:
-        """Returns the model saved at ``path``, an instance of its stock class; arguments as in transformers.
+        """Returns the model saved at ``path``, an instance of its stock class.
+
+        Args:
+            path: Folder or hub id.
+            args: Positional arguments of transformers.
+            config: Config of the saved model.
+            kwargs: Keyword arguments of transformers.
 
         Raises:
             PlanError: A plan is missing, damaged, or does not fit config.json or the weights.
@@ -148,12 +160,12 @@ class HFPruneForCausalLM:
         model.__class__ = stock
         finish(model, dense, cut)
         if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
-            raise PlanError(f"'{path}': the plan keeps other numbers of units than per_layer_config in config.json.")
+            raise PlanError(f"'{path}': the widths in per_layer_config of config.json differ from those of the plan.")
         return (model, info) if wants_info else model
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """Returns a model of the shapes that ``config`` describes, with random weights; on the meta device none."""
+        """Returns a model with the shapes described by ``config`` and random weights."""
         cut, dense = cut_of(config), dense_config(config)
         model = stock_model(dense)._from_config(dense, **kwargs)
         _apply(model, cut)
@@ -162,7 +174,7 @@ class HFPruneForCausalLM:
 
 
 def _cutting(stock: Any, cut: Cut) -> Any:
-    """Returns a subclass of a model class whose new models are cut at once; it bears the stock class's name."""
+    """Returns a subclass, with the same name, whose instances are cut at construction."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
@@ -173,7 +185,7 @@ def _cutting(stock: Any, cut: Cut) -> Any:
 
 
 def _apply(model: Any, cut: Cut) -> None:
-    with torch.device("cpu"):  # of index tensors; the model may be made on the meta device
+    with torch.device("cpu"):  # for index tensors; the model may be on the meta device
         for plan in cut.plans:
             apply_plan(model, plan)
 
@@ -182,25 +194,18 @@ register(PerLayerConfig, HFPruneForCausalLM)
 
 
 class PerLayerLayout(Layout):
-    """``per_layer``: ``per_layer_config`` in config.json, and the plans; an ordinary folder where no layer differs.
+    """``per_layer``: ``per_layer_config`` in config.json and the plans, or a stock folder if all layers are equal.
 
     Example:
-        >>> from hfprune.io.layouts import apply_plan
-        >>> from hfprune.models import find_groups
-        >>> from hfprune.plan import PruningPlan
+        >>> import hfprune
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = LlamaForCausalLM(config)
-        >>> groups = find_groups(model)
-        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
-        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
-        >>> apply_plan(model, plan)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> hfprune.apply_plan(model, hfprune.make_plan(model, keep={"model.layers.0.mlp": range(12)}))
         >>> type(model).__name__, type(model.config).__name__
         ('LlamaForCausalLM', 'PerLayerLlamaConfig')
         >>> [layer.mlp.down_proj.in_features for layer in model.model.layers]
-        [12, 8]
+        [12, 16]
     """
 
     name = "per_layer"
@@ -209,7 +214,7 @@ class PerLayerLayout(Layout):
         """Accepts every model."""
 
     def written(self, model: Any) -> Any:
-        """Returns ``model``: its config writes what differs."""
+        """Returns ``model``, whose config writes the differences."""
         return model
 
 

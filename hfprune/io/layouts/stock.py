@@ -1,9 +1,8 @@
 """Layouts that stock transformers loads: ``uniform`` and ``padded``.
 
-``uniform`` writes an ordinary folder and refuses models whose layers differ. ``padded`` fills up the layers that kept
-fewer units than others with units of zeros. A unit whose weights are all zero adds nothing: its output passes through
-zero columns of the projection that reads it. The logits are those of the pruned model; the zeros are stored and
-multiplied.
+``uniform`` writes a stock folder and rejects models whose layers differ. ``padded`` pads layers that kept fewer units
+with zero units. A unit with zero weights contributes nothing, since the columns that read its output are zero. The
+logits are those of the pruned model, but the zeros are stored and multiplied.
 """
 
 import copy
@@ -22,14 +21,12 @@ from hfprune.utils.errors import ConfigError
 
 
 class StockLayout(Layout):
-    """``uniform``: stock config, stock weights; refuses what one value per config field cannot describe.
+    """``uniform``: stock config and weights, for models that a stock config can describe.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = LlamaForCausalLM(config)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2))
         >>> LAYOUTS.get("uniform").written(model) is model
         True
     """
@@ -38,10 +35,10 @@ class StockLayout(Layout):
     stock = True
 
     def check(self, model: Any) -> None:
-        """Raises ``ConfigError`` for a model whose layers differ; the message names the first such parameter."""
+        """Raises ``ConfigError`` for a model whose layers differ, with the name of the first such parameter."""
         if is_per_layer(model.config):
             raise ConfigError(
-                f"layout='uniform' has one value per config field, which cannot describe what this plan leaves: "
+                f"layout='uniform' has one value per config field, which cannot describe the pruned model: "
                 f"{not_expressed(model)}. Use layout='per_layer' (loads with hfprune) or layout='padded' (loads "
                 "anywhere; missing units are stored as zeros), or keep the same number of units in every layer."
             )
@@ -53,20 +50,15 @@ class StockLayout(Layout):
 
 
 class PaddedLayout(Layout):
-    """``padded``: fills up every group with units of zeros, to the widest of its kind that a stock config describes.
+    """``padded``: pads every group with zero units to the smallest common width that a stock config can describe.
 
     Example:
-        >>> from hfprune.io.layouts import apply_plan
-        >>> from hfprune.models import find_groups
+        >>> import hfprune
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(
-        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = LlamaForCausalLM(config)
-        >>> groups = find_groups(model)
-        >>> keep = {groups[0].name: range(12), groups[1].name: range(8)}
-        >>> plan = PruningPlan(model_class="LlamaForCausalLM", groups=groups, keep=keep, config={})
-        >>> apply_plan(model, plan)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16,
+        ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> keep = {"model.layers.0.mlp": range(12), "model.layers.1.mlp": range(8)}
+        >>> hfprune.apply_plan(model, hfprune.make_plan(model, keep=keep))
         >>> LAYOUTS.get("padded").written(model).config.intermediate_size
         12
     """
@@ -75,16 +67,16 @@ class PaddedLayout(Layout):
     shards = False
 
     def check(self, model: Any) -> None:
-        """Raises ``ConfigError`` when the plans removed units of a kind that no unit of zeros can stand for."""
+        """Raises ``ConfigError`` if units were removed that zero units cannot replace."""
         if is_per_layer(model.config):
             padding(model)
 
     def written(self, model: Any) -> Any:
-        """Returns the padded model; parameters that need no padding are those of ``model``."""
+        """Returns the padded model, which shares the parameters that need no padding."""
         return pad(model) if is_per_layer(model.config) else model
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Returns the relative change of logits: sums over more terms, all zero, are rounded in another order."""
+        """Returns the accepted relative difference of the logits: longer sums are rounded in another order."""
         return max(1e-5, 8 * torch.finfo(dtype).eps)
 
 
@@ -93,13 +85,13 @@ LAYOUTS.add(PaddedLayout.name, PaddedLayout())
 
 
 def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
-    """Returns the dense model on the meta device, the plan that leads to ``model``, and the one to the padded model.
+    """Returns the dense model on the meta device, the plan of ``model`` and the plan of the padded model.
 
     Args:
         model: A model whose layers differ; only its config is read.
 
     Raises:
-        ConfigError: Units of a kind were removed for which no unit of zeros can stand.
+        ConfigError: Units were removed that zero units cannot replace.
     """
     cut, dense = cut_of(model.config), dense_config(model.config)
     plan = compose(cut.plans)
@@ -113,11 +105,11 @@ def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
 
 
 def pad(model: Any) -> Any:
-    """Returns a uniform model with the logits of ``model``, whose layers differ; made for saving."""
+    """Returns a uniform model, for saving, with the logits of a model whose layers differ."""
     empty, plan, padded = padding(model)
     small, large = surgery.plan_cuts(empty, plan), surgery.plan_cuts(empty, padded)
     dense = {name: tensor.shape for name, tensor in empty.state_dict().items()}
-    origin = {new: old for old, new in surgery.new_names(empty, plan).items()}  # removed layers shift the others
+    origin = {new: old for old, new in surgery.new_names(empty, plan).items()}  # remaining layers are renumbered
     surgery.apply_plan(empty, padded)
     state = {}
     for name, tensor in model.state_dict().items():
@@ -130,10 +122,13 @@ def pad(model: Any) -> Any:
 
 
 def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
-    """Returns the one plan that cuts the dense model as ``plans`` do one after the other.
+    """Returns one plan with the same result as ``plans`` in sequence.
+
+    Args:
+        plans: The first plan is for the dense model, each further one for the result of the last.
 
     Raises:
-        ConfigError: Two plans cut the same channels by groups of different names.
+        ConfigError: Two plans cut the same channels with groups of different names.
     """
     groups: dict[str, Group] = {}
     keep: dict[str, tuple[int, ...]] = {}
@@ -142,8 +137,8 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
         for group in plan.groups:
             if any(owners.setdefault((s.module, s.parameter, s.side), group.name) != group.name for s in group.slices):
                 raise ConfigError(
-                    f"layout='padded' cannot follow {group.name} through {len(plans)} plans: another group of an "
-                    "earlier one has the same channels. Use layout='per_layer'."
+                    f"layout='padded' cannot combine {len(plans)} plans: {group.name} has the same channels as another "
+                    "group of an earlier plan. Use layout='per_layer'."
                 )
             before = keep.get(group.name, tuple(range(group.num_units)))
             groups.setdefault(group.name, group)
@@ -152,19 +147,18 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
 
 
 def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
-    """Returns how many units of ``kind`` each group of the padded model has: as few as stock config fields express."""
+    """Returns the smallest number of units of ``kind`` per group that a stock config can describe."""
     removed = plan.removed_layers()
     groups = [
         group for group in plan.groups if group.kind == kind and (group.layer is None or group.layer not in removed)
     ]
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
-    if min(widths) < units and (values is None or kind == EXPERTS):  # a router would choose experts of zeros, too
+    if min(widths) < units and (values is None or kind == EXPERTS):  # a router would also select zero experts
         raise ConfigError(
-            f"layout='padded' fills layers up with units of zeros, and none can stand for a removed {kind}. Use "
-            "layout='per_layer'."
+            f"layout='padded' pads layers with zero units, which cannot replace removed {kind}. Use layout='per_layer'."
         )
-    if kind == CHANNELS:  # a norm would count channels of zeros
+    if kind == CHANNELS:  # norms would count zero channels
         return max(widths)
     for width in range(max(widths), units):
         candidate = copy.deepcopy(empty)
@@ -175,21 +169,21 @@ def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
 
 
 def _check_hidden(empty: Any, padded: PruningPlan) -> None:
-    """Raises ``ConfigError`` where no stock config states the hidden size that is left."""
+    """Raises ``ConfigError`` if no stock config can describe the hidden size."""
     candidate = copy.deepcopy(empty)
     surgery.apply_plan(candidate, padded)
     reason = not_expressed(candidate)
     if reason is not None:
         raise ConfigError(
-            f"layout='padded' fills up layers, not the hidden size, and no stock config describes the result: "
-            f"{reason}. Use layout='per_layer'."
+            f"layout='padded' pads layers, not the hidden size, and no stock config describes the result: {reason}. "
+            "Use layout='per_layer'."
         )
 
 
 def _filled(empty: Any, plan: PruningPlan, widths: Mapping[str, int]) -> PruningPlan:
-    """Returns ``plan`` with more kept units, the first of the removed ones: as many per group as its kind's width.
+    """Returns ``plan`` with the first removed units of each group added, up to the width of its kind.
 
-    Groups of other kinds keep all; layers that went stay away.
+    Groups of other kinds keep all units. Removed layers are not restored.
     """
     keep: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
@@ -203,13 +197,13 @@ def _filled(empty: Any, plan: PruningPlan, widths: Mapping[str, int]) -> Pruning
 def _spread(
     tensor: Tensor, small: tuple[tuple[int, Tensor], ...], large: Mapping[int, Tensor], dense: torch.Size
 ) -> Tensor:
-    """Returns ``tensor`` among zeros.
+    """Returns ``tensor`` padded with zeros.
 
     Args:
         tensor: A parameter of the pruned model.
-        small: Axis, and indices of the dense axis that ``tensor`` holds.
-        large: Axis -> indices of the dense axis that the padded parameter holds, all of those of ``small``; all there
-            are where the axis is missing.
+        small: Axis, and the indices of the dense axis that ``tensor`` holds.
+        large: Axis -> indices of the dense axis in the padded parameter, a superset of ``small``. Axes that are not
+            listed have all indices.
         dense: Shape of the dense parameter.
     """
     for axis, keep in small:

@@ -151,7 +151,7 @@ def test_an_allocation_can_take_the_place_of_the_budget():
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be positive"),
         ({"check_every": -1}, "check_every=-1 must be positive"),
         ({"early_stop_overlap": 1.5}, "early_stop_overlap=1.5 must be a share"),
-        ({"early_stop_overlap": 0.9, "check_every": None}, "needs check_every"),
+        ({"early_stop_overlap": 0.9, "check_every": None}, "requires `check_every`"),
         ({"rounds": 2, "self_distillation": SelfDistillation()}, "both calibrate more than once"),
     ],
 )

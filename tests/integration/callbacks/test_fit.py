@@ -369,7 +369,7 @@ def untouched(module):
 
 def test_impossible_budget_is_refused_before_the_model_is_loaded(folder):
     module = PruningModule(folder)
-    with pytest.raises(ConfigError, match="largest possible --pruning_ratio"):
+    with pytest.raises(ConfigError, match="largest possible `pruning_ratio`"):
         fit(folder, module=module, importance=TaylorImportanceCallback(pruning_ratio=0.9))
     assert untouched(module)
 

@@ -267,7 +267,7 @@ def test_described_neurons_of_a_hugging_face_model_change_its_config(name, names
 
 def test_described_neurons_that_no_config_states_are_warned_of():
     only = [name.replace("*", "1") for name in LLAMA[0]]
-    with pytest.warns(UserWarning, match=r"No config of LlamaForCausalLM states .* from_pretrained will not load"):
+    with pytest.warns(UserWarning, match=r"No config of LlamaForCausalLM states .* from_pretrained cannot load"):
         described(tiny(dtype=torch.float32), only, LLAMA[1].replace("*", "1"), pruning_ratio=0.05)
 
 
@@ -397,17 +397,19 @@ def refuse(match, module=None, loader=None, error=ConfigError, **kwargs):
 
 def test_what_cannot_be_pruned_is_said():
     refuse("no supported Hugging Face model.*neurons=")
-    refuse("no module is called 'net.1x'. Linear projections here: net.0, net.3", neurons=[Neurons("net.1x", "net.3")])
+    refuse(
+        "no module has the name 'net.1x'. Linear projections here: net.0, net.3", neurons=[Neurons("net.1x", "net.3")]
+    )
     refuse("widths of producers and consumers differ", neurons=[Neurons("net.0", "net.5")])
     refuse("described twice", neurons=[Neurons("net.0", "net.3"), Neurons("net.0", "net.3")])
     refuse("not a projection", neurons=[Neurons("net.1", "net.3")], error=HFPruneError)
-    refuse("largest possible --pruning_ratio", neurons=MLP, pruning_ratio=0.999)
-    refuse("widths \\[32, 48\\] and no hidden size", neurons=MLP, pruning_ratio=None, intermediate_size=10)
+    refuse("largest possible `pruning_ratio`", neurons=MLP, pruning_ratio=0.999)
+    refuse("the dense widths are 32, 48", neurons=MLP, pruning_ratio=None, intermediate_size=10)
     refuse("reads a Hugging Face model's logits", neurons=MLP, objective="entropy")
-    refuse("LoraRecovery adapts Hugging Face models", neurons=MLP, recovery=LoraRecovery())
+    refuse("requires a Hugging Face model", neurons=MLP, recovery=LoraRecovery())
     refuse("calibration_batches=N", neurons=MLP, calibration_batches=None)
     refuse("Unknown objective 'entropie'", FineTuner(), objective="entropie")
-    refuse("optimizes by hand.*objective='entropy'", ManualFineTuner())
+    refuse("uses manual optimization.*objective='entropy'", ManualFineTuner())
     refuse("reads token ids from the batch.*Found: Tensor", FineTuner(), objective="entropy")
     refuse("no module called 'lm'", FineTuner(), model="lm")
 

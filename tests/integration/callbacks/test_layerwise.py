@@ -93,7 +93,7 @@ def test_two_processes_fit_the_same_weights(tmp_path, folder):
 
 def test_refused_under_a_sharded_strategy(tmp_path, folder):
     errors = start(folder, tmp_path, "fsdp2", compensation={"damping": 0.1}, fails=True)
-    assert "LeastSquares goes through the layers one at a time" in errors
+    assert "LeastSquares runs layer by layer" in errors
 
 
 def test_fits_the_model_inside_a_module_of_ones_own():
@@ -112,7 +112,7 @@ def test_fits_the_model_inside_a_module_of_ones_own():
 def test_refused_without_a_known_model():
     module = Classifier()
     callback = importance(neurons=[Neurons("net.0", "net.3")], calibration_batches=2)
-    with pytest.raises(ConfigError, match="of a Hugging Face model that hfprune knows"):
+    with pytest.raises(ConfigError, match="requires a Hugging Face model of a supported architecture"):
         trainer(callback).fit(module)
 
 
@@ -139,7 +139,7 @@ def test_mean_compensation_takes_up_the_plain_mean(tmp_path):
 
 def test_refused_without_a_bias(folder, monkeypatch):
     monkeypatch.setattr(PruningModule, "configure_model", None)  # nothing was loaded
-    with pytest.raises(ConfigError, match=r"needs projections with a bias, and model\.layers\.0\.mlp\.down_proj has"):
+    with pytest.raises(ConfigError, match=r"requires projections with a bias; model\.layers\.0\.mlp\.down_proj has"):
         fit(folder, importance=importance(compensation=MeanCompensation()))
 
 
@@ -147,8 +147,8 @@ def test_refused_without_a_bias(folder, monkeypatch):
     ("settings", "match"),
     [
         ({"criterion": SlimLLMHeads()}, "SlimLLMHeads"),
-        ({"criterion": SlimLLMChannels(), "stop_when_settled": 0.9}, "early_stop_overlap does not go with"),
-        ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible --pruning_ratio"),
+        ({"criterion": SlimLLMChannels(), "stop_when_settled": 0.9}, "early_stop_overlap cannot be used with"),
+        ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible `pruning_ratio`"),
     ],
 )
 def test_what_cannot_be_scored_or_reached_is_refused_before_anything_is_loaded(folder, monkeypatch, settings, match):

@@ -232,7 +232,7 @@ def test_gradients_that_overflowed_are_left_out(tmp_path):
 
 
 def test_a_run_that_ends_before_its_schedule_says_so(folder):
-    with pytest.warns(UserWarning, match=r"ended after 3 of 10 steps, before the end of its schedule"):
+    with pytest.warns(UserWarning, match=r"stopped after 3 of 10 steps, before the end of its schedule"):
         fit(folder, StopEarly(3))
 
 
@@ -280,12 +280,12 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
     ("options", "text"),
     [
         ({"units": ("layers",)}, "must be of mlp and heads, which can be held at zero"),
-        ({"warmup": 0.6, "cooldown": 0.5}, "leave steps between"),
+        ({"warmup": 0.6, "cooldown": 0.5}, "with a sum below"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "sets the number of units itself"),
-        ({"allocation": GlobalRank()}, "needs scores to set widths"),
+        ({"allocation": GlobalRank()}, "sets widths from scores"),
         ({"lora": LoraRecovery(rank=2, dora=True)}, "plain adapters"),
         ({"lora": LoraRecovery(rank=2, target_modules=["q_proj"])}, "would have none: add them to target_modules"),
-        ({"pruning_ratio": 0.99}, "largest possible --pruning_ratio"),
+        ({"pruning_ratio": 0.99}, "largest possible `pruning_ratio`"),
     ],
 )
 def test_what_is_refused(folder, options, text):

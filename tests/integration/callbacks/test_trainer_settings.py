@@ -54,7 +54,7 @@ def test_finders_are_refused(folder, finder, index):
 
 def test_endless_schedule_is_refused(folder):
     trainer = PruneTrainer(**QUIET, max_epochs=-1, max_time="00:00:00:10", callbacks=[callbacks()[0]])
-    with pytest.raises(ConfigError, match="max_epochs or max_steps is needed"):
+    with pytest.raises(ConfigError, match="max_epochs or max_steps is required"):
         trainer.fit(PruningModule(folder), datamodule=data())
 
 
@@ -109,7 +109,7 @@ def test_other_machines_that_nothing_names_are_refused(folder, monkeypatch):
     trainer = PruneTrainer(**QUIET, max_epochs=1, callbacks=[callbacks()[0]])
     monkeypatch.setattr(type(trainer), "num_nodes", 2)
     monkeypatch.setattr(trainer.strategy, "cluster_environment", _lightning_environment(), raising=False)
-    with pytest.raises(ConfigError, match="num_nodes=2 needs the environment variable MASTER_ADDR"):
+    with pytest.raises(ConfigError, match="num_nodes=2 requires the environment variable MASTER_ADDR"):
         trainer.fit(PruningModule(folder), datamodule=data())
 
 

@@ -106,14 +106,14 @@ def test_allocation_from_yaml(folder, here):
     ("flags", "match"),
     [
         (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected Literal['mlp', 'heads', 'experts', 'layers'"),
-        (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "states one for all"),
+        (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "has one number for all layers"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
-        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "says how much goes"),
-        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add them to --importance.units"),
+        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "sets the widths itself"),
+        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add 'heads' to --importance.units"),
         (["--pruning_ratio=0.9", '--importance.units=["mlp", "heads"]'], "largest possible --pruning_ratio is 0."),
         (["--pruning_ratio=0.2", "--importance.units=[channels]", "--importance.allocation=Protected"], "Uniform or Explicit"),
         (["--importance.allocation=Explicit", "--importance.allocation.channels=9", "--importance.units=[channels]"],
-         "cannot state a hidden size of 9; it can state multiples of 4"),
+         "does not support a hidden size of 9; it supports multiples of 4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_loaded(folder, here, capsys, monkeypatch, flags, match):
@@ -127,7 +127,7 @@ def test_head_counts_that_no_stock_config_states(tmp_path):
     folder = save_tiny(tmp_path / "dense", "llama_mha_relu")
     importance = TaylorImportanceCallback(units=("heads",), allocation=Explicit(heads=3))
     with pytest.raises(
-        UnsupportedArchitectureError, match=r"cannot state 3 key-value heads.*1, 2, 4.*layout='per_layer'"
+        UnsupportedArchitectureError, match=r"does not support 3 key-value heads.*1, 2, 4.*layout='per_layer'"
     ):
         fit(folder, importance, ReportCallback(str(tmp_path / "out"), latency=False), limit_train_batches=0)
     module = fit(folder, importance, limit_train_batches=0)  # in memory it works
@@ -153,7 +153,7 @@ def test_recovery_and_convergence_after_every_kind_of_surgery(folder):
     assert parameter_count(module.causal_lm) > importance.resolved.params  # with adapters
     assert not importance.resolved.provisional
     assert module.plan.removed_layers() == importance.resolved.removed_layers
-    assert [k.kept for k in importance.resolved.by_kind] == [(17, 17), (1, 1), (2,)]
+    assert [k.kept for k in importance.resolved.kinds] == [(17, 17), (1, 1), (2,)]
     assert importance.convergence[-1][1] == 1.0
     assert all(0 <= share <= 1 for _, share in importance.convergence)
 
@@ -188,10 +188,10 @@ def test_weights_are_fitted_for_heads_too(folder):
     ("settings", "match"),
     [
         ({"compensation": LeastSquares(), "units": ALL}, "leave 'layers' out"),
-        ({"compensation": LeastSquares(), "units": ("channels",)}, "go through all of them: leave 'channels' out"),
+        ({"compensation": LeastSquares(), "units": ("channels",)}, "belong to all layers: leave 'channels' out"),
         ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
-        ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores beforehand"),
-        ({"units": ALL, "allocation": GlobalRank()}, "does not say which whole layers go"),
+        ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores in advance"),
+        ({"units": ALL, "allocation": GlobalRank()}, "cannot remove whole layers"),
     ],
 )
 def test_combinations_that_make_no_sense(folder, settings, match):
@@ -228,12 +228,14 @@ def test_channels_are_refused_where_weights_are_gathered_layer_by_layer(folder):
     target = find_target(PruningModule(folder), objective=None, model=None, neurons=())
     target.units = ("mlp", "channels")
     trainer = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(ConfigError, match="leave 'channels' out of the units, or use a single device or DDP"):
+    with pytest.raises(
+        ConfigError, match="units='channels' is not supported under ModelParallelStrategy.* Use a single device or DDP"
+    ):
         check_strategy(trainer, target, Magnitude())
 
 
 def test_a_share_takes_the_place_of_the_budget():
-    with pytest.raises(ConfigError, match="leave out --pruning_ratio"):
+    with pytest.raises(ConfigError, match="leave out `pruning_ratio`"):
         TaylorImportanceCallback(pruning_ratio=0.2, allocation=Uniform(share=0.2))
     with pytest.raises(ConfigError, match="none was given"):
         TaylorImportanceCallback(allocation=Uniform())

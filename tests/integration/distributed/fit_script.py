@@ -3,6 +3,7 @@
 For its arguments see ``DEFAULTS``.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def strategy(name, devices):
 
 def main(**given):
     c = DEFAULTS | given
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hfprune").setLevel(logging.INFO)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     out = Path(c["out"])

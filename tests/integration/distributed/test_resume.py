@@ -61,7 +61,7 @@ def test_another_number_of_processes_takes_over(folder, tmp_path, undisturbed, c
 def test_shards_of_weights_need_a_sharded_strategy(folder, tmp_path):
     start(folder, tmp_path, "fsdp2", die=["recovery", 1])
     said = start(folder, tmp_path, "single", ckpt_path="last", fails=True)
-    assert "holds weights in shards: resume it under ModelParallelStrategy" in said
+    assert "has sharded weights: resume it under ModelParallelStrategy" in said
 
 
 @SLOW

@@ -48,7 +48,7 @@ def test_channels_under_ddp(folder, tmp_path):
         assert equal(rank["scores"], alone["scores"])
         assert equal(rank["weights"], alone["weights"])
     said = start(folder, tmp_path / "fsdp2", "fsdp2", prune_only=True, fails=True, **settings)
-    assert "leave 'channels' out of the units" in said
+    assert "units='channels' is not supported under ModelParallelStrategy" in said
 
 
 @SLOW

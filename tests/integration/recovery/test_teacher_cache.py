@@ -203,7 +203,7 @@ def test_a_run_killed_while_it_wrote_goes_on_with_what_is_missing(tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hfprune.utils.files.save_file", killed)
+        patch.setattr("safetensors.torch.save_file", killed)
         cache = opened(tmp_path / "killed")
         with pytest.raises(KeyboardInterrupt):
             cache.fill(lambda: teacher, rows)
@@ -258,10 +258,10 @@ def test_damaged_files_are_errors(tmp_path):
     def read_all():
         return [bad.lookup(batch, supervised(batch)) for batch in batches()]
 
-    with pytest.raises(ConfigError, match="are damaged: delete the file"):
+    with pytest.raises(ConfigError, match="are corrupt. Delete the file"):
         read_all()
     other = {"input_ids": token_ids(1, 5, seed=9)}
-    with pytest.raises(ConfigError, match="the data have changed"):
+    with pytest.raises(ConfigError, match="The data have changed"):
         bad.lookup(other, supervised(other))
 
 
@@ -330,12 +330,12 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(folder, tmp_path, c
     common = ["fit", f"--model.path={folder}", "--output_dir=out", "--pruning_ratio=0.2", "--data.seq_len=16"]
     common += ["--data.eval_windows=0", "--data.calibration_sequences=4", "--latency=false"]
     assert main([*common, "--model.distillation.cache=file/below"]) == 2
-    assert "distillation.cache='file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
+    assert "--model.distillation.cache 'file/below' cannot be written" in " ".join(capsys.readouterr().err.split())
     streaming = ["--data.recovery=builtin", "--data.streaming=true", "--model.distillation.cache=cache"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "some words " * 20}) for _ in range(30)))
     streaming[0] = "--data.recovery=a.jsonl"
     assert main([*common, "--overwrite=true", *streaming, "--trainer.max_steps=2"]) == 2
-    assert "needs recovery data in memory" in " ".join(capsys.readouterr().err.split())
+    assert "requires recovery data in memory" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ConfigError, match="top_k=0 must be positive"):
         DistillationRecovery(cache="x", top_k=0)
 

@@ -317,7 +317,7 @@ def test_bad_grids(settings, message):
         ({"name": "a", "criterion": Magnitude(), "objective": "entropy"}, "takes no objective"),
         ({"name": "a", "criterion": ActivationNorm(), "objective": "entropy"}, "Method 'a': .* takes no objective"),
         ({"name": "a", "criterion": Fisher(), "objective": "entropy"}, "not with 'entropy'"),
-        ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "do not give the objective"),
+        ({"name": "a", "objective": "entropy", "distillation": SelfDistillation()}, "remove objective="),
         ({"name": "a", "objective": "entropy", "units": ["mlp", "head"]}, "Method 'a': .*head"),
         ({"name": "a", "objective": "entropy", "allocation": Uniform(share=0.2)}, "sets the widths itself"),
     ],
@@ -346,7 +346,7 @@ def test_ratios_above_half_are_said_loudly_before_anything_is_loaded(folder, tmp
 
 
 def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"largest possible --pruning_ratio"):
+    with pytest.raises(ConfigError, match=r"largest possible `pruning_ratio`"):
         sweep(folder, tmp_path / "out", pruning_ratios=[0.2, 0.9])
     assert not (tmp_path / "out").exists()
 
@@ -354,12 +354,12 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction goes through the layers"),
+        ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction processes the layers"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
         ({"criterion": SlimLLMHeads()}, "Method 'a': SlimLLMHeads"),
-        ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "needs projections with a bias"),
+        ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "requires projections with a bias"),
     ],
 )
 def test_parts_that_do_not_go_together_are_said_before_anything_is_loaded(folder, tmp_path, settings, message):

@@ -1,13 +1,15 @@
-"""Section 8 of the methods note, to the neuron, on meta-device models of the real sizes."""
+"""Budgets, to the neuron, on meta-device models of the real sizes."""
+
+import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from hfprune.allocation import keep_top, resolve
-from hfprune.models import find_groups, parameter_count, unit_cost
+from hfprune.allocation import Inventory, allocate, keep_top, target_params
+from hfprune.models import find_groups
 from hfprune.plan import Budget, Group, Slice
 from hfprune.utils.errors import ConfigError
 
@@ -46,14 +48,7 @@ TABLE = {
 def resolved(name, **budget):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(MODELS[name])
-    groups = find_groups(model)
-    return resolve(
-        Budget(**budget),
-        groups,
-        [unit_cost(model, g) for g in groups],
-        dense_params=parameter_count(model),
-        hidden_size=model.config.hidden_size,
-    )
+    return allocate(Inventory.of(model, find_groups(model)), Budget(**budget))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,17 +89,23 @@ def test_the_papers_own_ratio_is_refused_with_the_largest_possible():
 @pytest.mark.parametrize(
     ("budget", "match"),
     [
-        ({"pruning_ratio": 0.7}, r"hold 64.24%.*largest possible --pruning_ratio is 0.6423"),
-        ({"pruning_ratio": 1e-9}, "smallest"),
-        ({"target_params": 10}, "smallest 2410"),
-        ({"target_params": 7_000_000_000}, "largest possible --target_params is 67380"),
-        ({"intermediate_size": 11008}, "largest possible --intermediate_size is 11007"),
-        ({"intermediate_size": 40, "round_to": 128}, "smallest 128"),
+        ({"pruning_ratio": 0.7}, r"2,410,287,104 to 6,738,415,616.*largest possible `pruning_ratio` is 0.6423\.$"),
+        ({"pruning_ratio": 1e-9}, "smallest possible `pruning_ratio` is 5.8e-05"),
+        ({"target_params": 10}, "smallest possible `target_params` is 2410287104"),
+        ({"target_params": 7_000_000_000}, "largest possible `target_params` is 6738022400"),
+        ({"intermediate_size": 11008}, "11008 wide; the largest possible `intermediate_size` is 11007"),
+        ({"intermediate_size": 11000, "round_to": 128}, "largest possible `intermediate_size` is 10880"),
+        ({"intermediate_size": 40, "round_to": 128}, "smallest possible `intermediate_size` is 128"),
+        ({"mlp_ratio": 0.001, "round_to": 8}, "smallest possible `mlp_ratio` is 0.0020"),
+        ({"pruning_ratio": 0.1, "round_to": 16384}, "no unit can be removed with round_to=16384"),
     ],
 )
 def test_impossible_budgets_say_what_is_possible(budget, match):
-    with pytest.raises(ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match) as caught:
         resolved("llama2_7b", **budget)
+    for name, value in re.findall(r"possible `(\w+)` is ([\d.e-]*\d)", str(caught.value)):
+        possible = float(value) if "ratio" in name else int(value)
+        assert resolved("llama2_7b", **budget | {name: possible}).params < TABLE["llama2_7b"][0]
 
 
 @pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, float("nan")])
@@ -115,27 +116,60 @@ def test_ratio_out_of_range(ratio):
 
 @pytest.mark.parametrize("key", ["target_params", "intermediate_size", "mlp_ratio"])
 def test_values_must_be_positive(key):
-    with pytest.raises(ConfigError, match=f"--{key} 0 is not positive"):
+    with pytest.raises(ConfigError, match=f"{key}=0 must be positive"):
         Budget(**{key: 0})
 
 
 def test_exactly_one_target():
     with pytest.raises(ConfigError, match="none was given"):
         Budget()
-    with pytest.raises(ConfigError, match="--pruning_ratio and --mlp_ratio were given"):
+    with pytest.raises(ConfigError, match="`pruning_ratio` and `mlp_ratio` were given"):
         Budget(pruning_ratio=0.2, mlp_ratio=2.0)
 
 
-def group(units):
-    return Group(name=f"g{units}", kind="mlp", num_units=units, slices=(Slice(module="m", side="in"),))
+def inventory(*units, cost=1, total=100, hidden_size=4):
+    groups = tuple(
+        Group(name=f"g{i}", kind="mlp", num_units=number, slices=(Slice(module="m", side="in"),), layer=i)
+        for i, number in enumerate(units)
+    )
+    return Inventory(groups=groups, costs=(cost,) * len(units), dense_params=total, hidden_size=hidden_size)
 
 
-def test_unequal_layers_are_refused():
-    with pytest.raises(ConfigError, match="differ in MLP width"):
-        resolve(Budget(pruning_ratio=0.1), [group(8), group(9)], [1, 1], dense_params=100, hidden_size=4)
+@pytest.mark.parametrize(
+    ("budget", "params"),
+    [
+        ({"pruning_ratio": 0.25}, 75),
+        ({"target_params": 90}, 90),
+        ({"intermediate_size": 5}, 94),
+        ({"mlp_ratio": 1.6}, 96),
+    ],
+)
+def test_every_budget_is_a_parameter_count(budget, params):
+    assert target_params(Budget(**budget), inventory(8, 8)) == params
 
 
-@settings(deadline=None)
+@pytest.mark.parametrize("budget", [{"intermediate_size": 5}, {"mlp_ratio": 1.5}])
+def test_one_width_needs_layers_of_one_width_and_a_hidden_size(budget):
+    with pytest.raises(
+        ConfigError, match="one MLP width for all layers, but the dense widths are 8, 9.*`pruning_ratio`"
+    ):
+        allocate(inventory(8, 9), Budget(**budget))
+    with pytest.raises(ConfigError, match="no hidden size"):
+        allocate(inventory(8, 8, hidden_size=None), Budget(mlp_ratio=1.5))
+
+
+@pytest.mark.parametrize(
+    ("exact", "round_to", "width"), [(40, 16, 48), (39, 16, 32), (35, 10, 40), (77, 2, 78), (7, 2, 8)]
+)
+def test_halves_are_rounded_up(exact, round_to, width):
+    """For every number of layers and cost: no error of floating-point arithmetic decides a tie."""
+    for layers in (1, 3, 7, 30):
+        for cost in (1, 3, 1729):
+            stock = inventory(*[80] * layers, cost=cost, total=100_000_000)
+            found = allocate(stock, Budget(intermediate_size=exact, round_to=round_to))
+            assert (found.width, found.exact_width) == (width, exact)
+
+
 @given(
     ratio=st.floats(0.01, 0.99),
     round_to=st.sampled_from([1, 8, 64]),
@@ -146,14 +180,13 @@ def test_unequal_layers_are_refused():
 )
 def test_budget_is_met_within_one_rounding_step(ratio, round_to, units, layers, cost, other):
     total = units * layers * cost + other
-    groups = [group(units)] * layers
+    exact = units - ratio * total / (layers * cost)
     try:
-        found = resolve(
-            Budget(pruning_ratio=ratio, round_to=round_to), groups, [cost] * layers, dense_params=total, hidden_size=1
+        found = allocate(
+            inventory(*[units] * layers, cost=cost, total=total), Budget(pruning_ratio=ratio, round_to=round_to)
         )
     except ConfigError:
-        exact = units - ratio * total / (layers * cost)
-        assert exact < round_to or exact > units - 1 - round_to
+        assert exact < round_to + 1 or exact > units - 1 - round_to
         return
     assert found.width % round_to == 0
     assert abs(found.params - (1 - ratio) * total) <= round_to * layers * cost / 2 + 1

@@ -30,7 +30,7 @@ def meta(name):
 
 
 def kept(found, kind):
-    return next((k.kept[0] for k in found.by_kind if k.kind == kind), None)
+    return next((k.kept[0] for k in found.kinds if k.kind == kind), None)
 
 
 def rebuilt(model, found):
@@ -80,7 +80,7 @@ def test_kinds_lose_about_the_same_share():
     stock = Inventory.of(model, find_groups(model, ("mlp", "channels")))
     for ratio in (0.1, 0.3, 0.6):
         found = allocate(stock, Budget(pruning_ratio=ratio))
-        shares = [1 - k.kept[0] / k.dense[0] for k in found.by_kind]
+        shares = [1 - k.kept[0] / k.dense[0] for k in found.kinds]
         assert abs(shares[0] - shares[1]) < 2e-3
         assert 0 < shares[0] < ratio
 
@@ -112,18 +112,20 @@ def test_shares_and_published_rounding():
 def test_allocations_over_layers_refuse_channels(allocation):
     model = meta("qwen25_0b5")
     stock = Inventory.of(model, find_groups(model, ("mlp", "channels")))
-    with pytest.raises(ConfigError, match=rf"{type(allocation).__name__} spreads.*Uniform or Explicit"):
+    with pytest.raises(
+        ConfigError, match=rf"{type(allocation).__name__} cannot remove hidden channels.*Uniform or Explicit"
+    ):
         allocate(stock, Budget(pruning_ratio=0.2), allocation)
 
 
 def test_what_is_out_of_reach_is_refused():
     model = meta("smollm2_135m")
     stock = Inventory.of(model, find_groups(model, ("channels",)))
-    with pytest.raises(ConfigError, match="multiple of it and of the number of query heads, 9"):
+    with pytest.raises(ConfigError, match="multiples of the number of query heads, 9"):
         allocate(stock, Budget(pruning_ratio=0.2, round_to=64))
-    with pytest.raises(ConfigError, match="largest possible --pruning_ratio is 0.9"):
+    with pytest.raises(ConfigError, match="largest possible `pruning_ratio` is 0.9"):
         allocate(stock, Budget(pruning_ratio=0.999))
-    with pytest.raises(ConfigError, match="removes nothing"):
+    with pytest.raises(ConfigError, match="smallest possible `pruning_ratio` is 0.016"):
         allocate(stock, Budget(pruning_ratio=0.001))
-    with pytest.raises(ConfigError, match="576 units, of which at least 1 must stay; 577 cannot be kept"):
+    with pytest.raises(ConfigError, match="576 units and must keep at least 1; 577 cannot be kept"):
         allocate(stock, OWN, Explicit(channels=577))

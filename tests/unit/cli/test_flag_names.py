@@ -32,8 +32,11 @@ FLAGS = ("importance", "importance.recovery", "importance.criterion", "overwrite
         ("path='~nobody/m': no such user.", "--model.path '~nobody/m': no such user."),
         ("config='x': there is no such file.", "--config 'x': there is no such file."),
         ("Set `look_every` as well.", "Set --importance.look_every as well."),
+        ("Or set `path` to a model.", "Or set --model.path to a model."),
+        ("`distillation.alpha` is too large.", "--model.distillation.alpha is too large."),
         ("Set ``overwrite``, or another ``output_dir``.", "Set --overwrite, or another --output_dir."),
         ("layout=uniform needs `layout`.", "--layout uniform needs --layout."),
+        ("Set fresh=True to start again.", "Set --overwrite True to start again."),
         # one name, several flags: the value decides
         ("calibration_batches=0 must be positive.", "--importance.calibration_batches 0 must be positive."),
         ("calibration_batches=7 exceed the data.", "--sparse.calibration_batches 7 exceed the data."),

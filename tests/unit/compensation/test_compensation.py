@@ -56,7 +56,7 @@ def test_mean_compensation_keeps_the_mean_output():
 
 def test_what_cannot_be():
     x, weight = problem()
-    with pytest.raises(ConfigError, match="needs projections with a bias"):
+    with pytest.raises(ConfigError, match="requires projections with a bias"):
         MeanCompensation().fit(weight, None, moments_of(x), KEEP)
     with pytest.raises(ConfigError, match="target='teacher' is unknown"):
         LeastSquares(target="teacher")
@@ -64,5 +64,5 @@ def test_what_cannot_be():
         LeastSquares(tokens="all")
     with pytest.raises(ConfigError, match="sequential=True"):
         LeastSquares(target="dense", sequential=False)
-    with pytest.raises(ConfigError, match="damping 0"):
+    with pytest.raises(ConfigError, match="damping=0"):
         LeastSquares(damping=0)

@@ -21,8 +21,8 @@ BAD = {
     "infinite": (lambda n: torch.arange(n) / torch.zeros(1), "not finite: 24 of 24"),
     "equal": (lambda n: torch.full((n,), 0.25), "are equal .*0.25"),
     "zero": (torch.zeros, "are zero"),
-    "list": (lambda n: [1.0] * n, r"a tensor \[24\] .* gave list"),
-    "short": (lambda n: torch.rand(n - 1), r"a tensor \[24\] .* gave \[23\]"),
+    "list": (lambda n: [1.0] * n, r"a tensor \[24\] .* returned list"),
+    "short": (lambda n: torch.rand(n - 1), r"a tensor \[24\] .* returned \[23\]"),
 }
 
 

@@ -96,7 +96,7 @@ def test_coupled_is_bounded_by_the_identities():
 
 
 def test_coupled_refuses_matrices_of_different_shapes():
-    with pytest.raises(ConfigError, match=r"CoupledTaylor adds .*self_attn have shapes \(8, 8\), \(4, 8\)"):
+    with pytest.raises(ConfigError, match=r"CoupledTaylor requires .*self_attn have shapes \(8, 8\), \(4, 8\)"):
         calibrate(toy(), CoupledTaylor())
 
 
@@ -182,13 +182,13 @@ def test_units_whose_channels_do_not_fold_are_refused():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: WeightTaylor(salience="vectorize"), "vectorize is VectorTaylor"),
+        (lambda: WeightTaylor(salience="vectorize"), "vectorize use VectorTaylor"),
         (lambda: WeightTaylor(gradient="batch"), "choose one of sequence, dataset"),
-        (lambda: WeightTaylor(salience="param_second", gradient="dataset"), "gradient='sequence' only"),
+        (lambda: WeightTaylor(salience="param_second", gradient="dataset"), "use gradient='sequence'"),
         (lambda: VectorTaylor(matrices="median"), "choose one of sum, mean, max, prod, first, second, last"),
         (lambda: CoupledTaylor(weighting="batch"), "weighting='batch' is unknown"),
         (lambda: Fisher(reduction="signed"), "reduction='signed' is unknown"),
-        (lambda: resolve_objective(Fisher(), "entropy"), "Fisher goes with the objective sampled or cross_entropy"),
+        (lambda: resolve_objective(Fisher(), "entropy"), "Fisher supports the objective sampled or cross_entropy"),
     ],
 )
 def test_settings_are_checked(make, match):

@@ -126,7 +126,7 @@ def test_a_conversation_may_begin_with_a_response(tokenizer):
 def test_conversations_need_a_template(tokenizer, tmp_path):
     source = write(tmp_path / "a.json", [{"conversations": CHAT}])
     tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none.*chat_template"):
+    with pytest.raises(ConfigError, match="requires a chat template, and the tokenizer has none.*chat_template"):
         bound(tokenizer, recovery=source, validation="builtin").train_dataloader()
     (tmp_path / "t.jinja").write_text(TEMPLATE)
     data = bound(tokenizer, recovery=source, validation="builtin", seq_len=200, chat_template=str(tmp_path / "t.jinja"))

@@ -171,7 +171,7 @@ def test_splits_of_folders(tmp_path):
     with pytest.raises(ConfigError, match="no split 'dev'. It has: train, test"):
         load_rows(f"{tmp_path}/saved:dev")
     data.save_to_disk(tmp_path / "one")
-    with pytest.raises(ConfigError, match="one data set without splits: leave ':test' out"):
+    with pytest.raises(ConfigError, match="one data set without splits: remove ':test'"):
         load_rows(f"{tmp_path}/one:test")
 
 

@@ -142,7 +142,7 @@ def test_what_cannot_be_written(tmp_path):
         data.calibration_dataloader()
     with pytest.raises(ConfigError, match="recovery='self' needs recovery_sequences"):
         data.train_dataloader()
-    with pytest.raises(ConfigError, match="start gives 20 tokens"):
+    with pytest.raises(ConfigError, match="start has 20 tokens"):
         writer(tmp_path, tiny, start="a " * 20).rows("calibration", 1, 20)
     assert data.evaluation_windows() is None
 

@@ -144,7 +144,7 @@ def test_paths_are_checked_by_name_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"text='.*wiki_tset.txt' does not exist. Did you mean '.*wiki_test.txt'"):
         check_source(str(tmp_path / "wiki_tset.txt"), "--data.text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is a folder without files that are read"):
+    with pytest.raises(ConfigError, match="is a folder without supported files"):
         check_source(str(tmp_path / "empty"), "--data.text")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="files of type '.png' are not read"):

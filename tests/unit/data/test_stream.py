@@ -123,9 +123,9 @@ def test_documents_of_other_roles_are_left_out(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"recovery": "a.json"}, "recovery='a.json' can only be read as a whole"),
-        ({"recovery": "builtin", "calibration": "a.jsonl"}, "recovery='builtin' can only be read as a whole"),
-        ({}, "needs a recovery source that no other role uses"),
+        ({"recovery": "a.json"}, "recovery='a.json' cannot be read with streaming=True"),
+        ({"recovery": "builtin", "calibration": "a.jsonl"}, "recovery='builtin' cannot be read with streaming=True"),
+        ({}, "requires a recovery source that no other role uses"),
         ({"recovery": "a.jsonl", "validation": "./a.jsonl"}, "no other role uses"),
         ({"recovery": "a.jsonl", "shuffle_buffer": 0}, "shuffle_buffer=0 must be positive"),
     ],
@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_named(tokenizer, tmp_path):
         list(loader(tokenizer, str(tmp_path / "b.jsonl.gz")))
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "c.jsonl").write_text(json.dumps(chat))
-    with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none"):
+    with pytest.raises(ConfigError, match="requires a chat template, and the tokenizer has none"):
         list(loader(tokenizer, str(tmp_path / "c.jsonl")))
 
 

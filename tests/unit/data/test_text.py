@@ -298,12 +298,12 @@ def test_ids_of_another_tokenizer(tokenizer, tmp_path, bad):
     ids = token_ids(2, 10)
     ids[1, 4] = bad
     save_file({"input_ids": ids}, tmp_path / "t.safetensors")
-    with pytest.raises(ConfigError, match=f"holds token id {bad}, the model knows ids 0 to 60"):
+    with pytest.raises(ConfigError, match=f"contains token id {bad}, but the model has ids 0 to 60"):
         bound(tokenizer, calibration=str(tmp_path / "t.safetensors")).calibration_dataloader()
 
 
 def test_tokenizer_larger_than_the_model(tokenizer):
-    with pytest.raises(ConfigError, match="61 tokens, the model 50 embeddings"):
+    with pytest.raises(ConfigError, match="61 tokens, but the model has 50 embeddings"):
         TextDataModule().bind(tokenizer, vocab_size=50, max_positions=None)
 
 
@@ -329,7 +329,7 @@ def test_arguments_are_checked_at_once(kwargs, match):
 
 
 def test_windows_longer_than_the_model_allows(tokenizer):
-    with pytest.raises(ConfigError, match="eval_window: 65 tokens are more than the 64"):
+    with pytest.raises(ConfigError, match="eval_window: 65 tokens exceed the model's maximum of 64"):
         bound(tokenizer, eval_window=65).evaluation_windows()
     with pytest.raises(ConfigError, match="seq_len: 65 tokens"):
         bound(tokenizer, seq_len=65).calibration_dataloader()

@@ -93,7 +93,7 @@ def test_rows_that_are_no_tokens(tmp_path, row, reason):
 def test_ids_and_labels_that_the_model_does_not_know(tmp_path):
     for name, row in (("a", {"input_ids": [1, 99]}), ("b", {"input_ids": [1, 2], "labels": [-100, 99]})):
         source = saved(tmp_path / name, [row, {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
-        with pytest.raises(ConfigError, match="holds token id 99, the model knows ids 0 to 60"):
+        with pytest.raises(ConfigError, match="contains token id 99, but the model has ids 0 to 60"):
             bound(recovery=source, validation="builtin", text="builtin").train_dataloader()
 
 

@@ -337,7 +337,9 @@ def test_tokenizers_without_the_habit_are_left_alone():
 
 
 def test_the_former_name_still_works(styled):
-    with pytest.warns(FutureWarning, match="eval_bos is replaced by bos, .* eval_bos=(True|False) means bos="):
+    with pytest.warns(
+        FutureWarning, match="eval_bos is deprecated and replaced by bos, .* eval_bos=(True|False) means bos="
+    ):
         data = module(styled, eval_bos=False)
     assert not data.evaluation_windows().bos
     assert (data._calibration_ids()[:, 0] == BOS).all()

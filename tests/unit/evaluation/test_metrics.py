@@ -267,7 +267,7 @@ def test_a_changed_bit_of_a_cache_is_refused_and_a_file_without_checksums_is_rea
     changed = bytearray(file.read_bytes())
     changed[-1] ^= 1
     file.write_bytes(bytes(changed))
-    with pytest.raises(ConfigError, match="are damaged: delete the file"):
+    with pytest.raises(ConfigError, match="are corrupt. Delete the file"):
         cached_reference(tmp_path, tiny(), windows)
     changed[-1] ^= 1
     file.write_bytes(bytes(changed))

@@ -64,7 +64,7 @@ def test_says_what_greedy_decoding_would_give():
 
 def test_an_answer_longer_than_the_positions_is_refused():
     lm = PrefixLM(tiny(), tiny_tokenizer())
-    with pytest.raises(ConfigError, match="answer of 65 tokens is longer than the 64"):
+    with pytest.raises(ConfigError, match="answer of 65 tokens exceeds the model.s maximum of 64"):
         lm._loglikelihood_tokens([(None, [5], [6] * 65)], disable_tqdm=True)
 
 

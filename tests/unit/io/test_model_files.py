@@ -114,10 +114,13 @@ KINDS = {
     "fewer_layers": (lambda f: set_config(f, num_hidden_layers=2), "hold 16 tensors"),
     "other_shape": (
         lambda f: set_config(f, intermediate_size=20),
-        "is [16, 24] in the weight files and [16, 20] by config",
+        "has the shape [16, 24] in the weight files and [16, 20] by config",
     ),
-    "other_vocabulary": (lambda f: set_config(f, vocab_size=64), "is [61, 16] in the weight files and [64, 16]"),
-    "wrapped_ddp": (renamed(lambda k: f"module.{k}"), "'module.' in them"),
+    "other_vocabulary": (
+        lambda f: set_config(f, vocab_size=64),
+        "has the shape [61, 16] in the weight files and [64, 16]",
+    ),
+    "wrapped_ddp": (renamed(lambda k: f"module.{k}"), "contain 'module.'"),
     "wrapped_compile": (renamed(lambda k: f"_orig_mod.{k}"), "torch.compile"),
     "wrapped_peft": (renamed(lambda k: f"base_model.model.{k}"), "PEFT"),
     "wrapped_fsdp": (renamed(lambda k: k.replace(".mlp.", "._fsdp_wrapped_module.mlp.")), "FSDP"),
@@ -133,7 +136,7 @@ KINDS = {
     "cut_generation": (cut("generation_config.json"), "generation_config.json is not valid JSON"),
     "cut_tokenizer": (cut("tokenizer.json"), "tokenizer.json is not valid JSON"),
     "empty": (written("model.safetensors", ""), "model.safetensors is empty"),
-    "zeros": (written("model.safetensors", b"\0" * 5000), "nothing but zeros"),
+    "zeros": (written("model.safetensors", b"\0" * 5000), "contains only zeros"),
     "html": (written("model.safetensors", "<html>Not found</html>" * 9), "model.safetensors is damaged"),
     "html_bin": (as_pickle(b"<html>Not found</html>"), "pytorch_model.bin is damaged"),
     "cut_bin": (as_pickle(b"PK\x03\x04" + bytes(900)), "pytorch_model.bin is damaged"),
@@ -149,7 +152,7 @@ KINDS = {
     "multimodal": (multimodal, "is a multimodal model (Gemma3Config)"),
     "pad_outside": (lambda f: set_config(f, pad_token_id=61), "pad_token_id 61 in config.json is outside"),
     "attention": (lambda f: set_config(f, attn_implementation="flash_attention_2"), "that is not installed"),
-    "dtype": (lambda f: set_config(f, dtype="int8"), "dtype int8, in which no model is run"),
+    "dtype": (lambda f: set_config(f, dtype="int8"), "dtype int8 in config.json is not supported"),
     "dtype_unknown": (lambda f: set_config(f, dtype="banana"), "config"),
     "quantised": (lambda f: set_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "is quantised"),
     "heads": (lambda f: set_config(f, num_key_value_heads=3), "3"),
@@ -184,7 +187,7 @@ def test_every_command_refuses(dense, folder, capsys, kind, command):
     change(folder)
     capsys.readouterr()
     flags = [] if command in ("evaluate", "dense") else ["--output_dir=out"]
-    model, name = (dense, f"dense='{folder}'") if command == "dense" else (folder, f"path='{folder}'")
+    model, name = (dense, f"--dense '{folder}'") if command == "dense" else (folder, f"--model.path '{folder}'")
     if command == "dense":
         flags.append(f"--dense={folder}")
     if command == "fit":
@@ -236,7 +239,7 @@ def test_heads_beside_the_model_are_left_out_with_one_warning(folder, name):
     expected = load_causal_lm(str(folder)).state_dict()
     change_weights(folder, lambda t: t | {name: torch.ones(1, 16), f"{name}2": torch.ones(1)})
     check_model(str(folder))
-    with pytest.warns(UserWarning, match=f"2 tensors in the weight files are no part of the model .{name}") as warned:
+    with pytest.warns(UserWarning, match=f"2 tensors in the weight files are not part of the model .{name}") as warned:
         found = load_causal_lm(str(folder)).state_dict()
     assert len(warned) == 1
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -251,7 +251,9 @@ def test_a_weight_that_changed_on_its_way_fails_the_check_and_is_kept(tmp_path, 
 
     monkeypatch.setattr(export.LAYOUTS, "get", lambda name: Changed())
     model = tiny(dtype=torch.float32)
-    with pytest.raises(OutputError, match=r"model.norm.weight is not the one in memory.*kept in '.*m.failed-check'"):
+    with pytest.raises(
+        OutputError, match=r"model.norm.weight differs from the one in memory.*kept in '.*m.failed-check'"
+    ):
         export_model(model, None, PLAN, tmp_path / "m")
     assert not (tmp_path / "m").exists()
     assert (tmp_path / "m.failed-check" / "model.safetensors").is_file()

@@ -115,7 +115,7 @@ def test_a_run_measures_its_own_curves(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ("mlp", "layers")}, "does not say which whole layers go"),
+        ({"units": ("mlp", "layers")}, "cannot remove whole layers"),
         ({"criterion": Reconstruction()}, "needs all scores"),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_run_measures_its_own_cosines(tmp_path):
     ("settings", "message"),
     [
         ({"sequences": 0}, "sequences=0 must be at least 1"),
-        ({"num_layers": 0}, "num_layers 0"),
+        ({"num_layers": 0}, "num_layers=0 must be from 1"),
     ],
 )
 def test_cosine_settings_out_of_range(settings, message):
@@ -162,14 +162,14 @@ def test_cosine_settings_out_of_range(settings, message):
 
 
 def test_more_layers_than_the_model_has_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="num_layers 4 of 3 layers"):
+    with pytest.raises(ConfigError, match="num_layers=4 must be from 1 to 3"):
         prune(save_tiny(tmp_path / "dense"), allocation=CosineSoftmax(num_layers=4))
 
 
 def test_within_another_allocation_it_needs_curves():
-    with pytest.raises(ConfigError, match="give Sensitivity its curves"):
+    with pytest.raises(ConfigError, match="Sensitivity cannot measure within Protected. Give it its curves"):
         Protected(allocation=Sensitivity())
-    with pytest.raises(ConfigError, match="give CosineSoftmax its cosines"):
+    with pytest.raises(ConfigError, match="CosineSoftmax cannot measure within Protected"):
         Protected(allocation=CosineSoftmax())
 
 

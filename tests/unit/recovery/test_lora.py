@@ -46,5 +46,6 @@ def test_default_targets_are_every_projection_of_a_layer(name):
 
 @pytest.mark.parametrize("bad", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_values_are_checked(bad):
-    with pytest.raises(ConfigError, match="LoRA needs"):
+    (argument,) = bad
+    with pytest.raises(ConfigError, match=f"^LoraRecovery: {argument}="):
         LoraRecovery(**bad)

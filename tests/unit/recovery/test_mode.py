@@ -71,7 +71,7 @@ def test_each_word_trains_what_it_says(folder, sparse):
 
 
 def test_none_as_a_value_means_full_and_says_so():
-    with pytest.warns(FutureWarning, match="write recovery='full'"):
+    with pytest.warns(FutureWarning, match="use recovery='full'"):
         callback = TaylorImportanceCallback(pruning_ratio=0.3, recovery=None)
     assert (callback.recovery_mode.word, callback.recovery) == ("full", None)
 
@@ -82,7 +82,7 @@ def test_what_is_no_word_is_refused():
 
 
 def test_mlp_needs_a_module_that_selects_weights():
-    with pytest.raises(ConfigError, match="recovery='mlp' selects weights of a PruningModule, not of SimpleNamespace"):
+    with pytest.raises(ConfigError, match="recovery='mlp' requires a PruningModule, not SimpleNamespace"):
         RecoveryMode("mlp").start(None, SimpleNamespace())
 
 

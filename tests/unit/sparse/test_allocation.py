@@ -44,9 +44,9 @@ def test_owl_without_differences_is_uniform():
 
 
 def test_what_owl_refuses():
-    with pytest.raises(ConfigError, match="the same in every group"):
+    with pytest.raises(ConfigError, match="fixes the zeros of every group"):
         OutlierWeighed().spread(MATRICES, Sparsity.parse("2:4"), [0, 0, 1])
-    with pytest.raises(ConfigError, match="give a smaller spread"):
+    with pytest.raises(ConfigError, match="Use a smaller spread"):
         OutlierWeighed(spread=0.9).spread(MATRICES, HALF, [0, 0, 1])
     with pytest.raises(ConfigError, match="threshold > 0"):
         OutlierWeighed(threshold=0)
@@ -61,7 +61,7 @@ def test_explicit_the_last_pattern_counts():
 
 
 def test_explicit_refuses_what_fits_nothing():
-    with pytest.raises(ConfigError, match=r"'\*.k', which fits no projection. Projections are called '0.attn.q'"):
+    with pytest.raises(ConfigError, match=r"'\*.k' matches no projection. Names of projections are '0.attn.q'"):
         ExplicitSparsity({"*.k": 0.3}).spread(MATRICES, HALF, None)
     with pytest.raises(ConfigError, match="not in"):
         ExplicitSparsity({"*.q": 1.2})

@@ -133,7 +133,7 @@ def test_dead_inputs_and_singular_moments():
     pruned = SparseGPT().prune(weight, sums_of(x), HALF)
     assert pruned.isfinite().all()
     assert (pruned[:, 3] == 0).all()
-    with pytest.raises(CalibrationError, match="singular at damping 0: give a larger one"):
+    with pytest.raises(CalibrationError, match="singular with damping=0; increase it"):
         SparseGPT(damping=0).prune(weight, sums_of(x), HALF)
 
 
@@ -176,7 +176,7 @@ def test_sparsities_that_are_none(text, message):
 def test_groups_that_do_not_fill_a_row():
     weight, x = problem(inputs=15)
     for method in (Wanda(), SparseGPT()):
-        with pytest.raises(ConfigError, match="15 inputs, which groups of 4 do not fill"):
+        with pytest.raises(ConfigError, match="15 inputs, not a multiple of 4"):
             method.prune(weight, sums_of(x), TWO_FOUR)
 
 

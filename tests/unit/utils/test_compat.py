@@ -8,6 +8,7 @@ import pytest
 import transformers
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.hub import cached_file
 
@@ -18,6 +19,7 @@ from hfprune.utils.compat import (
     instantiate,
     is_repo_id,
     parser_actions,
+    safetensors_metadata,
 )
 
 VERSION = f"transformers {transformers.__version__}, huggingface_hub {huggingface_hub.__version__}"
@@ -64,3 +66,13 @@ def test_jsonargparse_instantiates_the_classes_of_a_configuration():
     parser = ArgumentParser()
     parser.add_class_arguments(LoraRecovery, "recovery")
     assert instantiate(parser, parser.parse_args(["--recovery.rank=3"])).recovery == LoraRecovery(rank=3)
+
+
+def test_metadata_of_saved_weights_can_be_added(tmp_path):
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    with safetensors_metadata({"made": "here"}):
+        model.save_pretrained(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without")
+    found = [safe_open(tmp_path / name / "model.safetensors", "pt").metadata() for name in ("with", "without")]
+    assert found == [{"format": "pt", "made": "here"}, {"format": "pt"}], VERSION

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune.utils.exact_sums import GRID, LIMIT, Bfloat16Sum, ExactSum, GridSum
@@ -25,7 +25,6 @@ def summed(values):
     return total
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(terms, max_size=30), st.randoms())
 def test_any_order_and_grouping_gives_the_same_bits(values, random):
     expected = summed(values)
@@ -41,7 +40,6 @@ def test_any_order_and_grouping_gives_the_same_bits(values, random):
     assert torch.equal(both.tensors()[0], expected.tensors()[0])
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(terms, max_size=30))
 def test_it_is_the_exact_sum_of_truncated_terms(values):
     """Against rational numbers: each term truncated to the grid, nothing else lost until the final rounding."""

@@ -1,7 +1,7 @@
-"""From data sets as they were released to the layout that the stock tasks read from the hub.
+"""Readers of released data sets, which return the format of the stock tasks' hub data sets.
 
-lm-eval calls these as ``custom_dataset`` with the task's metadata, ``data_dir`` among it. Each returns the split that
-the stock task evaluates on, and nothing is cached.
+lm-eval calls them as ``custom_dataset`` with the task's metadata, including ``data_dir``. Each returns the split that
+the stock task evaluates, without caching.
 """
 
 import csv
@@ -42,7 +42,7 @@ def _arc(task: str, data_dir: str | None, *names: str) -> DatasetDict:
 
 
 def _labelled(row: Row) -> Row:
-    """Returns choices as columns and the answer, which must be one of their labels."""
+    """Returns the choices as columns and the answer, which must be one of their labels."""
     choices = row["question"]["choices"]
     labels = [choice["label"] for choice in choices]
     if row["answerKey"] not in labels:
@@ -54,7 +54,7 @@ def _labelled(row: Row) -> Row:
 
 
 def boolq(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns BoolQ's validation split; labels may be booleans, or the words of the SuperGLUE copies."""
+    """Returns BoolQ's validation split; labels are booleans, or words as in SuperGLUE."""
     path = _find("boolq", data_dir, "BoolQ/val.jsonl", "boolq_val.jsonl", "boolq_val.jsonl.gz", "dev.jsonl")
 
     def convert(row: Row) -> Row:
@@ -82,17 +82,17 @@ def openbookqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def piqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns PIQA's validation split, its labels from the file beside it."""
+    """Returns PIQA's validation split, with labels from a separate file."""
     path = _find("piqa", data_dir, "piqa_valid.jsonl", "piqa/valid.jsonl", "valid.jsonl")
 
     def convert(row: Row) -> Row:
         return {name: row[name] for name in ("goal", "sol1", "sol2")} | {"label": _choice(row["label"], 0, 2)}
 
-    return _split("validation", _converted(_beside("piqa", path), convert, path))
+    return _split("validation", _converted(_with_labels("piqa", path), convert, path))
 
 
 def race(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns RACE-high, one row a passage: stock asks the last question, with the others answered before it."""
+    """Returns RACE-high, one row per passage: the stock task asks the last question after the answered others."""
     path = _find("race", data_dir, "RACE/test/high", "test/high", "RACE/dev/high", "race_dev.tar.gz")
 
     def convert(row: Row) -> Row:
@@ -106,7 +106,7 @@ def race(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def _race_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields the passages in the order of their names."""
+    """Yields the passages sorted by name."""
     if path.is_dir():
         for number, passage in enumerate(sorted(path.glob("*.txt")), 1):
             yield number, _parsed(passage, partial(json.loads, _text(passage)))
@@ -116,14 +116,14 @@ def _race_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _race_members(path: Path) -> list[tuple[str, bytes]]:
-    """Returns names and contents of an archive's passages of the kind ``high``."""
+    """Returns names and contents of the passages ``high`` in an archive."""
     with tarfile.open(path) as archive:
         opened = ((m.name, archive.extractfile(m)) for m in archive if "/high/" in m.name and m.isfile())
         return sorted((name, file.read()) for name, file in opened if file is not None)
 
 
 def social_iqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns Social IQa's validation split: released with labels beside it, or with the right option's text."""
+    """Returns Social IQa's validation split, with labels from a separate file or given as text."""
     path = _find("social_iqa", data_dir, "siqa_dev.jsonl", "socialiqa-train-dev/dev.jsonl", "socialIWa_v1.4_dev.jsonl")
 
     def convert(row: Row) -> Row:
@@ -134,7 +134,7 @@ def social_iqa(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
         answers = dict(zip(("answerA", "answerB", "answerC"), options, strict=True))
         return {"context": row["context"], "question": row["question"], **answers, "label": str(label)}
 
-    rows = _beside("social_iqa", path) if path.name == "dev.jsonl" else _json_lines(path)
+    rows = _with_labels("social_iqa", path) if path.name == "dev.jsonl" else _json_lines(path)
     return _split("validation", _converted(rows, convert, path))
 
 
@@ -174,7 +174,7 @@ def winogrande(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def hellaswag(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns HellaSwag's validation split, or as much of it as the file holds."""
+    """Returns HellaSwag's validation split, or the part of it in the file."""
     path = _find("hellaswag", data_dir, "hellaswag_val.jsonl", "hellaswag_val_1000.jsonl")
     names = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type")
 
@@ -211,7 +211,7 @@ def wnli(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 
 
 def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
-    """Returns RTE's validation split, from SuperGLUE's file; GLUE's task reads the same pairs."""
+    """Returns RTE's validation split, from SuperGLUE's file; GLUE has the same pairs."""
     path = _find("rte", data_dir, "RTE/val.jsonl", "rte_val.jsonl")
     labels = ("entailment", "not_entailment")
 
@@ -227,26 +227,26 @@ def rte(*, data_dir: str | None = None, **_: Any) -> DatasetDict:
 def _find(task: str, data_dir: str | None, *names: str) -> Path:
     """Returns the first of ``names`` that exists in ``data_dir``."""
     if data_dir is None:
-        raise ConfigError(f"Task {task} reads local files: give their folder as data_dir in the metadata.")
+        raise ConfigError(f"Task {task} reads local files: set data_dir in the metadata to their folder.")
     found = next((path for name in names if (path := Path(data_dir) / name).exists()), None)
     if found is None:
         raise ConfigError(f"Task {task} finds none of its files in '{data_dir}': {', '.join(names)}.")
     return found
 
 
-def _beside(task: str, path: Path) -> list[tuple[int, Row]]:
-    """Returns the rows with the labels of the ``-labels.lst`` file beside ``path``."""
-    beside = path.with_name(f"{path.stem}-labels.lst")
-    if not beside.is_file():
-        raise ConfigError(f"Task {task}: '{path}' needs its labels beside it, in {beside.name}.")
-    rows, labels = list(_json_lines(path)), _text(beside).split()
+def _with_labels(task: str, path: Path) -> list[tuple[int, Row]]:
+    """Returns the rows with the labels of the file ``-labels.lst`` in the same folder."""
+    file = path.with_name(f"{path.stem}-labels.lst")
+    if not file.is_file():
+        raise ConfigError(f"Task {task}: the labels of '{path}' are missing ({file.name} in the same folder).")
+    rows, labels = list(_json_lines(path)), _text(file).split()
     if len(rows) != len(labels):
         raise ConfigError(f"Task {task}: '{path}' has {len(rows)} rows, its labels are {len(labels)}.")
     return [(number, row | {"label": label}) for (number, row), label in zip(rows, labels, strict=True)]
 
 
 def _choice(label: Any, first: int, count: int) -> int:
-    """Returns a label as the number of one of ``count`` choices, the first of which is number ``first``."""
+    """Returns a label as the number of one of ``count`` choices, which are numbered from ``first``."""
     number = int(label)
     if not first <= number < first + count:
         raise ValueError(f"label {label!r} is not one of {first} to {first + count - 1}")
@@ -272,7 +272,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
-    """Yields the rows of a CSV file, or of a TSV file, where quotation marks mean nothing."""
+    """Yields the rows of a CSV file, or of a TSV file without quoting."""
     file = io.StringIO(_text(path), newline="")
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     reader: Iterator[Row] = csv.DictReader(file, delimiter=delimiter, quoting=quoting)  # type: ignore[call-overload]
@@ -288,7 +288,7 @@ def _parsed(path: Path, parse: Callable[[], Any], number: int | None = None) -> 
 
 
 def _converted(rows: Iterable[tuple[int, Row]], convert: Callable[[Row], Row], path: Path) -> list[Row]:
-    """Returns the rows converted; a row that is not what was released is an error with its number."""
+    """Returns the converted rows; raises ``ConfigError`` with the number of an invalid row."""
     found = []
     for number, row in rows:
         try:

@@ -155,6 +155,9 @@ def test_damaged_folders_are_errors(folder, tmp_path):
         (json.dumps(index | {"files": ["../x"]}), "is damaged"),
         (json.dumps(index | {"files": []}), "lack"),
         (json.dumps(index | {"shapes": index["shapes"] | {name: negative}}), "is damaged"),
-        (json.dumps(index | {"shapes": index["shapes"] | {name: turned}}), f"{name} is {turned} in the weight files"),
+        (
+            json.dumps(index | {"shapes": index["shapes"] | {name: turned}}),
+            f"{name} has the shape {turned} in the weight files",
+        ),
     ):
         assert said in broken(lambda b, text=text: (b / INDEX_FILE).write_text(text))

@@ -212,9 +212,9 @@ def test_padded_refuses_what_no_zeros_can_stand_for():
     group = Group(name="model.layers.0.strange", kind="strange", num_units=24, slices=slices)
     plan = PruningPlan(model_class="LlamaForCausalLM", groups=(group,), keep={group.name: tuple(range(9))}, config={})
     hfprune.apply_plan(model, plan)
-    with pytest.raises(ConfigError, match="none can stand for a removed strange"):
+    with pytest.raises(ConfigError, match="cannot replace removed strange"):
         LAYOUTS.get("padded").check(model)
-    with pytest.raises(ConfigError, match="another group of an earlier one has the same channels"):
+    with pytest.raises(ConfigError, match="has the same channels as another group of an earlier plan"):
         compose([plan, mlp_plan(tiny())])
 
 
@@ -245,14 +245,14 @@ def test_uniform_is_refused_before_weights_are_read(folder, capsys, monkeypatch)
     ]
     assert main(["prune", *flags]) == 2
     error = capsys.readouterr().err
-    assert "a stock config states one for all" in " ".join(error.split())
+    assert "a stock config has one number for all layers" in " ".join(error.split())
     assert "per_layer" in error
     assert main(["prune", *flags, "--layout=paded"]) == 2
     assert "Did you mean 'padded'?" in capsys.readouterr().err
 
 
 def test_uniform_is_refused_after_calibration_when_only_then_widths_are_known(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(TaylorImportanceCallback, "planned", lambda self, module: None)
+    monkeypatch.setattr(TaylorImportanceCallback, "expected_model", lambda self, module: None)
     flags = [
         f"--model.path={folder}",
         "--model.allow_pruned=true",

@@ -1,0 +1,21 @@
+"""Shows what a folder holds: the model, what was removed, by which recipe, its figures, and what loads it.
+
+``hfprune inspect OUT``
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("path", metavar="OUT", help="folder of a run, model folder, plan folder, or hub id")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(arguments: Namespace) -> None:
+    """Prints the inspection."""
+    from hfprune.publishing.inspection import inspect_folder, inspection_text
+
+    found = inspect_folder(arguments.path)
+    print(json.dumps(found, indent=2) if arguments.json else inspection_text(found))

@@ -1,0 +1,112 @@
+"""Shows what pruning ratios mean for a model, from its shapes: no weight is read, nothing is written.
+
+``hfprune plan MODEL --ratio 0.1 0.2 0.3``
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hfprune.cli.light import columns
+
+if TYPE_CHECKING:
+    from hfprune.publishing.forecast import Forecast
+
+_LABELS = {
+    "mlp": "MLP width",
+    "heads": "key-value heads",
+    "experts": "experts",
+    "layers": "layers",
+    "channels": "hidden size",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of the dense model; config.json is enough")
+    parser.add_argument(
+        "--ratio",
+        "--pruning_ratio",
+        dest="pruning_ratio",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.2, 0.3],
+        metavar="R",
+        help="shares of all parameters to remove (default: 0.1 0.2 0.3)",
+    )
+    kinds = f"units to remove, of {', '.join(_LABELS)} (default: mlp)"
+    parser.add_argument("--units", nargs="+", choices=_LABELS, default=["mlp"], metavar="KIND", help=kinds)
+    parser.add_argument("--round_to", type=int, default=1, metavar="N", help="kept widths are multiples of N")
+    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(arguments: Namespace) -> None:
+    """Prints the forecast."""
+    from hfprune.io.load import meta_model
+    from hfprune.publishing.forecast import forecast, impossible_ratios
+    from hfprune.utils.errors import ConfigError
+
+    if arguments.tokens < 1:
+        raise ConfigError(f"tokens={arguments.tokens} is not positive.")
+    model = meta_model(arguments.model, revision=arguments.revision, argument="model")
+    settings = {"units": arguments.units, "round_to": arguments.round_to}
+    impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
+    ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
+    if not ratios:
+        raise ConfigError(next(iter(impossible.values())))
+    found = forecast(model, ratios, tokens=arguments.tokens, **settings)
+    if arguments.json:
+        plans = [entry.to_dict() for entry in found]
+        print(json.dumps({"model": arguments.model, "plans": plans, "impossible": impossible}, indent=2))
+        return
+    print(_text(found))
+    for reason in impossible.values():
+        print(reason)
+
+
+def _text(found: Sequence["Forecast"]) -> str:
+    kinds = list(dict.fromkeys(kind for entry in found for kind in entry.kept))
+    head = ["ratio", "parameters", "removed", *(_LABELS[kind] for kind in kinds), "GiB", "MACs/token", "KV cache MiB"]
+    rows: list[list[str]] = [[*head, "multiple of", "GPUs"]]
+    for entry in found:
+        about = "~" if entry.provisional else ""
+        rows.append(
+            [
+                f"{entry.pruning_ratio:g}" if entry.pruning_ratio else "dense",
+                f"{about}{entry.parameters:,}",
+                f"{entry.removed_share:.2%}" if entry.pruning_ratio else "",
+                *(about + _units(entry, kind) for kind in kinds),
+                f"{entry.weight_bytes / 2**30:.3f}",
+                f"{entry.macs_per_token / 1e9:.3f} G",
+                f"{entry.kv_cache_bytes / 2**20:.1f}",
+                str(entry.multiple or "-"),
+                ", ".join(map(str, [1, *entry.devices])),
+            ]
+        )
+    return "\n".join([columns(rows), *_notes(found)])
+
+
+def _units(entry: "Forecast", kind: str) -> str:
+    kept = entry.kept.get(kind, [])
+    if not kept:
+        return ""
+    text = f"{kept[0]:,}" if len(set(kept)) == 1 else f"{min(kept):,} to {max(kept):,}"
+    exact = entry.exact_width
+    return f"{text} (exact {exact:,.1f})" if kind == "mlp" and exact is not None and exact != kept[0] else text
+
+
+def _notes(found: Sequence["Forecast"]) -> list[str]:
+    tokens = found[0].tokens
+    notes = [
+        "",
+        f"MACs: multiply-accumulates of a pass over {tokens} tokens, divided by {tokens}. KV cache: {tokens} tokens, "
+        "batch 1.",
+        "multiple of: largest power of two (up to 256) that divides every MLP width. GPUs: tensor-parallel splits.",
+    ]
+    if any(entry.provisional for entry in found):
+        notes.append("~: which units each layer keeps follows from the scores; the parameters are close, not exact.")
+    advice = dict.fromkeys(entry.advice for entry in found if entry.advice)
+    return notes + [text.replace("round_to=", "--round_to ") for text in advice]

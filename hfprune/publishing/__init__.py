@@ -1,0 +1,1 @@
+"""Publishing: what a pruned model will look like, what a folder holds, model cards, and the Hugging Face Hub."""

@@ -1,0 +1,79 @@
+"""Engines: which quantisers and which number of devices can use the widths of a model."""
+
+from collections.abc import Iterable, Sequence
+
+ROW_GROUPS = {
+    32: "GGUF Q8_0 and Q4_0",
+    64: "bitsandbytes nf4, MLX, torchao and OpenVINO 4 bit",
+    128: "GPTQ, AWQ, llm-compressor (group 128)",
+    256: "GGUF K-quants",
+}
+"""Number that every row of a quantised matrix must be a multiple of -> the formats that need it (docs/serving.md)."""
+
+_DEVICES = (2, 4, 8)
+
+
+def largest_multiple(widths: Iterable[int]) -> int:
+    """Returns the largest power of two, up to 256, that divides all widths; 1 for odd ones.
+
+    >>> largest_multiple([1024, 512]), largest_multiple([1017]), largest_multiple([96, 64])
+    (256, 1, 32)
+    """
+    found = 256
+    for width in widths:
+        while width % found:
+            found //= 2
+    return found
+
+
+def quantised_formats(widths: Iterable[int], hidden_size: int) -> list[str]:
+    """Returns the formats whose groups fit the rows of all projections: the widths, and the hidden size.
+
+    Args:
+        widths: MLP widths.
+        hidden_size: Size of the residual stream; it limits a dense model in the same way.
+
+    >>> quantised_formats([1024], 576)
+    ['GGUF Q8_0 and Q4_0', 'bitsandbytes nf4, MLX, torchao and OpenVINO 4 bit']
+    >>> quantised_formats([1017], 2048)
+    []
+    """
+    multiple = largest_multiple([*widths, hidden_size])
+    return [formats for group, formats in ROW_GROUPS.items() if multiple % group == 0]
+
+
+def splits(widths: Iterable[int], heads: Sequence[int]) -> list[int]:
+    """Returns over how many devices (2, 4, 8) tensor parallelism can split the model evenly.
+
+    Args:
+        widths: MLP widths.
+        heads: Numbers of query heads and of key-value heads.
+
+    >>> splits([1024], [8, 2]), splits([1017], [8, 2])
+    ([2], [])
+    """
+    numbers = [*widths, *heads]
+    return [devices for devices in _DEVICES if not any(number % devices for number in numbers)]
+
+
+def width_advice(widths: Sequence[int], dense_widths: Sequence[int]) -> str:
+    """Returns which quantised formats the pruned widths lose, and what to do; empty where none.
+
+    Args:
+        widths: MLP widths of the pruned model; the rows of its down projections.
+        dense_widths: Those of the dense model.
+
+    >>> width_advice([1017], [1536])
+    'Widths that are multiples of 1 lose 4 quantised formats of the dense model (GGUF Q8_0 and Q4_0; bitsandbytes nf4, \
+MLX, torchao and OpenVINO 4 bit; GPTQ, AWQ, llm-compressor (group 128); GGUF K-quants): use round_to=256.'
+    >>> width_advice([1024], [1536])
+    ''
+    """
+    multiple, dense = largest_multiple(widths), largest_multiple(dense_widths)
+    lost = [formats for group, formats in ROW_GROUPS.items() if dense % group == 0 and multiple % group]
+    if not lost:
+        return ""
+    return (
+        f"Widths that are multiples of {multiple} lose {len(lost)} quantised formats of the dense model "
+        f"({'; '.join(lost)}): use round_to={dense}."
+    )

@@ -1,0 +1,114 @@
+"""Inspections say what plan and files say."""
+
+import json
+
+import pytest
+import torch
+
+import hfprune
+from hfprune.publishing.inspection import inspect_folder, inspection_text
+from hfprune.utils.errors import ConfigError, PlanError
+from tests.helpers.models import NAMES, save_tiny, tiny
+
+
+def pruned(folder, keep, layout="uniform", name="llama"):
+    model = tiny(name, dtype=torch.float32)
+    plan = hfprune.make_plan(model, keep={f"model.layers.{i}.mlp": range(n) for i, n in enumerate(keep)})
+    hfprune.apply_plan(model, plan)
+    hfprune.save(model, folder, plan=plan, layout=layout)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_widths_and_parameters_are_read_from_the_headers(name, tmp_path):
+    model = tiny(name, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    found = inspect_folder(str(tmp_path))
+    assert found["model"]["parameters"] == model.num_parameters()
+    assert found["model"]["mlp_widths"] == list(hfprune.models.mlp_widths(model))
+    assert found["model"]["class"] == type(model).__name__
+    assert "removed" not in found
+
+
+@pytest.mark.parametrize(
+    ("layout", "keep", "loader"),
+    [
+        ("uniform", (12, 12, 12), "transformers"),
+        ("per_layer", (12, 8, 24), "hfprune"),
+        ("padded", (12, 8, 24), "transf"),
+    ],
+)
+def test_layout_loader_and_removed_units(layout, keep, loader, tmp_path):
+    pruned(tmp_path / "model", keep, layout)
+    found = inspect_folder(str(tmp_path / "model"))
+    assert found["layout"] == layout
+    assert found["loads_with"].startswith(loader)
+    assert found["removed"]["mlp"] == {"dense": 72, "kept": sum(keep), "removed": 72 - sum(keep)}
+    assert [row["mlp"]["kept"] for row in found["layers"]] == list(keep)
+    text = inspection_text(found)
+    assert f"layer 1: MLP neurons {keep[1]} of 24" in text
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_exports_say_which_version_and_plan_they_are_of(tmp_path):
+    pruned(tmp_path / "model", (12, 12, 12))
+    plan = hfprune.PruningPlan.load(tmp_path / "model")
+    assert inspect_folder(str(tmp_path / "model"))["model"]["hfprune"] == {
+        "version": hfprune.__version__,
+        "plan": plan.digest(),
+    } | ({"base_model": plan.provenance["model"]["path"]} if plan.provenance["model"]["path"] else {})
+
+
+def test_the_report_beside_the_model_is_shown(tmp_path):
+    pruned(tmp_path / "model", (12, 12, 12))
+    stages = {
+        "dense": {"perplexity": {"value": 10.0}},
+        "pruned": {"perplexity": {"value": 12.5}, "fidelity": {"kl": 0.2}},
+    }
+    (tmp_path / "report.json").write_text(json.dumps({"stages": stages, "command": "hfprune prune x", "plan": {}}))
+    found = inspect_folder(str(tmp_path))
+    assert found["figures"] == {"dense": {"perplexity": 10.0}, "pruned": {"perplexity": 12.5, "kl": 0.2}}
+    assert found["recipe"]["command"] == "hfprune prune x"
+    assert "pruned: perplexity 12.5, kl 0.2" in inspection_text(found)
+
+
+def test_what_is_no_model_or_damaged_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        inspect_folder(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="neither a model"):
+        inspect_folder(str(tmp_path))
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ConfigError, match="report.json' cannot be read"):
+        inspect_folder(str(tmp_path))
+    (tmp_path / "report.json").unlink()
+    (tmp_path / "model/model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(ConfigError, match="damaged or cut off"):
+        inspect_folder(folder)
+    (tmp_path / "model/plan.json").write_text("{}")
+    with pytest.raises(PlanError, match="Not a pruning plan"):
+        inspect_folder(folder)
+
+
+def test_a_removed_layer_does_not_make_a_layout_padded(tmp_path):
+    model = tiny(dtype=torch.float32)
+    keep = {"model.layers": (0, 2), "model.layers.0.mlp": range(12), "model.layers.2.mlp": range(12)}
+    plan = hfprune.make_plan(model, keep=keep, units=("mlp", "layers"))
+    hfprune.apply_plan(model, plan)
+    hfprune.save(model, tmp_path / "model", plan=plan)
+    found = inspect_folder(str(tmp_path / "model"))
+    assert (found["layout"], found["model"]["mlp_widths"]) == ("uniform", [12, 12])
+    assert found["removed"]["mlp"] == {"dense": 72, "kept": 24, "removed": 48}
+    assert "layer 1: removed" in inspection_text(found)
+
+
+def test_a_bitmask_folder_has_the_parameters_of_the_model(tmp_path):
+    model = tiny(dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter[:, ::2] = 0
+    hfprune.save(model, tmp_path / "model", layout="bitmask")
+    found = inspect_folder(str(tmp_path / "model"))
+    assert found["layout"] == "bitmask"
+    assert (found["model"]["parameters"], found["model"]["mlp_widths"]) == (model.num_parameters(), [24, 24, 24])
