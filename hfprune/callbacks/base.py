@@ -44,6 +44,7 @@ from hfprune.pruning.sensitivity_curves import check_curves
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.recovery.mode import RecoveryMode, RecoverySetting
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import phase
 
 
 def check_positive(**values: float | None) -> None:
@@ -280,7 +281,8 @@ class PruningCallback(Callback, PruningEvents, ABC):
         target = self._target
         assert target is not None
         before = parameter_count(target.model)
-        self._apply(target, plan)
+        with phase("pruning"):
+            self._apply(target, plan)
         after = parameter_count(target.model)
         log_pruning(trainer, pruning_metrics(plan, before=before, after=after, calibration_seconds=seconds))
         for listener in listeners(trainer):

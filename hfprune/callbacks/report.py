@@ -1,5 +1,6 @@
 """ReportCallback: evaluation of the model at every stage of a run, export and report."""
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hfprune.callbacks.base import PruningCallback, pruning_callbacks
 from hfprune.callbacks.evaluation_text import EvaluationText, TextSource
 from hfprune.callbacks.snapshots import Stages
 from hfprune.callbacks.target import Target
+from hfprune.callbacks.training_curve import TrainingCurve
 from hfprune.evaluation.evaluate import flat
 from hfprune.io.layouts import LAYOUTS
 from hfprune.io.load_sharded import whole
@@ -44,6 +46,9 @@ from hfprune.report.table import show, stage_table
 from hfprune.sparse.state import count_saved, load_orders, save_orders
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import replaced_folder, user_path, write_json
+from hfprune.utils.progress import Timings
+
+_log = logging.getLogger(__name__)
 
 
 class ReportCallback(Callback, PruningEvents):
@@ -104,6 +109,7 @@ class ReportCallback(Callback, PruningEvents):
         self.merge_adapters, self.config = merge_adapters, config
         self.measured = Stages(latency=latency, samples=samples, text=EvaluationText(text, tokenizer))
         self._start = time.time()
+        self._curve, self._timings = TrainingCurve(), Timings()
         self._report: dict[str, Any] = {}
 
     @property
@@ -151,12 +157,23 @@ class ReportCallback(Callback, PruningEvents):
             self.layout.check(expected)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the stages measured so far, so that a resumed run reports them."""
-        return self.measured.state_dict()
+        """Returns the stages measured so far and the training curve, so that a resumed run reports them."""
+        return self.measured.state_dict() | {"curve": self._curve.to_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the stages measured before the interruption."""
         self.measured.load_state_dict(state_dict)
+        self._curve.load(state_dict.get("curve", {}))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the training loss."""
+        self._curve.batch(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the validation loss."""
+        self._curve.validation(trainer, pl_module)
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model and stores its final hidden states."""
@@ -195,7 +212,7 @@ class ReportCallback(Callback, PruningEvents):
         self._write_report(trainer, target, saved, recovery)
         show(stage_table(self.stages))
         for warning in self.measured.warnings:
-            Console(stderr=True).print(f"[bold red]WARNING[/] {warning}")
+            _log.warning("WARNING: %s", warning)
         Console().print(saved_line(self.output_dir / MODEL_FOLDER, saved), soft_wrap=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -243,6 +260,8 @@ class ReportCallback(Callback, PruningEvents):
         report = {
             "command": command_line(),
             "seconds": time.time() - self._start,
+            "timing": dict(self._timings.seconds),
+            "training": self._curve.to_dict(),
             "stages": self.stages,
             "convergence": (plan.provenance.get("calibration") or {}).get("convergence", []),
             "generations": self.measured.generations,
@@ -278,6 +297,11 @@ class ReportCallback(Callback, PruningEvents):
             item["texts"][name] = other["texts"][name]
         self._show()
         show(stage_table(self.stages))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The content of ``report.json``; empty before it was written."""
+        return self._report
 
     def _log_figures(self, trainer: Trainer) -> None:
         """Logs the results of every stage as ``stage/name``."""

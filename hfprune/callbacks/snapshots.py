@@ -14,6 +14,7 @@ from hfprune.evaluation.fidelity import DenseReference
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import phase
 
 EXPLODED = 10.0
 """Ratio to the dense model's perplexity above which a warning is reported."""
@@ -58,15 +59,20 @@ class Stages:
     def dense(self, target: Target, trainer: Trainer) -> None:
         """Measures the dense model and stores its final hidden states."""
         windows = self.text.windows(trainer, target)
-        if windows is not None:
-            # the reference must not change when recovery trains the head
-            self._reference = target.run(DenseReference.collect, target.model, windows)
-        self._is_dense = True
-        self.add("dense", target, trainer)
-        self._is_dense = False
+        with phase("measuring the dense model"):
+            if windows is not None:
+                # the reference must not change when recovery trains the head
+                self._reference = target.run(DenseReference.collect, target.model, windows)
+            self._is_dense = True
+            self._measure("dense", target, trainer)
+            self._is_dense = False
 
     def add(self, name: str, target: Target, trainer: Trainer) -> None:
         """Measures the target's model, without adapters, as stage ``name``."""
+        with phase(f"measuring the {name} model"):
+            self._measure(name, target, trainer)
+
+    def _measure(self, name: str, target: Target, trainer: Trainer) -> None:
         latency = self._latency and not target.sharded  # gathering weights would dominate
         self._record(name, target.run(self._figures, target.model, target, trainer, latency))
         if not target.sharded:
@@ -81,9 +87,13 @@ class Stages:
             merge: Whether to merge the adapters permanently; otherwise a merged copy is measured.
             name: Name of the stage.
         """
-        if target.sharded:
-            self._recovered_sharded(target, trainer, merge=merge)
-            return
+        with phase(f"measuring the {name} model"):
+            if target.sharded:
+                self._recovered_sharded(target, trainer, merge=merge)
+            else:
+                self._recovered(target, trainer, merge=merge, name=name)
+
+    def _recovered(self, target: Target, trainer: Trainer, *, merge: bool, name: str) -> None:
         device, windows = trainer.strategy.root_device, self.text.windows(trainer, target)
         if self._reference is None and windows is not None:  # a resumed run
             dense = target.load_dense()

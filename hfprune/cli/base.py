@@ -1,6 +1,6 @@
 """Base class of the commands: the common parser, and errors in one line that name flags."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -43,6 +43,8 @@ class BaseCLI(LightningCLI):
 
     given: Namespace
     """What the command line and its files give, without defaults."""
+    result: Mapping[str, Any] | None = None
+    """What the command found, once it has run."""
 
     def __init__(self, command: str, args: list[str]) -> None:
         self.command = command

@@ -1,13 +1,14 @@
 """The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
 
-import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hfprune.cli.config_files import shipped_configs
+from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
@@ -38,7 +39,10 @@ examples:
   hfprune plan DIR_OR_ID --ratio 0.1 0.2 0.3
   hfprune chat OUT --dense DIR_OR_ID
 
-Each command lists its flags with: hfprune COMMAND --help
+flags of every command:
+{chr(10).join(f"  --{name:<10}{text}" for name, text in FLAGS.items())}
+
+Each command lists its other flags with: hfprune COMMAND --help
 --config takes a YAML file, or the name of a config of the package:
 {textwrap.indent(textwrap.fill(", ".join(shipped_configs()), width=100), "  ")}
 """
@@ -59,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        _run(args[0], args[1:])
+        console, rest = take_flags(args[1:])
+        console.write(_run(args[0], rest, console))
     except HFPruneError as error:
         if debug:
             raise
@@ -76,33 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: str, args: list[str]) -> None:
+def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
+    """Runs a command; returns its result, None where it has none or another process writes it."""
     if command in LIGHT_COMMANDS:
         run_light(command, args)
-        return
+        return None
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
-    with _messages(), _current_folder():
-        launch(command, args)
-
-
-@contextmanager
-def _messages() -> Iterator[None]:
-    """Prints the messages of hfprune to stderr, unless the process has configured logging itself."""
-    logger = logging.getLogger("hfprune")
-    if logging.root.hasHandlers() or logger.handlers:
-        yield
-        return
-    handler, level, propagate = logging.StreamHandler(), logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+    with console.applied(command), _current_folder():
+        return launch(command, args)
 
 
 @contextmanager

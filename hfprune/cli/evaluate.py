@@ -32,7 +32,7 @@ class EvaluateCLI(BaseCLI):
         """Runs the command."""
         c = self.config
         self.check_trainer()
-        cast(PruneTrainer, self.trainer).evaluate(
+        stages = cast(PruneTrainer, self.trainer).evaluate(
             self.model,
             self.datamodule,
             dense=c.dense,
@@ -42,6 +42,7 @@ class EvaluateCLI(BaseCLI):
             dense_cache=c.dense_cache,
             output=c.output,
         )
+        self.result = {"stages": stages}
 
 
 def add_task_arguments(parser: LightningArgumentParser) -> None:

@@ -51,3 +51,4 @@ class ExportCLI(BaseCLI):
         settings = {"layout": layout, "overwrite": self.config.overwrite}
         saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, **settings)
         Console().print(saved_line(target, saved), soft_wrap=True)
+        self.result = {"output_dir": str(target), **saved}

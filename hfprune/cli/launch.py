@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ CLASSES: dict[str, type[BaseCLI]] = {
 """Command -> its LightningCLI."""
 
 
-def launch(command: str, args: list[str]) -> None:
-    """Parses ``args`` for ``command`` and runs it.
+def launch(command: str, args: list[str]) -> Mapping[str, Any] | None:
+    """Parses ``args`` for ``command``, runs it and returns its result: what ``--json`` writes.
 
     Raises:
         HFPruneError: Bad input, in one line; Lightning's own complaints included.
@@ -41,6 +41,7 @@ def launch(command: str, args: list[str]) -> None:
             cli = CLASSES[command](command, args)
             with cli.naming_flags():
                 _run(cli)
+        return cli.result if cli.trainer.is_global_zero else None
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (AttributeError, TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
@@ -100,10 +101,10 @@ def _terminable(cli: BaseCLI) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Prints warnings as one line and hides those that a user of the command line cannot act on.
 
-    The settings of ``warnings`` and of Lightning's loggers are restored afterwards. With ``python -W`` nothing is
-    changed.
+    The settings of ``warnings`` and of Lightning's loggers are restored afterwards. With ``python -W`` and with
+    ``--verbose`` nothing is changed.
     """
-    if sys.warnoptions:
+    if sys.warnoptions or logging.getLogger("hfprune").getEffectiveLevel() <= logging.DEBUG:
         yield
         return
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]

@@ -11,17 +11,22 @@ import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
 
 from hfprune.callbacks import PruningCallback, ReportCallback
 from hfprune.callbacks.checkpointing import OneRun, StepCheckpoint
+from hfprune.callbacks.recovery_progress import RecoveryLines, RecoveryProgress
 from hfprune.callbacks.snapshots import ONE_PROCESS, STAGE, DenseControl
 from hfprune.cli.base import BaseCLI
+from hfprune.cli.entry import COMMANDS
 from hfprune.cli.export import add_layout_argument
 from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
 from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.io.checkpoint_record import read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
+from hfprune.report.closing import closing
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.compat import instantiate
 from hfprune.utils.errors import ConfigError
@@ -101,6 +106,7 @@ class RunCLI(BaseCLI):
             callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
             if self.command == "fit":
                 callbacks.append(step_checkpoint(folder, config.checkpoint_steps))
+        callbacks += self._shown()
         self.trainer_defaults["callbacks"] = callbacks
         if config.trainer.default_root_dir is None:
             kwargs["default_root_dir"] = str(out)
@@ -114,6 +120,13 @@ class RunCLI(BaseCLI):
             of_run = [OneRun(folder), OneRun(folder / DENSE_CHECKPOINTS)]  # before the first is written
             trainer.callbacks[:0] = of_run  # type: ignore[attr-defined]
         return trainer
+
+    def _shown(self) -> list[Any]:
+        """Returns the callback that shows recovery, in the place of Lightning's bar or of none."""
+        given = self.config_init.trainer
+        if any(isinstance(callback, ProgressBar) for callback in _listed(given.callbacks)):
+            return []
+        return [RecoveryLines() if given.enable_progress_bar is False else RecoveryProgress()]
 
     def report(self, out: Path) -> ReportCallback:
         """Returns the callback that measures, exports and reports into ``out``.
@@ -152,6 +165,7 @@ class RunCLI(BaseCLI):
 
     def run(self) -> None:
         """Runs the command."""
+        report = next(c for c in cast(Any, self.trainer).callbacks if isinstance(c, ReportCallback))
         if self.command == "prune":
             trainer = cast(PruneTrainer, self.trainer)
             trainer.prune(self.model, datamodule=self.datamodule, ckpt_path=self.resumed_from)
@@ -163,6 +177,15 @@ class RunCLI(BaseCLI):
             if self.config.recover_dense:
                 self._recover_dense()
             self._log_next()
+        self._close(report)
+
+    def _close(self, report: ReportCallback) -> None:
+        """Prints what the run has done and what can be run next; every other process has no report."""
+        if not report.report:
+            return
+        self.result = report.report
+        block = closing(report.report, report.output_dir, command=self.command, commands=COMMANDS)
+        Console().print(f"\n{block}", markup=False, highlight=False, soft_wrap=True)
 
     def advice(self) -> str | None:
         """Returns the command that continues an interrupted run, None without a checkpoint."""
@@ -217,7 +240,7 @@ class RunCLI(BaseCLI):
         self.model.trainable = trainable
         control = DenseControl(adapters, latency=config.latency, samples=report.measured.samples)
         saving = step_checkpoint(folder, config.checkpoint_steps, save_last="link")
-        self.trainer_defaults["callbacks"] = [control, saving]
+        self.trainer_defaults["callbacks"] = [control, saving, *self._shown()]
         self.trainer = super().instantiate_trainer(logger=False)
         gc.collect()  # the pruned model and its optimizer go before the dense model comes
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=newest(folder))
@@ -244,6 +267,11 @@ def _warn_if_unequal(report: ReportCallback, control: dict[str, Any]) -> None:
             report.measured.warnings.append(text)
             _log.warning(text)
             return
+
+
+def _listed(callbacks: Any) -> list[Any]:
+    """Returns callbacks as the Trainer takes them, one or several or none, as a list."""
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [] if callbacks is None else [callbacks]
 
 
 def _holds_layers_only(out: Path) -> bool:

@@ -1,5 +1,6 @@
 """``hfprune sweep``: a grid of methods, ratios and seeds in one table."""
 
+import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -7,10 +8,11 @@ from rich.console import Console
 from hfprune.cli.base import BaseCLI
 from hfprune.cli.evaluate import add_task_arguments, zero_shot_tasks
 from hfprune.data import TextDataModule
+from hfprune.report.run_folder import recipe
 from hfprune.report.table import show
 from hfprune.sweep import Method, Sweep, SweepGrid
 from hfprune.sweep.grid import default_methods
-from hfprune.sweep.results import markdown
+from hfprune.sweep.tables import markdown
 from hfprune.utils.errors import ConfigError
 
 
@@ -62,10 +64,28 @@ class SweepCLI(BaseCLI):
             zero_shot=zero_shot_tasks(c),
             latency=c.latency,
             device=trainer.strategy.root_device,
+            recipe=self.recipe,
         )
-        result = sweep.run()
+        self.result = result = sweep.run()
         show(markdown(result))
         Console().print(f"Saved to {c.output_dir}", soft_wrap=True)
+
+    def recipe(self, method: Method, ratio: float) -> str:
+        """Returns the configuration of a ``fit`` by a method of this sweep, as YAML.
+
+        Args:
+            method: The method.
+            ratio: Share of all parameters to remove.
+        """
+        dumped = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        given = next((found for found in dumped.get("methods") or () if found["name"] == method.name), None)
+        if given is None:  # one of the defaults, which have no settings of their own
+            given = {"criterion": type(method.scorer).__name__, "objective": method.objective}
+        importance = {name: value for name, value in given.items() if name != "name"}
+        data = {name: value for name, value in dumped["data"].items() if name != "text"}
+        data["text"] = next(iter(dumped.get("texts", {}).values()), dumped["data"].get("text"))
+        config = {"model": dumped["model"], "data": data, "pruning_ratio": ratio, "round_to": dumped.get("round_to")}
+        return recipe(config | {"importance": importance})
 
     def make_data(self, seed: int, text: str | None) -> TextDataModule:
         """Returns the data module of ``--data`` for a seed and an evaluation text; None leaves evaluation out."""

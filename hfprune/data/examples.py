@@ -17,7 +17,7 @@ from hfprune.data.encode import BosSetting, WholeText, bos_id, check_bos, encode
 from hfprune.data.formats import Document, InstructionRow
 from hfprune.objectives.base import IGNORE_INDEX
 from hfprune.utils.errors import ConfigError
-from hfprune.utils.files import load_tensors, save_tensors
+from hfprune.utils.files import load_tensors, write_tensors
 
 Example = tuple[list[int], list[int]]
 """Token ids and labels of one sequence."""
@@ -302,4 +302,4 @@ class ExampleStore:
             "sizes": torch.tensor([len(ids) for ids, _ in examples]),
             "counts": torch.tensor(list(json.dumps(dict(counts)).encode()), dtype=torch.uint8),
         }
-        save_tensors(self._path, tensors, key=self._key)
+        write_tensors(self._path, tensors, {"key": self._key})

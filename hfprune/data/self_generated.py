@@ -19,7 +19,8 @@ from hfprune.data.encode import encode, tokenizer_key
 from hfprune.data.examples import digest
 from hfprune.io.load import load_causal_lm, model_files
 from hfprune.utils.errors import ConfigError
-from hfprune.utils.files import load_tensors, save_tensors
+from hfprune.utils.files import load_tensors, write_tensors
+from hfprune.utils.progress import phase
 from hfprune.utils.random_numbers import inverse_cdf, isolated_rng
 
 _log = logging.getLogger("hfprune")
@@ -112,7 +113,7 @@ class Writer:
         tensors = load_tensors(path, key=key)
         if tensors is None:
             tensors = {"input_ids": self._write(role, count, length, path.with_suffix(".unfinished"), key)}
-            save_tensors(path, tensors, key=key, tokenizer=tokenizer_key(self._tokenizer))
+            write_tensors(path, tensors, {"key": key, "tokenizer": tokenizer_key(self._tokenizer)})
             path.with_suffix(".unfinished").unlink(missing_ok=True)
         return tensors["input_ids"]
 
@@ -122,12 +123,14 @@ class Writer:
         rows = torch.empty(0, length, dtype=torch.int64) if kept is None else kept["input_ids"]
         model = self._author.load().eval()
         _log.info("The model writes %d sequences of %d tokens (%s).", count, length, role)
-        while len(rows) < count:
-            numbers = range(len(rows), min(len(rows) + self.settings.batch_size, count))
-            seeds = [_seed_of(self._seed, role, number) for number in numbers]
-            known = len(self._tokenizer)
-            rows = torch.cat([rows, write(model, start, seeds, length, known=known, settings=self.settings)])
-            save_tensors(unfinished, {"input_ids": rows}, key=key)
+        with phase("writing text with the model", total=count, unit="sequence") as current:
+            while len(rows) < count:
+                numbers = range(len(rows), min(len(rows) + self.settings.batch_size, count))
+                seeds = [_seed_of(self._seed, role, number) for number in numbers]
+                known = len(self._tokenizer)
+                rows = torch.cat([rows, write(model, start, seeds, length, known=known, settings=self.settings)])
+                write_tensors(unfinished, {"input_ids": rows}, {"key": key})
+                current.update(len(rows))
         return rows
 
     def _start(self, length: int) -> list[int]:

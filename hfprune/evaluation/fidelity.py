@@ -18,6 +18,7 @@ from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
 from hfprune.objectives.chunked import CHUNK_BYTES
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import steps
 
 
 class Reference(Protocol):
@@ -176,4 +177,5 @@ def compare_windows(reference: Reference, windows: Sequence[HeadLogits], *, chun
     metric = FidelityMetric(chunk_bytes=chunk_bytes, sync_on_compute=False)
     for index, logits in enumerate(windows):
         metric.update(reference.logits(index), logits.part(reference.windows.compared))
+        steps(index + 1, len(windows), "compared window")
     return metric.result()

@@ -17,6 +17,7 @@ from hfprune.models import parameter_count
 from hfprune.models.contexts import inference
 from hfprune.utils.compat import LiveBytes
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.progress import phase
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -210,10 +211,12 @@ def compare_latency(
     vocab = min(model.config.vocab_size for model in models)
     ids = torch.randint(vocab, (1, prompt_tokens), generator=torch.Generator().manual_seed(seed))
     times: list[list[tuple[float, float]]] = [[] for _ in models]
-    for _ in range(warmup + repeats):
-        for model, measured in zip(models, times, strict=True):
-            with inference(model):
-                measured.append(_measure_once(model, ids.to(_device(model)), new_tokens))
+    with phase("timing prefill and decoding", total=warmup + repeats, unit="repetition") as current:
+        for turn in range(warmup + repeats):
+            for model, measured in zip(models, times, strict=True):
+                with inference(model):
+                    measured.append(_measure_once(model, ids.to(_device(model)), new_tokens))
+            current.update(turn + 1)
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     times = [measured[warmup:] for measured in times]
     return [

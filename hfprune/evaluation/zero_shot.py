@@ -13,6 +13,7 @@ from typing import Any
 from hfprune.evaluation.tasks import GROUPS_FOLDER, LOCAL_FOLDER
 from hfprune.utils.errors import ConfigError, first_line
 from hfprune.utils.files import user_path
+from hfprune.utils.progress import phase
 from hfprune.utils.random_numbers import isolated_rng
 
 MAIN_METRICS = ("acc_norm", "acc", "pct_stereotype")
@@ -198,7 +199,7 @@ class ZeroShotTasks:
 
         start = time.perf_counter()
         objects = self.load()
-        with _quiet(), isolated_rng():  # the harness seeds everything
+        with phase("running the zero-shot tasks"), _quiet(), isolated_rng():  # the harness seeds everything
             evaluated: Any = lm_eval.simple_evaluate(
                 model=_harness_model(model, tokenizer, self.batch_size, self.share_prefixes),
                 tasks=objects,

@@ -62,7 +62,7 @@ def check_model_path(path: str, *, argument: str = "path") -> None:
         check_files(folder, where)
     elif folder.exists():
         raise ConfigError(f"{where} is a file, not the folder of a saved model or a hub id.")
-    elif not _is_hub_id(path):
+    elif not is_repo_id(path) or path.startswith((".", "/", "~")):
         raise ConfigError(f"{where} does not exist, and is not a valid hub id (owner/name).{_near(folder)}")
     elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path):
         raise ConfigError(
@@ -83,10 +83,6 @@ def _is_cached(path: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(path, "config.json"), str)
-
-
-def _is_hub_id(path: str) -> bool:
-    return is_repo_id(path) and not path.startswith((".", "/", "~"))
 
 
 def resolve_model_path(path: str, *, argument: str = "path") -> str:

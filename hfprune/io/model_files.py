@@ -278,7 +278,7 @@ def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
     stored = sorted(key for key in info["unexpected_keys"] if not _IGNORED.search(key))
     wrapper = _wrapper(stored)
     parts = _parts(model)
-    outside = [] if wrapper or missing else [key for key in stored if _first_part(key) not in parts]
+    outside = [] if wrapper or missing else [key for key in stored if key.partition(".")[0] not in parts]
     unexpected = [key for key in stored if key not in outside]
     if wrapper and (missing or wrapper[0] in _ADAPTERS):
         part, text = wrapper
@@ -318,10 +318,6 @@ def _parts(model: Any) -> set[str]:
     """Returns the first name components of the tensors of the model and of its backbone."""
     within = getattr(model, model.base_model_prefix, model)
     return {name for module in (model, within) for name, _ in module.named_children()}
-
-
-def _first_part(key: str) -> str:
-    return key.partition(".")[0]
 
 
 def _wrapper(keys: Iterable[str]) -> tuple[str, str] | None:

@@ -31,6 +31,7 @@ from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.compat import safetensors_metadata
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
 from hfprune.utils.files import FailedCheckError, replaced_folder, sort_metadata, tidy, write_json, write_tensors
+from hfprune.utils.progress import phase
 from hfprune.version import __version__
 
 
@@ -315,19 +316,20 @@ def export_model(
     chosen = LAYOUTS.get(layout)
     written = chosen.written(model)
     with replaced_folder(target) as stage, no_progress_bars():
-        with safetensors_metadata(export_facts(plan)):
-            written.save_pretrained(stage)
-        for file in stage.glob("*.safetensors"):
-            sort_metadata(file)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
-        plan.save(stage / PLAN_FILE)
-        write_both_forms(stage)
+        with phase("saving"):
+            with safetensors_metadata(export_facts(plan)):
+                written.save_pretrained(stage)
+            for file in stage.glob("*.safetensors"):
+                sort_metadata(file)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+            plan.save(stage / PLAN_FILE)
+            write_both_forms(stage)
         with checking():
             saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
         if chosen.compress(stage):
             saved["bytes"] = weight_bytes(stage)
-        with checking():
+        with phase("checking the reload"), checking():
             difference = check_reload(stage, model, written=written, tolerance=chosen.tolerance(model.dtype))
         return saved | {"max_logit_difference_after_reload": difference}
 
@@ -391,7 +393,7 @@ def export_sharded(
         if not writer:
             return {}
         _check_target(Path(target), model, overwrite=overwrite)
-        with replaced_folder(Path(target)) as stage:
+        with phase("saving"), replaced_folder(Path(target)) as stage:
             _write_weights(model, parameters, stage, file_bytes=file_bytes, facts=export_facts(plan))
             model.config.architectures = [class_name(model)]
             model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does

@@ -23,6 +23,7 @@ from hfprune.objectives.base import IGNORE_INDEX
 from hfprune.objectives.teacher import HiddenPredictions, Predictions
 from hfprune.utils.compat import attention_implementation
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
+from hfprune.utils.progress import steps
 
 MASKED = ("eager", "sdpa", "flex_attention")
 """Attention implementations that accept a mask."""
@@ -302,9 +303,9 @@ def window_hidden(model: nn.Module, windows: Tensor, *, batch_size: int = 1) -> 
     """
     device = next(model.parameters()).device
     base = backbone(model)
+    parts: list[Tensor] = []
     with inference(model):
-        parts = [
-            base(input_ids=part.to(device), use_cache=False).last_hidden_state.cpu()
-            for part in windows.split(batch_size)
-        ]
+        for part in windows.split(batch_size):
+            parts.append(base(input_ids=part.to(device), use_cache=False).last_hidden_state.cpu())
+            steps(min(len(parts) * batch_size, len(windows)), len(windows), "window")
     return torch.cat(parts)

@@ -35,6 +35,7 @@ from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path
+from hfprune.utils.progress import phase
 
 
 class PruningModule(RecoverySteps):
@@ -137,11 +138,13 @@ class PruningModule(RecoverySteps):
                 )
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
-            loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
+            with phase("loading the model"):
+                loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
             self.model, self.__dict__["_root"], self.fingerprint = loaded
         else:
-            self.model = load_causal_lm(self.path, dtype=self.dtype_name, revision=self.revision)
-            self.fingerprint = fingerprint(self.model)
+            with phase("loading the model"):
+                self.model = load_causal_lm(self.path, dtype=self.dtype_name, revision=self.revision)
+                self.fingerprint = fingerprint(self.model)
 
     def check_loadable(self) -> None:
         """Raises ``ConfigError`` if a model that is not loaded yet has no weight files or no tokenizer."""

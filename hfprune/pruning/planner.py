@@ -30,6 +30,7 @@ from hfprune.pruning.options import PruningOptions
 from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.rounds import in_rounds
 from hfprune.pruning.sensitivity_curves import measured
+from hfprune.utils.progress import phase
 from hfprune.version import __version__
 
 
@@ -170,7 +171,8 @@ class Planner:
             return None
         scored = scored_groups(model, groups, criterion)
         if isinstance(criterion, WeightCriterion):
-            self.importance = with_layers(weight_scores(model, scored, criterion), groups, scored)
+            with phase("scoring the weights"):
+                self.importance = with_layers(weight_scores(model, scored, criterion), groups, scored)
             return None
         start = time.perf_counter()
         calibration, by_unit = self._calibrate(scored, resolved)

@@ -227,7 +227,7 @@ def measured(
     if allocation is None or not allocation.measures:
         return allocation
     bar = progress and communicator.rank == 0
-    with isolated_rng(), layer_progress(enabled=bar, text=type(allocation).__name__) as done:
+    with isolated_rng(), layer_progress(enabled=bar, text=f"measuring for {type(allocation).__name__}") as done:
         batches = [model.to_device(b) for b in data.share(communicator, sequences=allocation.sequences)]
         with model.forward_context():
             return allocation.measure(

@@ -142,6 +142,45 @@ def chance_overlap(data: ReportData) -> float | None:
     return sum(kept * kept / dense for kept, dense in data.kept.values()) / kept if kept else None
 
 
+def training_curve(data: ReportData, *, narrow: bool = False) -> Figure:
+    """Returns the losses of training and validation by optimizer step, with tokens on a second axis.
+
+    A training loss that is not the cross-entropy has a panel of its own.
+    """
+    width = NARROW if narrow else WIDTH
+    curves = {name: points for name, points in data.training.items() if points}
+    apart = data.training_loss != "cross-entropy" and len(curves) > 1
+    with styled():
+        figure = new_figure(width, 5.2 if apart else 3.4)
+        panels = list(figure.subplots(len(curves) if apart else 1, 1, sharex=True, squeeze=False)[:, 0])
+        for index, (name, points) in enumerate(curves.items()):
+            axes = panels[index if apart else 0]
+            steps, losses = np.array([p[0] for p in points]), np.array([p[2] for p in points], dtype=np.float64)
+            if name == "train":
+                axes.plot(steps, losses, color=BLUE, linewidth=0.6, alpha=0.4)
+                axes.plot(steps, smoothed(losses), color=BLUE, label="training")
+            else:
+                axes.plot(steps, losses, color=RED, marker="o", label=name, clip_on=False)
+            axes.set_ylabel(f"{data.training_loss if name == 'train' else 'cross-entropy'} (nats/token)")
+            axes.legend(loc="upper right")
+        panels[-1].set_xlabel("optimizer steps")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(4 if narrow else 6, integer=True))
+        _token_axis(panels[0], [point for points in curves.values() for point in points])
+    return figure
+
+
+def _token_axis(axes: Axes, points: Sequence[tuple[int, int, float]]) -> None:
+    """Adds tokens on top of an axis of steps, where tokens were counted."""
+    steps, tokens, _ = zip(*sorted({(0, 0, 0.0), *points}), strict=True)
+    if not tokens[-1] or not steps[-1]:
+        return
+    rate = tokens[-1] / steps[-1]
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda count: count / rate))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_locator(MaxNLocator(4))
+    top.xaxis.set_major_formatter(FuncFormatter(short))
+
+
 def kl_by_position(data: ReportData, *, narrow: bool = False) -> Figure:
     """Returns KL to the dense model at every position of the windows: raw in thin, a moving average in bold lines."""
     with styled():
@@ -226,6 +265,10 @@ _DRAW: dict[str, tuple[Callable[..., Figure], Callable[[ReportData], Any]]] = {
     ),
     "importance_heat_map": (importance_heat_map, lambda data: _has_scores(data.importance)),
     "kept_share": (kept_share, lambda data: any(dense for _, dense in data.kept.values())),
+    "training_curve": (
+        training_curve,
+        lambda data: any(math.isfinite(loss) for points in data.training.values() for *_, loss in points),
+    ),
     "convergence": (convergence, lambda data: data.convergence),
     "kl_by_position": (kl_by_position, kl_curves),
     "zero_shot": (zero_shot, task_figures),

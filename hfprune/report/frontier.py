@@ -49,9 +49,10 @@ def frontier(data: ReportData, *, narrow: bool = False) -> Figure:
             for index, name in enumerate(names):
                 points = [p for p in data.frontier if p.series == name and drawn(p, x, quantity)]
                 _frontier_line(axes, points, x, quantity, index)
-            if dense is not None:
+            wide = is_wide(data.frontier, quantity)
+            if dense is not None and not wide:  # a KL of 0 has no logarithm
                 _frontier_dense(axes, dense, x, quantity)
-            _frontier_axes(axes, x, quantity)
+            _frontier_axes(axes, x, quantity, logarithmic=wide or quantity == "perplexity")
         handles = {
             label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
@@ -129,13 +130,29 @@ def _frontier_dense(axes: Axes, dense: FrontierPoint, x: str, quantity: str) -> 
         )
 
 
-def _frontier_axes(axes: Axes, x: str, quantity: str) -> None:
+WIDE = 30.0
+"""Ratio of the largest to the smallest KL from which its axis is logarithmic."""
+
+
+def is_wide(points: Sequence[FrontierPoint], quantity: str) -> bool:
+    """Returns whether a linear axis would press the smaller values of ``quantity`` onto one line.
+
+    That is so for KL where a baseline has collapsed. The dense model, which has a KL of 0, does not count.
+    """
+    if quantity != "kl":
+        return False
+    found = (number(getattr(p, quantity)) for p in points if p.series != "dense")
+    values = [value for value in found if value is not None and math.isfinite(value) and value > 0]
+    return bool(values) and max(values) >= WIDE * min(values)
+
+
+def _frontier_axes(axes: Axes, x: str, quantity: str, *, logarithmic: bool) -> None:
     axes.set_xlabel(X_LABELS[x])
     axes.set_ylabel(_LABELS[quantity])
     axes.xaxis.set_major_locator(MaxNLocator(5))
     if x == "parameters":
         axes.xaxis.set_major_formatter(FuncFormatter(short))
-    if quantity == "perplexity":
+    if logarithmic:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         steps = next((labelled for ratio, labelled in _STEPS if high / low < ratio), [1.0])

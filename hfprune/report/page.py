@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from hfprune.report import table
 from hfprune.report.data import QUANTITIES, ReportData, look_up, number, task_figures
 from hfprune.report.figures import chance_overlap, figures, kl_curves, smoothing_window, to_bytes
-from hfprune.report.frontier import dense_point, drawn
+from hfprune.report.frontier import dense_point, drawn, is_wide
 from hfprune.report.style import WIDTH
 from hfprune.utils.files import write_text
+from hfprune.utils.progress import duration
 
 _TEMPLATE = "page.html.jinja"
 
@@ -53,6 +54,7 @@ def render(data: ReportData) -> str:
         .render(
             data=data,
             sections=table.summary(data),
+            timing=_timing(data),
             notes=table.notes(data),
             figures=shown,
             model_headings=headings,
@@ -60,6 +62,13 @@ def render(data: ReportData) -> str:
             generation_stages=list(dict.fromkeys(stage for item in data.generations for stage in item.texts)),
         )
     )
+
+
+def _timing(data: ReportData) -> list[tuple[str, str, str]]:
+    """Returns phase, time and share of the whole time, the longest first."""
+    total = sum(data.timing.values())
+    ordered = sorted(data.timing.items(), key=lambda item: -item[1])
+    return [(name, duration(seconds), table.percent(seconds / total)) for name, seconds in ordered if total]
 
 
 def _uri(figure: Figure) -> str:
@@ -78,7 +87,9 @@ def _frontier(data: ReportData) -> str:
         parts.append("Error bars span the seeds.")
     if dense_point(data) is not None:
         parts.append("The star and the dashed line are the dense model.")
-    parts.append("Perplexity and KL are better when lower, accuracy when higher; the perplexity axis is logarithmic.")
+    parts.append("Lower perplexity and KL are better, and higher accuracy. The perplexity axis is logarithmic.")
+    if is_wide(data.frontier, "kl"):
+        parts.append("The KL axis is logarithmic, too, because the models differ by a factor of 30 or more.")
     left_out = [
         f"{point.label} ({QUANTITY_NAMES[q]} {table.words(value)})"
         for point in data.frontier
@@ -95,10 +106,10 @@ def _has_time(data: ReportData) -> bool:
 
 
 def _importance(data: ReportData) -> str:
-    text = "Each row is a layer, its units sorted by falling score; the brighter, the more a unit matters."
+    text = "Each row is a layer, with its units sorted by falling score. Brighter units have higher scores."
     if not any(name in data.kept for name in data.importance):
         return text
-    return f"{text} Units to the left of the line were kept, those to its right removed."
+    return f"{text} Units to the left of the line were kept, units to the right of it removed."
 
 
 def _kept(data: ReportData) -> str:
@@ -115,18 +126,30 @@ def _kept(data: ReportData) -> str:
 def _convergence(data: ReportData) -> str:
     points = sorted(data.convergence, key=lambda p: p.tokens)
     within = next((p for p in points if p.overlap >= 0.95), None)
-    text = "Share of the finally kept units that would have been kept had calibration stopped earlier."
+    text = "Share of the kept units that calibration would have chosen if it had stopped earlier."
     if within is not None:
         text += f" It reaches {table.percent(within.overlap)} after {within.tokens:,} of {points[-1].tokens:,} tokens."
     if chance_overlap(data) is not None:
-        text += " The dashed line is what a random choice would give."
+        text += " The dashed line is the overlap of a random choice."
+    return text
+
+
+def _training(data: ReportData) -> str:
+    points = max((points for points in data.training.values()), key=len)
+    steps, tokens, _ = points[-1]
+    text = f"Losses over {steps:,} optimizer steps" + (f" and {tokens:,} tokens." if tokens else ".")
+    if data.training.get("train"):
+        window = smoothing_window(len(data.training["train"]))
+        text += f" Thin: each step; bold: moving average over {window} points." if window > 1 else ""
+    if data.training_loss != "cross-entropy" and data.training.get("validation"):
+        text += " The training loss is that of distillation, the validation loss is cross-entropy: they do not compare."
     return text
 
 
 def _positions(data: ReportData) -> str:
     window = smoothing_window(max(len(values) for values in kl_curves(data).values()))
     text = (
-        "How far the predictions are from the dense model's at each position of the evaluation windows, mean over "
+        "KL divergence from the dense model's predictions at each position of the evaluation windows, mean over "
         "windows."
     )
     return f"{text} Thin: as measured; bold: moving average over {window} positions." if window > 1 else text
@@ -147,6 +170,7 @@ _TITLES = {
     "importance_heat_map": "Importance of the units",
     "kept_share": "Kept units per layer",
     "convergence": "Convergence of the choice",
+    "training_curve": "Training curve",
     "kl_by_position": "Distance to the dense model by position",
     "zero_shot": "Zero-shot tasks",
 }
@@ -155,6 +179,7 @@ _CAPTIONS: dict[str, Callable[[ReportData], Any]] = {
     "importance_heat_map": _importance,
     "kept_share": _kept,
     "convergence": _convergence,
+    "training_curve": _training,
     "kl_by_position": _positions,
     "zero_shot": _zero_shot,
 }

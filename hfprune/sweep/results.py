@@ -5,6 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from hfprune.io.output_folder import REPORT_PAGE
 from hfprune.report import FrontierPoint, ReportData, save_figures, write_report
 from hfprune.report.data import number
-from hfprune.report.table import to_markdown
+from hfprune.report.run_folder import budget_text, data_text
 from hfprune.sweep.grid import SweepGrid
+from hfprune.sweep.recommendation import choices, kl_error, ready_command
+from hfprune.sweep.tables import comparisons, figures_table, markdown
 from hfprune.utils.files import write_json, write_text
 
 Kept = Mapping[str, Sequence[int]]
@@ -44,6 +47,22 @@ def overlap(one: Kept, other: Kept) -> float:
     return common / sum(len(one[name]) for name in shared) if shared else float("nan")
 
 
+def chance_overlap(one: Kept, other: Kept, units: Mapping[str, int]) -> float:
+    """Returns the expected overlap of two choices at random that keep as many units per group as these.
+
+    >>> chance_overlap({"x": [0, 1]}, {"x": [1, 2]}, {"x": 8})
+    0.25
+
+    Args:
+        one: Kept units of one model.
+        other: Kept units of the other model.
+        units: Group -> units of the dense model.
+    """
+    shared = one.keys() & other.keys()
+    common = sum(len(one[name]) * len(other[name]) / units[name] for name in shared)
+    return common / sum(len(one[name]) for name in shared) if shared else float("nan")
+
+
 def _spearman(one: Tensor, other: Tensor) -> float:
     from scipy.stats import spearmanr
 
@@ -68,6 +87,7 @@ def write_results(
     kept: Mapping[str, Mapping[str, Sequence[int]]],
     scores: Mapping[str, Mapping[str, Tensor]],
     facts: Mapping[str, Any],
+    units: Mapping[str, int],
 ) -> dict[str, Any]:
     """Writes ``table.json``, ``table.csv``, ``table.md``, ``report.html`` and ``figures/``.
 
@@ -78,10 +98,12 @@ def write_results(
         kept: Cell -> group -> kept units.
         scores: Method -> group -> scores of the first seed.
         facts: Further entries of ``table.json``.
+        units: Group -> units of the dense model.
 
     Returns:
         The content of ``table.json``.
     """
+    text = next(iter(grid.texts))
     rows = [_row("dense", None, [cells["dense"]])]
     for ratio in grid.pruning_ratios:
         for method in grid.methods:
@@ -92,11 +114,18 @@ def write_results(
         "rows": rows,
         "rank_correlation": matrix(list(scores), lambda a, b: rank_correlation(scores[a], scores[b])),
         "kept_overlap": {f"{ratio:g}": _kept_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
+        "chance_overlap": {
+            f"{ratio:g}": _kept_overlap(grid, kept, ratio, units=units) for ratio in grid.pruning_ratios
+        },
         "seed_overlap": {f"{ratio:g}": _seed_overlap(grid, kept, ratio) for ratio in grid.pruning_ratios},
         "protocols": {name: text["perplexity"]["protocol"] for name, text in cells["dense"]["texts"].items()},
         "speeds": _speeds(grid, cells),
         "cells": {name: dict(figures) for name, figures in cells.items()},
     }
+    found = choices(rows, text, _errors(grid, cells, text))
+    result["recommendation"] = [choice.text(text) for choice in found]
+    result["recommended"] = [asdict(choice) for choice in found]
+    result["recommended_command"] = ready_command(out) if found and facts.get("has_recipe") else None
     write_json(out / "table.json", result)
     write_text(out / "table.csv", _csv(rows))
     write_text(out / "table.md", markdown(result))
@@ -144,12 +173,24 @@ def _speeds(grid: SweepGrid, cells: Mapping[str, Figures]) -> dict[str, Any]:
     return {found["label"]: found for found in timed}
 
 
-def _kept_overlap(grid: SweepGrid, kept: Mapping[str, Any], ratio: float) -> dict[str, dict[str, float]]:
-    """Returns the pairwise overlap of the methods' kept units, for the first seed."""
+def _errors(grid: SweepGrid, cells: Mapping[str, Figures], text: str) -> dict[tuple[str, float], float]:
+    """Returns (method, ratio) -> standard error of its mean KL."""
+    grouped: dict[tuple[str, float], list[Figures]] = {}
+    for cell in grid.cells():
+        grouped.setdefault((cell.method.name, cell.pruning_ratio), []).append(cells[cell.name])
+    return {key: kl_error(found, text) for key, found in grouped.items()}
+
+
+def _kept_overlap(
+    grid: SweepGrid, kept: Mapping[str, Any], ratio: float, *, units: Mapping[str, int] | None = None
+) -> dict[str, dict[str, float]]:
+    """Returns the overlap of the kept sets of every two methods, for the first seed; with ``units``, that by chance."""
     first: dict[str, Any] = {}
     for cell in grid.cells():
         if cell.pruning_ratio == ratio:
             first.setdefault(cell.method.name, kept[cell.name])
+    if units is not None:
+        return matrix(list(first), lambda a, b: chance_overlap(first[a], first[b], units))
     return matrix(list(first), lambda a, b: overlap(first[a], first[b]))
 
 
@@ -171,87 +212,6 @@ def _csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def _calibration_lines(by_seed: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Returns the distinct descriptions of the calibration data; seeds only differ in documents."""
-    found = [
-        f"Calibration: {one['source']}: {one['sequences']} sequences, {one['tokens']:,} tokens, {one['bos']}."
-        for one in by_seed.values()
-        if one.get("bos")
-    ]
-    return list(dict.fromkeys(found))
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """Returns the tables of a sweep as Markdown: results, zero-shot tasks and similarity of methods."""
-    rows = result["rows"]
-    columns: dict[str, tuple[str, str]] = {"parameters": ("parameters", ",.0f")}
-    for text in result["protocols"]:
-        columns |= {
-            f"{text}_perplexity": (f"{text}: perplexity", ".2f"),
-            f"{text}_kl": ("KL", ".3f"),
-            f"{text}_js_distance": ("JS distance", ".3f"),
-            f"{text}_top1_agreement": ("top-1", ".1%"),
-            f"{text}_jaccard_15": ("Jaccard-15", ".3f"),
-        }
-    tasks = {name: (name, ".1%") for name in rows[0] if name.endswith(("_acc", "_acc_norm", "_pct_stereotype"))}
-    tasks = {name: cell for name, cell in tasks.items() if not (name.endswith("_acc") and f"{name}_norm" in rows[0])}
-    tasks = {name: (name.replace("_acc_norm", "").replace("_acc", ""), digits) for name, (_, digits) in tasks.items()}
-    if "task_average" in rows[0]:
-        tasks["task_average"] = ("average", ".1%")
-    parts = [_table(rows, columns)]
-    parts += [f"{name}: {protocol}." for name, protocol in result["protocols"].items()]
-    parts += _calibration_lines(result.get("calibration") or {})
-    if tasks:
-        parts.append(_table([row for row in rows if "task_average" in row], tasks))
-    if result["speeds"]:
-        parts.append(_speed_table(result["speeds"]))
-    parts.append("Rank correlation of the scores (Spearman, mean over layers, first seed):")
-    parts.append(_matrix(result["rank_correlation"]))
-    for ratio, found in result["kept_overlap"].items():
-        parts += [f"Overlap of the kept units at {float(ratio):.0%} (first seed):", _matrix(found)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
-    headings = ["method", "removed", *(title for title, _ in columns.values())]
-    lines = []
-    for row in rows:
-        ratio = row["pruning_ratio"]
-        cells = [_mean(row, name, digits) for name, (_, digits) in columns.items()]
-        lines.append([row["method"], "-" if ratio is None else f"{ratio:.0%}", *cells])
-    return to_markdown(headings, lines)
-
-
-def _speed_table(speeds: Mapping[str, Any]) -> str:
-    headings = ["removed", "prefill (ms)", "time to dense", "decode (tokens/s)", "time to dense"]
-    lines = []
-    for name, found in speeds.items():
-        cells = [name]
-        for kind, figure in (("prefill", "prefill_ms"), ("decode", "decode_tokens_per_s")):
-            ratio, spread = found[f"{kind}_ratio"], found[f"{kind}_ratio_spread"]
-            shown = "-" if ratio is None else f"{ratio:.3f} ({spread[0]:.3f} to {spread[1]:.3f})"
-            cells += [f"{found[figure]:,.1f}", shown]
-        lines.append(cells)
-    first = next(iter(speeds.values()))
-    settings = (
-        f"Batch 1, {first['prompt_tokens']} prompt and {first['new_tokens']} new tokens, {first['device']}, "
-        f"{first['dtype']}, {first['threads']} threads, median of {first['repeats']} in alternation (spread of ratios)."
-    )
-    return f"{to_markdown(headings, lines)}\n\n{settings}"
-
-
-def _mean(row: Row, name: str, digits: str) -> str:
-    if name not in row:
-        return "-"
-    deviation = row.get(f"{name}_sd")
-    text = format(row[name], digits)
-    return text if deviation is None or name == "parameters" else f"{text} ± {format(deviation, digits)}"
-
-
-def _matrix(found: Mapping[str, Mapping[str, float]]) -> str:
-    return to_markdown(["", *found], [[name, *(f"{v:.3f}" for v in row.values())] for name, row in found.items()])
 
 
 def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> ReportData:
@@ -276,8 +236,30 @@ def _report(grid: SweepGrid, result: Mapping[str, Any], rows: Sequence[Row]) -> 
         )
     return ReportData(
         title=f"Sweep of {result['model']}",
-        commands=[result["command"]],
+        commands=[command for command in (result["command"], result["recommended_command"]) if command],
         frontier=points,
-        facts={"Text of the figure": f"{text}: {result['protocols'][text]}"},
+        recommendation=result["recommendation"],
+        tables=[figures_table(result), *comparisons(result)],
+        facts=_page_facts(grid, result, text),
         warnings=result["warnings"],
     )
+
+
+def _page_facts(grid: SweepGrid, result: Mapping[str, Any], text: str) -> dict[str, str]:
+    """Returns label -> text: the model and its hash, widths, data, seeds and versions."""
+    facts = {
+        "Model": str(result["model"]),
+        "Model hash": str(result.get("model_hash") or ""),
+        "Text of the figure": f"{text}: {result['protocols'][text]}",
+        "Seeds": ", ".join(map(str, grid.seeds)),
+    }
+    for ratio, budgets in (result.get("budgets") or {}).items():
+        by_text: dict[str, list[str]] = {}
+        for method, budget in budgets.items():
+            by_text.setdefault(budget_text(budget), []).append(method)
+        parts = [f"{found} ({', '.join(names)})" if len(by_text) > 1 else found for found, names in by_text.items()]
+        facts[f"Budget at {float(ratio):.0%}"] = "; ".join(parts)
+    for seed, data in (result.get("calibration") or {}).items():
+        facts[f"Calibration data, seed {seed}"] = data_text(data)
+    facts["Versions"] = ", ".join(f"{name} {version}" for name, version in (result.get("versions") or {}).items())
+    return {label: found for label, found in facts.items() if found}

@@ -26,12 +26,15 @@ from hfprune.io.save import check_output_dir, command_line
 from hfprune.models import parameter_count
 from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.sweep.grid import Cell, SweepGrid, digest
+from hfprune.pruning.planner import versions
+from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
+from hfprune.sweep.recommendation import RECIPE_FILE
 from hfprune.sweep.results import write_results
 from hfprune.sweep.score_cache import ScoreBook
 from hfprune.utils.errors import ConfigError
-from hfprune.utils.files import user_path, write_json
+from hfprune.utils.files import user_path, write_json, write_text
+from hfprune.utils.progress import phase
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ class Sweep:
         zero_shot: Tasks for the cells of the first seeds and the dense model.
         latency: Whether to measure speed, of the dense model and one model per ratio in alternation.
         device: Device of the sweep.
+        recipe: Returns the configuration of a run by a method at a ratio, as YAML: that of the recommended method is
+            written to ``recommended.yaml``.
 
     Raises:
         ConfigError: A ratio is impossible for the model, or the folder is not writable.
@@ -65,7 +70,9 @@ class Sweep:
         zero_shot: ZeroShotTasks | None = None,
         latency: bool = True,
         device: torch.device | None = None,
+        recipe: Callable[[Method, float], str] | None = None,
     ) -> None:
+        self.recipe = recipe
         self.module, self.grid, self.make_data = module, grid, make_data
         module.check_loadable()
         folder = Path(user_path(output_dir, "output_dir"))
@@ -100,10 +107,13 @@ class Sweep:
         folder = self.out / "scores"
         book = ScoreBook(dense, self.grid, by_seed, folder, model_key=self._model_key)
         kept: dict[str, Kept] = {}
-        for cell in self.grid.cells():
-            kept[cell.name] = keep = self._keep(cell, book)
-            make = partial(self._measure_pruned, cell, keep, book, windows)
-            cells[cell.name] = self._cell(cell.name, [texts, *self._depends(cell, keep, book)], make)
+        wanted = list(self.grid.cells())
+        with phase("sweep", total=len(wanted), unit="model") as current:
+            for number, cell in enumerate(wanted, start=1):
+                kept[cell.name] = keep = self._keep(cell, book)
+                make = partial(self._measure_pruned, cell, keep, book, windows)
+                cells[cell.name] = self._cell(cell.name, [texts, *self._depends(cell, keep, book)], make)
+                current.update(number)
         if self.latency:
             self._add_speeds(dense, kept, cells, book)
         if self.zero_shot is not None:
@@ -111,13 +121,23 @@ class Sweep:
         facts = {
             "command": command_line(),
             "model": self.module.path,
+            "model_hash": self._model_key,
+            "versions": versions(),
+            "has_recipe": self.recipe is not None,
             "warnings": self.warnings,
             "budgets": self._budgets(),
             "calibration": {
                 str(seed): data.summary()["calibration"] | {"ngrams": None} for seed, data in by_seed.items()
             },
         }
-        return write_results(self.out, self.grid, cells, kept, book.first(), facts)
+        groups = (group for method in self.grid.methods for group in self.pruner.inventory(method).groups)
+        units = {group.name: group.num_units for group in groups}
+        result = write_results(self.out, self.grid, cells, kept, book.first(), facts, units)
+        if self.recipe is not None and result["recommended"]:
+            first = result["recommended"][0]
+            method = next(method for method in self.grid.methods if method.name == first["method"])
+            write_text(self.out / RECIPE_FILE, self.recipe(method, first["pruning_ratio"]))
+        return result
 
     def _warn_of_budgets(self) -> None:
         """Warns of budgets that remove more than half of the parameters, before anything is loaded."""
@@ -172,9 +192,10 @@ class Sweep:
         found = _read_cell(path, key)
         if found is not None:
             return found
-        _log.info("Measuring %s.", name)
-        write_json(path, {"key": key, **make()})
-        again = _read_cell(path, key)  # as in a resumed sweep
+        with phase(f"measuring {name}"):
+            figures = make()
+        write_json(path, {"key": key, **figures})
+        again = _read_cell(path, key)  # as a resumed sweep would have it
         assert again is not None
         return again
 

@@ -17,7 +17,7 @@ from hfprune.pruning.options import CalibrationOptions
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.pruning.rounds import in_rounds
 from hfprune.sweep.grid import Method
-from hfprune.utils.files import load_tensors, save_tensors
+from hfprune.utils.files import load_tensors, write_tensors
 
 SAVE_EVERY = 64
 """Number of sequences between saved states."""
@@ -83,12 +83,12 @@ def seed_scores(
 
     def save() -> None:
         sums = {str(number): tensor for number, tensor in enumerate(calibration.tensors())}
-        save_tensors(unfinished, sums | {"position": torch.tensor(calibration.position)}, key=key)
+        write_tensors(unfinished, sums | {"position": torch.tensor(calibration.position)}, {"key": key})
 
     calibration.run(save)
     scores = {method.name: found for method, found in zip(methods, calibration.scores(), strict=True)}
     flat = {f"{name}/{group}": tensor for name, by_group in scores.items() for group, tensor in by_group.items()}
-    save_tensors(path, flat, key=key)
+    write_tensors(path, flat, {"key": key})
     unfinished.unlink(missing_ok=True)
     return scores
 

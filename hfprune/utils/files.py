@@ -243,15 +243,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes ``data`` to ``path`` in one step; raises ``OutputError``."""
-    write_text(path, json.dumps(_strict(data), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """Returns ``value`` with NaN and infinities as text: strict JSON has no such numbers."""
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -349,23 +349,8 @@ class OwnFolder:
             self.path.rmdir()
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, **facts: str) -> None:
-    """Writes tensors atomically, with a key that :func:`load_tensors` compares.
-
-    Args:
-        path: The file; its folder is created if missing.
-        tensors: Name -> tensor of any shape, on any device.
-        key: Identifies the inputs that the tensors were computed from.
-        facts: Further metadata of the file.
-
-    Raises:
-        OutputError: Writing failed; an existing file is unchanged.
-    """
-    write_tensors(path, tensors, {"key": key, **facts})
-
-
 def load_tensors(path: Path, *, key: str) -> "dict[str, Tensor] | None":
-    """Returns the tensors saved with ``key``, or None if the file is missing, damaged or has another key."""
+    """Returns the tensors in a file whose metadata has this ``key``, or None if it is missing, damaged or differs."""
     if not path.is_file():
         return None
     try:

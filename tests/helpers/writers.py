@@ -18,7 +18,7 @@ from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.recovery.teacher_cache import TeacherCache
 from hfprune.report import ReportData, write_report
 from hfprune.sparse.state import LayerState, save_orders
-from hfprune.utils.files import OwnFolder, replaced_folder, save_tensors, write_bytes, write_json, write_text
+from hfprune.utils.files import OwnFolder, replaced_folder, write_bytes, write_json, write_tensors, write_text
 from tests.helpers.models import tiny, token_ids
 
 CONTENTS = (1, 2)
@@ -72,7 +72,7 @@ WRITERS = {
     "plan": lambda folder, n: _plan(n).save(folder / PLAN_FILE),
     "importance": lambda folder, n: save_importance({"g": torch.full((3,), float(n))}, folder),
     "orders": lambda folder, n: save_orders({"0.q": torch.arange(n)}, folder),
-    "tensors": lambda folder, n: save_tensors(folder / "s.unfinished", {"w": torch.full((2,), n)}, key="k"),
+    "tensors": lambda folder, n: write_tensors(folder / "s.unfinished", {"w": torch.full((2,), n)}, {"key": "k"}),
     "examples": _examples,
     "reference": _reference,
     "teacher": _teacher,

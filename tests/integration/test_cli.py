@@ -450,6 +450,14 @@ def test_sweep_from_yaml_and_resumed(dense, capsys):
     before = Path("out/cells/signed-0.2-seed42.json").stat().st_mtime_ns
     assert main(command) == 0
     assert Path("out/cells/signed-0.2-seed42.json").stat().st_mtime_ns == before
+    config = yaml.safe_load(Path("out/recommended.yaml").read_text())
+    chosen = {"signed": "ActivationTaylor", "l1": "Magnitude"}[found["recommended"][0]["method"]]
+    assert config["importance"]["criterion"]["class_path"].endswith(chosen)
+    assert "hfprune fit --config out/recommended.yaml" in found["recommended_command"]
+    assert main(["prune", "--config=out/recommended.yaml", "--output_dir=pruned", *TINY_FLAGS]) == 0
+    report = json.loads(Path("pruned/report.json").read_text())
+    setting = {"reduction": "signed"} if chosen == "ActivationTaylor" else {"norm": "l1"}
+    assert setting.items() <= report["plan"]["criterion"].items()
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def test_allocation_from_yaml(folder, here):
         (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected Literal['mlp', 'heads', 'experts', 'layers'"),
         (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "has one number for all layers"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
-        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "sets the widths itself"),
-        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add 'heads' to --importance.units"),
+        (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "says how much goes"),
+        (["--importance.allocation=Explicit", "--importance.allocation.heads=1"], "add them to --importance.units"),
         (["--pruning_ratio=0.9", '--importance.units=["mlp", "heads"]'], "largest possible --pruning_ratio is 0."),
         (["--pruning_ratio=0.2", "--importance.units=[channels]", "--importance.allocation=Protected"], "Uniform or Explicit"),
         (["--importance.allocation=Explicit", "--importance.allocation.channels=9", "--importance.units=[channels]"],
@@ -153,7 +153,7 @@ def test_recovery_and_convergence_after_every_kind_of_surgery(folder):
     assert parameter_count(module.causal_lm) > importance.resolved.params  # with adapters
     assert not importance.resolved.provisional
     assert module.plan.removed_layers() == importance.resolved.removed_layers
-    assert [k.kept for k in importance.resolved.kinds] == [(17, 17), (1, 1), (2,)]
+    assert [k.kept for k in importance.resolved.by_kind] == [(17, 17), (1, 1), (2,)]
     assert importance.convergence[-1][1] == 1.0
     assert all(0 <= share <= 1 for _, share in importance.convergence)
 
@@ -191,7 +191,7 @@ def test_weights_are_fitted_for_heads_too(folder):
         ({"compensation": LeastSquares(), "units": ("channels",)}, "belong to all layers: leave 'channels' out"),
         ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores in advance"),
-        ({"units": ALL, "allocation": GlobalRank()}, "cannot remove whole layers"),
+        ({"units": ALL, "allocation": GlobalRank()}, "does not say which whole layers go"),
     ],
 )
 def test_combinations_that_make_no_sense(folder, settings, match):
@@ -228,14 +228,12 @@ def test_channels_are_refused_where_weights_are_gathered_layer_by_layer(folder):
     target = find_target(PruningModule(folder), objective=None, model=None, neurons=())
     target.units = ("mlp", "channels")
     trainer = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(
-        ConfigError, match="units='channels' is not supported under ModelParallelStrategy.* Use a single device or DDP"
-    ):
+    with pytest.raises(ConfigError, match="units='channels' is not supported under.*Use a single device or DDP"):
         check_strategy(trainer, target, Magnitude())
 
 
 def test_a_share_takes_the_place_of_the_budget():
-    with pytest.raises(ConfigError, match="leave out `pruning_ratio`"):
+    with pytest.raises(ConfigError, match="leave out --pruning_ratio"):
         TaylorImportanceCallback(pruning_ratio=0.2, allocation=Uniform(share=0.2))
     with pytest.raises(ConfigError, match="none was given"):
         TaylorImportanceCallback(allocation=Uniform())

@@ -132,7 +132,15 @@ def test_tables_and_page(undisturbed):
         assert all(matrix[name][name] == pytest.approx(1.0) for name in matrix)
         assert matrix["entropy"]["random"] < 1
     assert set(result["seed_overlap"]["0.2"]) == {"random", *(method.name for method in SEEDED)}
-    assert "Sweep of" in (out / "report.html").read_text()
+    chance = result["chance_overlap"]["0.2"]["entropy"]["random"]
+    assert 0.3 < chance < result["kept_overlap"]["0.2"]["entropy"]["entropy"]
+    assert f"({chance:.3f})" in text
+    assert [found["pruning_ratio"] for found in result["recommended"]] == [0.2, 0.3]
+    assert result["recommended_command"] is None  # a sweep in Python has no file for --config
+    assert result["recommendation"][0] in text
+    page = (out / "report.html").read_text()
+    assert "Sweep of" in page
+    assert all(part in page for part in ("Recommendation", "Rank correlation", "JS distance", "Model hash", "torch"))
     assert (out / "figures/frontier.svg").is_file()
 
 
@@ -356,7 +364,10 @@ def test_an_impossible_ratio_is_said_before_anything_is_loaded(folder, tmp_path)
     [
         ({"criterion": Reconstruction(), "units": ("layers",)}, "Method 'a': Reconstruction processes the layers"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores"),
-        ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()}, "every width"),
+        (
+            {"criterion": CoupledTaylor(), "distillation": SelfDistillation(), "allocation": GlobalRank()},
+            "known before scoring",
+        ),
         ({"criterion": CoupledTaylor(), "distillation": SelfDistillation(first_stage=0.5)}, "Lower it"),
         ({"criterion": SlimLLMHeads()}, "Method 'a': SlimLLMHeads"),
         ({"criterion": ActivationNorm(), "compensation": MeanCompensation()}, "requires projections with a bias"),

@@ -152,7 +152,7 @@ def test_layers_without_a_mixture_are_refused_and_heads_are_not(name, keys):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert [g.num_units for g in find_groups(model, ("heads",))] == [2, 2, 2]
-    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*Leave 'experts' and 'layers' out"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*leave 'experts' and 'layers' out"):
         find_groups(model, ("experts",))
     with pytest.raises(UnsupportedArchitectureError, match="Leave 'layers' out|Leave 'experts' and 'layers' out"):
         scored_groups(model, find_groups(model, ("layers",)), ActivationTaylor())
@@ -167,7 +167,7 @@ def test_other_numbers_per_layer_need_a_layout(name, tmp_path):
     hfprune.apply_plan(model, plan)
     with pytest.raises(ConfigError, match="layout='per_layer'"):
         hfprune.io.layouts.LAYOUTS.get("uniform").check(model)
-    with pytest.raises(ConfigError, match="cannot replace removed experts"):
+    with pytest.raises(ConfigError, match="none can stand for a removed experts"):
         hfprune.io.layouts.LAYOUTS.get("padded").check(model)
     model.save_pretrained(tmp_path)
     loaded = hfprune.load(tmp_path)
@@ -185,11 +185,11 @@ def test_no_layer_keeps_fewer_experts_than_a_token_goes_through():
         found = allocate(stock, Budget(target_params=least), allocation, scores=scores)
         assert found.widths == (2, 2, 2)
         assert found.params == least == stock.dense_params - 12 * stock.costs[0]
-        with pytest.raises(ConfigError, match=f"smallest possible `target_params` is {least}"):
+        with pytest.raises(ConfigError, match=f"smallest possible --target_params is {least}"):
             allocate(stock, Budget(target_params=least - 1), allocation, scores=scores)
     with pytest.raises(PlanError, match=r"layers.1.mlp.experts must keep at least 2 of its units; the plan keeps 1"):
         plan_of(model, ((0, 1), (3,), (0, 1)))
-    with pytest.raises(ConfigError, match="6 units and must keep at least 2; 1 cannot be kept"):
+    with pytest.raises(ConfigError, match="6 units, of which at least 2 must stay; 1 cannot be kept"):
         allocate(stock, Budget(allocated=True), Explicit(experts=1))
     assert allocate(stock, Budget(allocated=True), Explicit(experts=[6, 3, 2])).widths == (6, 3, 2)
     assert allocate(stock, Budget(allocated=True), Uniform(share={"experts": 0.9})).widths == (2, 2, 2)
@@ -207,7 +207,7 @@ def test_what_does_not_go_with_mixtures_is_refused():
         find_groups(model)
     with pytest.raises(UnsupportedArchitectureError, match="has no mixture-of-experts layers: leave 'experts' out"):
         find_groups(tiny("llama"), ("experts",))
-    with pytest.raises(UnsupportedArchitectureError, match="stacks"):
+    with pytest.raises(UnsupportedArchitectureError, match="stacked tensors"):
         find_groups(model, ("channels",))
     with pytest.raises(ConfigError, match=r"stacked tensors, which sparse methods do not support"):
         check_sparse(model, sparse_method("wanda"), Sparsity.parse("0.5"))
@@ -221,10 +221,7 @@ def test_what_does_not_go_with_mixtures_is_refused():
 def test_sharded_strategies_are_refused_whatever_the_units(units, tmp_path):
     target = find_target(PruningModule(save_tiny(tmp_path, "mixtral")), objective=None, model=None, neurons=())
     target.units = units
-    with pytest.raises(
-        ConfigError,
-        match=r"Mixture-of-experts models are not supported under ModelParallelStrategy.*single device or DDP",
-    ):
+    with pytest.raises(ConfigError, match=r"Mixture-of-experts models are not supported under.*single device or DDP"):
         check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()), target, Magnitude())
 
 

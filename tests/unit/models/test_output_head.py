@@ -58,7 +58,7 @@ def test_a_table_without_the_scale_of_its_class_is_refused(table, name, dtype):
     for _ in range(2):
         with pytest.raises(UnsupportedArchitectureError, match="scale_key") as refused:
             output_head(model)
-    ours, own = map(float, re.search(r"a logit of (\S+) where the model gives (\S+)\. ", str(refused.value)).groups())
+    ours, own = map(float, re.search(r"a logit of (\S+), but the model gives (\S+)\. ", str(refused.value)).groups())
     assert own / ours == pytest.approx(SCALED[name][2], rel=1e-2)
 
 

@@ -24,6 +24,7 @@ from hfprune.report import (
     FrontierPoint,
     Generation,
     ReportData,
+    TextTable,
     figures,
     read_run,
     render,
@@ -599,3 +600,63 @@ def test_a_piped_table_is_not_cut(columns, capsys, monkeypatch):
 def test_the_old_path_of_the_table_warns():
     with pytest.warns(DeprecationWarning, match=r"hfprune.report.table.stage_table"):
         assert evaluation.stage_table is stage_table
+
+
+TRAINING = {
+    "train": [(step, 100 * step, 3.0 - step / 100) for step in range(1, 101)],
+    "validation": [(50, 5000, 2.8), (100, 10_000, 2.4)],
+}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_training_curve_shows_losses_by_steps_and_tokens(narrow):
+    found = figures(ReportData(title="t", training=TRAINING), narrow=narrow)["training_curve"]
+    (axes,) = found.axes
+    raw, bold, validation = axes.lines
+    assert raw.get_xydata().tolist() == [[step, loss] for step, _, loss in TRAINING["train"]]
+    assert validation.get_xydata().tolist() == [[50, 2.8], [100, 2.4]]
+    assert (bold.get_label(), validation.get_label()) == ("training", "validation")
+    (top,) = axes.child_axes
+    to_bytes(found, "svg")  # places the second axis
+    assert top.get_xlabel() == "tokens"
+    assert top.get_xlim() == pytest.approx([100 * x for x in axes.get_xlim()])
+
+
+def test_a_distillation_loss_has_a_panel_of_its_own():
+    data = ReportData(title="t", training=TRAINING, training_loss="distillation")
+    axes = figures(data)["training_curve"].axes
+    assert [a.get_ylabel() for a in axes] == ["distillation (nats/token)", "cross-entropy (nats/token)"]
+    assert "do not compare" in render(data)
+
+
+def test_an_interrupted_or_untrained_run_has_no_curve():
+    assert figures(ReportData(title="t", training={})) == {}
+    assert figures(ReportData(title="t", training={"train": [(1, 8, math.nan)]})) == {}
+    assert "training_curve" in figures(ReportData(title="t", training={"validation": [(0, 0, 2.0)]}))
+
+
+def test_time_recipe_tables_and_recommendation_are_on_the_page():
+    table = TextTable(title="Overlap", headings=["", "a_b"], rows=[["a_b", "1.000"]], note="Chance in brackets.")
+    data = ReportData(
+        title="t",
+        timing={"saving": 1.0, "calibrating": 63.0},
+        recipe="pruning_ratio: 0.2 # <b>\n",
+        tables=[table],
+        recommendation=["Take a_b."],
+    )
+    page = Page(render(data))
+    assert page.text["h2"] == ["Recommendation", "Comparison", "Time by phase", "Recipe"]
+    assert page.text["td"] == ["1.000", "1 min 3 s", "98.4 %", "1.0 s", "1.6 %"]  # the longest first
+    assert "pruning_ratio: 0.2 # <b>" in "".join(page.text["pre"])
+    assert "Chance in brackets." in "".join(page.text["p"])
+
+
+def test_kl_is_logarithmic_where_a_baseline_has_collapsed():
+    def at(series, kl):
+        return FrontierPoint(label=series, series=series, parameters=10, kl=kl)
+
+    near = [at("dense", 0.0), at("a", 0.1), at("b", 0.2)]
+    assert figures(ReportData(title="t", frontier=near))["frontier"].axes[0].get_yscale() == "linear"
+    data = ReportData(title="t", frontier=[*near, at("magnitude", 9.0)])
+    assert figures(data)["frontier"].axes[0].get_yscale() == "log"
+    assert "The KL axis is logarithmic" in render(data)
