@@ -44,7 +44,7 @@ from hfprune.recovery import DistillationRecovery
 from hfprune.recovery.lora import add_lora
 
 STARTS = {
-    "entropy": ["--data.calibration_sequences", "32"],
+    "entropy": ["--method", "entropy", "--data.calibration_sequences", "32"],
     "fitted": [
         "--data.calibration_sequences", "128", "--importance.criterion", "ActivationNorm",
         "--importance.compensation", "LeastSquares",
@@ -59,7 +59,7 @@ def start_folder(args, start, ratio):
     out = args.out / f"{start}_{ratio:g}"
     if not (out / "report.json").is_file():
         command = [
-            sys.executable, "-m", "hfprune.cli", "prune", *STARTS[start],
+            sys.executable, "-m", "hfprune", "prune", *STARTS[start],
             "--model.path", args.model, "--model.dtype", "float32", "--data.calibration", args.calibration,
             "--data.text", args.text, "--data.seq_len", "512",
             "--data.seed", "42", "--pruning_ratio", str(ratio), "--latency", "false", "--overwrite", "true",

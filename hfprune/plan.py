@@ -156,6 +156,8 @@ class Budget:
         round_to: Kept MLP widths and hidden sizes are multiples of this: 8, 64 or 128 for fast kernels. Heads, experts
             and layers are not rounded.
         allocated: Whether the allocation sets the widths itself, without a budget.
+        auto_round: Whether kept MLP widths are multiples of 256, 128 or 64, the largest that misses the budget by at
+            most 3 %; they are exact if none does. ``round_to`` is then 1.
     """
 
     pruning_ratio: float | None = None
@@ -164,6 +166,7 @@ class Budget:
     mlp_ratio: float | None = None
     round_to: int = 1
     allocated: bool = False
+    auto_round: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``ConfigError`` unless exactly one target is given and every value is in range."""
@@ -188,7 +191,8 @@ class Budget:
         """Returns the given fields, for example ``pruning_ratio=0.2``."""
         names = ("pruning_ratio", "target_params", "intermediate_size", "mlp_ratio")
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-        return ", ".join(given if self.round_to == 1 else [*given, f"round_to={self.round_to}"])
+        rounding = "auto" if self.auto_round else self.round_to
+        return ", ".join(given if rounding == 1 else [*given, f"round_to={rounding}"])
 
 
 PLAN_FILE = "plan.json"

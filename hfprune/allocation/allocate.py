@@ -5,6 +5,7 @@ from functools import partial
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
 from hfprune.allocation.budget import KindWidths, ResolvedBudget, check_reach, common, target_params
+from hfprune.allocation.round_to import auto_rounded
 from hfprune.allocation.uniform import Uniform
 from hfprune.plan import LAYERS, Budget, Group
 from hfprune.utils.errors import ConfigError
@@ -32,6 +33,9 @@ def allocate(
         >>> allocate(inventory, Budget(pruning_ratio=0.25)).widths
         (6, 6)
     """
+    if budget.auto_round:
+        from_shapes = partial(allocate, inventory, allocation=allocation)
+        return auto_rounded(budget, partial(from_shapes, scores=scores), shapes=from_shapes)
     chosen = allocation or Uniform()
     chosen.check(inventory)
     _check_budget(inventory, budget, chosen)

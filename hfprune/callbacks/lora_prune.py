@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from hfprune import _moved
 from hfprune.allocation import Allocation, ResolvedBudget, keep_top
+from hfprune.allocation.round_to import RoundTo, rounding
 from hfprune.callbacks.base import PruningCallback, listeners
 from hfprune.callbacks.communicator import say, warn
 from hfprune.callbacks.target import Target
@@ -39,7 +40,8 @@ class LoraPruningCallback(PruningCallback):
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
         target_params: Number of parameters to keep.
-        round_to: Kept MLP widths are multiples of this number.
+        round_to: Kept MLP widths are multiples of this number; ``auto`` takes the largest of 256, 128 and 64 that misses
+            the budget by at most 3 %.
         units: ``mlp``, ``heads`` or both.
         allocation: Distribution of the budget over layers. By default, every layer loses the same share, with a number
             of heads that a stock config can describe if the layout requires one. The published setting is
@@ -66,7 +68,7 @@ class LoraPruningCallback(PruningCallback):
         *,
         pruning_ratio: float | None = None,
         target_params: int | None = None,
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         units: Sequence[UnitKind] = ("mlp", "heads"),
         allocation: Allocation | None = None,
         lora: LoraRecovery | None = None,
@@ -87,7 +89,7 @@ class LoraPruningCallback(PruningCallback):
         super().__init__(recovery=lora or LoraRecovery(rank=8, alpha=16.0, dropout=0.05))
         if self.lora.init == "pissa" or self.lora.dora:
             raise ConfigError("lora must not set dora or init: importance is computed from plain adapters.")
-        self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, round_to=round_to)
+        self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, **rounding(round_to))
         self.units, self.allocation = unit_kinds(units), allocation
         self.every, self.warmup, self.cooldown, self.model = every, warmup, cooldown, model
         self._kept: dict[str, tuple[int, ...]] | None = None

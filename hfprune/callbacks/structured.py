@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
+from hfprune.allocation.round_to import RoundTo, rounding
 from hfprune.callbacks.base import (
     PruningCallback,
     callbacks_of,
@@ -294,7 +295,8 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         target_params: Number of parameters to keep.
         intermediate_size: MLP width to keep.
         mlp_ratio: MLP width to keep as a multiple of the hidden size, as in the HFPrune script.
-        round_to: Kept MLP widths and hidden sizes are multiples of this number; 64 or 128 gives fast kernels.
+        round_to: Kept MLP widths and hidden sizes are multiples of this number; 1 gives exact numbers, 64 or 128 fast
+            kernels. ``auto`` takes the largest of 256, 128 and 64 that misses the budget by at most 3 %.
         units: Unit kinds to prune, see :class:`StructuredPruningCallback`.
         allocation: Distribution of the budget over groups: ``Uniform()`` by default, ``Protected``, ``GlobalRank``,
             ``CosineSoftmax``, ``Sensitivity``. ``Explicit(...)`` and ``share=...`` set the number of units themselves
@@ -337,7 +339,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         target_params: int | None = None,
         intermediate_size: int | None = None,
         mlp_ratio: float | None = None,
-        round_to: int = 1,
+        round_to: RoundTo = 1,
         units: Sequence[UnitKind] = ("mlp",),
         allocation: Allocation | None = None,
         criterion: Criterion | None = None,
@@ -363,7 +365,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             target_params=target_params,
             intermediate_size=intermediate_size,
             mlp_ratio=mlp_ratio,
-            round_to=round_to,
+            **rounding(round_to),
             allocated=allocation is not None and allocation.own_budget,
         )
         calibration = CalibrationOptions(

@@ -12,21 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from hfprune.cli.guesses import guess, meant
 from hfprune.criteria import Criterion
 from hfprune.utils.compat import parser_actions
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
-
-_MEANT = {
-    "pruning_ratio": ("ratio", "prune_ratio", "pruning", "prune", "amount", "compression_ratio", "removal_ratio"),
-    "sparsity": ("sparsity_ratio", "sparsity_level"),
-    "intermediate_size": ("width", "mlp_width", "intermediate_dim", "ffn_size"),
-    "model.path": ("model_path", "model_name", "model_name_or_path", "model_id", "pretrained", "base_model", "path"),
-    "output_dir": ("output", "out", "out_dir", "save_dir", "save_path", "output_path"),
-    "output": ("output_dir", "out", "output_path", "output_file"),
-    "data.calibration": ("calibration_data", "calibration_dataset", "calib_data", "dataset"),
-}
-"""Flag -> names of the same option in other tools."""
 
 _NOT_PLAIN = "cannot represent an object"
 """What YAML says of an enumeration among the defaults of a class."""
@@ -45,7 +35,7 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
     known = {name.lstrip("-") for action in parser_actions(parser) for name in (*action.option_strings, action.dest)}
     for pattern in (r"unrecognized arguments: (?:[^-]\S* )*--([\w.-]+)", r"[Oo]ption '([\w.-]+)' is not accepted$"):
         if (unknown := re.search(pattern, text)) and "class_path" not in text:
-            return text + _guess(*meant(unknown[1], known))
+            return text + guess(*meant(unknown[1], known))
     return _of_class(text) or _of_value(text) or _of_group(text) or text
 
 
@@ -74,31 +64,6 @@ def not_built(error: Exception, cause: BaseException) -> str:
     return f"{name} cannot be built: {' '.join(lines[0].split())}{' ' + hint if hint else ''}"
 
 
-def meant(name: str, known: set[str]) -> list[str]:
-    """Returns the flags that an unknown one may stand for, the most likely first and at most three.
-
-    A misspelling, another tool's name, or the last part of a dotted flag.
-
-    >>> meant("ratio", {"pruning_ratio", "mlp_ratio"}), meant("units", {"importance.units", "lora_prune.units", "seed"})
-    (['pruning_ratio'], ['importance.units', 'lora_prune.units'])
-    """
-    plain = name.replace("-", "_")
-    for flag, others in _MEANT.items():
-        if plain in others and flag in known:
-            return [flag]
-    tails = sorted((flag.count("."), flag) for flag in known if flag.endswith(f".{plain}"))
-    if tails:
-        short = [flag for dots, flag in tails if dots == tails[0][0]]
-        return short if len(short) <= 3 else []
-    near = nearest(plain, known)
-    return [near] if near else []
-
-
-def _guess(*near: str | None) -> str:
-    names = " or ".join(f"'{name}'" for name in near if name)
-    return f". Did you mean {names}?" if names else ""
-
-
 def _of_class(text: str) -> str | None:
     """Returns the error in the options of a class, of the innermost class that has one."""
     key = re.search(r'Parser key "([\w.]+)"', text)
@@ -111,7 +76,7 @@ def _of_class(text: str) -> str | None:
         return f"--{key[1]} {path}: {failed}"
     name = path.rpartition(".")[2]
     if option := re.search(r"[Oo]ption '([\w.]+)' is not accepted", reason):
-        return f"--{key[1]}: {name} has no option '{option[1]}'" + _guess(nearest(option[1], _options(path)))
+        return f"--{key[1]}: {name} has no option '{option[1]}'" + guess(nearest(option[1], _options(path)))
     if re.fullmatch(r"'\w+' object has no attribute '\w+'", reason):
         reason = "init_args is not a mapping of options"
     if wrong := re.match(r'Parser key "([\w.]+)": (.*)', reason):
@@ -181,7 +146,7 @@ def import_error(path: str) -> str | None:
     if hasattr(found, name):
         return None
     classes = {other for other, value in vars(found).items() if inspect.isclass(value)}
-    return "there is no such class" + _guess(nearest(name, classes))
+    return "there is no such class" + guess(nearest(name, classes))
 
 
 def class_path_of(value: str) -> str:

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from hfprune.cli.argument_errors import check_nulls, first_cause, not_built, one_line, refused
 from hfprune.cli.config_files import check_files, settled, with_config_paths
 from hfprune.cli.flag_names import settings_of, with_flags
+from hfprune.cli.guesses import not_used
 from hfprune.data import TextDataModule
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
@@ -64,6 +65,11 @@ class BaseCLI(LightningCLI):
     def defaults(self) -> dict[str, Any]:
         """Returns defaults of the Trainer's arguments."""
         return {"devices": 1, "logger": False, "enable_model_summary": False}
+
+    @classmethod
+    def uses(cls, flag: str) -> bool:
+        """Returns whether the command does something with a flag of its parser; others are refused."""
+        return True
 
     def run(self) -> None:
         """Runs the command."""
@@ -122,9 +128,16 @@ class BaseCLI(LightningCLI):
             for name in _PATHS:
                 if isinstance(value := self.config.get(name), str):
                     self.config[name] = user_path(value, name)
+        self._check_used()
         plain = {action.dest: action.default for action in actions if "." not in action.dest}
         plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
         check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})
+
+    def _check_used(self) -> None:
+        """Raises ``ConfigError`` for a given flag that the command does not use."""
+        for flag in settings_of(self.given):
+            if not self.uses(flag):
+                raise ConfigError(not_used(flag, self.command))
 
     @contextmanager
     def naming_flags(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ def config_path(config: str) -> str:
     Raises:
         ConfigError: There is no such file and no config of this name.
     """
-    if Path(config).expanduser().is_file():
+    if "\n" not in config and Path(config).expanduser().is_file():
         return str(Path(config).expanduser())
     if _is_mapping(config):
         return config
@@ -107,9 +107,10 @@ def config_files(args: Sequence[str]) -> list[str]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Returns the options in a YAML file, empty if it cannot be read: the parser reports the reason."""
-    if not Path(path).is_file():
-        return {}
+    """Returns the options in a YAML file or text, empty if it cannot be read: the parser reports the reason."""
+    if "\n" in path or not Path(path).is_file():
+        found = yaml.safe_load(path) if _is_mapping(path) else {}
+        return found if isinstance(found, dict) else {}
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError):

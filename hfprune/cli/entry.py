@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hfprune.cli.arguments import understood
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
+from hfprune.cli.help_pages import help_text
 from hfprune.cli.light import LIGHT_COMMANDS, run_light
+from hfprune.cli.recipes import announce
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -33,16 +36,16 @@ commands:
 
 examples:
   hfprune fit --config quickstart
-  hfprune prune --model.path DIR_OR_ID --data.calibration FILE --pruning_ratio 0.2 --output_dir OUT
-  hfprune fit --model.path DIR_OR_ID --data.recovery FILE --pruning_ratio 0.2 --output_dir OUT --trainer.max_epochs 2
-  hfprune evaluate --model.path OUT/model --data.text FILE --dense DIR_OR_ID --tasks paper10
+  hfprune prune DIR_OR_ID --ratio 0.2 --data FILE -o OUT
+  hfprune fit DIR_OR_ID --ratio 0.2 --data.recovery FILE -o OUT --trainer.max_epochs 2
+  hfprune evaluate OUT --dense DIR_OR_ID --data TEXT --tasks paper10
   hfprune plan DIR_OR_ID --ratio 0.1 0.2 0.3
   hfprune chat OUT --dense DIR_OR_ID
 
 flags of every command:
 {chr(10).join(f"  --{name:<10}{text}" for name, text in FLAGS.items())}
 
-Each command lists its other flags with: hfprune COMMAND --help
+hfprune COMMAND --help is one screen of what most people need; --help-all lists every flag.
 --config takes a YAML file, or the name of a config of the package:
 {textwrap.indent(textwrap.fill(", ".join(shipped_configs()), width=100), "  ")}
 """
@@ -57,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         print(__version__)
         return 0
+    if args[0].startswith("--completion"):
+        return _complete(args)
     if args[0] not in COMMANDS:
         print(_unknown(args[0]), file=sys.stderr)
         return 2
@@ -84,11 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
     """Runs a command; returns its result, None where it has none or another process writes it."""
     if command in LIGHT_COMMANDS:
-        run_light(command, args)
+        run_light(command, [*args, *(["--json"] if console.json else [])])
         return None
+    if (text := help_text(command, args)) is not None:
+        print(text)
+        return None
+    args = understood(command, args)
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with console.applied(command), _current_folder():
+        announce(args)
         return launch(command, args)
 
 
@@ -105,6 +115,19 @@ def _current_folder() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+
+
+def _complete(args: list[str]) -> int:
+    """Prints the completion script for the shell that is named; returns the exit status."""
+    from hfprune.cli.completion import script
+
+    shell = args[0].partition("=")[2]
+    try:
+        print(script(shell or "".join(args[1:2]), list(COMMANDS)), end="")
+    except HFPruneError as error:
+        print(f"hfprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _unknown(command: str) -> str:

@@ -10,9 +10,47 @@ from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.errors import ConfigError
 
+_UNUSED = {
+    "model": (
+        "objective",
+        "learning_rate",
+        "weight_decay",
+        "warmup_ratio",
+        "distillation",
+        "trainable",
+        "optimizer",
+        "gradient_checkpointing",
+    ),
+    "data": (
+        "batch_size",
+        "calibration_batch_size",
+        "calibration_layout",
+        "calibration_sequences",
+        "num_workers",
+        "overlong",
+        "packing",
+        "recovery_sequences",
+        "self_text",
+        "shuffle_buffer",
+        "streaming",
+        "token_cache",
+        "validation_sequences",
+    ),
+}
+"""Group -> options that concern calibration or training, which evaluate does not run."""
+_OF_TRAINER = ("accelerator", "devices", "strategy")
+
 
 class EvaluateCLI(BaseCLI):
     """Command ``evaluate``."""
+
+    @classmethod
+    def uses(cls, flag: str) -> bool:
+        """Returns whether evaluate reads a flag: of the Trainer, only where the model runs."""
+        group, _, name = flag.partition(".")
+        if group == "trainer":
+            return name in ("", *_OF_TRAINER)
+        return name.partition(".")[0] not in _UNUSED.get(group, ())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the arguments of ``PruneTrainer.evaluate`` and ``ZeroShotTasks``; the model may be a pruned one."""

@@ -26,8 +26,16 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
     )
 
 
+_OPTIONS = ("config", "output_dir", "overwrite", "layout", "model", "model.path", "model.dtype", "model.revision")
+
+
 class ExportCLI(BaseCLI):
     """Command ``export``."""
+
+    @classmethod
+    def uses(cls, flag: str) -> bool:
+        """Returns whether export reads a flag: the model, the layout and the folder; no data and no trainer."""
+        return flag in _OPTIONS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the layout and the output folder; the model is a pruned one."""

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from hfprune.allocation.round_to import RoundTo
 from hfprune.callbacks import (
     LoraPruningCallback,
     PruningCallback,
@@ -28,7 +29,11 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {
     "target_params": (int | None, None, "number of parameters to keep"),
     "intermediate_size": (int | None, None, "MLP width to keep"),
     "mlp_ratio": (float | None, None, "MLP width to keep / hidden size (the HFPrune script's flag)"),
-    "round_to": (int | None, 1, "kept widths are multiples of this; 64 or 128 for fast kernels"),
+    "round_to": (
+        RoundTo | None,
+        1,
+        "kept widths are multiples of this; auto: the largest of 256, 128, 64 that costs at most 3 %",
+    ),
     "method": (SparseMethod | str | None, None, f"sparse pruning: {_METHOD}"),
     "sparsity": (str | float | None, None, f"sparse pruning: {_SPARSITY}"),
     "update": (SparseGPT | str | None, None, "sparse pruning: sparsegpt updates the kept weights"),

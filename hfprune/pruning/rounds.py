@@ -96,7 +96,7 @@ class Rounds:
         resolved = model.resolve(budget, allocation)
         for share in reversed(self.shares()[:-1]):
             left = resolved.dense_params - round(share * (resolved.dense_params - resolved.target_params))
-            step = Budget(target_params=left, round_to=budget.round_to)
+            step = Budget(target_params=left, round_to=budget.round_to, auto_round=budget.auto_round)
             wanted = model.resolve(step, allocation).widths
             widths.append(tuple(max(pair) for pair in zip(wanted, widths[-1], strict=True)))
         return widths[::-1]

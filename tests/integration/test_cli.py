@@ -491,6 +491,9 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
     monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
-    flags = [f"--config={path}"]
+    flags = [
+        f"--config={path}",
+        *(["--output_dir=out", "--pruning_ratio=0.2"] if path.parent.name == "recipes" else []),
+    ]
     cli = CLASSES[command](command, flags)
     assert yaml.safe_load(path.read_text()).keys() <= cli.config.as_dict().keys()

@@ -23,7 +23,7 @@ from hfprune.io.load import check_model, load_causal_lm, load_config, meta_model
 from hfprune.modules import PruningModule
 from hfprune.utils.errors import ConfigError
 from tests.helpers.models import GATED, OWN_HEAD_DIM, save_tiny, tiny, tiny_tokenizer
-from tests.helpers.runs import TINY_FLAGS
+from tests.helpers.runs import EVALUATE_FLAGS, TINY_FLAGS
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 538090408\n"
 
@@ -193,9 +193,8 @@ def test_every_command_refuses(dense, folder, capsys, kind, command):
     if command == "fit":
         flags += ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
     Path("text.txt").write_text("The assert statement is a convenient way. " * 30)
-    code = main(
-        [command.replace("dense", "evaluate"), f"--model.path={model}", "--data.text=text.txt", *flags, *TINY_FLAGS]
-    )
+    flags += EVALUATE_FLAGS if command in ("evaluate", "dense") else TINY_FLAGS
+    code = main([command.replace("dense", "evaluate"), f"--model.path={model}", "--data.text=text.txt", *flags])
     line = one_line(capsys, code)
     assert expected in line
     assert name in line
@@ -348,7 +347,7 @@ def test_home_folder(folder, monkeypatch):
                 "--dense=~/m",
                 "--output=~/e.json",
                 "--data.text=builtin",
-                *[flag for flag in TINY_FLAGS if "seq" not in flag],
+                *EVALUATE_FLAGS,
             ]
         )
         == 0

@@ -1,0 +1,71 @@
+"""Whole runs of the commands that people type first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hfprune.cli import main
+from tests.helpers.models import save_tiny
+from tests.helpers.runs import TINY_DATA_FLAGS, TINY_FLAGS
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("models") / "dense"))
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def plan_of(folder):
+    return json.loads(Path(folder, "report.json").read_text())["plan"]
+
+
+def test_prune_then_evaluate_the_output_folder(dense, caplog):
+    caplog.set_level("INFO", logger="hfprune")
+    assert main(["prune", dense, "--ratio", "0.2", "-o", "out", *TINY_FLAGS]) == 0
+    messages = caplog.text
+    assert "Recipe fast (of best, fast, paper)" in messages
+    assert "round_to auto: no multiple of 64 is within 3% of the budget, the width is exact" in messages
+    plan = plan_of("out")
+    assert (plan["criterion"]["name"], plan["compensation"]["name"]) == ("activation_norm", "LeastSquares")
+    flags = ["--dense", dense, "-o", "figures.json", "--latency", "false", *TINY_DATA_FLAGS[2:]]
+    assert main(["evaluate", "out", *flags]) == 0
+    assert json.loads(Path("figures.json").read_text())["stages"]["model"]["fidelity"]["kl"] > 0
+
+
+def test_a_method_is_the_same_model_in_prune_and_sweep(dense):
+    assert main(["prune", dense, "--method", "entropy", "--ratio", "0.2", "-o", "out", *TINY_FLAGS]) == 0
+    plan = plan_of("out")
+    assert (plan["criterion"]["name"], plan["objective"], plan["compensation"]) == (
+        "activation_taylor",
+        "entropy",
+        None,
+    )
+    Path("words.txt").write_text("The assert is a statement of the language and so is while. " * 20)
+    sweep = ["sweep", dense, "--methods", "entropy,fast", "--ratios", "0.2", "--data.text", "words.txt", "-o", "sweep"]
+    assert main([*sweep, "--latency", "false", *TINY_DATA_FLAGS]) == 0
+    rows = json.loads(Path("sweep/table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "entropy", "fast"]
+
+
+def test_a_class_of_the_current_folder(dense):
+    Path("my_project.py").write_text(
+        "from hfprune.criteria import ActivationNorm\n\n\nclass MyCriterion(ActivationNorm):\n    name = 'mine'\n"
+    )
+    flags = ["--ratio", "0.2", "--importance.criterion", "my_project.MyCriterion"]
+    assert main(["prune", dense, *flags, "-o", "out", *TINY_FLAGS]) == 0
+    assert plan_of("out")["criterion"]["name"] == "mine"
+
+
+def test_a_class_that_cannot_be_imported_gives_the_reason(dense, capsys):
+    Path("broken_project.py").write_text("import nothing_there\n\n\nclass Mine: ...\n")
+    flags = ["--ratio", "0.2", "--importance.criterion", "broken_project.Mine"]
+    assert main(["prune", dense, *flags, "-o", "out", *TINY_FLAGS]) == 2
+    assert "'broken_project' cannot be imported: No module named 'nothing_there'" in capsys.readouterr().err
+    assert not Path("out").exists()
