@@ -40,8 +40,8 @@ class LoraPruningCallback(PruningCallback):
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
         target_params: Number of parameters to keep.
-        round_to: Kept MLP widths are multiples of this number; ``auto`` takes the largest of 256, 128 and 64 that misses
-            the budget by at most 3 %.
+        round_to: Kept MLP widths are multiples of this number; ``auto`` takes the largest of 256, 128 and 64 that
+            misses the budget by at most 3 %.
         units: ``mlp``, ``heads`` or both.
         allocation: Distribution of the budget over layers. By default, every layer loses the same share, with a number
             of heads that a stock config can describe if the layout requires one. The published setting is

@@ -94,7 +94,7 @@ def forecast(
     found = [_described(model, model, dense, None, tokens=tokens)]
     for budget, outcome in zip(budgets, resolved, strict=True):
         pruned = pruned_shapes(model, subject.outline(outcome))
-        kept = {kind.kind: list(kind.kept) for kind in outcome.by_kind}
+        kept = {kind.kind: list(kind.kept) for kind in outcome.kinds}
         described = _described(pruned, model, kept, outcome, tokens=tokens)
         found.append(replace(described, pruning_ratio=float(budget.pruning_ratio or 0)))
     return found
