@@ -260,7 +260,7 @@ class PruneTrainer(Trainer):
             ckpt_path: Checkpoint of an interrupted run to resume.
 
         Returns:
-            The plan that was applied; with several callbacks that prune, the last one's.
+            The applied plan; with several pruning callbacks, the plan of the last one.
 
         Raises:
             ConfigError: The trainer has no callback that prunes before training.

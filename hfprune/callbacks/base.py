@@ -124,14 +124,14 @@ class PruningCallback(Callback, PruningEvents, ABC):
 
     @property
     def target(self) -> Target | None:
-        """The model that this callback prunes, within its LightningModule; None before ``setup``."""
+        """Target of this callback: the model and its LightningModule; None before ``setup``."""
         return self._target
 
     def find_target(self, module: LightningModule) -> Target:
-        """Returns what this callback prunes in ``module``.
+        """Returns the target of this callback in ``module``.
 
         Raises:
-            ConfigError: There is nothing in it that this callback can prune.
+            ConfigError: The module has nothing that this callback can prune.
         """
         return self._find(module)
 
@@ -277,7 +277,7 @@ class PruningCallback(Callback, PruningEvents, ABC):
         self._add_adapters(target)
 
     def _cut(self, trainer: Trainer, module: LightningModule, plan: PruningPlan, *, seconds: float | None) -> None:
-        """Applies the plan, logs its figures and calls the listeners."""
+        """Applies the plan, logs the pruning metrics and calls the listeners."""
         target = self._target
         assert target is not None
         before = parameter_count(target.model)

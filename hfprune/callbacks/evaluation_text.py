@@ -1,4 +1,4 @@
-"""Evaluation text of a run: that of the trainer's datamodule, or one that was given for a module of your own."""
+"""Evaluation text of a run: the text of the trainer's datamodule, or a given text."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from hfprune.io.load import max_positions, predicts_badly_without_bos
 from hfprune.utils.errors import ConfigError
 
 WINDOW = 512
-"""Tokens of an evaluation window, fewer where the model has fewer positions."""
+"""Number of tokens per evaluation window; fewer if the model has fewer positions."""
 
 TextSource = str | Path | Tensor | Windows | TextDataModule | None
 
@@ -22,10 +22,10 @@ class EvaluationText:
     """The windows on which perplexity is measured, and the tokenizer of the model.
 
     Args:
-        text: A text file, data set or hub id as :class:`hfprune.TextDataModule` reads its ``text``; a
-            ``TextDataModule`` that has one, for other windows; or token ids [N, W]. None takes the
-            ``evaluation_windows()`` of the trainer's datamodule, where it has such a method.
-        tokenizer: The model's tokenizer; by default that of the module.
+        text: Text file, data set or Hub id, as for ``text`` of :class:`hfprune.TextDataModule`; a ``TextDataModule``
+            with a ``text``, for other windows; or token ids [N, W]. If not given, the ``evaluation_windows()`` of the
+            trainer's datamodule, if it has this method.
+        tokenizer: Tokenizer of the model; the tokenizer of the module if not given.
     """
 
     def __init__(self, text: TextSource = None, tokenizer: Any = None) -> None:
@@ -33,24 +33,24 @@ class EvaluationText:
         self._windows: Windows | None = Windows.of(text) if isinstance(text, Tensor | Windows) else None
 
     def tokenizer(self, target: Target) -> Any:
-        """Returns the tokenizer, None where neither the user nor the module has given one."""
+        """Returns the given tokenizer, the tokenizer of the module, or None."""
         return target.tokenizer if self._tokenizer is None else self._tokenizer
 
     def check(self, target: Target) -> None:
-        """Raises ``ConfigError`` where a text was given and nothing can tokenise it: before it is read."""
+        """Raises ``ConfigError`` if the text requires a tokenizer and there is none. The text is not read."""
         if self._text is None or self._windows is not None or self.tokenizer(target) is not None:
             return
         raise ConfigError(
             f"text='{self._text}' needs a tokenizer: {type(target.module).__name__} has no attribute `tokenizer`. Set "
-            "tokenizer=AutoTokenizer.from_pretrained(...), or give token ids [N, W] as text."
+            "tokenizer=AutoTokenizer.from_pretrained(...), or set text to token ids [N, W]."
         )
 
     def windows(self, trainer: Trainer, target: Target) -> Windows | None:
-        """Returns the evaluation windows, None where there is no evaluation text.
+        """Returns the evaluation windows, or None without an evaluation text.
 
         Args:
-            trainer: Its datamodule may have ``evaluation_windows()``.
-            target: The model; its config limits the length of a window.
+            trainer: Trainer whose datamodule may have ``evaluation_windows()``.
+            target: Target of the model, whose config limits the length of a window.
         """
         if self._text is None:
             found = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]

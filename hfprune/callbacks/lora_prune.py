@@ -33,9 +33,9 @@ class LoraPruningCallback(PruningCallback):
     ``every`` steps: the share of kept units is r_f + (r_0 - r_f)(1 - progress)^3. At the end, adapters are merged and
     the masked units are removed.
 
-    The callback works on a ``PruningModule`` and on any LightningModule that makes one supported Hugging Face model in
-    its constructor and uses automatic optimization. The trainer's ``max_epochs`` or ``max_steps`` gives the length of
-    the schedule. Checkpoints hold the model with adapters, before the units are cut.
+    The callback works on a ``PruningModule`` and on any LightningModule that creates one supported Hugging Face model
+    in its constructor and uses automatic optimization. The trainer's ``max_epochs`` or ``max_steps`` gives the length
+    of the schedule. Checkpoints hold the model with adapters, before units are removed.
 
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
@@ -135,14 +135,15 @@ class LoraPruningCallback(PruningCallback):
     def _find(self, module: LightningModule) -> Target:
         if not module.automatic_optimization:
             raise ConfigError(
-                f"LoraPruningCallback counts the steps of one optimizer, and {type(module).__name__} optimizes by hand "
-                "(automatic_optimization=False): use StructuredPruningCallback with recovery='lora'."
+                f"LoraPruningCallback counts the steps of one optimizer, and {type(module).__name__} uses manual "
+                "optimization (automatic_optimization=False): use StructuredPruningCallback with recovery='lora'."
             )
         target = find_target(module, objective="entropy", model=self.model, neurons=())
         if not target.known:
             raise ConfigError(
-                f"LoraPruningCallback sets widths before training starts, and {type(module).__name__} makes its model "
-                "in configure_model: make it in the constructor, or use StructuredPruningCallback with recovery='lora'."
+                f"LoraPruningCallback sets widths before training starts, and {type(module).__name__} creates its "
+                "model in configure_model: create it in the constructor, or use StructuredPruningCallback with "
+                "recovery='lora'."
             )
         target.units, target.stock = self.units, self.stock
         return target
@@ -187,7 +188,7 @@ class LoraPruningCallback(PruningCallback):
         self._mask(target)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Reads the gradients of a module of your own; a ``PruningModule`` calls ``on_gradients_ready`` itself."""
+        """Reads the gradients of a user-defined module; a ``PruningModule`` calls ``on_gradients_ready`` itself."""
         if not isinstance(pl_module, PruningModule):
             self.on_gradients_ready(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Pruning metrics: what a plan removed and what it cost, as numbers for the trainer's loggers."""
+"""Pruning metrics for the trainer's loggers: removed parameters, kept widths and the cost of calibration."""
 
 from collections import defaultdict
 
@@ -10,19 +10,19 @@ from hfprune.plan import PruningPlan
 def pruning_metrics(
     plan: PruningPlan, *, before: int, after: int, calibration_seconds: float | None = None
 ) -> dict[str, float]:
-    """Returns the figures of a pruning by their names in loggers.
+    """Returns the metrics of a pruned model by their names in loggers.
 
     Args:
-        plan: What was pruned.
-        before: Parameters of the dense model.
-        after: Parameters of the pruned model.
+        plan: The applied plan.
+        before: Number of parameters of the dense model.
+        after: Number of parameters of the pruned model.
         calibration_seconds: Time from the first calibration batch to the plan, in seconds.
 
     Returns:
-        ``pruning/params_before``, ``pruning/params_after`` and ``pruning/removed_share``; for each unit kind
-        ``pruning/KIND_kept_share`` and the ``min``, ``mean`` and ``max`` of the units that a group (a layer) keeps, as
-        ``pruning/KIND_width_min`` and so on; ``pruning/calibration_seconds`` and ``pruning/calibration_tokens`` where
-        there was a calibration; ``pruning/zero_share`` where single weights were set to zero.
+        ``pruning/params_before``, ``pruning/params_after`` and ``pruning/removed_share``. For each unit kind,
+        ``pruning/KIND_kept_share`` and the minimum, mean and maximum of the kept units per group (layer) as
+        ``pruning/KIND_width_min``, ``_mean`` and ``_max``. With calibration, ``pruning/calibration_seconds`` and
+        ``pruning/calibration_tokens``. With sparse pruning, ``pruning/zero_share``.
 
     >>> from hfprune.plan import Group
     >>> groups = tuple(Group(name=str(i), kind="mlp", num_units=8, slices=()) for i in range(2))
@@ -53,6 +53,6 @@ def pruning_metrics(
 
 
 def log_pruning(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Logs the figures of a pruning to every logger of ``trainer``, at its current step; without loggers nothing."""
+    """Logs pruning metrics to all loggers of ``trainer`` at the current step."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)

@@ -17,23 +17,23 @@ Module = TypeVar("Module", bound=LightningModule)
 
 
 def load_from_checkpoint(module_class: type[Module], checkpoint_path: str | Path, **kwargs: Any) -> Module:
-    """Returns a LightningModule with the shapes and the weights of a checkpoint that a pruning callback was part of.
+    """Returns a LightningModule with the pruned shapes and the weights of a checkpoint.
 
-    ``module_class.load_from_checkpoint`` builds the dense module from the hyper-parameters in the checkpoint. Before it
-    restores the weights, the plan in the checkpoint is applied and the adapters are added. A checkpoint without a plan
-    is loaded as Lightning loads it.
+    ``module_class.load_from_checkpoint`` builds the dense module from the hyper-parameters in the checkpoint. Before
+    the weights are restored, the plan in the checkpoint is applied and adapters are added. A checkpoint without a plan
+    is loaded as by Lightning.
 
     Args:
-        module_class: A class of your own, or ``PruningModule``.
-        checkpoint_path: A checkpoint of a Lightning ``Trainer``, in one file.
+        module_class: A user-defined class, or ``PruningModule``.
+        checkpoint_path: Checkpoint file of a Lightning ``Trainer``.
         kwargs: Arguments of ``module_class.load_from_checkpoint`` (``map_location``, ``strict``, ``weights_only``, ...)
-            and of the constructor of ``module_class``, where they are not in the checkpoint.
+            and of the constructor of ``module_class``, if the checkpoint does not contain them.
 
     Returns:
         The module. ``module.MODEL.save_pretrained(folder)`` writes its model as a Hugging Face folder.
 
     Raises:
-        ConfigError: The checkpoint was written for another dense model, or it is a folder of shards.
+        ConfigError: The checkpoint was written for another dense model, or is a folder of shards.
 
     Example:
         .. code-block:: python
@@ -44,10 +44,10 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: str | Path
     """
     if Path(checkpoint_path).is_dir():
         raise ConfigError(
-            f"checkpoint_path='{checkpoint_path}' is a folder of shards: restore it with fit or validate, under the "
+            f"checkpoint_path='{checkpoint_path}' is a folder of shards: restore it with fit or validate and the "
             "strategy that wrote it."
         )
-    if issubclass(module_class, PruningModule):  # which applies the plan itself
+    if issubclass(module_class, PruningModule):  # it applies the plan itself
         return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
     with _replaying(module_class):
         return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
@@ -57,8 +57,8 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: str | Path
 def _replaying(module_class: type[LightningModule]) -> Iterator[None]:
     """Applies the plan of a checkpoint before ``on_load_checkpoint`` of the class, and of its subclasses, is called.
 
-    Lightning has no hook between the constructor and the weights other than this one. A checkpoint of a
-    ``LightningCLI`` names the subclass to build.
+    This is the only hook of Lightning between the constructor and the weights. A checkpoint of a ``LightningCLI`` names
+    the subclass to build.
     """
     kinds = [kind for kind in _family(module_class) if kind is module_class or "on_load_checkpoint" in vars(kind)]
     own = {kind: vars(kind).get("on_load_checkpoint") for kind in kinds}

@@ -46,7 +46,7 @@ class Target(Prunable):
 
     @abstractmethod
     def merge_lora(self) -> None:
-        """Merges the adapters into the weights of the module, for good; does nothing without adapters."""
+        """Merges the adapters permanently into the weights of the module, if it has adapters."""
 
     @abstractmethod
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
@@ -69,56 +69,56 @@ class Target(Prunable):
     def check_training(self, *, adapters: bool) -> None:
         """Raises ``ConfigError`` if the module cannot train its weights or adapters, before calibration."""
 
-    # ---- what a report reads -----------------------------------------------------------------------------------------
+    # ---- for reports ------------------------------------------------------------------------------------------------
 
     def check_measurable(self) -> None:
-        """Raises ``ConfigError`` where there is no Hugging Face model to measure and to export."""
+        """Raises ``ConfigError`` if there is no Hugging Face model to measure and export."""
 
     @property
     @abstractmethod
     def source(self) -> str | None:
-        """Folder or hub id of the dense model, where it is known."""
+        """Folder or Hub id of the dense model, or None."""
 
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
-        """The model's tokenizer; None where the module has none."""
+        """Tokenizer of the model, or None."""
 
     @abstractmethod
     def merged(self, *, merge: bool) -> Any:
-        """Returns the trained model with its adapters merged, to be measured.
+        """Returns the trained model with merged adapters, for measurements.
 
         Args:
-            merge: The adapters may be merged for good.
+            merge: Whether the adapters may be merged permanently; otherwise a copy is merged.
         """
 
     @abstractmethod
     def unwrapped(self, *, merge: bool) -> Any:
-        """Returns the model without adapters, to be exported.
+        """Returns the model without adapters, for the export.
 
         Args:
-            merge: Merge the adapters; else they are left out.
+            merge: Whether to merge the adapters; otherwise they are dropped.
         """
 
     @property
     @abstractmethod
     def adapted(self) -> Any:
-        """PEFT's model around the model; None without adapters."""
+        """The PEFT model that wraps the model, or None."""
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns ``function(*args)``, where a sharded model has its head and embeddings whole."""
+        """Returns ``function(*args)``; head and embeddings of a sharded model are gathered for the call."""
         return function(*args)
 
     def load_dense(self) -> Any:
-        """Returns the dense model, loaded again; None where it comes from nowhere else."""
+        """Returns a newly loaded dense model, or None if it cannot be loaded."""
         return None
 
     def training_figures(self) -> dict[str, Any]:
-        """Returns what recovery read and computed, as far as it was counted."""
+        """Returns tokens, FLOPs and seconds of recovery, if the module counts them."""
         return {}
 
     def run_facts(self) -> dict[str, Any]:
-        """Returns what a report says about how the run was resumed and what recovery learnt from."""
+        """Returns the report's entries on resumes and distillation."""
         return {"resumed": [], "distillation": None}
 
     # ---- a run of a trainer ------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ class ModuleTarget(Target):
         self.run(run_backbone, self.module.causal_lm, item)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs a function where the model is whole."""
+        """Runs a function with the gathered model."""
         return self.module.run(function, *args)
 
     @property
@@ -244,7 +244,7 @@ class ModuleTarget(Target):
         return self.module.tokenizer
 
     def merged(self, *, merge: bool) -> Any:
-        """Returns the module's model, or a merged copy where its adapters have to stay."""
+        """Returns the module's model, or a merged copy if the adapters must be kept."""
         if merge or not self.module.lora:
             return self.module.unwrap()
         return merge_lora(copy.deepcopy(self.module.model))
@@ -259,7 +259,7 @@ class ModuleTarget(Target):
         return self.module.model if self.module.lora else None
 
     def load_dense(self) -> Any:
-        """Returns the model of the module's path."""
+        """Loads the model from the module's path."""
         return load_causal_lm(self.module.path, dtype=self.module.dtype_name, revision=self.module.revision)
 
     def training_figures(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class ForeignTarget(Target):
 
     @classmethod
     def of_record(cls, module: LightningModule, record: Record) -> "ForeignTarget":
-        """Returns the target of a module that was just built, as the run that wrote a checkpoint had it."""
+        """Returns the target of a new module, with the settings of the run that wrote a checkpoint."""
         found = record.plan.provenance.get("model", {}) if record.plan is not None else {}
         several = len({id(m) for m in module.modules() if is_supported(m)}) > 1
         target = cls(module, OBJECTIVES.get("entropy"), model=found.get("name") if several else None)
@@ -227,7 +227,7 @@ class ForeignTarget(Target):
         self._state["lora"] = lora.to_dict()
 
     def merge_lora(self) -> None:
-        """Puts the model with its adapters merged in the place of PEFT's; what it was wrapped by is spent."""
+        """Replaces the PEFT model with the model, with merged adapters. The PEFT model cannot be used afterwards."""
         wrapped = self.adapted
         if wrapped is not None:
             name = next(name for name, module in self.module.named_modules() if module is wrapped)
@@ -236,7 +236,7 @@ class ForeignTarget(Target):
 
     @property
     def name(self) -> str:
-        """Name of the Hugging Face model within the module; empty for described neurons."""
+        """Name of the Hugging Face model in the module; empty for described neurons."""
         model = self.model
         return next((name for name, module in self.module.named_modules() if module is model), "")
 
@@ -244,7 +244,7 @@ class ForeignTarget(Target):
         owner, _, attribute = name.rpartition(".")
         setattr(self.module.get_submodule(owner), attribute, model)
 
-    # ---- what a report reads -----------------------------------------------------------------------------------------
+    # ---- for reports ------------------------------------------------------------------------------------------------
 
     def check_measurable(self) -> None:
         """Raises ``ConfigError`` for described neurons: there is no Hugging Face model."""
@@ -257,25 +257,25 @@ class ForeignTarget(Target):
 
     @property
     def source(self) -> str | None:
-        """Where the model says that it was loaded from."""
+        """Folder or Hub id in the model's config, or None."""
         return getattr(self.model.config, "_name_or_path", None) or None
 
     @property
     def tokenizer(self) -> Any:
-        """The attribute ``tokenizer`` of the module."""
+        """Attribute ``tokenizer`` of the module, or None."""
         return getattr(self.module, "tokenizer", None)
 
     @property
     def adapted(self) -> Any:
-        """The PEFT model that was put in the model's place."""
+        """The PEFT model that replaces the model, or None."""
         return next((m for m in self.module.modules() if isinstance(m, PrunedPeftModel)), None)
 
     def merged(self, *, merge: bool) -> Any:
-        """Returns the model, or a merged copy of it: the module keeps its adapters."""
+        """Returns the model, or a merged copy if it has adapters. The module keeps its adapters."""
         return self.unwrapped(merge=True)
 
     def unwrapped(self, *, merge: bool) -> Any:
-        """Returns the model, or a copy without adapters: the module keeps them."""
+        """Returns the model, or a copy without adapters. The module keeps its adapters."""
         wrapped = self.adapted
         if wrapped is None:
             return self.model

@@ -1,8 +1,7 @@
-"""Recorded plan: a model that was pruned in memory knows its plan, and its ``save_pretrained`` writes ``plan.json``.
+"""Recorded plan: ``save_pretrained`` of a model that was pruned in memory also writes ``plan.json``.
 
-Only the pruned instance is changed: an object in the place of its ``save_pretrained`` calls the method of its class and
-writes the plan next to the weights. It survives pickling and ``copy.deepcopy``. The classes of transformers stay as
-they are.
+Only the pruned instance is changed: an attribute ``save_pretrained`` calls the method of the class and writes the plan
+to the same folder. It is kept by pickling and ``copy.deepcopy``. The classes of transformers are not changed.
 """
 
 import weakref
@@ -15,23 +14,23 @@ _HOOK = "save_pretrained"
 
 
 class PlanWriter:
-    """The ``save_pretrained`` of one pruned model.
+    """``save_pretrained`` of one pruned model.
 
     Args:
-        model: The model; referred to weakly, so that it is freed as soon as nothing else holds it.
-        plan: What was pruned.
+        model: The model, held by a weak reference.
+        plan: The applied plan.
     """
 
     def __init__(self, model: Any, plan: PruningPlan) -> None:
         self._model, self.plan = weakref.ref(model), plan
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves as the model's class does, and writes ``plan.json`` on the main process.
+        """Saves the model as its class does, and writes ``plan.json`` in the main process.
 
         Args:
-            save_directory: The folder.
-            args: Other arguments of the class's ``save_pretrained``; the first is ``is_main_process``.
-            kwargs: The same by name.
+            save_directory: Output folder.
+            args: Other positional arguments of ``save_pretrained``; the first is ``is_main_process``.
+            kwargs: Keyword arguments of ``save_pretrained``.
         """
         model: Any = self._model()
         type(model).save_pretrained(model, save_directory, *args, **kwargs)
@@ -40,7 +39,7 @@ class PlanWriter:
             self.plan.save(Path(save_directory) / PLAN_FILE)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns model and plan; a weak reference has no state of its own."""
+        """Returns model and plan; weak references cannot be pickled."""
         return {"model": self._model(), "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -49,16 +48,16 @@ class PlanWriter:
 
 
 def record_plan(model: Any, plan: PruningPlan) -> None:
-    """Makes ``save_pretrained`` of this model write ``plan`` as ``plan.json``; a second plan replaces the first.
+    """Makes ``save_pretrained`` of a model write ``plan`` as ``plan.json``, instead of an earlier plan.
 
     Args:
         model: A Hugging Face model, pruned in memory.
-        plan: What was pruned last.
+        plan: The plan that was applied last.
     """
     vars(model)[_HOOK] = PlanWriter(model, plan)
 
 
 def recorded_plan(model: Any) -> PruningPlan | None:
-    """Returns the plan that was applied last to a model in memory; None for a model that was not pruned here."""
+    """Returns the plan that was applied last to a model in memory, or None."""
     found = vars(model).get(_HOOK)
     return found.plan if isinstance(found, PlanWriter) else None

@@ -22,11 +22,11 @@ _SETTINGS = "settings.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedLayers:
-    """Where a sparse run keeps the layers that it has finished.
+    """Folder for the finished layers of a sparse run.
 
     Attributes:
-        folder: New, empty or of an earlier run: a folder with other files is refused, and no other file is removed.
-        fresh: Drop the layers of an earlier run.
+        folder: It must not exist, be empty or belong to an earlier run. Other files are never removed.
+        fresh: Whether to discard the layers of an earlier run.
     """
 
     folder: str | Path

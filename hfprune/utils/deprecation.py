@@ -1,4 +1,4 @@
-"""Deprecated keywords: they work for one release, with a warning that names the new one."""
+"""Deprecated keywords: accepted for one release, with a warning that names the replacement."""
 
 import warnings
 from collections.abc import Callable
@@ -12,13 +12,13 @@ T = TypeVar("T")
 def old_keyword(
     old: str, new: str, example: str, fold: Callable[[Any, Any], Any]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Returns a decorator that accepts a keyword which became part of another one.
+    """Returns a decorator that accepts a keyword which was merged into another one.
 
     Args:
-        old: The keyword that was.
-        new: The keyword that has its meaning now.
-        example: How to write it now, for the warning.
-        fold: Returns the value of ``new`` from the values of ``new`` (None where it was not given) and ``old``.
+        old: The deprecated keyword.
+        new: The keyword that replaces it.
+        example: The replacement as code, for the warning.
+        fold: Returns the value of ``new`` from the values of ``new`` (None if not given) and ``old``.
 
     >>> @old_keyword("height", "size", "size=(width, height)", lambda size, height: (size, height))
     ... def area(*, size):

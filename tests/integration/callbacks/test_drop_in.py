@@ -377,8 +377,8 @@ def test_lora_pruning_resumes_in_a_module_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (ManualFineTuner, {}, r"ManualFineTuner optimizes by hand \(automatic_optimization=False\)"),
-        (LateFineTuner, {}, "LateFineTuner makes its model in configure_model: make it in the constructor"),
+        (ManualFineTuner, {}, r"ManualFineTuner uses manual optimization \(automatic_optimization=False\)"),
+        (LateFineTuner, {}, "LateFineTuner creates its model in configure_model: create it in the constructor"),
         (Classifier, {}, "Classifier holds no supported Hugging Face model"),
         (TwoModels, {}, "TwoModels holds several models"),
         (Endless, {"max_epochs": -1, "max_time": "00:00:01:00"}, "set max_epochs or max_steps"),
