@@ -3,17 +3,20 @@
 python examples/drop_in.py MODEL_DIR OUT_DIR
 
 `FineTuner` knows nothing of hfprune. Its training loss is the objective (the cross-entropy Taylor criterion), its
-training batches calibrate, and the pruned model then trains on as `configure_optimizers` says.
+training batches calibrate, and the pruned model then trains on as `configure_optimizers` says. The best checkpoint is
+loaded with the pruned shapes and saved as a Hugging Face folder, with the plan.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfprune import TaylorImportanceCallback
+import hfprune
 
 
 class FineTuner(LightningModule):
@@ -21,6 +24,7 @@ class FineTuner(LightningModule):
 
     def __init__(self, path: str) -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.lm = AutoModelForCausalLM.from_pretrained(path).train()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
@@ -44,10 +48,12 @@ class FineTuner(LightningModule):
 
 def main(model: str, out: str) -> None:
     """Removes 20 % of the parameters before the first step, trains on, and saves what stock transformers loads."""
-    module = FineTuner(model)
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=8)
-    Trainer(max_epochs=1, devices=1, logger=False, enable_checkpointing=False, callbacks=[importance]).fit(module)
-    module.lm.save_pretrained(out)
+    importance = hfprune.TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=8)
+    best = ModelCheckpoint(dirpath=Path(out) / "checkpoints", monitor="train/loss")
+    Trainer(max_epochs=1, devices=1, logger=False, callbacks=[importance, best]).fit(FineTuner(model))
+
+    module = hfprune.load_from_checkpoint(FineTuner, best.best_model_path)
+    module.lm.save_pretrained(out)  # with plan.json
     module.tokenizer.save_pretrained(out)
 
 

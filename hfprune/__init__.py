@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SparsePruningCallback,
         StructuredPruningCallback,
         TaylorImportanceCallback,
+        load_from_checkpoint,
     )
     from hfprune.compensation import LeastSquares
     from hfprune.criteria import ActivationTaylor, WeightTaylor
@@ -59,6 +60,7 @@ _HOMES = {
     "WeightTaylor": "hfprune.criteria",
     "apply_plan": "hfprune.io.layouts",
     "load": "hfprune.io.load",
+    "load_from_checkpoint": "hfprune.callbacks",
     "make_plan": "hfprune.functional",
     "mask_plan": "hfprune.models.surgery",
     "model_card": "hfprune.publishing.card",
@@ -90,6 +92,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "load",
+    "load_from_checkpoint",
     "make_plan",
     "mask_plan",
     "model_card",

@@ -42,6 +42,7 @@ from hfprune.criteria import (
 from hfprune.io.layouts import apply_plan
 from hfprune.io.layouts.per_layer import cut_of, is_per_layer
 from hfprune.io.load import load
+from hfprune.io.recorded_plan import recorded_plan
 from hfprune.io.save import export_model
 from hfprune.models import class_name, config_values, find_groups
 from hfprune.objectives import OBJECTIVES
@@ -294,8 +295,8 @@ def save(
         model: The pruned model, without adapters.
         folder: The model folder. It must not exist or be empty, unless ``overwrite`` is set.
         tokenizer: Tokenizer to save with the model, or None.
-        plan: Pruning plan, saved as ``plan.json``. If not given, the plan of a model whose layers differ in width, and
-            otherwise a plan that keeps all units.
+        plan: Pruning plan, saved as ``plan.json``. If not given, the plan that was applied last, or a plan that keeps
+            all units.
         layout: ``uniform`` (loads with stock transformers), ``per_layer`` (loads with :func:`load`), ``padded`` or
             ``bitmask``, see :func:`hfprune.io.save.export_model`.
         overwrite: Whether to replace a model written by hfprune.
@@ -321,10 +322,10 @@ def save(
 
 
 def _own_plan(model: Any) -> PruningPlan:
-    """Returns the last plan of a model whose layers differ, or a plan that keeps all units."""
+    """Returns the last plan of a pruned model, or a plan that keeps all units."""
     if is_per_layer(model.config):
         return cut_of(model.config).plans[-1]
-    return make_plan(model, keep={})
+    return recorded_plan(model) or make_plan(model, keep={})
 
 
 def _data(batches: Iterable[Any]) -> CalibrationData:

@@ -249,7 +249,7 @@ class PruneTrainer(Trainer):
 
     def prune(
         self, model: LightningModule, datamodule: LightningDataModule, *, ckpt_path: str | Path | None = None
-    ) -> None:
+    ) -> PruningPlan:
         """Calibrates and prunes as ``fit`` does, without training.
 
         The settings of trainer and callbacks are restored afterwards.
@@ -258,6 +258,9 @@ class PruneTrainer(Trainer):
             model: The module of the dense model.
             datamodule: Datamodule with a ``calibration_dataloader()``.
             ckpt_path: Checkpoint of an interrupted run to resume.
+
+        Returns:
+            The applied plan; with several pruning callbacks, the plan of the last one.
 
         Raises:
             ConfigError: The trainer has no callback that prunes before training.
@@ -272,6 +275,9 @@ class PruneTrainer(Trainer):
             for callback in found:
                 restored.enter_context(_changed(callback, recovery=None))
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        plan = found[-1].plan
+        assert plan is not None, "fit has applied it"
+        return plan
 
     def evaluate(
         self,

@@ -7,6 +7,7 @@ from hfprune.callbacks.base import PruningCallback
 from hfprune.callbacks.checkpointing import StepCheckpoint
 from hfprune.callbacks.lora_prune import LoraPruningCallback
 from hfprune.callbacks.report import ReportCallback
+from hfprune.callbacks.restore import load_from_checkpoint
 from hfprune.callbacks.sparse import SparsePruningCallback
 from hfprune.callbacks.structured import StructuredPruningCallback, TaylorImportanceCallback
 from hfprune.modules.events import PruningEvents
@@ -22,6 +23,7 @@ __all__ = [
     "StepCheckpoint",
     "StructuredPruningCallback",
     "TaylorImportanceCallback",
+    "load_from_checkpoint",
 ]
 
 

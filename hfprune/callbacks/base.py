@@ -1,6 +1,7 @@
 """PruningCallback: common base class of structured, sparse and LoRA pruning in a Lightning ``fit``, with its checks."""
 
 import os
+import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from hfprune.allocation import ResolvedBudget
 from hfprune.callbacks.calibration_data import check_source
 from hfprune.callbacks.checkpointing import CheckpointHook, count_epoch
+from hfprune.callbacks.metrics import log_pruning, pruning_metrics
 from hfprune.callbacks.target import Target
 from hfprune.compensation import Compensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.io.checkpoint_record import KEY, Record
 from hfprune.io.layouts import pruned_shapes
-from hfprune.models import find_spec, is_supported
+from hfprune.models import find_spec, is_supported, parameter_count
 from hfprune.models.surgery import cut_optimizer_state, new_names, plan_cuts
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.modules.events import PruningEvents
@@ -119,6 +121,19 @@ class PruningCallback(Callback, PruningEvents, ABC):
     def plan(self) -> PruningPlan | None:
         """Plan that was applied to the model, or None."""
         return None if self._target is None else self._target.plan
+
+    @property
+    def target(self) -> Target | None:
+        """Target of this callback: the model and its LightningModule; None before ``setup``."""
+        return self._target
+
+    def find_target(self, module: LightningModule) -> Target:
+        """Returns the target of this callback in ``module``.
+
+        Raises:
+            ConfigError: The module has nothing that this callback can prune.
+        """
+        return self._find(module)
 
     @property
     def orders(self) -> dict[str, torch.Tensor]:
@@ -255,13 +270,23 @@ class PruningCallback(Callback, PruningEvents, ABC):
     def _prune(self, trainer: Trainer, module: LightningModule, target: Target) -> None:
         for listener in listeners(trainer):
             listener.on_pruning_start(trainer, module)
+        start = time.perf_counter()
         with torch.compiler.set_stance("force_eager"):  # compiled modules call no hooks
             plan = self._make_plan(trainer, target)
+        self._cut(trainer, module, plan, seconds=time.perf_counter() - start)
+        self._add_adapters(target)
+
+    def _cut(self, trainer: Trainer, module: LightningModule, plan: PruningPlan, *, seconds: float | None) -> None:
+        """Applies the plan, logs the pruning metrics and calls the listeners."""
+        target = self._target
+        assert target is not None
+        before = parameter_count(target.model)
         with phase("pruning"):
             self._apply(target, plan)
+        after = parameter_count(target.model)
+        log_pruning(trainer, pruning_metrics(plan, before=before, after=after, calibration_seconds=seconds))
         for listener in listeners(trainer):
             listener.on_pruning_end(trainer, module, plan)
-        self._add_adapters(target)
 
     def _set_up_again(self, trainer: Trainer) -> None:
         """Sets the strategy up again: wraps the pruned model, and builds optimizers, schedulers and averages for it."""

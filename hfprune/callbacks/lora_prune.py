@@ -26,12 +26,16 @@ from hfprune.utils.errors import ConfigError
 
 
 class LoraPruningCallback(PruningCallback):
-    """Prunes a ``PruningModule`` while its adapters are trained (LoRAPrune, Zhang et al., 2023, arXiv:2305.18403).
+    """Prunes a model while its adapters are trained (LoRAPrune, Zhang et al., 2023, arXiv:2305.18403).
 
     Every optimizer step updates a running mean of importance, S <- 0.9 S + 0.1 s, which is computed from the gradients
     of the adapters only. Between warm-up and cool-down, the units with the lowest S are masked, and more of them every
     ``every`` steps: the share of kept units is r_f + (r_0 - r_f)(1 - progress)^3. At the end, adapters are merged and
     the masked units are removed.
+
+    The callback works on a ``PruningModule`` and on any LightningModule that creates one supported Hugging Face model
+    in its constructor and uses automatic optimization. The trainer's ``max_epochs`` or ``max_steps`` gives the length
+    of the schedule. Checkpoints hold the model with adapters, before units are removed.
 
     Args:
         pruning_ratio: Share of ALL parameters to remove, in (0, 1).
@@ -46,6 +50,7 @@ class LoraPruningCallback(PruningCallback):
         every: Number of optimizer steps between selections of units.
         warmup: Share of the steps before the first selection.
         cooldown: Share of the steps after the last selection, trained at the final widths.
+        model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
         ConfigError: A value is out of range, or the units cannot be masked individually.
@@ -70,6 +75,7 @@ class LoraPruningCallback(PruningCallback):
         every: int = 10,
         warmup: float = 0.1,
         cooldown: float = 0.1,
+        model: str | None = None,
     ) -> None:
         if not set(units) <= {"mlp", "heads"} or not units:
             raise ConfigError(f"units={list(units)} must be of mlp and heads, which can be held at zero.")
@@ -85,7 +91,7 @@ class LoraPruningCallback(PruningCallback):
             raise ConfigError("lora must not set dora or init: importance is computed from plain adapters.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, **rounding(round_to))
         self.units, self.allocation = unit_kinds(units), allocation
-        self.every, self.warmup, self.cooldown = every, warmup, cooldown
+        self.every, self.warmup, self.cooldown, self.model = every, warmup, cooldown, model
         self._kept: dict[str, tuple[int, ...]] | None = None
         self._groups: tuple[Group, ...] = ()
         self._resolved: ResolvedBudget | None = None
@@ -110,7 +116,8 @@ class LoraPruningCallback(PruningCallback):
         """Returns the budget resolved for ``module``'s model, from its shapes only.
 
         Raises:
-            ConfigError: The module is no ``PruningModule``, the budget is impossible, or its widths depend on scores.
+            ConfigError: The module does not meet the requirements of this class, the budget is impossible, or its
+                widths depend on scores.
             UnsupportedArchitectureError: The class is unknown, or no stock config can describe the pruned model.
         """
         target = self._find(module)
@@ -126,9 +133,18 @@ class LoraPruningCallback(PruningCallback):
         return resolved
 
     def _find(self, module: LightningModule) -> Target:
-        if not isinstance(module, PruningModule):
-            raise ConfigError(f"LoraPruningCallback prunes a PruningModule, not a {type(module).__name__}.")
-        target = find_target(module, objective=None, model=None, neurons=())
+        if not module.automatic_optimization:
+            raise ConfigError(
+                f"LoraPruningCallback counts the steps of one optimizer, and {type(module).__name__} uses manual "
+                "optimization (automatic_optimization=False): use StructuredPruningCallback with recovery='lora'."
+            )
+        target = find_target(module, objective="entropy", model=self.model, neurons=())
+        if not target.known:
+            raise ConfigError(
+                f"LoraPruningCallback sets widths before training starts, and {type(module).__name__} creates its "
+                "model in configure_model: create it in the constructor, or use StructuredPruningCallback with "
+                "recovery='lora'."
+            )
         target.units, target.stock = self.units, self.stock
         return target
 
@@ -152,9 +168,10 @@ class LoraPruningCallback(PruningCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model, adds adapters and sets the strategy up for them."""
-        assert isinstance(pl_module, PruningModule)
         target = self._target
         assert target is not None
+        if not isinstance(pl_module, PruningModule):
+            _position(trainer, pl_module)  # before anything is measured
         target.check_training(adapters=True)
         if target.lacks_adapters(self.lora, self._record):
             for listener in listeners(trainer):
@@ -162,18 +179,23 @@ class LoraPruningCallback(PruningCallback):
             self._start(trainer, target)
             self._add_adapters(target)
             self._set_up_again(trainer)
-        missing = adapted(pl_module.causal_lm, self._groups)
+        missing = adapted(target.model, self._groups)
         if missing:
             raise ConfigError(
                 f"LoRAPrune computes importance from adapters, but {', '.join(missing[:3])} would have none: add them "
                 "to target_modules."
             )
-        self._mask(pl_module)
+        self._mask(target)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Reads the gradients of a user-defined module; a ``PruningModule`` calls ``on_gradients_ready`` itself."""
+        if not isinstance(pl_module, PruningModule):
+            self.on_gradients_ready(trainer, pl_module)
 
     def on_gradients_ready(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Updates the running mean of importance; skips steps with gradients that are not finite."""
-        assert isinstance(pl_module, PruningModule)
-        scores = {group.name: unit_importance(pl_module.causal_lm, group) for group in self._groups}
+        assert self._target is not None
+        scores = {group.name: unit_importance(self._target.model, group) for group in self._groups}
         if not all(bool(now.isfinite().all()) for now in scores.values()):
             return
         for name, now in scores.items():
@@ -184,7 +206,7 @@ class LoraPruningCallback(PruningCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Masks more units every ``every`` steps of the schedule."""
-        assert isinstance(pl_module, PruningModule)
+        assert self._target is not None
         step, total = _position(trainer, pl_module)
         if step == self._step:  # gradients are still accumulated
             return
@@ -192,7 +214,7 @@ class LoraPruningCallback(PruningCallback):
         first, last = round(self.warmup * total), round((1 - self.cooldown) * total)
         if self.importance and first <= step <= last and ((step - first) % self.every == 0 or step == last):
             self._choose((step - first) / max(last - first, 1))
-            self._mask(pl_module)
+            self._mask(self._target)
 
     def _choose(self, progress: float) -> None:
         """Selects the kept units at a share of the schedule; masked units can be selected again."""
@@ -203,17 +225,17 @@ class LoraPruningCallback(PruningCallback):
             kept[group.name] = keep_top(self.importance[group.name], number)
         self._kept = kept
 
-    def _mask(self, module: PruningModule) -> None:
+    def _mask(self, target: Target) -> None:
         self._masks.close()
         if self._kept is not None:
-            self._masks.enter_context(UnitMask(module.causal_lm, self._groups, self._kept).active())
+            self._masks.enter_context(UnitMask(target.model, self._groups, self._kept).active())
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges the adapters and removes the masked units, before callbacks that export."""
-        assert isinstance(pl_module, PruningModule)
-        assert self._resolved is not None
+        target = self._target
+        assert target is not None
         if not self.importance:
             raise ConfigError("LoRAPrune took no optimizer step: there are no recovery data.")
         step, total = _position(trainer, pl_module)
@@ -225,13 +247,8 @@ class LoraPruningCallback(PruningCallback):
             )
         self._choose(1.0)
         self._masks.close()
-        pl_module.unwrap(merge=True)
-        target = self._target
-        assert target is not None
-        plan = self._make_plan(trainer, target)
-        self._apply(target, plan)
-        for listener in listeners(trainer):
-            listener.on_pruning_end(trainer, pl_module, plan)
+        target.merge_lora()
+        self._cut(trainer, pl_module, self._make_plan(trainer, target), seconds=None)
 
     def _provenance(self, target: Target, trainer: Trainer) -> dict[str, Any]:
         assert self._resolved is not None
@@ -285,11 +302,20 @@ class LoraPruningCallback(PruningCallback):
         self._kept = None if kept is None else {name: tuple(units) for name, units in kept.items()}
 
 
-def _position(trainer: Trainer, module: PruningModule) -> tuple[int, int]:
-    """Returns the current and the last step of the schedule; steps before a resume are converted by epochs."""
-    schedule = module.schedule
-    assert schedule is not None, "recovery trains"
-    return trainer.global_step + schedule.offset, schedule.total
+def _position(trainer: Trainer, module: LightningModule) -> tuple[int, int]:
+    """Returns the current and the last step of the schedule; steps before a resume are converted by epochs.
+
+    Raises:
+        ConfigError: The trainer of a user-defined module sets neither ``max_epochs`` nor ``max_steps``.
+    """
+    if isinstance(module, PruningModule):
+        schedule = module.schedule
+        assert schedule is not None, "recovery trains"
+        return trainer.global_step + schedule.offset, schedule.total
+    total = trainer.estimated_stepping_batches
+    if total == float("inf"):
+        raise ConfigError("LoraPruningCallback needs the number of steps: set max_epochs or max_steps of the trainer.")
+    return trainer.global_step, int(total)
 
 
 def __getattr__(name: str) -> Any:

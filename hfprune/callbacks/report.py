@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from hfprune.callbacks.base import PruningCallback, pruning_callbacks
+from hfprune.callbacks.evaluation_text import EvaluationText, TextSource
 from hfprune.callbacks.snapshots import Stages
+from hfprune.callbacks.target import Target
 from hfprune.callbacks.training_curve import TrainingCurve
 from hfprune.evaluation.evaluate import flat
 from hfprune.io.layouts import LAYOUTS
@@ -36,7 +38,6 @@ from hfprune.io.save import (
     saved_line,
 )
 from hfprune.models import parameter_count
-from hfprune.modules.causal_lm import PruningModule
 from hfprune.modules.events import PruningEvents
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.pruning.planner import versions
@@ -53,8 +54,12 @@ _log = logging.getLogger(__name__)
 class ReportCallback(Callback, PruningEvents):
     """Evaluates the dense, pruned and recovered model, exports the last one, writes a report and prints a table.
 
-    Perplexity and fidelity are measured on the datamodule's ``evaluation_windows()``; without them, only size and speed
-    are measured.
+    It works with a ``PruningModule`` and with any LightningModule that contains one supported Hugging Face model. A
+    user-defined module keeps its adapters: a merged copy is measured and exported.
+
+    Perplexity and fidelity are measured on ``text``, or on the datamodule's ``evaluation_windows()``. Without an
+    evaluation text, only size and speed are measured. The model at the end of ``fit`` is measured, not the best
+    checkpoint.
 
     Args:
         output_dir: Output folder for ``model/``, ``plan.json``, ``importance.safetensors``, ``report.json``,
@@ -65,6 +70,9 @@ class ReportCallback(Callback, PruningEvents):
         config: Configuration of the run, copied to the report.
         samples: Number of prompts from the evaluation text that the models of all stages continue.
         layout: Layout of ``model/``, see :func:`hfprune.io.save.export_model`.
+        text: Evaluation text, see :class:`~hfprune.callbacks.evaluation_text.EvaluationText`: a file or data set, a
+            ``TextDataModule`` with an evaluation text, or token ids [N, W].
+        tokenizer: Tokenizer of the model; the module's attribute ``tokenizer`` if not given.
 
     Raises:
         ConfigError: The folder is not empty or not writable, or the layout is unknown.
@@ -85,6 +93,8 @@ class ReportCallback(Callback, PruningEvents):
         config: dict[str, Any] | None = None,
         samples: int = 2,
         layout: str = "uniform",
+        text: TextSource = None,
+        tokenizer: Any = None,
     ) -> None:
         self.layout = LAYOUTS.get(layout)
         if not self.layout.by_runs:
@@ -97,7 +107,7 @@ class ReportCallback(Callback, PruningEvents):
         if getattr(rank_zero_only, "rank", 0) == 0:  # rank 0 may already be writing when others start
             self._check_folder()
         self.merge_adapters, self.config = merge_adapters, config
-        self.measured = Stages(latency=latency, samples=samples)
+        self.measured = Stages(latency=latency, samples=samples, text=EvaluationText(text, tokenizer))
         self._start = time.time()
         self._curve, self._timings = TrainingCurve(), Timings()
         self._report: dict[str, Any] = {}
@@ -120,15 +130,14 @@ class ReportCallback(Callback, PruningEvents):
                 "ReportCallback needs a callback that prunes among the trainer's callbacks: StructuredPruningCallback, "
                 "SparsePruningCallback or LoraPruningCallback."
             )
-        if not isinstance(pl_module, PruningModule):
-            raise ConfigError(
-                f"ReportCallback measures and exports a PruningModule, not a {type(pl_module).__name__}: remove it, "
-                "and save the pruned model with hfprune.io.save.export_model."
-            )
-        check_apart(self.output_dir, {"model.path": pl_module.path, **_sources(trainer)}, names=RESULTS)
+        target = pruning[0].find_target(pl_module)
+        target.check_measurable()
+        if target.known:
+            check_apart(self.output_dir, {"model.path": target.source, **_sources(trainer)}, names=RESULTS)
+            self.measured.text.check(target)
         if trainer.is_global_zero:  # an environment variable may have reported another rank before
             self._check_folder()
-        if stage == "fit":
+        if stage == "fit" and target.known:
             self._check_layout(trainer, pl_module, pruning[0])
 
     def _check_folder(self) -> None:
@@ -137,7 +146,7 @@ class ReportCallback(Callback, PruningEvents):
             check_output_dir(self.output_dir, overwrite=self._unchecked)
             self._unchecked = None
 
-    def _check_layout(self, trainer: Trainer, module: PruningModule, pruning: PruningCallback) -> None:
+    def _check_layout(self, trainer: Trainer, module: LightningModule, pruning: PruningCallback) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
             check_shards(self.layout.name)
         pruning.stock = self.layout.stock  # its ``setup`` may run before or after this one
@@ -168,15 +177,15 @@ class ReportCallback(Callback, PruningEvents):
 
     def on_pruning_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the dense model and stores its final hidden states."""
-        assert isinstance(pl_module, PruningModule)
+        target = self._target(trainer)
         copies = 1 + bool(trainer.checkpoint_callbacks)  # the exported model, and a checkpoint of the same size
-        check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(pl_module.causal_lm))
-        self.measured.dense(pl_module, trainer)
+        check_output_dir(self.output_dir, overwrite=True, need_bytes=copies * _size(target.model))
+        self.measured.dense(target, trainer)
 
     def on_pruning_end(self, trainer: Trainer, pl_module: LightningModule, plan: PruningPlan) -> None:
         """Checks the layout, writes ``plan.json`` and measures the pruned model."""
-        assert isinstance(pl_module, PruningModule)
-        self.layout.check(pl_module.causal_lm)
+        target = self._target(trainer)
+        self.layout.check(target.model)
         self.measured.warnings += plan.provenance.get("warnings") or []
         if trainer.is_global_zero:
             plan.save(self.output_dir / PLAN_FILE)
@@ -185,23 +194,22 @@ class ReportCallback(Callback, PruningEvents):
                 save_importance(pruning.importance, self.output_dir)
             save_orders(pruning.orders, self.output_dir)
         if not (plan.provenance.get("recovery") or {}).get("while_training"):  # else only the recovered model exists
-            self.measured.add("pruned", pl_module, trainer)
+            self.measured.add("pruned", target, trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merges adapters, exports the model, checks the files, writes the report and prints the table."""
-        assert isinstance(pl_module, PruningModule)
-        assert pl_module.plan is not None
-        if not trainer.is_global_zero and not pl_module.sharded:  # all ranks gather a sharded model
+        target = self._target(trainer)
+        if not trainer.is_global_zero and not target.sharded:  # all ranks gather a sharded model
             return
-        recovery = pl_module.lora.to_dict() if pl_module.lora else None
+        recovery = target.lora.to_dict() if target.lora else None
         if recovery and not self.merge_adapters:
-            self._save_adapter(trainer, pl_module)
+            self._save_adapter(trainer, target)
         if trainer.global_step:
-            self.measured.recovered(pl_module, trainer, merge=self.merge_adapters)
-        saved = self._export(trainer, pl_module)
+            self.measured.recovered(target, trainer, merge=self.merge_adapters)
+        saved = self._export(trainer, target)
         if not trainer.is_global_zero:
             return
-        self._write_report(trainer, pl_module, saved, recovery)
+        self._write_report(trainer, target, saved, recovery)
         show(stage_table(self.stages))
         for warning in self.measured.warnings:
             _log.warning("WARNING: %s", warning)
@@ -212,31 +220,42 @@ class ReportCallback(Callback, PruningEvents):
         for name in ("log", "log_dict"):
             self.__dict__.pop(name, None)
 
-    def _export(self, trainer: Trainer, module: PruningModule) -> dict[str, Any]:
-        assert module.plan is not None
-        model, folder = module.unwrap(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER
-        if module.sharded:
+    def _target(self, trainer: Trainer) -> Target:
+        """Returns the model that the run's pruning callback has found."""
+        target = pruning_callbacks(trainer)[0].target
+        assert target is not None, "setup has found it"
+        return target
+
+    def _export(self, trainer: Trainer, target: Target) -> dict[str, Any]:
+        assert target.plan is not None
+        model, folder = target.unwrapped(merge=self.merge_adapters), self.output_dir / MODEL_FOLDER
+        tokenizer = self.measured.text.tokenizer(target)
+        if target.sharded:
             writer, layout = trainer.is_global_zero, self.layout.name
-            return export_sharded(
-                model, module.tokenizer, module.plan, folder, writer=writer, layout=layout, overwrite=True
-            )
-        saved = export_model(model, module.tokenizer, module.plan, folder, layout=self.layout.name, overwrite=True)
-        kept = module.plan.provenance.get("keep_zeros")
+            return export_sharded(model, tokenizer, target.plan, folder, writer=writer, layout=layout, overwrite=True)
+        saved = export_model(model, tokenizer, target.plan, folder, layout=self.layout.name, overwrite=True)
+        kept = target.plan.provenance.get("keep_zeros")
         if kept or (kept is not None and not trainer.global_step):
-            saved["sparsity"] = count_saved(folder, model, module.plan, load_orders(self.output_dir))
+            saved["sparsity"] = count_saved(folder, model, target.plan, load_orders(self.output_dir))
         return saved
 
-    def _save_adapter(self, trainer: Trainer, module: PruningModule) -> None:
-        state = {name: whole(p.detach()) for name, p in module.model.named_parameters() if "lora_" in name}
+    def _save_adapter(self, trainer: Trainer, target: Target) -> None:
+        adapted = target.adapted
+        state = {name: whole(p.detach()) for name, p in adapted.named_parameters() if "lora_" in name}
         if trainer.is_global_zero:
             with replaced_folder(self.output_dir / ADAPTER_FOLDER) as stage:
-                module.model.plan, module.model.base_folder = module.plan, self.output_dir / MODEL_FOLDER
-                module.model.save_pretrained(stage, state_dict=state)
+                base, adapted.base_folder = adapted.base_folder, self.output_dir / MODEL_FOLDER
+                adapted.plan = target.plan
+                try:
+                    adapted.save_pretrained(stage, state_dict=state)
+                finally:
+                    adapted.base_folder = base
 
     def _write_report(
-        self, trainer: Trainer, module: PruningModule, saved: dict[str, Any], recovery: dict[str, Any] | None
+        self, trainer: Trainer, target: Target, saved: dict[str, Any], recovery: dict[str, Any] | None
     ) -> None:
-        assert module.plan is not None
+        plan = target.plan
+        assert plan is not None
         summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
         report = {
             "command": command_line(),
@@ -244,15 +263,14 @@ class ReportCallback(Callback, PruningEvents):
             "timing": dict(self._timings.seconds),
             "training": self._curve.to_dict(),
             "stages": self.stages,
-            "convergence": (module.plan.provenance.get("calibration") or {}).get("convergence", []),
+            "convergence": (plan.provenance.get("calibration") or {}).get("convergence", []),
             "generations": self.measured.generations,
             "saved": saved,
             "warnings": self.measured.warnings,
-            "plan": dict(module.plan.provenance),
+            "plan": dict(plan.provenance),
             "recovery": recovery,
-            "resumed": module.resumed,
-            "distillation": module.distillation.to_dict() if module.distillation else None,
-            "data": _used(summary(), module.plan) if callable(summary) else None,
+            **target.run_facts(),
+            "data": _used(summary(), plan) if callable(summary) else None,
             "versions": versions(),
             "config": self.config,
         }

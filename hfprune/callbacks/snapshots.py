@@ -1,6 +1,5 @@
 """Evaluation of the dense, pruned and recovered model during a run, and the dense control run."""
 
-import copy
 from typing import Any
 
 import torch
@@ -8,12 +7,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from hfprune.callbacks.evaluation_text import EvaluationText
+from hfprune.callbacks.target import ModuleTarget, Target
 from hfprune.evaluation.evaluate import Measurement, continuations, measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.perplexity import Windows
-from hfprune.io.load import load_causal_lm
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.recovery.lora import LoraRecovery, merge_lora
+from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.progress import phase
 
@@ -27,6 +26,7 @@ class Stages:
     Args:
         latency: Whether to measure prefill and decode speed (batch size 1).
         samples: Number of prompts from the evaluation text that the models of all stages continue.
+        text: Evaluation text; the text of the trainer's datamodule if not given.
 
     Attributes:
         stages: Stage -> results.
@@ -37,10 +37,10 @@ class Stages:
         ConfigError: The number of prompts is negative.
     """
 
-    def __init__(self, *, latency: bool, samples: int) -> None:
+    def __init__(self, *, latency: bool, samples: int, text: EvaluationText | None = None) -> None:
         if samples < 0:
             raise ConfigError(f"samples={samples} must not be negative.")
-        self._latency, self.samples = latency, samples
+        self._latency, self.samples, self.text = latency, samples, text or EvaluationText()
         self.stages: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
         self.generations: list[dict[str, Any]] = []
@@ -56,60 +56,56 @@ class Stages:
         self.stages, self.warnings = state["stages"], state["warnings"]
         self.generations = state.get("generations", [])
 
-    def dense(self, module: PruningModule, trainer: Trainer) -> None:
+    def dense(self, target: Target, trainer: Trainer) -> None:
         """Measures the dense model and stores its final hidden states."""
-        windows = windows_of(trainer)
+        windows = self.text.windows(trainer, target)
         with phase("measuring the dense model"):
             if windows is not None:
-                # recovery that trains the head must not move the reference along with it
-                self._reference = module.run(DenseReference.collect, module.causal_lm, windows)
+                # the reference must not change when recovery trains the head
+                self._reference = target.run(DenseReference.collect, target.model, windows)
             self._is_dense = True
-            self._measure("dense", module, trainer)
+            self._measure("dense", target, trainer)
             self._is_dense = False
 
-    def add(self, name: str, module: PruningModule, trainer: Trainer) -> None:
-        """Measures the module's model, without adapters, as stage ``name``."""
+    def add(self, name: str, target: Target, trainer: Trainer) -> None:
+        """Measures the target's model, without adapters, as stage ``name``."""
         with phase(f"measuring the {name} model"):
-            self._measure(name, module, trainer)
+            self._measure(name, target, trainer)
 
-    def _measure(self, name: str, module: PruningModule, trainer: Trainer) -> None:
-        latency = self._latency and not module.sharded  # the time of gathering weights says nothing of the model
-        self._record(name, module.run(self._figures, module.causal_lm, trainer, latency))
-        if not module.sharded:
-            self._sample(name, module.causal_lm, module, trainer)
+    def _measure(self, name: str, target: Target, trainer: Trainer) -> None:
+        latency = self._latency and not target.sharded  # gathering weights would dominate
+        self._record(name, target.run(self._figures, target.model, target, trainer, latency))
+        if not target.sharded:
+            self._sample(name, target.model, target, trainer)
 
-    def recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool, name: str = "recovered") -> None:
+    def recovered(self, target: Target, trainer: Trainer, *, merge: bool, name: str = "recovered") -> None:
         """Measures the trained model on the trainer's device, from which Lightning has moved it.
 
         Args:
-            module: The module of the model.
+            target: The target of the model.
             trainer: The trainer.
             merge: Whether to merge the adapters permanently; otherwise a merged copy is measured.
             name: Name of the stage.
         """
         with phase(f"measuring the {name} model"):
-            if module.sharded:
-                self._recovered_sharded(module, trainer, merge=merge)
+            if target.sharded:
+                self._recovered_sharded(target, trainer, merge=merge)
             else:
-                self._recovered(module, trainer, merge=merge, name=name)
+                self._recovered(target, trainer, merge=merge, name=name)
 
-    def _recovered(self, module: PruningModule, trainer: Trainer, *, merge: bool, name: str) -> None:
-        device, windows = trainer.strategy.root_device, windows_of(trainer)
+    def _recovered(self, target: Target, trainer: Trainer, *, merge: bool, name: str) -> None:
+        device, windows = trainer.strategy.root_device, self.text.windows(trainer, target)
         if self._reference is None and windows is not None:  # a resumed run
-            dense = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
-            self._reference = DenseReference.collect(dense.to(device), windows)
-        if merge or not module.lora:
-            module.unwrap()
-            merged = module.model
-        else:
-            merged = merge_lora(copy.deepcopy(module.model))
-        self._record(name, self._figures(merged.to(device), trainer, self._latency) | _training(module, trainer))
-        self._sample(name, merged, module, trainer)
-        merged.cpu()
+            dense = target.load_dense()
+            self._reference = None if dense is None else DenseReference.collect(dense.to(device), windows)
+        model = target.merged(merge=merge)
+        self._record(name, self._figures(model.to(device), target, trainer, self._latency) | _training(target, trainer))
+        self._sample(name, model, target, trainer)
+        model.cpu()
 
-    def _recovered_sharded(self, module: PruningModule, trainer: Trainer, *, merge: bool) -> None:
+    def _recovered_sharded(self, target: Target, trainer: Trainer, *, merge: bool) -> None:
         """Measures the model with unmerged adapters: merging would require a second model."""
-        windows = windows_of(trainer)
+        module, windows = target.module, self.text.windows(trainer, target)
         if self._reference is None and windows is not None:
             dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
             dense._device_mesh = module.device_mesh
@@ -118,22 +114,22 @@ class Stages:
             del dense
         if merge:
             module.unwrap()
-        figures = module.run(self._figures, module.causal_lm, trainer, False)
+        figures = module.run(self._figures, module.causal_lm, target, trainer, False)
         figures["parameters"] -= sum(p.numel() for n, p in module.named_parameters() if "lora_" in n)
-        self._record("recovered", figures | _training(module, trainer))
+        self._record("recovered", figures | _training(target, trainer))
 
-    def _sample(self, name: str, model: Any, module: PruningModule, trainer: Trainer) -> None:
-        windows = windows_of(trainer)
-        if windows is None or not self.samples:
+    def _sample(self, name: str, model: Any, target: Target, trainer: Trainer) -> None:
+        windows, tokenizer = self.text.windows(trainer, target), self.text.tokenizer(target)
+        if windows is None or tokenizer is None or not self.samples:
             return
-        found = continuations(model, module.tokenizer, windows.ids[: self.samples])
+        found = continuations(model, tokenizer, windows.ids[: self.samples])
         if not self.generations:
             self.generations = [{"prompt": prompt, "texts": {}} for prompt, _ in found]
         for item, (_, text) in zip(self.generations, found, strict=True):
             item["texts"][name] = text
 
-    def _figures(self, model: Any, trainer: Trainer, latency: bool) -> dict[str, Any]:
-        reference, windows = self._reference, windows_of(trainer)
+    def _figures(self, model: Any, target: Target, trainer: Trainer, latency: bool) -> dict[str, Any]:
+        reference, windows = self._reference, self.text.windows(trainer, target)
         known = reference.hidden if reference is not None and self._is_dense else None
         result: Measurement = measure(model, windows, reference=reference, latency=latency, hidden=known)
         return result.to_dict()
@@ -150,23 +146,9 @@ class Stages:
             rank_zero_warn(text)
 
 
-def _training(module: PruningModule, trainer: Trainer) -> dict[str, Any]:
-    """Returns steps, tokens, FLOPs and seconds of the training."""
-    return {
-        "optimizer_steps": trainer.global_step,
-        "supervised_tokens": module.trained_tokens,
-        "training": {
-            "tokens": module.seen_tokens,
-            "flops": module.training_flops,
-            "seconds": module.training_seconds,
-        },
-    }
-
-
-def windows_of(trainer: Trainer) -> Windows | None:
-    """Returns the evaluation windows of a trainer's data, or None."""
-    windows = getattr(trainer.datamodule, "evaluation_windows", None)  # type: ignore[attr-defined]
-    return windows() if callable(windows) else None
+def _training(target: Target, trainer: Trainer) -> dict[str, Any]:
+    """Returns the optimizer steps and, where the module counts them, tokens, FLOPs and seconds of the training."""
+    return {"optimizer_steps": trainer.global_step, **target.training_figures()}
 
 
 STAGE = "dense_tuned"
@@ -218,7 +200,7 @@ class DenseControl(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model with merged adapters."""
         assert isinstance(pl_module, PruningModule)
-        self.measured.recovered(pl_module, trainer, merge=True, name=STAGE)
+        self.measured.recovered(ModuleTarget(pl_module, None), trainer, merge=True, name=STAGE)
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from hfprune.callbacks.communicator import LightningCommunicator, say
 from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
-from hfprune.io.checkpoint_record import Record
 from hfprune.models import class_name, find_spec
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import as_batch, sequences
@@ -33,12 +32,13 @@ from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
 from hfprune.pruning.hooks import evaluating
 from hfprune.pruning.planner import versions
-from hfprune.recovery.masked import hold_zeros, mask_adapters
+from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
-from hfprune.sparse import SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
+from hfprune.sparse import SavedLayers, SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
 from hfprune.sparse.engine import Offload, check_sparse, prune_sparse
 from hfprune.sparse.layer import SparseLayer
 from hfprune.sparse.state import LayerState
+from hfprune.utils.deprecation import old_keyword
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
@@ -111,6 +111,10 @@ def _model_on_cpu(model: nn.Module, offload: Offload | None, device: torch.devic
         model.to(device)
 
 
+def _saved_layers(state_dir: str | Path | None, fresh: bool) -> SavedLayers | None:
+    return None if state_dir is None else SavedLayers(folder=state_dir, fresh=fresh)
+
+
 class SparsePruningCallback(PruningCallback):
     """Sets single weights, or N:M groups of weights, to zero in ``on_fit_start``, before training.
 
@@ -131,9 +135,8 @@ class SparsePruningCallback(PruningCallback):
         calibration_batches: Maximum number of calibration batches; required if the training data are used.
         offload: Where hidden states are kept between layers: ``cpu`` or ``disk``, with only one layer of the model on
             the accelerator, or None for the device of the model.
-        state_dir: Folder for finished layers, from which an interrupted run continues, or None. It must not exist, be
-            empty or belong to an earlier run. Other files are never removed.
-        fresh: Whether to discard the layers of an earlier run in ``state_dir``.
+        state_dir: Folder for finished layers, from which an interrupted run continues, or None. A
+            :class:`~hfprune.sparse.SavedLayers` can discard the layers of an earlier run.
         model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
@@ -147,7 +150,8 @@ class SparsePruningCallback(PruningCallback):
 
     prunes: ClassVar[Literal["units", "weights"]] = "weights"
 
-    def __init__(  # noqa: PLR0913
+    @old_keyword("fresh", "state_dir", "state_dir=SavedLayers(folder=..., fresh=True)", _saved_layers)
+    def __init__(
         self,
         *,
         method: SparseMethod | str,
@@ -158,8 +162,7 @@ class SparsePruningCallback(PruningCallback):
         keep_zeros: bool = True,
         calibration_batches: int | None = None,
         offload: Offload | None = None,
-        state_dir: str | Path | None = None,
-        fresh: bool = False,
+        state_dir: str | Path | SavedLayers | None = None,
         model: str | None = None,
     ) -> None:
         check_positive(calibration_batches=calibration_batches)
@@ -181,8 +184,10 @@ class SparsePruningCallback(PruningCallback):
             raise ConfigError(f"update='{update}' is unknown. Known: sparsegpt.")
         self.update = SparseGPT() if isinstance(update, str) else update
         self.allocation, self.keep_zeros = allocation, keep_zeros
-        self.calibration_batches, self.offload, self.fresh = calibration_batches, offload, fresh
-        self.state_dir = None if state_dir is None else Path(state_dir)
+        self.calibration_batches, self.offload = calibration_batches, offload
+        saved = state_dir if isinstance(state_dir, SavedLayers | None) else SavedLayers(folder=state_dir)
+        self.state_dir = None if saved is None else Path(saved.folder)
+        self.fresh = saved is not None and saved.fresh
         self.model = model
         self.layers: list[SparseLayer] = []
         """The error and the zeros of each layer, after pruning."""
@@ -236,12 +241,6 @@ class SparsePruningCallback(PruningCallback):
         self._settings = _data_settings(trainer)
         super()._save(trainer, checkpoint)
 
-    def _replay(self, trainer: Trainer, record: Record) -> None:
-        assert self._target is not None
-        super()._replay(trainer, record)
-        if self.keep_zeros:
-            mask_adapters(self._target.model)
-
     # ---- the work ----------------------------------------------------------------------------------------------------
 
     def _begin(self, trainer: Trainer, target: Target) -> None:
@@ -261,11 +260,6 @@ class SparsePruningCallback(PruningCallback):
         seconds = time.perf_counter() - start
         say(trainer, f"Made {zeros:,} of {weights:,} weights zero ({zeros / weights:.2%}) in {seconds:.1f} s.")
         return plan
-
-    def _add_adapters(self, target: Target) -> None:
-        super()._add_adapters(target)
-        if self.recovery is not None and self.keep_zeros:
-            mask_adapters(target.model)
 
     def _ready(self, trainer: Trainer, target: Target, *, pruned: bool) -> None:
         if self.keep_zeros:

@@ -1,6 +1,8 @@
 """Targets: the model in a LightningModule that a callback prunes, with its groups and objective."""
 
+import copy
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from hfprune.io.checkpoint_record import Phase, Record
+from hfprune.io.load import load_causal_lm
 from hfprune.models import find_groups, is_supported
 from hfprune.models.forward import run_backbone
 from hfprune.modules.causal_lm import PruningModule
@@ -15,7 +18,7 @@ from hfprune.objectives import Objective
 from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.pruning.prunable import Prunable
-from hfprune.recovery.lora import LoraRecovery, check_lora
+from hfprune.recovery.lora import LoraRecovery, check_lora, merge_lora
 from hfprune.utils.errors import ConfigError
 
 
@@ -42,6 +45,10 @@ class Target(Prunable):
         """Adds adapters."""
 
     @abstractmethod
+    def merge_lora(self) -> None:
+        """Merges the adapters permanently into the weights of the module, if it has adapters."""
+
+    @abstractmethod
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns the pruning state for checkpoints."""
 
@@ -61,6 +68,60 @@ class Target(Prunable):
     @abstractmethod
     def check_training(self, *, adapters: bool) -> None:
         """Raises ``ConfigError`` if the module cannot train its weights or adapters, before calibration."""
+
+    # ---- for reports ------------------------------------------------------------------------------------------------
+
+    def check_measurable(self) -> None:
+        """Raises ``ConfigError`` if there is no Hugging Face model to measure and export."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str | None:
+        """Folder or Hub id of the dense model, or None."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Tokenizer of the model, or None."""
+
+    @abstractmethod
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the trained model with merged adapters, for measurements.
+
+        Args:
+            merge: Whether the adapters may be merged permanently; otherwise a copy is merged.
+        """
+
+    @abstractmethod
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Returns the model without adapters, for the export.
+
+        Args:
+            merge: Whether to merge the adapters; otherwise they are dropped.
+        """
+
+    @property
+    @abstractmethod
+    def adapted(self) -> Any:
+        """The PEFT model that wraps the model, or None."""
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns ``function(*args)``; head and embeddings of a sharded model are gathered for the call."""
+        return function(*args)
+
+    def load_dense(self) -> Any:
+        """Returns a newly loaded dense model, or None if it cannot be loaded."""
+        return None
+
+    def training_figures(self) -> dict[str, Any]:
+        """Returns tokens, FLOPs and seconds of recovery, if the module counts them."""
+        return {}
+
+    def run_facts(self) -> dict[str, Any]:
+        """Returns the report's entries on resumes and distillation."""
+        return {"resumed": [], "distillation": None}
+
+    # ---- a run of a trainer ------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +226,52 @@ class ModuleTarget(Target):
 
     def forward(self, item: Any, index: int) -> None:
         """Runs the model without its head."""
-        self.module.run(run_backbone, self.module.causal_lm, item)
+        self.run(run_backbone, self.module.causal_lm, item)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function with the gathered model."""
+        return self.module.run(function, *args)
+
+    @property
+    def source(self) -> str | None:
+        """The module's path."""
+        path: str = self.module.path
+        return path
+
+    @property
+    def tokenizer(self) -> Any:
+        """The module's tokenizer."""
+        return self.module.tokenizer
+
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the module's model, or a merged copy if the adapters must be kept."""
+        if merge or not self.module.lora:
+            return self.module.unwrap()
+        return merge_lora(copy.deepcopy(self.module.model))
+
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Merges or drops the module's adapters."""
+        return self.module.unwrap(merge=merge)
+
+    @property
+    def adapted(self) -> Any:
+        """The module's model."""
+        return self.module.model if self.module.lora else None
+
+    def load_dense(self) -> Any:
+        """Loads the model from the module's path."""
+        return load_causal_lm(self.module.path, dtype=self.module.dtype_name, revision=self.module.revision)
+
+    def training_figures(self) -> dict[str, Any]:
+        """Returns tokens, FLOPs and seconds of recovery."""
+        module = self.module
+        cost = {"tokens": module.seen_tokens, "flops": module.training_flops, "seconds": module.training_seconds}
+        return {"supervised_tokens": module.trained_tokens, "training": cost}
+
+    def run_facts(self) -> dict[str, Any]:
+        """Returns the module's resumes and its distillation."""
+        distillation = self.module.distillation
+        return {"resumed": self.module.resumed, "distillation": distillation.to_dict() if distillation else None}
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""
@@ -174,6 +280,10 @@ class ModuleTarget(Target):
     def add_lora(self, lora: LoraRecovery) -> None:
         """Adds adapters."""
         self.module.add_lora(lora)
+
+    def merge_lora(self) -> None:
+        """Merges the module's adapters."""
+        self.module.unwrap(merge=True)
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns the module's record."""

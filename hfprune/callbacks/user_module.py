@@ -1,6 +1,6 @@
 """Targets in user-defined LightningModules."""
 
-import warnings
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +10,11 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from hfprune.callbacks.described_neurons import restate_widths
 from hfprune.callbacks.target import ModuleTarget, Target
 from hfprune.io.checkpoint_record import Phase, Record
 from hfprune.io.layouts import apply_plan
-from hfprune.io.layouts.apply import restate_width
 from hfprune.models import ARCHITECTURES, Neurons, class_name, custom_groups, find_groups, is_supported
 from hfprune.models.fingerprint import structure_fingerprint
 from hfprune.models.forward import objective_sum, run_backbone
@@ -23,7 +22,9 @@ from hfprune.modules.causal_lm import PruningModule
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
-from hfprune.recovery.lora import LoraRecovery, add_lora
+from hfprune.recovery.adapters import PrunedPeftModel
+from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
+from hfprune.recovery.masked import mask_adapters
 from hfprune.utils.errors import CalibrationError, ConfigError, HFPruneError
 
 _STATE = "_hfprune"  # attribute of the module with its pruning state
@@ -51,7 +52,17 @@ class ForeignTarget(Target):
         neurons: Sequence[Neurons] = (),
     ) -> None:
         self.module, self.objective, self._name, self._neurons = module, objective, model, tuple(neurons)
+        self._described = bool(self._neurons)
         self._check_objective()
+
+    @classmethod
+    def of_record(cls, module: LightningModule, record: Record) -> "ForeignTarget":
+        """Returns the target of a new module, with the settings of the run that wrote a checkpoint."""
+        found = record.plan.provenance.get("model", {}) if record.plan is not None else {}
+        several = len({id(m) for m in module.modules() if is_supported(m)}) > 1
+        target = cls(module, OBJECTIVES.get("entropy"), model=found.get("name") if several else None)
+        target._described = record.plan is not None and record.plan.model_class == class_name(module)
+        return target
 
     def _check_objective(self) -> None:
         kind = type(self.module).__name__
@@ -84,7 +95,7 @@ class ForeignTarget(Target):
         Raises:
             ConfigError: The module has no supported model, or several.
         """
-        if self._neurons:
+        if self._described:
             return self.module
         if self._name is not None:
             return self._named(self._name)
@@ -130,7 +141,7 @@ class ForeignTarget(Target):
 
     def groups(self, model: nn.Module) -> tuple[Group, ...]:
         """Returns the described groups, or the groups of the Hugging Face model's unit kinds."""
-        return custom_groups(model, self._neurons) if self._neurons else find_groups(model, self.units)
+        return custom_groups(model, self._neurons) if self._described else find_groups(model, self.units)
 
     def shapes(self) -> Any:
         """Returns the model."""
@@ -192,8 +203,8 @@ class ForeignTarget(Target):
     def apply_plan(self, plan: PruningPlan) -> None:
         """Cuts the model."""
         apply_plan(self.model, plan)
-        if self._neurons:
-            _restate(self.module, plan)
+        if self._described:
+            restate_widths(self.module, plan)
         self._state["plan"] = plan
 
     def add_lora(self, lora: LoraRecovery) -> None:
@@ -202,18 +213,76 @@ class ForeignTarget(Target):
         Raises:
             ConfigError: The target is not a Hugging Face model within the module.
         """
-        model = self.model
-        name = next((n for n, m in self.module.named_modules() if m is model), "")
-        if self._neurons or not name:
+        model, name = self.model, self.name
+        if not name:
             raise ConfigError(
                 "recovery='lora' requires a Hugging Face model: set recovery='full' to train the pruned module."
             )
-        owner, _, attribute = name.rpartition(".")
         self.module.requires_grad_(False)
         wrapped = add_lora(model, lora, seed=self._state.get("seed", 0))
         wrapped.plan = self.plan
-        setattr(self.module.get_submodule(owner), attribute, wrapped)
+        if self.plan is not None and self.plan.provenance.get("keep_zeros"):
+            mask_adapters(wrapped)
+        self._put(name, wrapped)
         self._state["lora"] = lora.to_dict()
+
+    def merge_lora(self) -> None:
+        """Replaces the PEFT model with the model, with merged adapters. The PEFT model cannot be used afterwards."""
+        wrapped = self.adapted
+        if wrapped is not None:
+            name = next(name for name, module in self.module.named_modules() if module is wrapped)
+            self._put(name, merge_lora(wrapped))
+            del self._state["lora"]
+
+    @property
+    def name(self) -> str:
+        """Name of the Hugging Face model in the module; empty for described neurons."""
+        model = self.model
+        return next((name for name, module in self.module.named_modules() if module is model), "")
+
+    def _put(self, name: str, model: nn.Module) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(self.module.get_submodule(owner), attribute, model)
+
+    # ---- for reports ------------------------------------------------------------------------------------------------
+
+    def check_measurable(self) -> None:
+        """Raises ``ConfigError`` for described neurons: there is no Hugging Face model."""
+        if self._described:
+            raise ConfigError(
+                f"ReportCallback measures and exports a Hugging Face model, and the neurons of "
+                f"{type(self.module).__name__} are described by neurons=...: remove the callback, and save the "
+                "module's state_dict."
+            )
+
+    @property
+    def source(self) -> str | None:
+        """Folder or Hub id in the model's config, or None."""
+        return getattr(self.model.config, "_name_or_path", None) or None
+
+    @property
+    def tokenizer(self) -> Any:
+        """Attribute ``tokenizer`` of the module, or None."""
+        return getattr(self.module, "tokenizer", None)
+
+    @property
+    def adapted(self) -> Any:
+        """The PEFT model that replaces the model, or None."""
+        return next((m for m in self.module.modules() if isinstance(m, PrunedPeftModel)), None)
+
+    def merged(self, *, merge: bool) -> Any:
+        """Returns the model, or a merged copy if it has adapters. The module keeps its adapters."""
+        return self.unwrapped(merge=True)
+
+    def unwrapped(self, *, merge: bool) -> Any:
+        """Returns the model, or a copy without adapters. The module keeps its adapters."""
+        wrapped = self.adapted
+        if wrapped is None:
+            return self.model
+        alone = copy.deepcopy(wrapped)
+        return merge_lora(alone) if merge else alone.unload()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def record(self, phase: Phase, calibration: dict[str, Any] | None) -> Record:
         """Returns the pruning state of the module."""
@@ -239,9 +308,10 @@ class ForeignTarget(Target):
             self.add_lora(LoraRecovery(**record.lora))
 
     def describe(self) -> dict[str, Any]:
-        """Returns the classes and the fingerprint of the structure."""
+        """Returns the classes, the name of the model in the module, and the fingerprint of the structure."""
         return {
             "module": type(self.module).__name__,
+            "name": self.name,
             "class": class_name(self.model),
             "fingerprint": self._state.get("fingerprint"),
         }
@@ -274,22 +344,3 @@ def find_target(
             raise ConfigError("model=... and neurons=... are for user-defined modules: remove them here.")
         return ModuleTarget(module, chosen)
     return ForeignTarget(module, chosen, model=model, neurons=neurons)
-
-
-def _restate(module: nn.Module, plan: PruningPlan) -> None:
-    """Updates the configs of Hugging Face models in ``module`` to the new widths; warns if this is impossible."""
-    models = {name: m for name, m in module.named_modules() if isinstance(m, PreTrainedModel)}
-    for name, model in models.items():
-        prefix = f"{name}." if name else ""
-        inside = [group for group in plan.groups if all(s.module.startswith(prefix) for s in group.slices)]
-        if not inside or any(name.startswith(f"{other}.") for other in models):  # submodules share the config
-            continue
-        widths = {(group.num_units, len(plan.keep[group.name])) for group in inside}
-        reason = "layers differ" if len(widths) > 1 else restate_width(model, *next(iter(widths)))
-        if reason is not None:
-            warnings.warn(
-                f"No config of {type(model).__name__} describes the pruned '{name}' ({reason}): from_pretrained cannot "
-                "load the files of save_pretrained. Save the state_dict, or describe neurons with the same width in "
-                "every layer.",
-                stacklevel=2,
-            )

@@ -18,7 +18,7 @@ from hfprune.callbacks import (
 from hfprune.cli.argument_errors import class_path_of, import_error
 from hfprune.io.output_folder import STATE_FOLDER
 from hfprune.recovery import LoraRecovery
-from hfprune.sparse import METHODS, SparseGPT, SparseMethod
+from hfprune.sparse import METHODS, SavedLayers, SparseGPT, SparseMethod
 from hfprune.utils.errors import ConfigError
 
 _METHOD = f"a name ({', '.join(METHODS)}), or a class of hfprune.sparse with options of its own"
@@ -72,7 +72,7 @@ class Kind:
 def _sparse_state(config: Namespace) -> dict[str, Any]:
     """Returns where finished layers are kept, and whether they are dropped: a resumed run continues after them."""
     fresh = config.overwrite and config.ckpt_path is None
-    return {"state_dir": str(Path(config.output_dir) / STATE_FOLDER), "fresh": fresh}
+    return {"state_dir": SavedLayers(folder=Path(config.output_dir) / STATE_FOLDER, fresh=fresh)}
 
 
 STRUCTURED = Kind(
@@ -107,7 +107,7 @@ def add_kinds(parser: LightningArgumentParser, command: str) -> None:
     for name, (hint, default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=hint, default=default, help=text)
     for kind in KINDS:
-        skip = {*kind.flags, *(("state_dir", "fresh") if kind is SPARSE else ())}
+        skip = {*kind.flags, *(("state_dir",) if kind is SPARSE else ())}
         parser.add_class_arguments(
             kind.callback, kind.group, skip=skip, instantiate=False, fail_untyped=False, sub_configs=True
         )

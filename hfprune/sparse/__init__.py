@@ -9,7 +9,7 @@ from hfprune.sparse.names import METHODS, sparse_method
 from hfprune.sparse.pattern import Sparsity, drop, zeros_across
 from hfprune.sparse.ria import RIA
 from hfprune.sparse.sparsegpt import SparseGPT
-from hfprune.sparse.state import LayerState
+from hfprune.sparse.state import LayerState, SavedLayers
 from hfprune.sparse.wanda import Wanda
 from hfprune.sparse.weight_taylor import TaylorSparsity
 from hfprune.sparse.z_pruner import ZPruner
@@ -26,6 +26,7 @@ __all__ = [
     "OutlierWeighed",
     "Pruned",
     "RelativeImportance",
+    "SavedLayers",
     "ScoreMethod",
     "SparseAllocation",
     "SparseGPT",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ from hfprune.utils.errors import ConfigError, OutputError
 from hfprune.utils.files import OwnFolder, write_json, write_tensors
 
 _SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedLayers:
+    """Folder for the finished layers of a sparse run.
+
+    Attributes:
+        folder: It must not exist, be empty or belong to an earlier run. Other files are never removed.
+        fresh: Whether to discard the layers of an earlier run.
+    """
+
+    folder: str | Path
+    fresh: bool = False
 
 
 class LayerState:

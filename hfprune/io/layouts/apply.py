@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hfprune.io.layouts.base import Cut
 from hfprune.io.layouts.per_layer import cut_of, dense_config, finish, is_per_layer, stock_config, to_stock
+from hfprune.io.recorded_plan import record_plan
 from hfprune.models import find_spec, surgery
 from hfprune.plan import PruningPlan
 
@@ -19,7 +20,8 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the kept units of a plan, and updates its config.
 
     The config remains a stock config if one value per field can describe the result. Otherwise it becomes a per-layer
-    config (:mod:`hfprune.io.layouts.per_layer`), which ``save_pretrained`` writes together with the plan.
+    config (:mod:`hfprune.io.layouts.per_layer`). ``save_pretrained`` writes the plan in both cases
+    (:mod:`hfprune.io.recorded_plan`).
 
     Tied weights remain tied. Parameters that shrink are replaced: existing optimizers must be rebuilt.
 
@@ -50,6 +52,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     dense = dense_config(config)
     before = cut_of(config).plans if is_per_layer(config) else ()
     surgery.apply_plan(model, plan)
+    record_plan(model, plan)
     if not_expressed(model) is None:
         to_stock(config)
         return

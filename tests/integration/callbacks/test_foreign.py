@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from hfprune import ActivationTaylor, LoraRecovery, Neurons, TaylorImportanceCallback
+from hfprune import ActivationTaylor, LoraRecovery, Neurons, PruningPlan, TaylorImportanceCallback, apply_plan
 from hfprune.models import find_groups, parameter_count
 from hfprune.models.surgery import mask_plan
 from hfprune.utils.errors import ConfigError, HFPruneError
@@ -259,11 +259,15 @@ def test_described_neurons_of_a_hugging_face_model_change_its_config(name, names
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+    dense = tiny(name, dtype=torch.float32)
+    apply_plan(dense, PruningPlan.load(tmp_path))  # its names are those of the model, not of the module around it
+    shapes = {key: tensor.shape for key, tensor in dense.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
 def test_described_neurons_that_no_config_states_are_warned_of():
     only = [name.replace("*", "1") for name in LLAMA[0]]
-    with pytest.warns(UserWarning, match=r"No config of LlamaForCausalLM states .* from_pretrained cannot load"):
+    with pytest.warns(UserWarning, match=r"No config of LlamaForCausalLM describes .* from_pretrained cannot load"):
         described(tiny(dtype=torch.float32), only, LLAMA[1].replace("*", "1"), pruning_ratio=0.05)
 
 
@@ -398,7 +402,7 @@ def test_what_cannot_be_pruned_is_said():
     )
     refuse("widths of producers and consumers differ", neurons=[Neurons("net.0", "net.5")])
     refuse("described twice", neurons=[Neurons("net.0", "net.3"), Neurons("net.0", "net.3")])
-    refuse("not a projection", neurons=[Neurons("net.1", "net.3")], error=HFPruneError)
+    refuse("ReLU is not supported", neurons=[Neurons("net.1", "net.3")], error=HFPruneError)
     refuse("largest possible `pruning_ratio`", neurons=MLP, pruning_ratio=0.999)
     refuse("the dense widths are 32, 48", neurons=MLP, pruning_ratio=None, intermediate_size=10)
     refuse("reads a Hugging Face model's logits", neurons=MLP, objective="entropy")

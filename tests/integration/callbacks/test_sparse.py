@@ -15,7 +15,7 @@ from hfprune.io.load import load_causal_lm
 from hfprune.models.forward import sequences
 from hfprune.models.groups import find_layers
 from hfprune.models.projection import weight_of
-from hfprune.sparse import SparseGPT, Sparsity, Wanda
+from hfprune.sparse import SavedLayers, SparseGPT, Sparsity, Wanda
 from hfprune.sparse.engine import prune_sparse
 from hfprune.sparse.statistics import projections
 from hfprune.utils.errors import CalibrationError, ConfigError
@@ -149,7 +149,7 @@ def test_refusals(folder):
     with pytest.raises(ConfigError, match="16 inputs, not a multiple of 5"):
         fit(folder, wanda(sparsity="2:5"), prune=True)
     sharded = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(ConfigError, match="Wanda runs layer by layer .* not supported under ModelParallelStrategy"):
+    with pytest.raises(ConfigError, match="Wanda runs layer by layer, which is not supported under ModelParallelStrategy"):
         check_sparse_strategy(sharded, "Wanda")
     with pytest.raises(ConfigError, match="^calibration_batches=0 must be positive"):
         wanda(calibration_batches=0)
@@ -170,3 +170,14 @@ def test_sparsity_zero_changes_nothing(folder):
     module, _ = fit(folder, wanda(method="sparsegpt", sparsity=0), prune=True)
     dense = load_causal_lm(folder)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), dense.parameters(), strict=True))
+
+
+def test_fresh_is_part_of_state_dir(tmp_path):
+    asked = {"method": "wanda", "sparsity": 0.5}
+    with pytest.warns(DeprecationWarning, match=r"write state_dir=SavedLayers\(folder=\.\.\., fresh=True\)"):
+        old = SparsePruningCallback(**asked, state_dir=tmp_path, fresh=True)
+    new = SparsePruningCallback(**asked, state_dir=SavedLayers(folder=tmp_path, fresh=True))
+    assert (old.state_dir, old.fresh) == (new.state_dir, new.fresh) == (tmp_path, True)
+    assert not SparsePruningCallback(**asked, state_dir=str(tmp_path)).fresh
+    with pytest.warns(DeprecationWarning, match="`fresh` is deprecated"):
+        assert SparsePruningCallback(**asked, fresh=True).state_dir is None
