@@ -149,7 +149,9 @@ def test_refusals(folder):
     with pytest.raises(ConfigError, match="16 inputs, not a multiple of 5"):
         fit(folder, wanda(sparsity="2:5"), prune=True)
     sharded = SimpleNamespace(strategy=ModelParallelStrategy())
-    with pytest.raises(ConfigError, match="Wanda runs layer by layer, which is not supported under ModelParallelStrategy"):
+    with pytest.raises(
+        ConfigError, match="Wanda runs layer by layer, which is not supported under ModelParallelStrategy"
+    ):
         check_sparse_strategy(sharded, "Wanda")
     with pytest.raises(ConfigError, match="^calibration_batches=0 must be positive"):
         wanda(calibration_batches=0)

@@ -154,7 +154,7 @@ def test_layers_without_a_mixture_are_refused_and_heads_are_not(name, keys):
     assert [g.num_units for g in find_groups(model, ("heads",))] == [2, 2, 2]
     with pytest.raises(UnsupportedArchitectureError, match=r"has an MLP in place.*leave 'experts' and 'layers' out"):
         find_groups(model, ("experts",))
-    with pytest.raises(UnsupportedArchitectureError, match="leave 'layers' out|leave 'experts' and 'layers' out"):
+    with pytest.raises(UnsupportedArchitectureError, match="[Ll]eave 'layers' out|[Ll]eave 'experts' and 'layers' out"):
         scored_groups(model, find_groups(model, ("layers",)), ActivationTaylor())
 
 
