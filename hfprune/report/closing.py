@@ -100,12 +100,12 @@ def next_commands(report: Mapping[str, Any], folder: Path, *, command: str) -> l
     dense = look_up(report, "config", "model", "path") or look_up(report, "plan", "model", "path")
     data = look_up(report, "config", "data") or {}
     against = ["--dense", str(dense)] if dense else []
-    model = str(folder / MODEL_FOLDER)
-    text = [f"--data.{name}={data[name]}" for name in ("text", "calibration") if data.get(name)][:1]
+    text = ["--data", str(data["text"])] if data.get("text") else []
     found = [
-        ("evaluate", "measure it", shlex.join(["hfprune", "evaluate", "--model.path", model, *against, *text])),
+        ("evaluate", "measure it", shlex.join(["hfprune", "evaluate", str(folder), *against, *text])),
         ("inspect", "what was removed", shlex.join(["hfprune", "inspect", str(folder)])),
-        ("chat", "talk to it", shlex.join(["hfprune", "chat", model, *against])),
+        ("chat", "talk to it", shlex.join(["hfprune", "chat", str(folder), *against])),
+        ("push", "publish it", shlex.join(["hfprune", "push", str(folder), "OWNER/NAME"])),
     ]
     if command == "prune" and report.get("command"):
         found.append(("fit", "prune and recover", _as_fit(str(report["command"]), folder)))

@@ -10,7 +10,7 @@ import pytest
 
 from hfprune.cli import main
 from tests.helpers.models import save_tiny
-from tests.helpers.runs import TINY_DATA_FLAGS
+from tests.helpers.runs import EVALUATE_FLAGS, TINY_DATA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (*TINY_DATA_FLAGS, "--latency=false", "--trainer.accelerator=cpu", "--pruning_ratio=0.2")
@@ -59,7 +59,7 @@ def test_a_piped_fit_writes_its_lines_while_it_runs(dense):
     assert child.returncode == 0, lines
     phases = [line.removesuffix(" ...") for line in lines if line.endswith(" ...")]
     assert [name for name in phases if name != "validating"] == [
-        "loading the model", "measuring the dense model", "calibrating", "pruning", "measuring the pruned model",
+        "loading the model", "measuring the dense model", "calibrating", "fitting layer by layer", "pruning", "measuring the pruned model",
         "recovering", "measuring the recovered model", "saving", "checking the reload",
     ]  # fmt: skip
     step = next(line for line in lines if line.startswith("recovering: step 1/2"))
@@ -81,7 +81,7 @@ def test_the_block_at_the_end(dense, capsys, monkeypatch):
     assert f"{pruned['perplexity']['value']:.2f} pruned" in block
     assert f"KL to dense {pruned['fidelity']['kl']:.4f}" in block
     assert "out/report.html, out/model/" in block
-    assert f"hfprune evaluate --model.path out/model --dense {dense} --data.calibration=builtin" in block
+    assert f"hfprune evaluate out --dense {dense}" in block
     assert f"hfprune fit --model.path={dense} --output_dir=out-recovered" in block
     assert {"calibrating", "pruning", "saving"} <= report["timing"].keys()
 
@@ -100,8 +100,7 @@ def test_json_alone_is_on_stdout(dense, capsys):
     assert [step for step, *_ in found["training"]["validation"]] == [2]
     page = Path("out/report.html").read_text()
     assert all(f'id="{name}"' in page for name in ("figure-training_curve", "timing", "recipe"))
-    same = ["--model.path=out/model", *TINY_DATA_FLAGS, "--latency=false", "--trainer.accelerator=cpu"]
-    assert main(["evaluate", *same, "--json"]) == 0
+    assert main(["evaluate", "out", *EVALUATE_FLAGS, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"]["model"]["parameters"] == 5408
     assert main(["export", "--model.path=out/model", "--output_dir=other", "--layout=per_layer", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "per_layer"

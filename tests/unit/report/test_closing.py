@@ -23,12 +23,12 @@ REPORT = {
 
 def test_only_commands_that_exist_are_proposed():
     block = closing(REPORT, Path("out"), command="prune", commands=["evaluate"])
-    assert "hfprune evaluate --model.path out/model --dense M --data.text=wiki.txt" in block
+    assert "hfprune evaluate out --dense M --data wiki.txt" in block
     assert not any(name in block for name in ("hfprune inspect", "hfprune chat", "hfprune fit"))
     assert "Next" not in closing(REPORT, Path("out"), command="prune", commands=[])
     both = closing(REPORT, Path("out"), command="prune", commands=["inspect", "chat", "fit"])
     assert "hfprune inspect out\n" in both
-    assert "hfprune chat out/model --dense M" in both
+    assert "hfprune chat out --dense M" in both
     assert "hfprune fit M --pruning_ratio 0.2 -o out-recovered --data.recovery FILE" in both
 
 
