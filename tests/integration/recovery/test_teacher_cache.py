@@ -238,7 +238,7 @@ def test_damaged_headers_are_errors(tmp_path, old, new):
     (path,) = cache.folder.glob("rows-*.safetensors")
     assert path.read_bytes().count(old) == 1
     path.write_bytes(path.read_bytes().replace(old, new))
-    with pytest.raises(ConfigError, match=r"cannot be read .* delete the file"):
+    with pytest.raises(ConfigError, match=r"cannot be read .* Delete the file"):
         opened(tmp_path).lookup(batch, supervised(batch))
 
 
@@ -248,7 +248,7 @@ def test_damaged_files_are_errors(tmp_path):
     (path,) = cache.folder.glob("rows-*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
-    with pytest.raises(ConfigError, match=r"cannot be read .* delete the file"):
+    with pytest.raises(ConfigError, match=r"cannot be read .* Delete the file"):
         opened(tmp_path)
     changed = bytearray(whole)
     changed[-1] ^= 1
