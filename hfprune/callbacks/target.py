@@ -209,9 +209,11 @@ class ModuleTarget(Target):
         """Also raises ``ConfigError`` for distillation of hidden states after channels are removed."""
         super().check_recovery(recovery)
         distillation = self.module.distillation
-        if distillation is not None and distillation.hidden and "channels" in self.units:
+        losses = () if distillation is None else distillation.losses()
+        name = next((loss.name for loss in losses if loss.compares_states), None)
+        if name is not None and "channels" in self.units:
             raise ConfigError(
-                "`distillation.hidden` compares hidden states of the pruned and the dense model, whose sizes differ "
+                f"`distillation.{name}` compares hidden states of the pruned and the dense model, whose sizes differ "
                 "when channels are removed: set it to 0, or remove 'channels' from the units."
             )
 

@@ -199,8 +199,5 @@ def _distillation(settings: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     found: dict[str, Any] = settings.to_dict()
-    layers = found["hidden_layers"]
-    return found | {
-        "cache": found["cache"] is not None,
-        "hidden_layers": None if layers is None else list(layers),
-    }
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    return plain | {"cache": found["cache"] is not None}

@@ -84,7 +84,8 @@ class RecoverySteps(TokenWeighted):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the loss in nats per supervised token: cross-entropy, or the loss of ``distillation``.
 
-        Logs ``train_loss``, and with ``distillation`` its terms ``train_kl``, ``train_ce`` and ``train_hidden``.
+        Logs ``train_loss``, and with ``distillation`` its terms ``train_kl``, ``train_ce`` and ``train_<name>`` of its
+        other losses (``train_hidden``).
 
         Args:
             batch: ``input_ids`` [B, T] and optionally ``attention_mask``, ``labels`` and ``position_ids`` [B, T].

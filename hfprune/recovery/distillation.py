@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,19 @@ class RecoveryLoss(ABC):
     """Base class of loss terms that are added to the loss of the logits.
 
     ``check`` is called before any model is loaded, and ``start`` when recovery starts. For every batch, the forward
-    passes run inside ``observing``, and the call then returns the term. A new loss is a subclass and an entry in
-    :meth:`DistillationRecovery.losses`.
+    passes run inside ``observing``, and the call then returns the term. A new loss is a subclass, and a field and an
+    entry of :class:`DistillationRecovery`.
 
     Args:
         weight: Factor of the term in the loss.
 
     Attributes:
-        name: The term is logged as ``train_<name>``.
+        name: Field of :class:`DistillationRecovery` with the weight; the term is logged as ``train_<name>``.
+        compares_states: Whether hidden states of both models are compared, which must have the same size.
     """
 
-    name: str
+    name: ClassVar[str]
+    compares_states: ClassVar[bool] = False
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -75,6 +77,7 @@ class HiddenMatching(RecoveryLoss):
     """
 
     name = "hidden"
+    compares_states = True
 
     def __init__(self, weight: float, layers: Collection[int] | None = None) -> None:
         super().__init__(weight)
@@ -92,7 +95,7 @@ class HiddenMatching(RecoveryLoss):
     def start(self, student: nn.Module, teacher: nn.Module | None, removed: Collection[int]) -> None:
         """Matches the layers of both models."""
         assert teacher is not None, "the settings refuse hidden together with cache"
-        check_sizes(student, teacher)
+        check_sizes(student, teacher, self.name)
         self._student, self._teacher = student, teacher
         self._pairs = matched_layers(teacher.config.num_hidden_layers, removed, self.layers)  # type: ignore[union-attr, arg-type]
 
@@ -246,11 +249,11 @@ def matched_layers(number: int, removed: Collection[int], chosen: Collection[int
     return found
 
 
-def check_sizes(pruned: nn.Module, dense: nn.Module) -> None:
-    """Raises ``ConfigError`` if the hidden states have different sizes."""
+def check_sizes(pruned: nn.Module, dense: nn.Module, name: str = HiddenMatching.name) -> None:
+    """Raises ``ConfigError`` if the hidden states, which the loss ``name`` compares, have different sizes."""
     ours, theirs = (model.config.hidden_size for model in (pruned, dense))  # type: ignore[union-attr]
     if ours != theirs:
         raise ConfigError(
-            f"distillation.hidden compares hidden states, which have {ours} channels in the pruned model and {theirs} "
+            f"distillation.{name} compares hidden states, which have {ours} channels in the pruned model and {theirs} "
             "in the dense model: set it to 0, or remove 'channels' from the units."
         )
