@@ -17,9 +17,10 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hfprune.allocation import Inventory
-from hfprune.models import find_groups
+from hfprune.models import ARCHITECTURES, find_groups
 
 COMMON = {
     "vocab_size": 61,
@@ -76,6 +77,17 @@ def mixtures():
 
 NAMES = sorted(configs())
 MIXTURES = sorted(mixtures())
+
+
+def table(name):
+    """Returns the architecture table of a tiny model's class."""
+    return ARCHITECTURES.get(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[(configs() | mixtures())[name].model_type])
+
+
+HEADED = [name for name in NAMES if table(name).attention is not None]
+"""Dense models whose heads can be removed."""
+STREAMS = [name for name in HEADED if table(name).stream is not None]
+"""Dense models whose hidden channels can be removed."""
 
 
 def tiny(name="llama", *, seed=0, dtype=torch.float64, vocab=61):

@@ -14,12 +14,11 @@ from hfprune.models.residual_stream import Fold, scaled_epsilon
 from hfprune.models.surgery import apply_plan, cut_optimizer_state, mask_plan, plan_cuts
 from hfprune.plan import PruningPlan
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
-from tests.helpers.models import NAMES, configs, inventory, token_ids
+from tests.helpers.models import NAMES, STREAMS, configs, inventory, token_ids
 from tests.reference.channels import norm_with_zeros, silence
 from tests.unit.models.test_architectures import KINDS, dense, logits, random_plan, shapes
 
 OTHERS = [name for name in NAMES if name.startswith(("gpt", "opt"))]
-STREAMS = [name for name in NAMES if name not in OTHERS]
 MIXES = [("channels",), ("mlp", "heads", "layers", "channels")]
 WIDTHS = KINDS | {"channels": 12}
 FLOAT32 = 2e-5
