@@ -1,4 +1,4 @@
-"""The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
+"""The ``hfprune`` command line: commands that run a model are LightningCLIs, the others plain parsers."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
 from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.cli.recipes import announce
+from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -21,7 +22,7 @@ COMMANDS = {
     "fit": "calibrate, prune and recover with LoRA in one run",
     "prune": "calibrate and prune, without recovery",
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
-    "sweep": "compare criteria, objectives, widths and seeds in one table",
+    "sweep": "compare methods, ratios and seeds in one table",
     "export": "write a pruned model in another layout",
     **LIGHT_COMMANDS,
 }
@@ -94,12 +95,12 @@ def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] |
     if (text := help_text(command, args)) is not None:
         print(text)
         return None
-    args = understood(command, args)
+    typed, args = Typed.of(command, args), understood(command, args)
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with console.applied(command), _current_folder():
         announce(args)
-        return launch(command, args)
+        return launch(typed, args)
 
 
 @contextmanager
