@@ -11,8 +11,8 @@ from hfprune.cli.arguments import understood
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
-from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.cli.recipes import announce
+from hfprune.cli.simple_commands import SIMPLE_COMMANDS, run_simple
 from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
     "sweep": "compare methods, ratios and seeds in one table",
     "export": "write a pruned model in another layout",
-    **LIGHT_COMMANDS,
+    **SIMPLE_COMMANDS,
 }
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
     """Runs a command; returns its result, None where it has none or another process writes it."""
-    if command in LIGHT_COMMANDS:
-        run_light(command, [*args, *(["--json"] if console.json else [])])
+    if command in SIMPLE_COMMANDS:
+        run_simple(command, [*args, *(["--json"] if console.json else [])])
         return None
     if (text := help_text(command, args)) is not None:
         print(text)
