@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from hfprune.cli.argument_errors import check_nulls, first_cause, not_built, one_line, refused
-from hfprune.cli.config_files import check_files, settled, with_config_paths
+from hfprune.cli.config_files import by_precedence, check_files, with_config_paths
 from hfprune.cli.flag_names import settings_of, with_flags
 from hfprune.cli.guesses import not_used
 from hfprune.cli.typed import Typed
@@ -122,7 +122,7 @@ class BaseCLI(LightningCLI):
         with self.naming_flags():
             args = with_config_paths(args)
             check_files(args)
-            args = settled(args, {action.dest for action in actions})
+            args = by_precedence(args, {action.dest for action in actions})
             try:
                 self.config = parser.parse_args(args)
                 self.given = parser.parse_args(args, defaults=False)
