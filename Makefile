@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links docs wheel format bench clean
+.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links docs wheel format flags bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -95,6 +95,9 @@ wheel: $(STAMP)  ## build the wheel into dist/, and test one outside the reposit
 format: $(STAMP)  ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+flags: $(STAMP)  ## write the table of flags, hfprune/cli/flags.json, from the parsers
+	$(BIN)/python -m hfprune.cli.flag_table
 
 bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passes, sparse layers, each beside a reference
 	$(BIN)/python benchmarks/calibration.py --part all

@@ -92,16 +92,16 @@ def _of_value(text: str) -> str | None:
         return f"--{plain[1]} {_short(plain[2])}" if plain else None
     if failed := import_error(class_path_of(value[3])):
         return f"--{value[1]} {class_path_of(value[3])}: {failed}"
-    extra = _besideclass_path_of(value[3])
+    extra = _key_next_to_class_path(value[3])
     if extra:
         return f"--{value[1]}: '{extra}' is not accepted next to class_path: options of the class belong in init_args."
     return f"--{value[1]} {value[3]}: expected {_kinds(value[2])}."
 
 
 def _of_group(text: str) -> str | None:
-    """Returns the flag for a model that was given in place of a config file."""
+    """Returns which file of the model's options cannot be read."""
     found = re.match(r"""Parser key "model": Unable to load config ['"]([^'"]*)['"]""", text)
-    return f"--model takes a YAML file of options: give --model.path {found[1]}." if found else None
+    return f"--model {found[1]}: this YAML file of options cannot be read." if found else None
 
 
 def _short(text: str) -> str:
@@ -155,7 +155,7 @@ def class_path_of(value: str) -> str:
     return stated[1] if stated else value
 
 
-def _besideclass_path_of(value: str) -> str | None:
+def _key_next_to_class_path(value: str) -> str | None:
     """Returns a key next to ``class_path`` that is not allowed there."""
     try:
         given = ast.literal_eval(value)

@@ -70,7 +70,7 @@ def understood(command: str, args: Sequence[str]) -> list[str]:
     flags = flags_of(command)
     if not flags:
         return list(args)
-    given = [_named(item) for item in _split(command, args, flags)]
+    given = [_named(item) for item in split(command, args)]
     for item in given:
         _check_known(item, command, flags)
     given = [_valued(item, flags) for item in given]
@@ -84,8 +84,17 @@ def understood(command: str, args: Sequence[str]) -> list[str]:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def _split(command: str, args: Sequence[str], flags: Mapping[str, Flag]) -> list[Given]:
-    """Returns the flags with their values; a word that no flag takes is the model."""
+def split(command: str, args: Sequence[str]) -> list[Given]:
+    """Returns the flags of a command line by their full names, with their values.
+
+    Args:
+        command: Name of the command.
+        args: The command line without it; a word that no flag takes is the model.
+
+    Raises:
+        ConfigError: A word belongs to no flag, or a value is missing.
+    """
+    flags = flags_of(command)
     found: list[Given] = []
     words = list(args)
     while words:

@@ -8,9 +8,10 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from hfprune.cli.argument_errors import check_nulls, first_cause, not_built, one_line, refused
-from hfprune.cli.config_files import check_files, settled, with_config_paths
+from hfprune.cli.config_files import by_precedence, check_files, with_config_paths
 from hfprune.cli.flag_names import settings_of, with_flags
 from hfprune.cli.guesses import not_used
+from hfprune.cli.typed import Typed
 from hfprune.data import TextDataModule
 from hfprune.modules import PruningModule
 from hfprune.trainer import PruneTrainer
@@ -36,7 +37,8 @@ class BaseCLI(LightningCLI):
 
     Args:
         command: Name of the command.
-        args: The command line without it.
+        args: The command line without it, in the parser's own words.
+        typed: The command line as it was typed; defaults to ``args``.
 
     Raises:
         ConfigError: The command line cannot be used as given.
@@ -47,8 +49,9 @@ class BaseCLI(LightningCLI):
     result: Mapping[str, Any] | None = None
     """What the command found, once it has run."""
 
-    def __init__(self, command: str, args: list[str]) -> None:
+    def __init__(self, command: str, args: list[str], *, typed: Typed | None = None) -> None:
         self.command = command
+        self.typed = Typed.of(command, args) if typed is None else typed
         super().__init__(
             PruningModule,
             TextDataModule,
@@ -119,7 +122,7 @@ class BaseCLI(LightningCLI):
         with self.naming_flags():
             args = with_config_paths(args)
             check_files(args)
-            args = settled(args, {action.dest for action in actions})
+            args = by_precedence(args, {action.dest for action in actions})
             try:
                 self.config = parser.parse_args(args)
                 self.given = parser.parse_args(args, defaults=False)

@@ -128,7 +128,7 @@ def check_files(args: Sequence[str]) -> None:
                 raise ConfigError(f"--config {path}: '{name}' is empty. State one of its options, such as every: 10.")
 
 
-def settled(args: Sequence[str], flags: Collection[str]) -> list[str]:
+def by_precedence(args: Sequence[str], flags: Collection[str]) -> list[str]:
     """Returns the arguments in the order of their precedence, with one budget.
 
     Later arguments win: files of ``--config`` come first, then files of a group, then flags. A budget on the command

@@ -1,4 +1,4 @@
-"""The ``hfprune`` command line: each command is a LightningCLI without pruning logic."""
+"""The ``hfprune`` command line: commands that run a model are LightningCLIs, the others plain parsers."""
 
 import os
 import sys
@@ -11,8 +11,9 @@ from hfprune.cli.arguments import understood
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
-from hfprune.cli.light import LIGHT_COMMANDS, run_light
 from hfprune.cli.recipes import announce
+from hfprune.cli.simple_commands import SIMPLE_COMMANDS, run_simple
+from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
@@ -21,9 +22,9 @@ COMMANDS = {
     "fit": "calibrate, prune and recover with LoRA in one run",
     "prune": "calibrate and prune, without recovery",
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
-    "sweep": "compare criteria, objectives, widths and seeds in one table",
+    "sweep": "compare methods, ratios and seeds in one table",
     "export": "write a pruned model in another layout",
-    **LIGHT_COMMANDS,
+    **SIMPLE_COMMANDS,
 }
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
@@ -88,18 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
     """Runs a command; returns its result, None where it has none or another process writes it."""
-    if command in LIGHT_COMMANDS:
-        run_light(command, [*args, *(["--json"] if console.json else [])])
+    if command in SIMPLE_COMMANDS:
+        run_simple(command, [*args, *(["--json"] if console.json else [])])
         return None
     if (text := help_text(command, args)) is not None:
         print(text)
         return None
-    args = understood(command, args)
+    typed, args = Typed.of(command, args), understood(command, args)
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with console.applied(command), _current_folder():
         announce(args)
-        return launch(command, args)
+        return launch(typed, args)
 
 
 @contextmanager

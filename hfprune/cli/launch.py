@@ -18,6 +18,7 @@ from hfprune.cli.evaluate import EvaluateCLI
 from hfprune.cli.export import ExportCLI
 from hfprune.cli.run import RunCLI
 from hfprune.cli.sweep import SweepCLI
+from hfprune.cli.typed import Typed
 from hfprune.utils.errors import ConfigError, HFPruneError
 
 CLASSES: dict[str, type[BaseCLI]] = {
@@ -30,15 +31,19 @@ CLASSES: dict[str, type[BaseCLI]] = {
 """Command -> its LightningCLI."""
 
 
-def launch(command: str, args: list[str]) -> Mapping[str, Any] | None:
-    """Parses ``args`` for ``command``, runs it and returns its result: what ``--json`` writes.
+def launch(typed: Typed, args: list[str]) -> Mapping[str, Any] | None:
+    """Parses ``args``, runs the command and returns its result: what ``--json`` writes.
+
+    Args:
+        typed: The command line as it was typed.
+        args: What it means, in the parser's own words.
 
     Raises:
         HFPruneError: Bad input, in one line; Lightning's own complaints included.
     """
     try:
         with _quiet():
-            cli = CLASSES[command](command, args)
+            cli = CLASSES[typed.command](typed.command, args, typed=typed)
             with cli.naming_flags():
                 _run(cli)
         return cli.result if cli.trainer.is_global_zero else None

@@ -4,22 +4,18 @@
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hfprune.cli.light import columns
+from hfprune.cli.recipes import default_round_to
+from hfprune.cli.simple_commands import columns
+from hfprune.plan import UNIT_KINDS
 
 if TYPE_CHECKING:
     from hfprune.publishing.forecast import Forecast
 
-_LABELS = {
-    "mlp": "MLP width",
-    "heads": "key-value heads",
-    "experts": "experts",
-    "layers": "layers",
-    "channels": "hidden size",
-}
+_LABELS = {name: kind.label for name, kind in UNIT_KINDS.items()}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,10 +33,18 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     kinds = f"units to remove, of {', '.join(_LABELS)} (default: mlp)"
     parser.add_argument("--units", nargs="+", choices=_LABELS, default=["mlp"], metavar="KIND", help=kinds)
-    parser.add_argument("--round_to", type=int, default=1, metavar="N", help="kept widths are multiples of N")
+    rounded = "kept widths are multiples of N, or auto: 256, 128 or 64 where it costs little (default: as prune does)"
+    parser.add_argument("--round_to", type=_rounding, default=None, metavar="N", help=rounded)
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _rounding(word: str) -> int | str:
+    """Returns a number, or ``auto``."""
+    if word != "auto" and not word.lstrip("-").isdigit():
+        raise ArgumentTypeError(f"'{word}' is neither a number nor auto")
+    return word if word == "auto" else int(word)
 
 
 def run(arguments: Namespace) -> None:
@@ -52,7 +56,8 @@ def run(arguments: Namespace) -> None:
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, revision=arguments.revision, argument="model")
-    settings = {"units": arguments.units, "round_to": arguments.round_to}
+    round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
+    settings = {"units": arguments.units, "round_to": round_to}
     impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
     ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
     if not ratios:

@@ -1,8 +1,8 @@
 """Recipes: settings that belong together under one word, and the methods that ``--method`` names."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from hfprune.cli.config_files import BUDGETS, read_config, shipped_configs
 from hfprune.cli.methods import config_of, is_sparse, structured, unknown
@@ -37,6 +37,18 @@ def recipes() -> list[str]:
     ['best', 'fast', 'paper']
     """
     return sorted(path.partition("/")[2] for path in shipped_configs() if path.startswith("recipes/"))
+
+
+def default_round_to(units: Collection[str]) -> int | Literal["auto"]:
+    """Returns the ``round_to`` of ``prune`` where no method is chosen: that of the default recipe, if it applies.
+
+    >>> default_round_to(["mlp"]), default_round_to(["layers"])
+    ('auto', 1)
+    """
+    found: int | Literal["auto"] = 1
+    if _FITTED.issuperset(units):
+        found = read_config(str(shipped_configs()[f"recipes/{DEFAULT}"])).get("round_to", found)
+    return found
 
 
 def with_recipe(command: str, given: Sequence["Given"]) -> list["Given"]:

@@ -3,8 +3,6 @@
 import csv
 import io
 import logging
-import shlex
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from hfprune.callbacks.checkpointing import checkpoints_in
+from hfprune.cli.typed import Typed
 from hfprune.io.checkpoint_record import KEY, read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, REPORT_FILE
 from hfprune.modules.resume import steps_per_epoch
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import tidy, write_text
 
-ENDS = ("--trainer.max_steps", "--trainer.max_time")
+LIMIT_FLAGS = ("trainer.max_steps", "trainer.max_time")
 """Flags that ended a run: the command that continues it is shown without them."""
 
 STAGES = ("dense/", "pruned/", "recovered/")
@@ -72,31 +71,28 @@ def where(path: str) -> str:
     return f"step {metadata.get('global_step', 0)}, epoch {metadata.get('epoch', 0)}"
 
 
-def how_to_resume(folder: Path) -> str | None:
-    """Returns the command that continues from the newest checkpoint in ``folder``, None where there is none."""
+def how_to_resume(folder: Path, typed: Typed) -> str | None:
+    """Returns how a run is continued from its newest checkpoint, None where there is none.
+
+    Args:
+        folder: Folder of the checkpoints.
+        typed: The command line that continues; flags that ended the run are left out.
+    """
     found = newest(folder)
     if found is None:
         return None
-    return f"Continue from {found} ({where(found)}): {_command()}"
+    command = typed.line(without=LIMIT_FLAGS, settings={"ckpt_path": "last"})
+    return f"Continue from {found} ({where(found)}): {command}"
 
 
-def _command() -> str:
-    """Returns the running command with ``--ckpt_path last``, and without the flags that ended it."""
-    args, kept, skip = list(sys.argv[1:]), [], False
-    for arg in args:
-        name, _, value = arg.partition("=")
-        if skip:
-            skip = False
-        elif name in (*ENDS, "--ckpt_path"):
-            skip = not value
-        else:
-            kept.append(arg)
-    return shlex.join([Path(sys.argv[0]).name, *kept, "--ckpt_path", "last"])
+def check_unfinished(out: Path, typed: Typed) -> None:
+    """Raises ``ConfigError`` for a folder with an unfinished run; the message says how to continue it.
 
-
-def check_unfinished(out: Path) -> None:
-    """Raises ``ConfigError`` for a folder with an unfinished run; the message says how to continue it."""
-    advice = how_to_resume(out / CHECKPOINT_FOLDER)
+    Args:
+        out: The output folder.
+        typed: The command line that is running.
+    """
+    advice = how_to_resume(out / CHECKPOINT_FOLDER, typed)
     if advice is not None and not (out / REPORT_FILE).exists():
         raise ConfigError(
             f"--output_dir '{out}' holds a run that did not finish. {advice} (Or choose another folder, or give "

@@ -20,13 +20,13 @@ from hfprune.callbacks.checkpointing import OneRun, StepCheckpoint
 from hfprune.callbacks.recovery_progress import RecoveryLines, RecoveryProgress
 from hfprune.callbacks.snapshots import ONE_PROCESS, STAGE, DenseControl
 from hfprune.cli.base import BaseCLI
+from hfprune.cli.closing import closing
 from hfprune.cli.entry import COMMANDS
 from hfprune.cli.export import add_layout_argument
 from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
 from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.io.checkpoint_record import read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
-from hfprune.report.closing import closing
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.compat import instantiate
 from hfprune.utils.errors import ConfigError
@@ -140,7 +140,7 @@ class RunCLI(BaseCLI):
             self._check_zeros()
             overwrite = overwrite or _holds_layers_only(out)
         if not overwrite and config.ckpt_path is None:
-            check_unfinished(out)
+            check_unfinished(out, self.typed)
         return ReportCallback(
             str(out),
             overwrite=overwrite or config.ckpt_path is not None,
@@ -184,12 +184,12 @@ class RunCLI(BaseCLI):
         if not report.report:
             return
         self.result = report.report
-        block = closing(report.report, report.output_dir, command=self.command, commands=COMMANDS)
+        block = closing(report.report, report.output_dir, typed=self.typed, commands=COMMANDS)
         Console().print(f"\n{block}", markup=False, highlight=False, soft_wrap=True)
 
     def advice(self) -> str | None:
         """Returns the command that continues an interrupted run, None without a checkpoint."""
-        return how_to_resume(Path(self.config.output_dir) / CHECKPOINT_FOLDER)
+        return how_to_resume(Path(self.config.output_dir) / CHECKPOINT_FOLDER, self.typed)
 
     def _log_next(self) -> None:
         """Logs how to continue the recovery: a run that ended within its schedule has steps left."""

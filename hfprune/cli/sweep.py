@@ -1,5 +1,7 @@
 """``hfprune sweep``: a grid of methods, ratios and seeds in one table."""
 
+from typing import Literal
+
 import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
@@ -33,7 +35,12 @@ class SweepCLI(BaseCLI):
         parser.add_argument(
             "--texts", type=dict[str, str] | None, default=None, help="name: evaluation text (default: --data.text)"
         )
-        parser.add_argument("--round_to", type=PositiveInt, default=1, help="kept widths are multiples of this")
+        parser.add_argument(
+            "--round_to",
+            type=PositiveInt | Literal["auto"],
+            default=1,
+            help="kept widths are multiples of this, or auto",
+        )
         parser.add_argument("--task_seeds", type=PositiveInt, default=1, help="seeds whose models run the tasks")
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
         add_task_arguments(parser)

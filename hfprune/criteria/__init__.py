@@ -1,6 +1,7 @@
 """Criteria: scores of units from weights, activations and gradients.
 
-Each file of this package defines one criterion. The package discovers the classes; there is no other list of them.
+Every criterion has a file of its own; the other files hold their base classes and what several of them compute. The
+package discovers the classes; there is no other list of them.
 """
 
 from typing import Any

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,7 @@ from hfprune.data.roles import Role, Roles, check_sources, check_stream, check_v
 from hfprune.data.self_generated import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.data.sources import BUILTIN, SELF
 from hfprune.data.stream import ExampleStream, StreamLoader, StreamSource
-from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.overlap import Sketch, warn_of_share
 from hfprune.evaluation.perplexity import Windows
 from hfprune.io.demo_model import cache_dir
 from hfprune.io.load import check_tokenizer, predicts_badly_without_bos
@@ -77,12 +76,7 @@ def overlap(summary: Mapping[str, Any], windows: Windows | None) -> dict[str, fl
 def warn_of_overlap(shares: Mapping[str, float]) -> None:
     """Warns if the evaluation text overlaps with the calibration or recovery text."""
     for role, share in shares.items():
-        if share >= SUSPICIOUS:
-            warnings.warn(
-                f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: results will be too "
-                "optimistic. Use another text.",
-                stacklevel=2,
-            )
+        warn_of_share(share, f"the {role} text")
 
 
 def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:

@@ -5,6 +5,7 @@ pruned model can later be checked against evaluation text without its calibratio
 """
 
 import base64
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,3 +87,23 @@ def ngram_hashes(sequence: Sequence[int]) -> _Hashes:
     for offset in range(NGRAM):
         hashes = splitmix64(hashes * GOLDEN + ids[offset : offset + len(hashes)] + 1)
     return hashes.numpy().view(numpy.uint64)
+
+
+def warn_of_share(share: float, seen: str, *, evaluated: str = "the evaluation text") -> str | None:
+    """Warns if much of a text was seen before, for the caller of the calling function.
+
+    Args:
+        share: Share of the text's n-grams that the other data hold.
+        seen: The other data, in words.
+        evaluated: The text, in words.
+
+    Returns:
+        The warning; None below :data:`SUSPICIOUS`.
+    """
+    if share < SUSPICIOUS:
+        return None
+    text = (
+        f"{share:.0%} of the 13-grams of {evaluated} occur in {seen}: results will be too optimistic. Use another text."
+    )
+    warnings.warn(text, stacklevel=3)
+    return text

@@ -90,7 +90,7 @@ def _training(found: Mapping[str, Any]) -> dict[str, list[tuple[int, int, float]
 
 
 def recipe(config: Mapping[str, Any]) -> str:
-    """Returns a configuration as YAML for ``--config``, without what is not set; empty where nothing is.
+    """Returns a configuration as YAML, without settings that are None; empty if there are none.
 
     >>> print(recipe({"model": {"path": "M", "revision": None}, "pruning_ratio": 0.2}), end="")
     model:

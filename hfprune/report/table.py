@@ -16,8 +16,8 @@ from rich.table import Table
 from hfprune.report.data import FrontierPoint, ReportData, look_up, number, task_figures
 
 APART = (
-    "Speeds of the models were measured at separate moments and are not compared: hfprune evaluate --dense measures "
-    "them in alternation."
+    "Speeds of the models were measured at separate moments and are not compared. An evaluation together with the "
+    "dense model measures them in alternation."
 )
 ALTERNATED = "Speeds were measured in alternation with the dense model."
 Change = Literal["ratio", "points", "none"]

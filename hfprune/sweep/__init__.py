@@ -1,4 +1,4 @@
-"""Sweeps over widths, objectives, criteria and seeds, with shared calibration passes and one table of results."""
+"""Sweeps over methods, ratios and seeds, with shared calibration passes and one table of results."""
 
 from hfprune.sweep.grid import Method, SweepGrid
 from hfprune.sweep.runner import Sweep

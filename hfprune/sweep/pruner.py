@@ -13,7 +13,7 @@ from hfprune.io.layouts import apply_plan
 from hfprune.io.load import load_causal_lm
 from hfprune.models import class_name, config_values, find_groups
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.plan import Budget, PruningPlan
+from hfprune.plan import PruningPlan
 from hfprune.pruning.accumulator import check_criterion
 from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import LocalCommunicator
@@ -74,7 +74,7 @@ class Pruner:
             scores: Importance of the units, None before calibration.
             allocation: The method's allocation with its measurements; that of the method if not given.
         """
-        asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
+        asked = self._grid.budget(ratio)
         return allocate(self.inventory(method), asked, allocation or method.allocation, scores=scores)
 
     def _check(self, method: Method, ratio: float) -> None:
@@ -83,7 +83,7 @@ class Pruner:
             model = self._module.meta_model()
             check_together(method.scorer, method.compensation, method.units, method.allocation, inventory, model=model)
             check_criterion(model, inventory.groups, method.scorer)
-            asked = Budget(pruning_ratio=ratio, round_to=self._grid.round_to)
+            asked = self._grid.budget(ratio)
             method.removal.check(PrunableModel(model, method.units), asked, method.allocation, method.scorer)
             if method.distillation is not None:
                 if budget.provisional or inventory.layers is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from hfprune.criteria import LayerwiseCriterion, WeightCriterion, scored_groups, with_layers
 from hfprune.data.text import TextDataModule
 from hfprune.models import find_groups
-from hfprune.plan import Budget
 from hfprune.pruning.accumulator import weight_scores
 from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
 from hfprune.sweep.scoring import seed_scores, staged_scores
@@ -103,5 +102,5 @@ class ScoreBook:
     def _pass(self, cell: Cell, methods: list[Method], path: Path, key: str) -> Mapping[str, ByGroup]:
         if not cell.method.staged:
             return seed_scores(self._dense, methods, self.batches(cell), path, key=key)
-        budget = Budget(pruning_ratio=cell.pruning_ratio, round_to=self._grid.round_to)
+        budget = self._grid.budget(cell.pruning_ratio)
         return staged_scores(self._dense, cell.method, partial(self.batches, cell), path, key=key, budget=budget)

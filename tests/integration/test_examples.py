@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune.cli.config_files import with_config_paths
 from hfprune.cli.entry import COMMANDS
-from hfprune.cli.light import LIGHT_COMMANDS, light_parser
+from hfprune.cli.simple_commands import SIMPLE_COMMANDS, simple_parser
 from tests.helpers.models import save_tiny
 from tests.helpers.published import resolved, unchecked
 
@@ -67,8 +67,8 @@ def test_documented_commands_are_resolved(page, line, monkeypatch):
     unchecked(monkeypatch)
     _, command, *flags = shlex.split(line)
     assert command in COMMANDS
-    if command in LIGHT_COMMANDS:
-        light_parser(command).parse_args(flags)
+    if command in SIMPLE_COMMANDS:
+        simple_parser(command).parse_args(flags)
         return
     flags = with_config_paths(flags)
     cli = CLASSES[command](command, flags)

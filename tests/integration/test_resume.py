@@ -51,7 +51,7 @@ def logged(caplog):
 @pytest.fixture
 def fit(dense):
     def run(*flags, out="out"):
-        return main(["fit", f"--model.path={dense}", f"--output_dir={out}", *SMALL, *flags])
+        return main(["fit", f"--model.path={dense}", f"--output_dir={out}", "--method=entropy", *SMALL, *flags])
 
     return run
 

@@ -2,28 +2,29 @@
 
 import math
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from hfprune.cli.typed import Typed
 from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER, REPORT_PAGE
 from hfprune.plan import kind_name
 from hfprune.report.data import look_up, number
 from hfprune.report.table import decimals, percent
 
 
-def closing(report: Mapping[str, Any], folder: Path, *, command: str, commands: Collection[str]) -> str:
+def closing(report: Mapping[str, Any], folder: Path, *, typed: Typed, commands: Collection[str]) -> str:
     """Returns the block as text, one topic per paragraph.
 
     Args:
         report: The content of ``report.json``.
         folder: The folder of the run.
-        command: The command that ran: ``fit`` or ``prune``.
+        typed: The command line that ran, of ``fit`` or ``prune``.
         commands: Commands that exist; no other is proposed.
     """
     parts = [("Removed", removed(report)), ("Quality", quality(report)), ("Results", _places(folder))]
     lines = [f"{name + ':':<9}{text}" for name, text in parts if text]
-    proposed = next_commands(report, folder, command=command)
+    proposed = next_commands(report, folder, typed=typed)
     shown = [f"  {purpose:<{_WIDTH}}{text}" for name, purpose, text in proposed if name in commands]
     return "\n".join([*lines, "Next:", *shown] if shown else lines)
 
@@ -89,13 +90,13 @@ def _places(folder: Path) -> str:
 _WIDTH = 20
 
 
-def next_commands(report: Mapping[str, Any], folder: Path, *, command: str) -> list[tuple[str, str, str]]:
+def next_commands(report: Mapping[str, Any], folder: Path, *, typed: Typed) -> list[tuple[str, str, str]]:
     """Returns (command, purpose, command line) of what a user may want next.
 
     Args:
         report: The content of ``report.json``.
         folder: The folder of the run.
-        command: The command that ran.
+        typed: The command line that ran.
     """
     dense = look_up(report, "config", "model", "path") or look_up(report, "plan", "model", "path")
     data = look_up(report, "config", "data") or {}
@@ -107,46 +108,21 @@ def next_commands(report: Mapping[str, Any], folder: Path, *, command: str) -> l
         ("chat", "talk to it", shlex.join(["hfprune", "chat", str(folder), *against])),
         ("push", "publish it", shlex.join(["hfprune", "push", str(folder), "OWNER/NAME"])),
     ]
-    if command == "prune" and report.get("command"):
-        found.append(("fit", "prune and recover", _as_fit(str(report["command"]), folder)))
+    if typed.command == "prune":
+        recovery = bool(data.get("recovery"))
+        found.append(("fit", "prune and recover", _as_fit(typed, folder, recovery=recovery)))
     return found
 
 
-def _as_fit(command: str, folder: Path) -> str:
+def _as_fit(typed: Typed, folder: Path, *, recovery: bool) -> str:
     """Returns a ``prune`` command as the ``fit`` command that recovers as well, into a folder of its own.
 
-    >>> _as_fit("hfprune prune --model.path M --output_dir out", Path("out"))
-    'hfprune fit --model.path M --output_dir out-recovered --data.recovery FILE'
+    Args:
+        typed: The command line of ``prune``.
+        folder: The folder of the run.
+        recovery: Whether a config names the recovery data.
     """
-    words = ["hfprune", *shlex.split(command)[1:]]
-    if "prune" in words:
-        words[words.index("prune")] = "fit"
-    words = _without(words, ("--overwrite", "--ckpt_path"))
-    target = f"{folder}-recovered"
-    for index, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name in ("--output_dir", "-o"):
-            if equals:
-                words[index] = f"{name}={target}"
-            elif index + 1 < len(words):
-                words[index + 1] = target
-            break
-    else:
-        words += ["--output_dir", target]
-    if not any(word.startswith("--data.recovery") for word in words):
-        words += ["--data.recovery", "FILE"]
-    return shlex.join(words)
-
-
-def _without(words: Sequence[str], flags: tuple[str, ...]) -> list[str]:
-    """Returns a command line without some flags and their values."""
-    kept, skip = list[str](), False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        if skip and not word.startswith("-"):
-            skip = False
-            continue
-        skip = name in flags and not equals
-        if name not in flags:
-            kept.append(word)
-    return kept
+    settings = {"output_dir": f"{folder}-recovered"}
+    if not recovery:
+        settings["data.recovery"] = "FILE"
+    return typed.line("fit", without=("overwrite", "ckpt_path"), settings=settings)

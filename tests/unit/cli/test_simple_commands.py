@@ -1,20 +1,30 @@
-"""The light commands: plan, inspect, chat, card and push, as they are typed."""
+"""The simple commands: plan, inspect, chat, card and push, as they are typed."""
 
 import io
 import json
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import hfprune
 from hfprune.cli import main
-from hfprune.cli.light import LIGHT_COMMANDS, MODULES
+from hfprune.cli.simple_commands import MODULES, SIMPLE_COMMANDS
 from tests.helpers.models import save_tiny
 
 
 @pytest.fixture
 def base(tmp_path):
     return save_tiny(tmp_path / "base")
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Folder of the config of a model with 1536 neurons per layer."""
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    LlamaConfig(**sizes, **heads, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "wide")
+    return str(tmp_path / "wide")
 
 
 @pytest.fixture
@@ -35,8 +45,8 @@ def error_of(capsys, *args):
 
 
 def test_every_command_has_help_of_one_screen(capsys):
-    assert MODULES.keys() == LIGHT_COMMANDS.keys()
-    for command in LIGHT_COMMANDS:
+    assert MODULES.keys() == SIMPLE_COMMANDS.keys()
+    for command in SIMPLE_COMMANDS:
         assert main([command, "--help"]) == 0
         out = capsys.readouterr().out
         assert out.startswith(f"usage: hfprune {command}")
@@ -57,6 +67,17 @@ def test_plan_prints_a_row_per_ratio(base, capsys):
     assert "19 (exact 19.2)" in lines[2]
     assert main(["plan", base, "--ratio", "0.1", "--round_to", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][1]["widths"] == [20, 20, 20]
+
+
+def test_plan_rounds_as_the_default_recipe_does(wide, capsys):
+    def widths(*flags):
+        assert main(["plan", wide, "--ratio", "0.2", "--json", "--tokens", "8", *flags]) == 0
+        return set(json.loads(capsys.readouterr().out)["plans"][1]["widths"])
+
+    assert widths() == widths("--round_to", "auto") == {1024}
+    assert widths("--round_to", "1") == {1017}
+    assert "neither a number nor auto" in error_of(capsys, "plan", wide, "--round_to", "much")
+    assert "--round_to 0 must be positive" in error_of(capsys, "plan", wide, "--round_to", "0")
 
 
 def test_plan_reads_no_weights_and_explains_what_is_impossible(base, tmp_path, capsys):

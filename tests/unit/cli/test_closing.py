@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hfprune.report.closing import closing, next_commands, quality, removed
+from hfprune.cli.closing import closing, next_commands, quality, removed
+from hfprune.cli.typed import Typed
 
 REPORT = {
-    "command": "hfprune prune M --pruning_ratio 0.2 -o out --overwrite true",
     "config": {"model": {"path": "M"}, "data": {"text": "wiki.txt", "calibration": "c4.txt"}},
     "plan": {
         "budget": {
@@ -19,21 +19,24 @@ REPORT = {
     },
     "stages": {"dense": {"perplexity": {"value": 10.0}}, "pruned": {"perplexity": {"value": "inf"}}},
 }
+PRUNE = Typed.of("prune", ["M", "--pruning_ratio", "0.2", "-o", "out", "--overwrite", "true"])
 
 
 def test_only_commands_that_exist_are_proposed():
-    block = closing(REPORT, Path("out"), command="prune", commands=["evaluate"])
+    block = closing(REPORT, Path("out"), typed=PRUNE, commands=["evaluate"])
     assert "hfprune evaluate out --dense M --data wiki.txt" in block
     assert not any(name in block for name in ("hfprune inspect", "hfprune chat", "hfprune fit"))
-    assert "Next" not in closing(REPORT, Path("out"), command="prune", commands=[])
-    both = closing(REPORT, Path("out"), command="prune", commands=["inspect", "chat", "fit"])
+    assert "Next" not in closing(REPORT, Path("out"), typed=PRUNE, commands=[])
+    both = closing(REPORT, Path("out"), typed=PRUNE, commands=["inspect", "chat", "fit"])
     assert "hfprune inspect out\n" in both
     assert "hfprune chat out --dense M" in both
-    assert "hfprune fit M --pruning_ratio 0.2 -o out-recovered --data.recovery FILE" in both
+    assert "hfprune fit M --ratio 0.2 -o out-recovered --data.recovery FILE" in both
 
 
 def test_a_fit_does_not_propose_fit():
-    assert "fit" not in [name for name, *_ in next_commands(REPORT, Path("out"), command="fit")]
+    assert "fit" not in [
+        name for name, *_ in next_commands(REPORT, Path("out"), typed=Typed.of("fit", ["M", "-o", "out"]))
+    ]
 
 
 def test_units_and_weights_that_were_removed():

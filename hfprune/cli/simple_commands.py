@@ -1,4 +1,4 @@
-"""Light commands: ``plan``, ``inspect``, ``chat``, ``card`` and ``push``, with a plain argument parser each."""
+"""Simple commands: ``plan``, ``inspect``, ``chat``, ``card`` and ``push``, with a plain argument parser each."""
 
 import argparse
 import re
@@ -18,7 +18,7 @@ MODULES = {
 }
 """Command -> the module with its ``add_arguments(parser)`` and ``run(arguments)``."""
 
-LIGHT_COMMANDS = {
+SIMPLE_COMMANDS = {
     "plan": "widths, parameters, memory and speed at several ratios, from shapes alone",
     "inspect": "what a folder holds: model, removed units, recipe, figures, how to load it",
     "chat": "talk to a pruned model, side by side with the dense one",
@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         return [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
 
 
-def light_parser(command: str) -> Parser:
-    """Returns the argument parser of a light command."""
+def simple_parser(command: str) -> Parser:
+    """Returns the argument parser of a simple command."""
     module = import_module(MODULES[command])
     description = (module.__doc__ or "").partition("\n")[0]
     parser = Parser(prog=f"hfprune {command}", description=description, allow_abbrev=False)
@@ -51,13 +51,13 @@ def light_parser(command: str) -> Parser:
     return parser
 
 
-def run_light(command: str, args: Sequence[str]) -> None:
-    """Parses ``args`` for a light command and runs it.
+def run_simple(command: str, args: Sequence[str]) -> None:
+    """Parses ``args`` for a simple command and runs it.
 
     Raises:
         HFPruneError: Bad input, in one line.
     """
-    parser = light_parser(command)
+    parser = simple_parser(command)
     try:
         arguments = parser.parse_args(args)
     except SystemExit:  # --help was printed; errors are raised
