@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from hfprune import _moved
@@ -42,6 +41,7 @@ from hfprune.utils.deprecation import old_keyword
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
+from hfprune.utils.random_numbers import isolated_rng
 
 
 def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
@@ -280,7 +280,7 @@ class SparsePruningCallback(PruningCallback):
         strategy, model = trainer.strategy, target.model
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         home = _model_on_cpu(model, self.offload, strategy.root_device)
-        with isolate_rng(), evaluating(target.module), torch.no_grad(), home:
+        with isolated_rng(), evaluating(target.module), torch.no_grad(), home:
             seed_data(target.record("calibrating", None).seed)
             batches, digest, counts = calibration_share(trainer, self.calibration_batches)
             work = prune_sparse(

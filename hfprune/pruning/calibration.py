@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from hfprune.pruning.options import CalibrationOptions
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import Advance, calibration_progress
+from hfprune.utils.random_numbers import isolated_rng
 
 Kept = Mapping[str, Sequence[int]]
 """Group -> kept units."""
@@ -354,11 +355,12 @@ class Calibration:
         seen = model.seen_tokens(item, tokens)
         if turn.counts:
             self.seen.add(seen)
-        advance(seen or 0, self.accumulator.mean_objective(), self.stability)
+        advance(seen or 0, self.accumulator.mean_objective, self.stability)
 
     def _run_shared(self, item: Any, index: int, *, count: bool) -> int:
         """Runs one forward pass for all criteria and a backward pass per objective; returns the number of tokens."""
         num_tokens, padding = self._model.token_counts(item)
+        number = int(num_tokens.sum())
         pairs = list(zip(self._scorers, self.accumulators, strict=True))
         passive = [accumulator for scorer, accumulator in pairs if scorer.forward_only]
         by_objective: dict[Objective, list[ImportanceAccumulator]] = {}
@@ -368,14 +370,14 @@ class Calibration:
                 assert objective is not None
                 by_objective.setdefault(objective, []).append(accumulator)
         for accumulator in passive:
-            accumulator.arm(num_tokens, padding, count=count)
+            accumulator.arm(num_tokens, padding, count=count and number > 0)
         if by_objective:
             self._differentiate(item, by_objective, count=count)
         else:
             self._model.forward(item, index)
         for accumulator in passive:
             accumulator.commit(torch.zeros((), device=self._model.device))
-        return int(num_tokens.sum())
+        return number
 
     def _differentiate(
         self, item: Any, by_objective: Mapping[Objective, list[ImportanceAccumulator]], *, count: bool
@@ -411,19 +413,6 @@ class SeenTokens:
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Context that restores the random number generators of torch, NumPy and Python at the end."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 def seed_data(seed: int) -> None:
