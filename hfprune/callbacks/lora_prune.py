@@ -20,9 +20,9 @@ from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.hooks import UnitMask
-from hfprune.pruning.planner import versions
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.versions import versions
 
 
 class LoraPruningCallback(PruningCallback):

@@ -40,13 +40,13 @@ from hfprune.io.save import (
 from hfprune.models import parameter_count
 from hfprune.modules.events import PruningEvents
 from hfprune.plan import PLAN_FILE, PruningPlan
-from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
 from hfprune.report.table import show, stage_table
 from hfprune.sparse.state import count_saved, load_orders, save_orders
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import replaced_folder, user_path, write_json
 from hfprune.utils.progress import Timings
+from hfprune.utils.versions import versions
 
 _log = logging.getLogger(__name__)
 

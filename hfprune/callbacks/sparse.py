@@ -30,7 +30,6 @@ from hfprune.modules.resume import data_fingerprint
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
 from hfprune.pruning.hooks import evaluating
-from hfprune.pruning.planner import versions
 from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
 from hfprune.sparse import SavedLayers, SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
@@ -42,6 +41,7 @@ from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
 from hfprune.utils.random_numbers import isolated_rng
+from hfprune.utils.versions import versions
 
 
 def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:

@@ -3,10 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, kept_units
@@ -31,7 +29,7 @@ from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.rounds import in_rounds
 from hfprune.pruning.sensitivity_curves import measured
 from hfprune.utils.progress import phase
-from hfprune.version import __version__
+from hfprune.utils.versions import versions
 
 
 def check_scored(model: Prunable, criterion: Criterion, *, settles: bool) -> None:
@@ -269,13 +267,3 @@ class Planner:
         self._warnings.append(result.warning)
         warn(self._communicator, result.warning)
         return result
-
-
-def versions() -> dict[str, str]:
-    """Returns package name -> version for the plan's provenance."""
-    return {
-        "hfprune": __version__,
-        "torch": torch.__version__,
-        "lightning": metadata.version("lightning"),
-        "transformers": metadata.version("transformers"),
-    }
