@@ -119,6 +119,13 @@ class Timings:
         self.seconds: dict[str, float] = {}
         _state.timings.add(self)
 
+    def so_far(self) -> dict[str, float]:
+        """Returns :attr:`seconds` with the time that the phases which have not ended took until now."""
+        found = dict(self.seconds)
+        for text, seconds in _state.current():
+            found[text] = found.get(text, 0.0) + seconds
+        return found
+
 
 class _State:
     """The phases that this process is in, innermost last, and when the last line was written."""
@@ -145,6 +152,11 @@ class _State:
         for timings in self.timings:
             timings.seconds[phase.text] = timings.seconds.get(phase.text, 0.0) + phase.own
         _log.debug("%s: done in %s", phase.text, duration(self.clock() - phase.started))
+
+    def current(self) -> list[tuple[str, float]]:
+        """Returns the phases that have not ended, each with its own seconds so far."""
+        self._charge()
+        return [(phase.text, phase.own) for phase in self.phases]
 
     def tick(self) -> None:
         """Writes a line where the last one is ``interval`` old; nothing while a bar is drawn."""

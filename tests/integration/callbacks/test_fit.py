@@ -308,7 +308,7 @@ def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     # max_epochs shapes the learning-rate schedule, so the run is stopped after its first epoch, not shortened
     fit(folder, tmp_path / "out", callbacks=[checkpoint, StopAfter(1)], max_epochs=2, **again)
-    torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)
+    stored = torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)["callbacks"]["ReportCallback"]["time"]
     again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full")}
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     ckpt_path = str(tmp_path / "ckpt/last.ckpt")
@@ -320,6 +320,8 @@ def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     assert resumed.plan.provenance["calibration"] == straight.plan.provenance["calibration"]
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert list(report["stages"]) == ["dense", "pruned", "recovered"]
+    assert report["seconds"] > stored["seconds"]
+    assert report["timing"]["calibrating"] == stored["timing"]["calibrating"] > 0  # only the first attempt calibrated
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")
