@@ -426,7 +426,7 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None
     every, number = calibration.check_every, trainer.world_size
     if calibration.early_stop_overlap is not None and every and every % number:
         raise ConfigError(
-            f"check_every={every} (look_every={every}) must be a multiple of the {number} processes, so that early "
+            f"check_every={every} must be a multiple of the {number} processes, so that early "
             "stopping ends every run at the same sequence."
         )
 

@@ -33,6 +33,7 @@ from hfprune.pruning.options import CalibrationOptions, PruningOptions
 from hfprune.pruning.planner import Planner, check_scored
 from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.mode import RecoverySetting
+from hfprune.utils.deprecation import renamed_keywords
 from hfprune.utils.errors import ConfigError
 
 PROGRESS_CHECKPOINT = "last-pruning.ckpt"
@@ -303,7 +304,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             and replace the budget.
         criterion: The criterion; ``ActivationTaylor()`` if not given.
         objective: Differentiated objective, see :class:`StructuredPruningCallback`.
-        distillation: Two-stage scoring with the dense model as the teacher (SDMPrune); None for one stage.
+        self_distillation: Two-stage scoring with the dense model as the teacher (SDMPrune); None for one stage.
         rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
         schedule: Distribution of the removal over rounds: after a share x of the rounds, ``cubic`` has removed the
             share 1 - (1 - x)^3 and ``linear`` the share x.
@@ -316,10 +317,10 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             every batch size, padding, packing and number of processes. False runs whole batches: faster on a GPU for
             short sequences, and equal up to rounding.
         checkpoint_every: Number of sequences (batches, unless ``exact``) between saves of the progress; None for none.
-        look_every: Number of sequences (or batches) between comparisons of the kept units, for the convergence curve of
-            the report; None for none.
-        stop_when_settled: Share of unchanged kept units, for example 0.99, at which calibration stops after two
-            comparisons in a row; None runs all batches. ``look_every`` must then be a multiple of the number of
+        check_every: Number of sequences (or batches) between comparisons of the kept units, for the convergence curve
+            of the report; None for none.
+        early_stop_overlap: Share of unchanged kept units, for example 0.99, at which calibration stops after two
+            comparisons in a row; None runs all batches. ``check_every`` must then be a multiple of the number of
             processes.
         model: Name of the Hugging Face model in a user-defined module with several models.
         neurons: Neurons of a user-defined module without a Hugging Face model.
@@ -332,6 +333,9 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         'activation_taylor'
     """
 
+    @renamed_keywords(
+        look_every="check_every", stop_when_settled="early_stop_overlap", distillation="self_distillation"
+    )
     def __init__(  # noqa: PLR0913
         self,
         *,
@@ -344,7 +348,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         allocation: Allocation | None = None,
         criterion: Criterion | None = None,
         objective: str | None = None,
-        distillation: SelfDistillation | None = None,
+        self_distillation: SelfDistillation | None = None,
         rounds: int = 1,
         schedule: Schedule = "cubic",
         compensation: Compensation | None = None,
@@ -352,14 +356,12 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         calibration_batches: int | None = None,
         exact: bool = True,
         checkpoint_every: int | None = 64,
-        look_every: int | None = 16,
-        stop_when_settled: float | None = None,
+        check_every: int | None = 16,
+        early_stop_overlap: float | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
-        check_positive(calibration_batches=calibration_batches, look_every=look_every)
-        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
-            raise ConfigError(f"stop_when_settled={stop_when_settled} must be in (0, 1] and requires look_every.")
+        check_positive(calibration_batches=calibration_batches)
         budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,
@@ -372,11 +374,11 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             batches=calibration_batches,
             exact=exact,
             checkpoint_every=checkpoint_every,
-            check_every=look_every,
-            early_stop_overlap=stop_when_settled,
+            check_every=check_every,
+            early_stop_overlap=early_stop_overlap,
             rounds=rounds,
             schedule=schedule,
-            self_distillation=distillation,
+            self_distillation=self_distillation,
         )
         super().__init__(
             budget,

@@ -142,6 +142,18 @@ def parser_actions(parser: Any) -> list[Any]:
     return list(parser._actions)
 
 
+def type_hint(action: Any) -> Any:
+    """Returns the type that an action of a jsonargparse parser takes; None for one without a type.
+
+    jsonargparse 4.40 to 4.53: ``ActionTypeHint._typehint``. The public ``action.type`` is None where a type has
+    options of its own. Without it, the table of flags would have no types.
+
+    Args:
+        action: An action of :func:`parser_actions`.
+    """
+    return getattr(action, "_typehint", None)
+
+
 def instantiate(parser: Any, config: Any) -> Any:
     """Returns a configuration with the classes that it names instantiated.
 

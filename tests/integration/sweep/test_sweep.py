@@ -152,7 +152,7 @@ def test_kept_units_are_those_of_a_run_of_its_own(folder, undisturbed):
             pruning_ratio=0.2,
             criterion=method.scorer,
             objective=method.objective,
-            distillation=method.distillation,
+            self_distillation=method.distillation,
             units=method.units,
             allocation=method.allocation,
             compensation=method.compensation,
