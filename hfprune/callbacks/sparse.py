@@ -23,13 +23,13 @@ from hfprune.callbacks.resume import check_settings, whence
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.models import class_name, find_spec
+from hfprune.models.contexts import evaluating
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import as_batch, sequences
 from hfprune.models.groups import find_layers
 from hfprune.modules.resume import data_fingerprint
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
-from hfprune.pruning.hooks import evaluating
 from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
 from hfprune.sparse import SavedLayers, SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
@@ -41,6 +41,7 @@ from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
 from hfprune.utils.random_numbers import isolated_rng
+from hfprune.utils.shares import owner_of
 from hfprune.utils.versions import versions
 
 
@@ -88,7 +89,7 @@ def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[st
         for sequence in sequences(as_batch(batch)):
             ids = sequence["input_ids"]
             digest.update(f"{ids.numel()} ".encode() + ids.cpu().to(torch.int64).numpy().tobytes())
-            if index % trainer.world_size == trainer.global_rank:
+            if owner_of(index, trainer.world_size) == trainer.global_rank:
                 own.append({"input_ids": ids})
             index, tokens = index + 1, tokens + ids.numel()
     if index < trainer.world_size:  # raised on every rank

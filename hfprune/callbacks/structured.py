@@ -33,6 +33,7 @@ from hfprune.pruning.options import CalibrationOptions, PruningOptions
 from hfprune.pruning.planner import Planner, check_scored
 from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.mode import RecoverySetting
+from hfprune.utils.compat import resolved_checkpoint
 from hfprune.utils.deprecation import renamed_keywords
 from hfprune.utils.errors import ConfigError
 
@@ -167,9 +168,7 @@ class StructuredPruningCallback(PruningCallback):
         if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
             path = self.resume_from or trainer.ckpt_path
             if path is not None:  # resolves "last" and other keywords
-                path = trainer._checkpoint_connector._parse_ckpt_path(
-                    TrainerFn.FITTING, path, model_provided=True, model_connected=True
-                )
+                path = resolved_checkpoint(trainer, path, TrainerFn.FITTING)
             self._record = Record.of(read_metadata(path)) if path else None
 
     # ---- the work ----------------------------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ class StructuredPruningCallback(PruningCallback):
         keep_cut_epoch(trainer, checkpoint)
         if phase == "training":
             return
-        # before training: states of a dense checkpoint are still to be restored, otherwise there are none
+        # no step was taken yet: states of a resumed dense checkpoint are written again, else none
         checkpoint.pop("loops", None)
         for name in ("loops", "epoch", "global_step"):
             if name in self._loaded:

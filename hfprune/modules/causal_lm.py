@@ -33,6 +33,7 @@ from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
+from hfprune.utils.compat import has_trainer
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path
 from hfprune.utils.progress import phase
@@ -312,7 +313,7 @@ class PruningModule(RecoverySteps):
         record = Record.of(checkpoint)
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it has no pruning state.")
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:
             self.check_resumed(checkpoint, begun=record.phase == "training")
         self.replay(record)
         self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)

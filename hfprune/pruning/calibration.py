@@ -27,6 +27,7 @@ from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import Advance, calibration_progress
 from hfprune.utils.random_numbers import isolated_rng
+from hfprune.utils.shares import owner_of
 
 Kept = Mapping[str, Sequence[int]]
 """Group -> kept units."""
@@ -58,7 +59,7 @@ class CalibrationData:
     def share(
         self, communicator: Communicator, *, limit: int | None = None, sequences: int | None = None
     ) -> list[dict[str, Tensor]]:
-        """Returns this rank's sequences: sequence i, counted over all ranks, belongs to rank i mod world size.
+        """Returns this rank's sequences, see :func:`~hfprune.utils.shares.owner_of`.
 
         Args:
             communicator: The processes.
@@ -70,7 +71,8 @@ class CalibrationData:
         """
         seed_data(self.seed)
         every = (sequence for batch in islice(self.batches(), limit) for sequence in split(as_batch(batch)))
-        return list(islice(every, communicator.rank, sequences, communicator.world_size))
+        rank, world_size = communicator.rank, communicator.world_size
+        return [item for i, item in enumerate(islice(every, sequences)) if owner_of(i, world_size) == rank]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _turns(items: Iterable[Any], first: int, *, rank: int, world_size: int, in_s
     own: tuple[int, Any] | None = None
     slot, index, item = world_size - 1, first - 1, None
     for index, item in enumerate(islice(items, first, None), start=first):
-        slot = (index - first) % world_size
+        slot = owner_of(index - first, world_size)
         if slot == rank:
             own = index, item
         if slot == world_size - 1:
