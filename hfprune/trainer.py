@@ -15,7 +15,7 @@ from hfprune.data.text import TextDataModule
 from hfprune.evaluation.cache import cached_reference
 from hfprune.evaluation.evaluate import add_speeds, measure
 from hfprune.evaluation.fidelity import DenseReference, Reference, TopKReference
-from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.overlap import Sketch, overlap_warning
 from hfprune.evaluation.perplexity import Windows
 from hfprune.evaluation.zero_shot import ZeroShotTasks
 from hfprune.io.checkpoint_record import Record, read_metadata
@@ -171,11 +171,8 @@ class Evaluation:
             if "ngrams" not in seen:
                 continue
             share = Sketch.from_text(seen["ngrams"]).share_of(windows.ids.tolist())
-            if share >= SUSPICIOUS:
-                text = (
-                    f"{share:.0%} of the evaluation text's 13-grams occur in the model's {role} data "
-                    f"('{seen['source']}'): the results are too optimistic."
-                )
+            text = overlap_warning(share, f"the model's {role} data ('{seen['source']}')")
+            if text is not None:
                 self.warnings.append(text)
                 warnings.warn(text, stacklevel=2)
 

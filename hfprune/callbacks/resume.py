@@ -95,6 +95,6 @@ def _named(setting: str, value: Any) -> Any:
     return str(Rounds(**value)) if setting == "rounds" else value
 
 
-def whence(trainer: Trainer) -> str:
+def resumed_from(trainer: Trainer) -> str:
     """Returns " from PATH" for log lines of a resumed run, or an empty text."""
     return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""

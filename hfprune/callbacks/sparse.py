@@ -19,7 +19,7 @@ from hfprune.allocation import ResolvedBudget
 from hfprune.callbacks.base import PruningCallback, check_positive
 from hfprune.callbacks.calibration_data import check_source, data_loader, data_summary
 from hfprune.callbacks.communicator import LightningCommunicator, say
-from hfprune.callbacks.resume import check_settings, whence
+from hfprune.callbacks.resume import check_settings, resumed_from
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.models import class_name, find_spec
@@ -171,7 +171,7 @@ class SparsePruningCallback(PruningCallback):
         adapters = self.recovery
         if adapters is not None and adapters.dora and keep_zeros:
             raise ConfigError(
-                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot: use dora=False "
+                "recovery with dora=True scales whole columns, so that zeros cannot be kept: use dora=False "
                 "or keep_zeros=False."
             )
         if adapters is not None and adapters.init == "pissa" and keep_zeros:
@@ -252,7 +252,7 @@ class SparsePruningCallback(PruningCallback):
             raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {self.describe()}.")
         if self._record is not None:
             check_settings(self._record, _data_settings(trainer))
-        say(trainer, f"Resumed a sparse model{whence(trainer)}: no calibration.")
+        say(trainer, f"Resumed a sparse model{resumed_from(trainer)}: no calibration.")
 
     def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
         start = time.perf_counter()

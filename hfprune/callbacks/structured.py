@@ -20,14 +20,14 @@ from hfprune.callbacks.base import (
 )
 from hfprune.callbacks.calibration_data import calibration_data
 from hfprune.callbacks.communicator import LightningCommunicator, say, warn
-from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, whence
+from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, resumed_from
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
 from hfprune.models import Neurons, check_units, parameter_count
-from hfprune.modules.resume import keep_cut_epoch
+from hfprune.modules.resume import reopen_epoch
 from hfprune.plan import Budget, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.options import CalibrationOptions, PruningOptions
 from hfprune.pruning.planner import Planner, check_scored
@@ -186,7 +186,7 @@ class StructuredPruningCallback(PruningCallback):
             before = target.plan.provenance["budget"]["asked"]
             if before != asked:
                 raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {asked}.")
-            say(trainer, f"Resumed a pruned model ({asked}){whence(trainer)}: no calibration.")
+            say(trainer, f"Resumed a pruned model ({asked}){resumed_from(trainer)}: no calibration.")
 
     def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
         assert self.resolved is not None
@@ -241,7 +241,7 @@ class StructuredPruningCallback(PruningCallback):
         phase: Phase = "calibrating" if calibration is not None else self._phase
         state = calibration.state() if calibration is not None else None
         checkpoint[KEY] = replace(self._target.record(phase, state), settings=self._settings).to_dict()
-        keep_cut_epoch(trainer, checkpoint)
+        reopen_epoch(trainer, checkpoint)
         if phase == "training":
             return
         # no step was taken yet: states of a resumed dense checkpoint are written again, else none

@@ -21,7 +21,7 @@ from hfprune.data.roles import Role, Roles, check_sources, check_stream, check_v
 from hfprune.data.self_generated import OWN_WORDS, Author, SelfText, Writer, author_of
 from hfprune.data.sources import BUILTIN, SELF
 from hfprune.data.stream import ExampleStream, StreamLoader, StreamSource
-from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.overlap import Sketch, overlap_warning
 from hfprune.evaluation.perplexity import Windows
 from hfprune.io.demo_model import cache_dir
 from hfprune.io.load import check_tokenizer, predicts_badly_without_bos
@@ -77,12 +77,9 @@ def overlap(summary: Mapping[str, Any], windows: Windows | None) -> dict[str, fl
 def warn_of_overlap(shares: Mapping[str, float]) -> None:
     """Warns if the evaluation text overlaps with the calibration or recovery text."""
     for role, share in shares.items():
-        if share >= SUSPICIOUS:
-            warnings.warn(
-                f"{share:.0%} of the evaluation text's 13-grams occur in the {role} text: results will be too "
-                "optimistic. Use another text.",
-                stacklevel=2,
-            )
+        text = overlap_warning(share, f"the {role} text")
+        if text is not None:
+            warnings.warn(text, stacklevel=2)
 
 
 def token_ids(value: Tensor | Windows | list[Example]) -> list[list[int]]:

@@ -79,6 +79,25 @@ class Sketch:
         return float(numpy.isin(asked, self.hashes).mean())
 
 
+def overlap_warning(share: float, other: str, *, text: str = "the evaluation text") -> str | None:
+    """Returns the warning about an evaluation text that occurs in the data of a model; None for a small share.
+
+    Args:
+        share: Share of its n-grams that occur in the data.
+        other: The data, in words.
+        text: The evaluation text, in words.
+
+    >>> overlap_warning(0.18, "the recovery text").partition(":")[0]
+    '18% of the 13-grams of the evaluation text occur in the recovery text'
+    """
+    if share < SUSPICIOUS:
+        return None
+    return (
+        f"{share:.0%} of the {NGRAM}-grams of {text} occur in {other}: results will be too optimistic. Use another "
+        "text."
+    )
+
+
 def ngram_hashes(sequence: Sequence[int]) -> _Hashes:
     """Returns a 64-bit hash of every n-gram of ``sequence``."""
     ids = torch.as_tensor(sequence, dtype=torch.int64)

@@ -24,8 +24,8 @@ from hfprune.io.load import (
 from hfprune.io.load_sharded import load_sharded, rebuild
 from hfprune.models import find_groups, find_spec
 from hfprune.models.fingerprint import fingerprint
-from hfprune.models.forward import objective_sum
-from hfprune.modules.resume import keep_cut_epoch
+from hfprune.models.forward import objective_sum, token_counts
+from hfprune.modules.resume import reopen_epoch
 from hfprune.modules.training_step import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
@@ -259,9 +259,7 @@ class PruningModule(RecoverySteps):
             objective: The objective; that of the module if not given.
         """
         total, valid = self.run(objective_sum, self.causal_lm, objective or self.objective, batch)
-        mask = batch.get("attention_mask")
-        padding = None if mask is None or bool(mask.all()) else mask == 0
-        return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=padding)
+        return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=token_counts(batch)[1])
 
     def on_fit_start(self) -> None:
         """Switches to training mode: ``from_pretrained`` leaves a model in eval mode."""
@@ -306,7 +304,7 @@ class PruningModule(RecoverySteps):
         checkpoint["trained_tokens"], checkpoint["seen_tokens"] = self.trained_tokens, self.seen_tokens
         checkpoint["training_seconds"], checkpoint["training_flops"] = self.training_seconds, self.operations()
         checkpoint["recovery"] = self.recovery_state()
-        keep_cut_epoch(self.trainer, checkpoint)
+        reopen_epoch(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored."""

@@ -202,6 +202,11 @@ class Calibration:
         return self.accumulators[0]
 
     @property
+    def item(self) -> str:
+        """What an item is: a sequence, or a batch."""
+        return "sequence" if self._options.exact and self._model.reads_tokens else "batch"
+
+    @property
     def _objective_name(self) -> str | None:
         """Name of the differentiated objective; None without a backward pass."""
         scorer = self._scorers[0]
@@ -352,8 +357,7 @@ class Calibration:
                 else:
                     _, tokens = self.accumulator.step(lambda: model.objective_sum(item, index), count=turn.counts)
         except CalibrationError as error:
-            kind = "sequence" if self._options.exact and model.reads_tokens else "batch"
-            raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
+            raise CalibrationError(f"Calibration {self.item} {index}: {error}") from error
         seen = model.seen_tokens(item, tokens)
         if turn.counts:
             self.seen.add(seen)

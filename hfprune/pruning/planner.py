@@ -235,7 +235,7 @@ class Planner:
         )
         if saved is not None:
             calibration.load(saved)
-            say(self._communicator, f"Resumed calibration after {saved['position']} sequences.")
+            say(self._communicator, f"Resumed calibration at {calibration.item} {saved['position']}.")
         self.calibration = calibration
         try:
             calibration.run(self._save)

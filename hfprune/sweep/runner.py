@@ -16,7 +16,7 @@ from hfprune.data.self_generated import author_of
 from hfprune.data.text import TextDataModule
 from hfprune.evaluation.evaluate import Measurement, measure
 from hfprune.evaluation.fidelity import DenseReference
-from hfprune.evaluation.overlap import SUSPICIOUS, Sketch
+from hfprune.evaluation.overlap import Sketch, overlap_warning
 from hfprune.evaluation.perplexity import Windows
 from hfprune.evaluation.size_and_speed import compare_latency, measure_size
 from hfprune.evaluation.zero_shot import ZeroShotTasks
@@ -173,8 +173,8 @@ class Sweep:
         ids = windows.ids.tolist()
         sketches = [Sketch.from_text(data.summary()["calibration"]["ngrams"]) for data in by_seed.values()]
         share = max(sketch.share_of(ids) for sketch in sketches)
-        if share >= SUSPICIOUS:
-            text = f"{share:.0%} of the 13-grams of the evaluation text '{name}' occur in the calibration text."
+        text = overlap_warning(share, "the calibration text", text=f"the evaluation text '{name}'")
+        if text is not None:
             self.warnings.append(text)
             warnings.warn(text, stacklevel=2)
 

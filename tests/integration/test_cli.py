@@ -387,9 +387,9 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
     Path("other.txt").write_text(documents[40])
     flags = ["--data.calibration=seen.json", "--data.recovery=other.txt", "--data.text=other.txt"]
     assert prune(dense, "--intermediate_size=12", "--data.calibration_sequences=1400", *flags) == 0
-    with pytest.warns(UserWarning, match="13-grams occur in the model.s calibration"):
+    with pytest.warns(UserWarning, match="13-grams of the evaluation text occur in the model.s calibration"):
         found = evaluate("--model.path=out/model", "--data.text=seen.txt", "--data.eval_windows=null")
-    assert "the results are too optimistic" in found["warnings"][0]
+    assert "results will be too optimistic" in found["warnings"][0]
     Path("new.txt").write_text("Nothing of this stands in there, not a line of it, and so it goes on. " * 20)
     assert evaluate("--model.path=out/model", "--data.text=new.txt")["warnings"] == []
 

@@ -372,7 +372,7 @@ def test_evaluation_text_that_calibrates_too_is_said(tokenizer, tmp_path):
     data = bound(tokenizer, calibration=str(tmp_path / "calibration.json"), text=str(tmp_path / "eval.txt"))
     data.calibration_dataloader()
     assert data.overlap()["calibration"] > 0.5
-    with pytest.warns(UserWarning, match="% of the evaluation text's 13-grams occur in the calibration text"):
+    with pytest.warns(UserWarning, match="% of the 13-grams of the evaluation text occur in the calibration text"):
         warn_of_overlap(data.overlap())
     other = bound(tokenizer, text=str(tmp_path / "eval.txt"))
     other.calibration_dataloader()
