@@ -141,7 +141,7 @@ def test_distillation_prunes_what_the_first_stage_masked_and_says_so(folder, dis
 
 
 DISTILLED = (
-    r"calibrated with other settings: distillation "
+    r"calibrated with other settings: self_distillation "
     r"SelfDistillation\(alpha=0.4, temperature=0.2, first_stage=0.1\) -> none\. Resume"
 )
 
