@@ -52,9 +52,9 @@ from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import LocalCommunicator
 from hfprune.pruning.layerwise import check_layerwise, run_layerwise
 from hfprune.pruning.options import CalibrationOptions
-from hfprune.pruning.planner import versions
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.utils.errors import ConfigError, HFPruneError, PlanError
+from hfprune.utils.versions import versions
 
 __all__ = ["apply_plan", "load", "make_plan", "refit", "save", "score"]
 

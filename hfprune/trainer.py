@@ -32,6 +32,7 @@ from hfprune.io.save import check_output_file, check_writable, command_line
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import PruningPlan
 from hfprune.report.table import show, stage_table
+from hfprune.utils.compat import uncompiled
 from hfprune.utils.errors import ConfigError, PlanError
 from hfprune.utils.files import user_path, write_json
 
@@ -325,5 +326,5 @@ def _changed(owner: Any, **values: Any) -> Iterator[None]:
 
 def _plain(module: Any) -> LightningModule:
     """Returns the LightningModule, without the wrapper of ``torch.compile``."""
-    plain: LightningModule = getattr(module, "_orig_mod", module)
+    plain: LightningModule = uncompiled(module)
     return plain

@@ -35,7 +35,7 @@ from hfprune.models import find_spec, is_supported, parameter_count
 from hfprune.models.surgery import cut_optimizer_state, new_names, plan_cuts
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.modules.events import PruningEvents
-from hfprune.modules.resume import keep_cut_epoch
+from hfprune.modules.resume import reopen_epoch
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import check_stages
 from hfprune.pruning.layerwise import check_layerwise
@@ -306,7 +306,7 @@ class PruningCallback(Callback, PruningEvents, ABC):
         """Adds the pruning state to a checkpoint before it is written."""
         assert self._target is not None
         checkpoint[KEY] = replace(self._target.record("training", None), settings=self._settings).to_dict()
-        keep_cut_epoch(trainer, checkpoint)
+        reopen_epoch(trainer, checkpoint)
 
     def _load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Rebuilds the shapes of a checkpoint after it is read, before anything is restored from it."""
@@ -426,7 +426,7 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None
     every, number = calibration.check_every, trainer.world_size
     if calibration.early_stop_overlap is not None and every and every % number:
         raise ConfigError(
-            f"check_every={every} (look_every={every}) must be a multiple of the {number} processes, so that early "
+            f"check_every={every} must be a multiple of the {number} processes, so that early "
             "stopping ends every run at the same sequence."
         )
 

@@ -7,6 +7,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from hfprune.pruning.calibration import CalibrationData
+from hfprune.utils.compat import training_source
 from hfprune.utils.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def check_source(trainer: Trainer, *, limit: int | None) -> None:
     """
     if _owner(trainer) is not None:
         return
-    if not trainer.fit_loop._data_source.is_defined():
+    if not training_source(trainer).is_defined():
         raise ConfigError(
             "Calibration data are missing: provide a datamodule or module with a calibration_dataloader() method, or "
             "training data and calibration_batches=N."
@@ -57,7 +58,7 @@ def data_loader(trainer: Trainer) -> Any:
     owner = _owner(trainer)
     if owner is not None:
         return owner.calibration_dataloader()
-    loader = trainer.fit_loop._data_source.dataloader()
+    loader = training_source(trainer).dataloader()
     if isinstance(loader, list | tuple | dict):
         loader = CombinedLoader(loader, "max_size_cycle")
     if isinstance(loader, CombinedLoader):

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from hfprune.io.checkpoint_record import KEY, read_metadata
 from hfprune.io.output_folder import EARLIER_CHECKPOINTS
+from hfprune.utils.compat import saves_shards, within_step
 from hfprune.utils.errors import ConfigError, OutputError
 from hfprune.utils.files import Stage, writing
 
@@ -72,7 +73,7 @@ class CheckpointHook:
         """Saves ``checkpoint`` with the entries of ``saving``."""
         self._saving(checkpoint)
         strategy = self._strategy
-        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+        if isinstance(strategy, ModelParallelStrategy) and saves_shards(strategy):
             self._save_folder(checkpoint, Path(strategy.broadcast(filepath)), storage_options)
         else:
             self._save(checkpoint, filepath, storage_options)
@@ -154,12 +155,12 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves as a ``ModelCheckpoint`` does, after a step."""
-        if not _within_step(trainer):
+        if not within_step(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves as a ``ModelCheckpoint`` does, after a step."""
-        if not _within_step(trainer):
+        if not within_step(trainer):
             super().on_validation_end(trainer, pl_module)
 
 
@@ -221,7 +222,3 @@ def checkpoints_in(folder: Path, *, links: bool = False) -> list[Path]:
     """
     found = [path for path in folder.glob("[!.]*.ckpt") if links or (path.exists() and not path.is_symlink())]
     return sorted(found, key=lambda path: path.lstat().st_mtime)
-
-
-def _within_step(trainer: Trainer) -> bool:
-    return trainer.fit_loop.epoch_loop._should_accumulate()

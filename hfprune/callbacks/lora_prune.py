@@ -20,9 +20,9 @@ from hfprune.models import class_name
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.hooks import UnitMask
-from hfprune.pruning.planner import versions
 from hfprune.recovery.lora import LoraRecovery
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.versions import versions
 
 
 class LoraPruningCallback(PruningCallback):
@@ -78,7 +78,7 @@ class LoraPruningCallback(PruningCallback):
         model: str | None = None,
     ) -> None:
         if not set(units) <= {"mlp", "heads"} or not units:
-            raise ConfigError(f"units={list(units)} must be of mlp and heads, which can be held at zero.")
+            raise ConfigError(f"units={list(units)} cannot be masked while adapters train: use mlp, heads or both.")
         if every < 1 or not 0 <= warmup < 1 or not 0 <= cooldown < 1 or warmup + cooldown >= 1:
             raise ConfigError(
                 f"every={every} must be >= 1, and warmup={warmup} and cooldown={cooldown} not negative, with a sum "

@@ -1,7 +1,6 @@
 """ReportCallback: evaluation of the model at every stage of a run, export and report."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from hfprune.callbacks.base import PruningCallback, pruning_callbacks
 from hfprune.callbacks.evaluation_text import EvaluationText, TextSource
+from hfprune.callbacks.run_time import RunTime
 from hfprune.callbacks.snapshots import Stages
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.training_curve import TrainingCurve
@@ -40,13 +40,12 @@ from hfprune.io.save import (
 from hfprune.models import parameter_count
 from hfprune.modules.events import PruningEvents
 from hfprune.plan import PLAN_FILE, PruningPlan
-from hfprune.pruning.planner import versions
 from hfprune.report import read_run, save_figures, write_report
 from hfprune.report.table import show, stage_table
 from hfprune.sparse.state import count_saved, load_orders, save_orders
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import replaced_folder, user_path, write_json
-from hfprune.utils.progress import Timings
+from hfprune.utils.versions import versions
 
 _log = logging.getLogger(__name__)
 
@@ -108,8 +107,7 @@ class ReportCallback(Callback, PruningEvents):
             self._check_folder()
         self.merge_adapters, self.config = merge_adapters, config
         self.measured = Stages(latency=latency, samples=samples, text=EvaluationText(text, tokenizer))
-        self._start = time.time()
-        self._curve, self._timings = TrainingCurve(), Timings()
+        self._curve, self._time = TrainingCurve(), RunTime()
         self._report: dict[str, Any] = {}
 
     @property
@@ -157,13 +155,14 @@ class ReportCallback(Callback, PruningEvents):
             self.layout.check(expected)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the stages measured so far and the training curve, so that a resumed run reports them."""
-        return self.measured.state_dict() | {"curve": self._curve.to_dict()}
+        """Returns the stages measured so far, the training curve and the time, so that a resumed run reports them."""
+        return self.measured.state_dict() | {"curve": self._curve.to_dict(), "time": self._time.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the stages measured before the interruption."""
         self.measured.load_state_dict(state_dict)
         self._curve.load(state_dict.get("curve", {}))
+        self._time.load_state_dict(state_dict.get("time", {}))  # checkpoints of earlier versions have none
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -259,8 +258,8 @@ class ReportCallback(Callback, PruningEvents):
         summary = getattr(trainer.datamodule, "summary", None)  # type: ignore[attr-defined]
         report = {
             "command": command_line(),
-            "seconds": time.time() - self._start,
-            "timing": dict(self._timings.seconds),
+            "seconds": self._time.seconds,
+            "timing": self._time.timing,
             "training": self._curve.to_dict(),
             "stages": self.stages,
             "convergence": (plan.provenance.get("calibration") or {}).get("convergence", []),

@@ -14,6 +14,9 @@ from hfprune.modules.resume import data_fingerprint, differences, given_seed, re
 from hfprune.pruning.options import PruningOptions
 from hfprune.pruning.rounds import Rounds
 
+_ARGUMENTS = {"distillation": "self_distillation", "stop_when_settled": "early_stop_overlap"}
+"""Setting in checkpoints -> the argument, where it has another name."""
+
 
 def pruning_settings(trainer: Trainer, target: Target, options: PruningOptions, asked: str) -> dict[str, Any]:
     """Returns the settings that determine the kept units and their weights, as plain data.
@@ -74,7 +77,10 @@ def check_settings(record: Record, now: dict[str, Any]) -> None:
         return
     before, now = dict(record.settings), dict(now)
     trained, trains = before.pop("training", {}), now.pop("training", {})
-    changes = {name: [_named(name, value) for value in pair] for name, pair in differences(before, now).items()}
+    changes = {
+        _ARGUMENTS.get(name, name): [_named(name, value) for value in pair]
+        for name, pair in differences(before, now).items()
+    }
     refuse(changes, "calibrated" if record.phase == "calibrating" else "pruned")
     if record.phase == "training":  # the restored optimizer would keep the old values
         refuse(differences(trained, trains), "trained")
@@ -89,6 +95,6 @@ def _named(setting: str, value: Any) -> Any:
     return str(Rounds(**value)) if setting == "rounds" else value
 
 
-def whence(trainer: Trainer) -> str:
+def resumed_from(trainer: Trainer) -> str:
     """Returns " from PATH" for log lines of a resumed run, or an empty text."""
     return f" from {trainer.ckpt_path}" if trainer.ckpt_path else ""

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from hfprune import _moved
@@ -20,18 +19,17 @@ from hfprune.allocation import ResolvedBudget
 from hfprune.callbacks.base import PruningCallback, check_positive
 from hfprune.callbacks.calibration_data import check_source, data_loader, data_summary
 from hfprune.callbacks.communicator import LightningCommunicator, say
-from hfprune.callbacks.resume import check_settings, whence
+from hfprune.callbacks.resume import check_settings, resumed_from
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.models import class_name, find_spec
+from hfprune.models.contexts import evaluating
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import as_batch, sequences
 from hfprune.models.groups import find_layers
 from hfprune.modules.resume import data_fingerprint
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
-from hfprune.pruning.hooks import evaluating
-from hfprune.pruning.planner import versions
 from hfprune.recovery.masked import hold_zeros
 from hfprune.recovery.mode import RecoverySetting
 from hfprune.sparse import SavedLayers, SparseAllocation, SparseGPT, SparseMethod, Sparsity, sparse_method
@@ -42,6 +40,9 @@ from hfprune.utils.deprecation import old_keyword
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.files import OwnFolder
 from hfprune.utils.progress import sparse_progress
+from hfprune.utils.random_numbers import isolated_rng
+from hfprune.utils.shares import owner_of
+from hfprune.utils.versions import versions
 
 
 def sparsity_summary(layers: list[SparseLayer]) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def calibration_share(trainer: Trainer, limit: int | None) -> tuple[list[dict[st
         for sequence in sequences(as_batch(batch)):
             ids = sequence["input_ids"]
             digest.update(f"{ids.numel()} ".encode() + ids.cpu().to(torch.int64).numpy().tobytes())
-            if index % trainer.world_size == trainer.global_rank:
+            if owner_of(index, trainer.world_size) == trainer.global_rank:
                 own.append({"input_ids": ids})
             index, tokens = index + 1, tokens + ids.numel()
     if index < trainer.world_size:  # raised on every rank
@@ -170,7 +171,7 @@ class SparsePruningCallback(PruningCallback):
         adapters = self.recovery
         if adapters is not None and adapters.dora and keep_zeros:
             raise ConfigError(
-                "recovery with dora=True scales whole columns, which adapters that keep zeros cannot: use dora=False "
+                "recovery with dora=True scales whole columns, so that zeros cannot be kept: use dora=False "
                 "or keep_zeros=False."
             )
         if adapters is not None and adapters.init == "pissa" and keep_zeros:
@@ -251,7 +252,7 @@ class SparsePruningCallback(PruningCallback):
             raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {self.describe()}.")
         if self._record is not None:
             check_settings(self._record, _data_settings(trainer))
-        say(trainer, f"Resumed a sparse model{whence(trainer)}: no calibration.")
+        say(trainer, f"Resumed a sparse model{resumed_from(trainer)}: no calibration.")
 
     def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
         start = time.perf_counter()
@@ -280,7 +281,7 @@ class SparsePruningCallback(PruningCallback):
         strategy, model = trainer.strategy, target.model
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         home = _model_on_cpu(model, self.offload, strategy.root_device)
-        with isolate_rng(), evaluating(target.module), torch.no_grad(), home:
+        with isolated_rng(), evaluating(target.module), torch.no_grad(), home:
             seed_data(target.record("calibrating", None).seed)
             batches, digest, counts = calibration_share(trainer, self.calibration_batches)
             work = prune_sparse(

@@ -20,19 +20,21 @@ from hfprune.callbacks.base import (
 )
 from hfprune.callbacks.calibration_data import calibration_data
 from hfprune.callbacks.communicator import LightningCommunicator, say, warn
-from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, whence
+from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, resumed_from
 from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
 from hfprune.models import Neurons, check_units, parameter_count
-from hfprune.modules.resume import keep_cut_epoch
+from hfprune.modules.resume import reopen_epoch
 from hfprune.plan import Budget, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.options import CalibrationOptions, PruningOptions
 from hfprune.pruning.planner import Planner, check_scored
 from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.mode import RecoverySetting
+from hfprune.utils.compat import resolved_checkpoint
+from hfprune.utils.deprecation import renamed_keywords
 from hfprune.utils.errors import ConfigError
 
 PROGRESS_CHECKPOINT = "last-pruning.ckpt"
@@ -166,9 +168,7 @@ class StructuredPruningCallback(PruningCallback):
         if stage == "fit" and trainer.strategy.restore_checkpoint_after_setup:
             path = self.resume_from or trainer.ckpt_path
             if path is not None:  # resolves "last" and other keywords
-                path = trainer._checkpoint_connector._parse_ckpt_path(
-                    TrainerFn.FITTING, path, model_provided=True, model_connected=True
-                )
+                path = resolved_checkpoint(trainer, path, TrainerFn.FITTING)
             self._record = Record.of(read_metadata(path)) if path else None
 
     # ---- the work ----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class StructuredPruningCallback(PruningCallback):
             before = target.plan.provenance["budget"]["asked"]
             if before != asked:
                 raise ConfigError(f"The checkpoint was pruned with {before}; this run asks for {asked}.")
-            say(trainer, f"Resumed a pruned model ({asked}){whence(trainer)}: no calibration.")
+            say(trainer, f"Resumed a pruned model ({asked}){resumed_from(trainer)}: no calibration.")
 
     def _make_plan(self, trainer: Trainer, target: Target) -> PruningPlan:
         assert self.resolved is not None
@@ -241,10 +241,10 @@ class StructuredPruningCallback(PruningCallback):
         phase: Phase = "calibrating" if calibration is not None else self._phase
         state = calibration.state() if calibration is not None else None
         checkpoint[KEY] = replace(self._target.record(phase, state), settings=self._settings).to_dict()
-        keep_cut_epoch(trainer, checkpoint)
+        reopen_epoch(trainer, checkpoint)
         if phase == "training":
             return
-        # before training: states of a dense checkpoint are still to be restored, otherwise there are none
+        # no step was taken yet: states of a resumed dense checkpoint are written again, else none
         checkpoint.pop("loops", None)
         for name in ("loops", "epoch", "global_step"):
             if name in self._loaded:
@@ -303,7 +303,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             and replace the budget.
         criterion: The criterion; ``ActivationTaylor()`` if not given.
         objective: Differentiated objective, see :class:`StructuredPruningCallback`.
-        distillation: Two-stage scoring with the dense model as the teacher (SDMPrune); None for one stage.
+        self_distillation: Two-stage scoring with the dense model as the teacher (SDMPrune); None for one stage.
         rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
         schedule: Distribution of the removal over rounds: after a share x of the rounds, ``cubic`` has removed the
             share 1 - (1 - x)^3 and ``linear`` the share x.
@@ -316,10 +316,10 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             every batch size, padding, packing and number of processes. False runs whole batches: faster on a GPU for
             short sequences, and equal up to rounding.
         checkpoint_every: Number of sequences (batches, unless ``exact``) between saves of the progress; None for none.
-        look_every: Number of sequences (or batches) between comparisons of the kept units, for the convergence curve of
-            the report; None for none.
-        stop_when_settled: Share of unchanged kept units, for example 0.99, at which calibration stops after two
-            comparisons in a row; None runs all batches. ``look_every`` must then be a multiple of the number of
+        check_every: Number of sequences (or batches) between comparisons of the kept units, for the convergence curve
+            of the report; None for none.
+        early_stop_overlap: Share of unchanged kept units, for example 0.99, at which calibration stops after two
+            comparisons in a row; None runs all batches. ``check_every`` must then be a multiple of the number of
             processes.
         model: Name of the Hugging Face model in a user-defined module with several models.
         neurons: Neurons of a user-defined module without a Hugging Face model.
@@ -332,6 +332,9 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         'activation_taylor'
     """
 
+    @renamed_keywords(
+        look_every="check_every", stop_when_settled="early_stop_overlap", distillation="self_distillation"
+    )
     def __init__(  # noqa: PLR0913
         self,
         *,
@@ -344,7 +347,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         allocation: Allocation | None = None,
         criterion: Criterion | None = None,
         objective: str | None = None,
-        distillation: SelfDistillation | None = None,
+        self_distillation: SelfDistillation | None = None,
         rounds: int = 1,
         schedule: Schedule = "cubic",
         compensation: Compensation | None = None,
@@ -352,14 +355,12 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         calibration_batches: int | None = None,
         exact: bool = True,
         checkpoint_every: int | None = 64,
-        look_every: int | None = 16,
-        stop_when_settled: float | None = None,
+        check_every: int | None = 16,
+        early_stop_overlap: float | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
-        check_positive(calibration_batches=calibration_batches, look_every=look_every)
-        if stop_when_settled is not None and (not 0 < stop_when_settled <= 1 or look_every is None):
-            raise ConfigError(f"stop_when_settled={stop_when_settled} must be in (0, 1] and requires look_every.")
+        check_positive(calibration_batches=calibration_batches)
         budget = Budget(
             pruning_ratio=pruning_ratio,
             target_params=target_params,
@@ -372,11 +373,11 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             batches=calibration_batches,
             exact=exact,
             checkpoint_every=checkpoint_every,
-            check_every=look_every,
-            early_stop_overlap=stop_when_settled,
+            check_every=check_every,
+            early_stop_overlap=early_stop_overlap,
             rounds=rounds,
             schedule=schedule,
-            self_distillation=distillation,
+            self_distillation=self_distillation,
         )
         super().__init__(
             budget,

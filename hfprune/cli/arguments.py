@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hfprune.cli.config_files import config_path, read_config
-from hfprune.cli.flags import Flag, flags_of, known
+from hfprune.cli.flags import Flag, flags_of, known, new_name
 from hfprune.cli.guesses import guess, meant, not_used
 from hfprune.cli.methods import class_named, kind_of, sweep_methods, with_classes
 from hfprune.cli.recipes import check_budget, with_method, with_recipe
@@ -121,7 +121,7 @@ def full_name(name: str, command: str, flags: Mapping[str, Flag]) -> str:
     """Returns the flag that a name or alias stands for."""
     plain = name.lstrip("-")
     dashed = plain.replace("-", "_")
-    if plain not in flags and dashed in flags:
+    if plain not in flags and (dashed in flags or new_name(dashed) is not None):
         plain = dashed
     own = _OF_COMMAND.get((command, name))
     if own is not None:
@@ -194,7 +194,8 @@ def _is_model(folder: Path) -> bool:
 
 
 def _check_known(item: Given, command: str, flags: dict[str, Flag]) -> None:
-    if item.name in ("help", "help_all", "print_config", "recipe") or known(item.name, flags):
+    name = new_name(item.name) or item.name
+    if name in ("help", "help_all", "print_config", "recipe") or known(name, flags):
         return
     others = flags_of("fit") | flags_of("sweep") | flags_of("evaluate")
     near = meant(item.name, {*flags, *(alias.lstrip("-") for alias in _ALIASES if alias.startswith("--"))})

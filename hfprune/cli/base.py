@@ -10,7 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from hfprune.cli.argument_errors import check_nulls, first_cause, not_built, one_line, refused
 from hfprune.cli.config_files import by_precedence, check_files, with_config_paths
 from hfprune.cli.flag_names import settings_of, with_flags
+from hfprune.cli.flags import OLD_FLAGS
 from hfprune.cli.guesses import not_used
+from hfprune.cli.old_names import rename_keys, with_new_flags
 from hfprune.cli.typed import Typed
 from hfprune.data import TextDataModule
 from hfprune.modules import PruningModule
@@ -122,12 +124,13 @@ class BaseCLI(LightningCLI):
         with self.naming_flags():
             args = with_config_paths(args)
             check_files(args)
-            args = by_precedence(args, {action.dest for action in actions})
+            args = with_new_flags(by_precedence(args, {action.dest for action in actions}))
             try:
                 self.config = parser.parse_args(args)
                 self.given = parser.parse_args(args, defaults=False)
             except ArgumentError as error:
                 raise ConfigError(one_line(error, parser)) from error
+            rename_keys(self.config, self.given)
             for name in _PATHS:
                 if isinstance(value := self.config.get(name), str):
                     self.config[name] = user_path(value, name)
@@ -149,7 +152,7 @@ class BaseCLI(LightningCLI):
             yield
         except HFPruneError as error:
             parser = getattr(self, "parser", None)
-            flags = () if parser is None else (action.dest for action in parser_actions(parser))
+            flags = () if parser is None else {action.dest for action in parser_actions(parser)} - OLD_FLAGS.keys()
             text = with_flags(
                 str(error), settings_of(getattr(self, "config", None), flags, without=self.unused_groups())
             )

@@ -14,13 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.allocation import Allocation
 from hfprune.cli.base import BaseCLI
-from hfprune.cli.flags import FILE
+from hfprune.cli.flags import FILE, OLD_FLAGS
 from hfprune.cli.launch import CLASSES
 from hfprune.compensation import Compensation
 from hfprune.criteria import CRITERIA
 from hfprune.objectives import OBJECTIVES
 from hfprune.sparse import METHODS, SparseAllocation
-from hfprune.utils.compat import parser_actions
+from hfprune.utils.compat import parser_actions, type_hint
 from hfprune.utils.settings import snake_case
 
 _LISTS = (list, Sequence, tuple)
@@ -50,6 +50,7 @@ def table() -> dict[str, Any]:
     commands: dict[str, dict[str, dict[str, Any]]] = {}
     for command, kind in CLASSES.items():
         rows = {row.pop("name"): row for row in _rows(parser_of(command)) if kind.uses(row["name"])}
+        rows = {name: row for name, row in rows.items() if name not in OLD_FLAGS}
         commands[command] = {}
         for name, row in rows.items():
             shared = flags.setdefault(name, row)
@@ -79,7 +80,7 @@ def _rows(parser: LightningArgumentParser) -> Iterator[dict[str, Any]]:
         name = action.dest
         if name in ("help", "print_config") or name.endswith(".help"):
             continue
-        hint = getattr(action, "_typehint", None)
+        hint = type_hint(action)
         group = hint is None and name != "config"
         yield {
             "name": name,

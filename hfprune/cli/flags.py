@@ -13,6 +13,26 @@ from typing import Any
 FILE = Path(__file__).with_name("flags.json")
 
 
+OLD_FLAGS = {
+    "importance.look_every": "importance.check_every",
+    "importance.stop_when_settled": "importance.early_stop_overlap",
+    "importance.distillation": "importance.self_distillation",
+}
+"""Old flag -> its name now. Command lines and config files may use the old one for one release."""
+
+
+def new_name(name: str) -> str | None:
+    """Returns the flag that an old one, or an option below an old one, is now; None for others.
+
+    >>> new_name("importance.distillation.alpha"), new_name("importance.exact")
+    ('importance.self_distillation.alpha', None)
+    """
+    for old, new in OLD_FLAGS.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
     """One flag.

@@ -16,6 +16,7 @@ from hfprune.callbacks import (
     TaylorImportanceCallback,
 )
 from hfprune.cli.argument_errors import class_path_of, import_error
+from hfprune.cli.old_names import add_old_names
 from hfprune.io.output_folder import STATE_FOLDER
 from hfprune.recovery import LoraRecovery
 from hfprune.sparse import METHODS, SavedLayers, SparseGPT, SparseMethod
@@ -111,6 +112,7 @@ def add_kinds(parser: LightningArgumentParser, command: str) -> None:
         parser.add_class_arguments(
             kind.callback, kind.group, skip=skip, instantiate=False, fail_untyped=False, sub_configs=True
         )
+    add_old_names(parser)
     if command == "fit":
         parser.set_defaults({f"{kind.group}.recovery": LoraRecovery() for kind in (STRUCTURED, SPARSE)})
 

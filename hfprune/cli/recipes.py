@@ -22,7 +22,8 @@ _CHOSEN = (
     "importance.objective",
     "importance.compensation",
     "importance.allocation",
-    "importance.distillation",
+    "importance.self_distillation",
+    "importance.distillation",  # its old name
 )
 """Flags that choose a method: with one of them, no recipe is added."""
 _SPARSE = ("sparsity", "update", "sparse")

@@ -77,8 +77,8 @@ class Record:
             return None
         if data.get("version") not in _READ:
             raise ConfigError(
-                f"The checkpoint's pruning state has version {data.get('version', 1)}; this hfprune reads {_VERSION}. "
-                "Resume with the version that wrote it."
+                f"The checkpoint's pruning state has version {data.get('version', 1)}; this hfprune reads "
+                f"{' and '.join(map(str, _READ))}. Resume with the version that wrote it."
             )
         values = {key: value for key, value in data.items() if key != "version"}
         return cls(**values | {"plan": PruningPlan.from_json(data["plan"]) if data["plan"] else None})

@@ -126,8 +126,8 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
         return {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
     found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise ConfigError(
-        "objective='entropy' or 'cross_entropy' reads token ids from the batch: a mapping with 'input_ids' [B, T], or "
-        f"an integer tensor [B, T]. Found: {found}."
+        "Calibration reads token ids from the batch: a mapping with 'input_ids' [B, T], or an integer tensor [B, T]. "
+        f"Found: {found}."
     )
 
 
@@ -155,7 +155,7 @@ def sequences(batch: Batch) -> list[dict[str, Tensor]]:
     return found
 
 
-_TOGETHER = 8192
+_MAX_TOKENS_TOGETHER = 8192
 """Maximum number of tokens per forward pass on accelerators in :func:`run_together`."""
 
 
@@ -179,7 +179,7 @@ def run_together(found: Sequence[Batch], device: torch.device) -> list[Batch]:
         shape = one["input_ids"].shape
         if batches and batches[-1][0]["input_ids"].shape[1] == shape[1] and batches[-1][0].keys() == one.keys():
             rows = sum(len(batch["input_ids"]) for batch in batches[-1]) + shape[0]
-            if rows * shape[1] <= _TOGETHER:
+            if rows * shape[1] <= _MAX_TOKENS_TOGETHER:
                 batches[-1].append(one)
                 continue
         batches.append([one])

@@ -8,6 +8,7 @@ from torch import nn
 from hfprune.models.experts import EXPERTS, experts_table
 from hfprune.models.groups import attention_table, find_layers, find_spec, head_shape
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
+from hfprune.models.spec import ArchSpec
 from hfprune.plan import LAYERS, Group
 from hfprune.utils.errors import UnsupportedArchitectureError
 
@@ -56,6 +57,25 @@ def _head_rules(model: nn.Module) -> tuple[int, int, bool, bool]:
     return queries // dense, dense, table.divides_hidden, table.size_key is None or factors
 
 
+def unit_keys(spec: ArchSpec, kind: str) -> tuple[str, ...]:
+    """Returns the config keys that hold the number of units of a kind in a layer; empty for whole layers.
+
+    Heads have two keys where the class has key-value heads: query heads and key-value heads.
+
+    Args:
+        spec: Specification of the architecture.
+        kind: Unit kind.
+    """
+    if kind == "mlp":
+        return (spec.width_key,)
+    if kind == "heads":
+        table = attention_table(spec)
+        return (table.heads_key, *(() if table.keys_values_key is None else (table.keys_values_key,)))
+    if kind == EXPERTS:
+        return (experts_table(spec).count_key,)
+    return (stream_table(spec).hidden_key,) if kind == CHANNELS else ()
+
+
 def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict[str, Any]:
     """Returns config key -> new value for a pruned model.
 
@@ -71,10 +91,10 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
     stay = _staying(model, groups, keep)
     width = _common(groups, keep, "mlp", stay)
     if width is not None:
-        values[spec.width_key] = width
+        values |= dict.fromkeys(unit_keys(spec, "mlp"), width)
     experts = _common(groups, keep, EXPERTS, stay)
     if experts is not None:
-        values[experts_table(spec).count_key] = experts
+        values |= dict.fromkeys(unit_keys(spec, EXPERTS), experts)
     heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
     if heads is not None and heads in head_counts(model, hidden=hidden):
         values |= _head_values(model, heads)
@@ -123,11 +143,8 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
 
 
 def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
-    table, (_, ratio) = attention_table(find_spec(model)), _dense_heads(model)
-    values = {table.heads_key: heads * ratio}
-    if table.keys_values_key is not None:
-        values[table.keys_values_key] = heads
-    return values | _size_value(model)
+    _, ratio = _dense_heads(model)
+    return dict(zip(unit_keys(find_spec(model), "heads"), (heads * ratio, heads), strict=False)) | _size_value(model)
 
 
 def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
@@ -136,7 +153,8 @@ def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
     if hidden == config.hidden_size:
         return {}
     epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), config.hidden_size, hidden)
-    return {stream.hidden_key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
+    (key,) = unit_keys(find_spec(model), CHANNELS)
+    return {key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
 
 
 def _size_value(model: nn.Module) -> dict[str, int]:

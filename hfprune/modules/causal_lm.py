@@ -24,8 +24,8 @@ from hfprune.io.load import (
 from hfprune.io.load_sharded import load_sharded, rebuild
 from hfprune.models import find_groups, find_spec
 from hfprune.models.fingerprint import fingerprint
-from hfprune.models.forward import objective_sum
-from hfprune.modules.resume import keep_cut_epoch
+from hfprune.models.forward import objective_sum, token_counts
+from hfprune.modules.resume import reopen_epoch
 from hfprune.modules.training_step import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import PruningPlan
@@ -33,6 +33,7 @@ from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
+from hfprune.utils.compat import has_trainer
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path
 from hfprune.utils.progress import phase
@@ -258,9 +259,7 @@ class PruningModule(RecoverySteps):
             objective: The objective; that of the module if not given.
         """
         total, valid = self.run(objective_sum, self.causal_lm, objective or self.objective, batch)
-        mask = batch.get("attention_mask")
-        padding = None if mask is None or bool(mask.all()) else mask == 0
-        return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=padding)
+        return ObjectiveSum(total=total, num_tokens=valid.sum(dim=1), padding=token_counts(batch)[1])
 
     def on_fit_start(self) -> None:
         """Switches to training mode: ``from_pretrained`` leaves a model in eval mode."""
@@ -305,14 +304,14 @@ class PruningModule(RecoverySteps):
         checkpoint["trained_tokens"], checkpoint["seen_tokens"] = self.trained_tokens, self.seen_tokens
         checkpoint["training_seconds"], checkpoint["training_flops"] = self.training_seconds, self.operations()
         checkpoint["recovery"] = self.recovery_state()
-        keep_cut_epoch(self.trainer, checkpoint)
+        reopen_epoch(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replays plan and adapters before the weights are restored."""
         record = Record.of(checkpoint)
         if record is None:
             raise ConfigError("This checkpoint was not written by a PruningModule: it has no pruning state.")
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING:
             self.check_resumed(checkpoint, begun=record.phase == "training")
         self.replay(record)
         self.trained_tokens, self.seen_tokens = checkpoint.get("trained_tokens", 0), checkpoint.get("seen_tokens", 0)

@@ -170,7 +170,7 @@ def moved_offset(saved: Mapping[str, Any], *, step: int, per_epoch: int | None) 
     return round((step + offset) / before * per_epoch) - step
 
 
-def keep_cut_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def reopen_epoch(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Changes the checkpoint of an interrupted epoch so that a resumed run continues that epoch.
 
     If ``max_steps``, ``max_time`` or a callback stops training within an epoch, Lightning counts the epoch as finished

@@ -162,9 +162,9 @@ class RecoverySteps(TokenWeighted):
         if self.distillation is not None:
             self._start_distillation(self.distillation)
         if self.gradient_checkpointing:
-            with _old_name():
+            with _ignore_deprecation():
                 self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._take_up()
+        self._apply_changed_settings()
         self._since = time.perf_counter()
 
     # ---- resuming ----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class RecoverySteps(TokenWeighted):
         refuse({name: changes[name] for name in FIXED if name in changes}, "recovered")
         self._saved = saved
 
-    def _take_up(self) -> None:
+    def _apply_changed_settings(self) -> None:
         """Applies changed settings of a resumed run to the restored optimizer, and logs them.
 
         Raises:
@@ -240,7 +240,7 @@ class RecoverySteps(TokenWeighted):
         self.training_flops = self.operations()
         self._seconds, self._since = self.training_seconds, None
         if self.gradient_checkpointing:
-            with _old_name():
+            with _ignore_deprecation():
                 self.causal_lm.gradient_checkpointing_disable()
         self._teacher, self._losses = None, []
 
@@ -375,7 +375,7 @@ def _mask(batch: dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _old_name() -> Iterator[None]:
+def _ignore_deprecation() -> Iterator[None]:
     """Suppresses a deprecation warning of transformers 5.23; the new name does not exist in 5.20."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

@@ -111,10 +111,11 @@ def backward(
             "The objective does not depend on any scored activation: no scored module ran, or the objective was "
             "computed without gradients."
         )
+    num_tokens = int(out.num_tokens.sum())  # waits for the forward pass: hooks record nothing without tokens
     for accumulator in accumulators:
-        accumulator.arm(out.num_tokens, out.padding, count=count)
+        accumulator.arm(out.num_tokens, out.padding, count=count and num_tokens > 0)
     out.total.backward(retain_graph=retain_graph)
-    total, num_tokens = float(out.total.detach()), int(out.num_tokens.sum())  # waits for the device: once, at the end
+    total = float(out.total.detach())  # waits for the backward pass
     if total != total or abs(total) == float("inf"):
         raise NotFiniteError(f"The objective is {total} in this batch.")
     for accumulator in accumulators:
@@ -234,11 +235,12 @@ class ImportanceAccumulator:
         Raises:
             CalibrationError: An activation is not finite; the message names the last affected layer.
         """
-        self.arm(num_tokens, padding, count=count)
+        number = int(num_tokens.sum())
+        self.arm(num_tokens, padding, count=count and number > 0)
         with torch.no_grad():
             forward()
         self.commit(torch.zeros((), dtype=torch.float64, device=self._device))
-        return int(num_tokens.sum())
+        return number
 
     def arm(self, num_tokens: Tensor, padding: Tensor | None, *, count: bool = True) -> None:
         """Starts recording of the next backward pass (forward pass for activation criteria).
@@ -246,10 +248,10 @@ class ImportanceAccumulator:
         Args:
             num_tokens: [B], tokens that count in each sequence.
             padding: [B, T] boolean, True at padding; None without padding.
-            count: False records nothing.
+            count: False records nothing, as for a batch without counted tokens.
         """
         self._batch = BatchInfo(num_sequences=len(num_tokens), num_tokens=num_tokens, padding=padding)
-        self._counting = count and int(num_tokens.sum()) > 0
+        self._counting = count
         self._pending, self._waiting = {}, {}
 
     def commit(self, total: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +26,8 @@ from hfprune.pruning.options import CalibrationOptions
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import Advance, calibration_progress
+from hfprune.utils.random_numbers import isolated_rng
+from hfprune.utils.shares import owner_of
 
 Kept = Mapping[str, Sequence[int]]
 """Group -> kept units."""
@@ -57,7 +59,7 @@ class CalibrationData:
     def share(
         self, communicator: Communicator, *, limit: int | None = None, sequences: int | None = None
     ) -> list[dict[str, Tensor]]:
-        """Returns this rank's sequences: sequence i, counted over all ranks, belongs to rank i mod world size.
+        """Returns this rank's sequences, see :func:`~hfprune.utils.shares.owner_of`.
 
         Args:
             communicator: The processes.
@@ -69,7 +71,8 @@ class CalibrationData:
         """
         seed_data(self.seed)
         every = (sequence for batch in islice(self.batches(), limit) for sequence in split(as_batch(batch)))
-        return list(islice(every, communicator.rank, sequences, communicator.world_size))
+        rank, world_size = communicator.rank, communicator.world_size
+        return [item for i, item in enumerate(islice(every, sequences)) if owner_of(i, world_size) == rank]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _turns(items: Iterable[Any], first: int, *, rank: int, world_size: int, in_s
     own: tuple[int, Any] | None = None
     slot, index, item = world_size - 1, first - 1, None
     for index, item in enumerate(islice(items, first, None), start=first):
-        slot = (index - first) % world_size
+        slot = owner_of(index - first, world_size)
         if slot == rank:
             own = index, item
         if slot == world_size - 1:
@@ -197,6 +200,11 @@ class Calibration:
     def accumulator(self) -> ImportanceAccumulator:
         """The sums of the first criterion."""
         return self.accumulators[0]
+
+    @property
+    def item(self) -> str:
+        """What an item is: a sequence, or a batch."""
+        return "sequence" if self._options.exact and self._model.reads_tokens else "batch"
 
     @property
     def _objective_name(self) -> str | None:
@@ -349,16 +357,16 @@ class Calibration:
                 else:
                     _, tokens = self.accumulator.step(lambda: model.objective_sum(item, index), count=turn.counts)
         except CalibrationError as error:
-            kind = "sequence" if self._options.exact and model.reads_tokens else "batch"
-            raise CalibrationError(f"Calibration {kind} {index}: {error}") from error
+            raise CalibrationError(f"Calibration {self.item} {index}: {error}") from error
         seen = model.seen_tokens(item, tokens)
         if turn.counts:
             self.seen.add(seen)
-        advance(seen or 0, self.accumulator.mean_objective(), self.stability)
+        advance(seen or 0, self.accumulator.mean_objective, self.stability)
 
     def _run_shared(self, item: Any, index: int, *, count: bool) -> int:
         """Runs one forward pass for all criteria and a backward pass per objective; returns the number of tokens."""
         num_tokens, padding = self._model.token_counts(item)
+        number = int(num_tokens.sum())
         pairs = list(zip(self._scorers, self.accumulators, strict=True))
         passive = [accumulator for scorer, accumulator in pairs if scorer.forward_only]
         by_objective: dict[Objective, list[ImportanceAccumulator]] = {}
@@ -368,14 +376,14 @@ class Calibration:
                 assert objective is not None
                 by_objective.setdefault(objective, []).append(accumulator)
         for accumulator in passive:
-            accumulator.arm(num_tokens, padding, count=count)
+            accumulator.arm(num_tokens, padding, count=count and number > 0)
         if by_objective:
             self._differentiate(item, by_objective, count=count)
         else:
             self._model.forward(item, index)
         for accumulator in passive:
             accumulator.commit(torch.zeros((), device=self._model.device))
-        return int(num_tokens.sum())
+        return number
 
     def _differentiate(
         self, item: Any, by_objective: Mapping[Objective, list[ImportanceAccumulator]], *, count: bool
@@ -411,19 +419,6 @@ class SeenTokens:
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def isolated_rng() -> Iterator[None]:
-    """Context that restores the random number generators of torch, NumPy and Python at the end."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    python, arrays = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
 
 
 def seed_data(seed: int) -> None:

@@ -22,13 +22,14 @@ from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
 from hfprune.models.projection import num_channels, weight_of
 from hfprune.plan import Group
-from hfprune.pruning.calibration import CalibrationData, isolated_rng
+from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import evaluating, hooked
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.least_squares import reconstruction_error
 from hfprune.utils.progress import layer_progress
+from hfprune.utils.random_numbers import isolated_rng
 from hfprune.utils.second_moments import Moments
 
 

@@ -3,10 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hfprune.allocation import Allocation, ResolvedBudget, kept_units
@@ -31,7 +29,7 @@ from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.rounds import in_rounds
 from hfprune.pruning.sensitivity_curves import measured
 from hfprune.utils.progress import phase
-from hfprune.version import __version__
+from hfprune.utils.versions import versions
 
 
 def check_scored(model: Prunable, criterion: Criterion, *, settles: bool) -> None:
@@ -237,7 +235,7 @@ class Planner:
         )
         if saved is not None:
             calibration.load(saved)
-            say(self._communicator, f"Resumed calibration after {saved['position']} sequences.")
+            say(self._communicator, f"Resumed calibration at {calibration.item} {saved['position']}.")
         self.calibration = calibration
         try:
             calibration.run(self._save)
@@ -269,13 +267,3 @@ class Planner:
         self._warnings.append(result.warning)
         warn(self._communicator, result.warning)
         return result
-
-
-def versions() -> dict[str, str]:
-    """Returns package name -> version for the plan's provenance."""
-    return {
-        "hfprune": __version__,
-        "torch": torch.__version__,
-        "lightning": metadata.version("lightning"),
-        "transformers": metadata.version("transformers"),
-    }

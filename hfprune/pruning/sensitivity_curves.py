@@ -14,13 +14,14 @@ from hfprune.models.forward import Batch, final_hidden, run_together, sequences
 from hfprune.models.groups import find_layers
 from hfprune.objectives.chunked import chunk_tokens
 from hfprune.plan import Group
-from hfprune.pruning.calibration import CalibrationData, isolated_rng
+from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import UnitMask, evaluating, hooked
 from hfprune.pruning.layer_scores import layer_cosines
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import layer_progress
+from hfprune.utils.random_numbers import isolated_rng
 
 
 class _Prefix:

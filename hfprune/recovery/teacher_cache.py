@@ -27,6 +27,7 @@ from hfprune.objectives.chunked import chunk_tokens
 from hfprune.objectives.top_k import KnownTop, rounded_top
 from hfprune.objectives.top_k_store import TopKFile
 from hfprune.utils.errors import ConfigError
+from hfprune.utils.shares import owner_of
 
 ROWS_PER_FILE = 256
 
@@ -216,6 +217,6 @@ def training_rows(loader: Any, *, rank: int, world_size: int) -> Iterator[dict[s
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or collate is None:
         raise ConfigError(_STREAM)
     assert dataset is not None
-    for index in range(rank, len(dataset), world_size):
+    for index in (i for i in range(len(dataset)) if owner_of(i, world_size) == rank):
         row: dict[str, Tensor] = collate([dataset[index]])
         yield row

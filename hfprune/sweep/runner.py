@@ -25,7 +25,6 @@ from hfprune.io.save import check_output_dir, command_line
 from hfprune.models import parameter_count
 from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.pruning.planner import versions
 from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
 from hfprune.sweep.recommendation import RECIPE_FILE
@@ -34,6 +33,7 @@ from hfprune.sweep.score_cache import ScoreBook
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path, write_json, write_text
 from hfprune.utils.progress import phase
+from hfprune.utils.versions import versions
 
 _log = logging.getLogger(__name__)
 

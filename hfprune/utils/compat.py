@@ -142,6 +142,18 @@ def parser_actions(parser: Any) -> list[Any]:
     return list(parser._actions)
 
 
+def type_hint(action: Any) -> Any:
+    """Returns the type that an action of a jsonargparse parser takes; None for one without a type.
+
+    jsonargparse 4.40 to 4.53: ``ActionTypeHint._typehint``. The public ``action.type`` is None where a type has
+    options of its own. Without it, the table of flags would have no types.
+
+    Args:
+        action: An action of :func:`parser_actions`.
+    """
+    return getattr(action, "_typehint", None)
+
+
 def instantiate(parser: Any, config: Any) -> Any:
     """Returns a configuration with the classes that it names instantiated.
 
@@ -152,3 +164,78 @@ def instantiate(parser: Any, config: Any) -> Any:
         config: The namespace that the parser returned.
     """
     return (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config)
+
+
+# ---- Lightning: the objects are arguments, because this room does not import it --------------------------------------
+
+
+def resolved_checkpoint(trainer: Any, path: Any, state: Any) -> Any:
+    """Returns the path of a checkpoint that a keyword such as ``last`` names.
+
+    Lightning 2.6: ``_CheckpointConnector._parse_ckpt_path``. The public ``trainer.ckpt_path`` has the keyword until
+    weights are restored, which is after the strategy is set up.
+
+    Args:
+        trainer: The trainer.
+        path: A path or keyword.
+        state: ``TrainerFn.FITTING``, or another state.
+    """
+    connector = trainer._checkpoint_connector
+    return connector._parse_ckpt_path(state, path, model_provided=True, model_connected=True)
+
+
+def training_source(trainer: Any) -> Any:
+    """Returns the source of the training loader, with ``is_defined()`` and ``dataloader()``, before it is loaded.
+
+    Lightning 2.6: ``_FitLoop._data_source``. The public ``trainer.train_dataloader`` is None until the fit loop starts,
+    and has a distributed sampler afterwards.
+
+    Args:
+        trainer: The trainer, with its module and data attached.
+    """
+    return trainer.fit_loop._data_source
+
+
+def saves_shards(strategy: Any) -> bool:
+    """Returns whether a ``ModelParallelStrategy`` saves a folder of shards.
+
+    Lightning 2.6: ``ModelParallelStrategy._save_distributed_checkpoint``, which holds its public constructor argument.
+
+    Args:
+        strategy: The strategy.
+    """
+    return bool(strategy._save_distributed_checkpoint)
+
+
+def within_step(trainer: Any) -> bool:
+    """Returns whether gradients are accumulated: the last batch did not end an optimizer step.
+
+    Lightning 2.6: ``_TrainingEpochLoop._should_accumulate``. No public attribute says so for the last batches of an
+    epoch.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+    """
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def has_trainer(module: Any) -> bool:
+    """Returns whether a LightningModule is attached to a trainer.
+
+    Lightning 2.6: ``LightningModule._trainer``. The public ``module.trainer`` raises without a trainer.
+
+    Args:
+        module: The LightningModule.
+    """
+    return module._trainer is not None
+
+
+def uncompiled(module: Any) -> Any:
+    """Returns a module without the wrapper of ``torch.compile``.
+
+    torch 2.6 to 2.13: ``OptimizedModule._orig_mod``. torch has no public way back.
+
+    Args:
+        module: A module, compiled or not.
+    """
+    return getattr(module, "_orig_mod", module)

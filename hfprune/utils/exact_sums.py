@@ -19,7 +19,7 @@ LIMIT = 2.0**62
 """Terms must be smaller than this."""
 GRID = 2.0 ** (-_BITS * (_LIMBS - 1))
 """Terms are truncated to multiples of this: 2^-126, the smallest normal float32."""
-_CARRY_AFTER = 2**20  # rows that 63 - 42 bits of head room hold, halved
+_CARRY_AFTER = 2**20  # an int64 holds the sum of 2^21 limbs of 42 bits: carry at half of that
 
 
 class UnitSum(ABC):

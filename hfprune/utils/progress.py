@@ -23,9 +23,10 @@ INTERVAL = 10.0
 
 _log = logging.getLogger(__name__)
 Facts = Callable[[], str]
-Advance = Callable[[int, float | None, float | None], None]
-"""Called after each batch with its number of tokens, the objective so far (nats per token; None without one), and the
-share of the kept units that the last comparison found unchanged."""
+Advance = Callable[[int, Callable[[], float | None], float | None], None]
+"""Called after each batch with its number of tokens, a function that returns the objective so far (nats per token; None
+without one), and the share of the kept units that the last comparison found unchanged. The function waits for the
+device, and is called only when the figures are shown."""
 
 
 @dataclass(slots=True)
@@ -118,6 +119,13 @@ class Timings:
         self.seconds: dict[str, float] = {}
         _state.timings.add(self)
 
+    def so_far(self) -> dict[str, float]:
+        """Returns :attr:`seconds` with the time that the phases which have not ended took until now."""
+        found = dict(self.seconds)
+        for text, seconds in _state.current():
+            found[text] = found.get(text, 0.0) + seconds
+        return found
+
 
 class _State:
     """The phases that this process is in, innermost last, and when the last line was written."""
@@ -144,6 +152,11 @@ class _State:
         for timings in self.timings:
             timings.seconds[phase.text] = timings.seconds.get(phase.text, 0.0) + phase.own
         _log.debug("%s: done in %s", phase.text, duration(self.clock() - phase.started))
+
+    def current(self) -> list[tuple[str, float]]:
+        """Returns the phases that have not ended, each with its own seconds so far."""
+        self._charge()
+        return [(phase.text, phase.own) for phase in self.phases]
 
     def tick(self) -> None:
         """Writes a line where the last one is ``interval`` old; nothing while a bar is drawn."""
@@ -273,12 +286,12 @@ def calibration_progress(total: int | None, *, objective: str | None, enabled: b
     with phase("calibrating", total=total, unit="batch", bar=enabled) as current:
         tokens = 0
 
-        def advance(num_tokens: int, running: float | None, stability: float | None) -> None:
+        def advance(num_tokens: int, objective_so_far: Callable[[], float | None], stability: float | None) -> None:
             nonlocal tokens
             tokens += num_tokens
 
             def facts() -> str:
-                elapsed = _state.clock() - current.started
+                elapsed, running = _state.clock() - current.started, objective_so_far()
                 parts = [f"{tokens / elapsed:,.0f} tokens/s"] if elapsed and tokens else []
                 parts += [] if running is None else [f"{objective} {running:.3f} nats"]
                 parts += [] if stability is None else [f"{stability:.1%} of the kept units stable"]

@@ -139,9 +139,9 @@ def test_classes_in_the_current_folder(path, message, given, dense, capsys):
     for name in ("my_project", "my_broken", "my_syntax"):
         sys.modules.pop(name, None)
     before = list(sys.path)
-    flags = [*RATIO, f"--importance.criterion={given.format(path=path)}", "--importance.look_every=0"]
+    flags = [*RATIO, f"--importance.criterion={given.format(path=path)}", "--importance.check_every=0"]
     assert main(["prune", f"--model.path={dense}", "--output_dir=out", *TINY_FLAGS, *flags]) == 2
-    assert (message or "--importance.look_every 0 must be positive") in capsys.readouterr().err
+    assert (message or "--importance.check_every 0 must be positive") in capsys.readouterr().err
     assert sys.path == before
 
 
@@ -158,7 +158,7 @@ def test_a_command_leaves_the_process_as_it_was(dense, monkeypatch):
     names = ("hfprune", "lightning.pytorch", "lightning.fabric")
     state = [(logging.getLogger(n).level, list(logging.getLogger(n).handlers)) for n in names]
     before = warnings.formatwarning, list(warnings.filters), state
-    assert main(["prune", f"--model.path={dense}", "--output_dir=out", *RATIO, "--importance.look_every=0"]) == 2
+    assert main(["prune", f"--model.path={dense}", "--output_dir=out", *RATIO, "--importance.check_every=0"]) == 2
     state = [(logging.getLogger(n).level, list(logging.getLogger(n).handlers)) for n in names]
     assert (warnings.formatwarning, list(warnings.filters), state) == before
 

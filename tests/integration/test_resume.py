@@ -19,7 +19,12 @@ from tests.helpers.models import save_tiny
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=0", "--latency=false"]
-SMALL += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.recovery_sequences=16"]
+SMALL += [
+    "--importance.criterion=ActivationTaylor",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--data.recovery_sequences=16",
+]
 SMALL += ["--data.validation_sequences=2", "--data.batch_size=4", "--importance.recovery.rank=2", "--pruning_ratio=0.2"]
 TWO_EPOCHS = ["--trainer.max_epochs=2", "--checkpoint_steps=1"]
 """Eight steps of the optimizer."""
@@ -51,7 +56,7 @@ def logged(caplog):
 @pytest.fixture
 def fit(dense):
     def run(*flags, out="out"):
-        return main(["fit", f"--model.path={dense}", f"--output_dir={out}", "--method=entropy", *SMALL, *flags])
+        return main(["fit", f"--model.path={dense}", f"--output_dir={out}", *SMALL, *flags])
 
     return run
 

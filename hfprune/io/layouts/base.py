@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils.hub import cached_file
 
-from hfprune.models.experts import EXPERTS, experts_table
 from hfprune.models.groups import attention_table
-from hfprune.models.residual_stream import CHANNELS, stream_table
+from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
+from hfprune.models.stock_config import unit_keys
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.errors import PlanError
 from hfprune.utils.registry import Registry
@@ -84,21 +84,15 @@ def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int
         kept: Number of kept units.
         units: Number of units of the dense model.
     """
-    if kind == "mlp":
-        return {spec.width_key: kept}
+    keys = unit_keys(spec, kind)
+    if not keys:
+        return None
     if kind == "heads":
-        table = attention_table(spec)
-        keys = [key for key in (table.heads_key, table.keys_values_key) if key is not None]
         values = {key: getattr(config, key) * kept // units for key in keys}
-        if table.size_key is None:
-            return values
-        return values | {table.size_key: _head_size(config, spec)}
-    if kind == EXPERTS:
-        return {experts_table(spec).count_key: kept}
-    if kind == CHANNELS:
-        stream, size_key = stream_table(spec), attention_table(spec).size_key
-        return {stream.hidden_key: kept} | ({} if size_key is None else {size_key: _head_size(config, spec)})
-    return None
+    else:
+        values = dict.fromkeys(keys, kept)
+    size_key = attention_table(spec).size_key if kind in ("heads", CHANNELS) else None
+    return values if size_key is None else values | {size_key: _head_size(config, spec)}
 
 
 def _head_size(config: Any, spec: ArchSpec) -> int:

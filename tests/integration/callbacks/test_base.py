@@ -119,8 +119,8 @@ def test_events_reach_every_listener_in_order(folder):
 
 def test_grouped_and_flat_arguments_mean_the_same():
     flat = TaylorImportanceCallback(
-        pruning_ratio=0.2, round_to=8, units=("mlp", "heads"), calibration_batches=3, exact=False, look_every=2,
-        stop_when_settled=0.9, checkpoint_every=None, rounds=2, schedule="linear",
+        pruning_ratio=0.2, round_to=8, units=("mlp", "heads"), calibration_batches=3, exact=False, check_every=2,
+        early_stop_overlap=0.9, checkpoint_every=None, rounds=2, schedule="linear",
     )  # fmt: skip
     grouped = StructuredPruningCallback(
         Budget(pruning_ratio=0.2, round_to=8),
@@ -160,7 +160,7 @@ def test_calibration_options_name_the_argument(options, text):
         CalibrationOptions(**options)
 
 
-@pytest.mark.parametrize("name", ["calibration_batches", "look_every", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["calibration_batches", "check_every", "checkpoint_every"])
 def test_flat_arguments_are_named_as_given(name):
     with pytest.raises(ConfigError, match=f"^{name}=0 must be positive"):
         TaylorImportanceCallback(pruning_ratio=0.2, **{name: 0})

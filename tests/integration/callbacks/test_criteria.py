@@ -100,10 +100,10 @@ def test_impossible_combinations_are_refused_at_once(kwargs, match):
 
 
 def test_sums_too_large_to_be_looked_at_are_not(folder):
-    _, plan = prune(folder, SlimLLMChannels(), look_every=1)
+    _, plan = prune(folder, SlimLLMChannels(), check_every=1)
     assert plan.provenance["calibration"]["convergence"] == []
     with pytest.raises(ConfigError, match="early_stop_overlap cannot be used with SlimLLMChannels"):
-        prune(folder, SlimLLMChannels(), look_every=1, stop_when_settled=0.9)
+        prune(folder, SlimLLMChannels(), check_every=1, early_stop_overlap=0.9)
     with pytest.raises(ConfigError, match="kind 'mlp'"):
         prune(folder, SlimLLMHeads())
 
@@ -113,7 +113,13 @@ def test_sums_too_large_to_be_looked_at_are_not(folder):
 
 def distilled_plan(folder, **kwargs):
     return prune(
-        folder, CoupledTaylor(), 3, "left", dtype="float64", distillation=SelfDistillation(first_stage=0.1), **kwargs
+        folder,
+        CoupledTaylor(),
+        3,
+        "left",
+        dtype="float64",
+        self_distillation=SelfDistillation(first_stage=0.1),
+        **kwargs,
     )
 
 
@@ -135,7 +141,7 @@ def test_distillation_prunes_what_the_first_stage_masked_and_says_so(folder, dis
 
 
 DISTILLED = (
-    r"calibrated with other settings: distillation "
+    r"calibrated with other settings: self_distillation "
     r"SelfDistillation\(alpha=0.4, temperature=0.2, first_stage=0.1\) -> none\. Resume"
 )
 
@@ -156,7 +162,7 @@ def test_distillation_is_taken_up_in_either_stage(folder, tmp_path, monkeypatch,
 
 def test_a_first_stage_below_the_budget_is_refused(folder):
     with pytest.raises(ConfigError, match="fewer than the"):
-        prune(folder, CoupledTaylor(), distillation=SelfDistillation(first_stage=0.9))
+        prune(folder, CoupledTaylor(), self_distillation=SelfDistillation(first_stage=0.9))
 
 
 # ---- modules of one's own ------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_report_holds_what_a_reader_needs(folder, tmp_path):
 
 
 def test_what_people_look_at(folder, tmp_path):
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=2), look_every=2)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, recovery=LoraRecovery(rank=2), check_every=2)
     logger = CSVLogger(tmp_path / "logs")
     fit(folder, tmp_path / "out", importance=importance, logger=logger, log_every_n_steps=1)
     out = tmp_path / "out"
@@ -255,7 +255,7 @@ class StopAfter(Callback):
 
 
 def test_convergence_is_watched(folder):
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, look_every=2)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, check_every=2)
     fit(folder, importance=importance, limit_train_batches=0, limit_val_batches=0)
     tokens, overlap = zip(*importance.convergence, strict=True)
     assert tokens == (32, 64, 96)  # of 6 sequences of 16 tokens
@@ -265,7 +265,7 @@ def test_convergence_is_watched(folder):
 
 @pytest.mark.parametrize(("share", "sequences"), [(0.01, 3), (None, 6)])
 def test_calibration_ends_when_the_kept_units_have_settled(folder, share, sequences):
-    importance = TaylorImportanceCallback(pruning_ratio=0.2, look_every=1, stop_when_settled=share)
+    importance = TaylorImportanceCallback(pruning_ratio=0.2, check_every=1, early_stop_overlap=share)
     module, _ = fit(folder, importance=importance, limit_train_batches=0, limit_val_batches=0)
     calibration = module.plan.provenance["calibration"]
     assert (calibration["sequences"], calibration["settled"]) == (sequences, share is not None)
@@ -275,10 +275,10 @@ def test_calibration_ends_when_the_kept_units_have_settled(folder, share, sequen
 
 
 @pytest.mark.parametrize(
-    "settings", [{"stop_when_settled": 1.5}, {"stop_when_settled": 0.9, "look_every": None}, {"look_every": 0}]
+    "settings", [{"early_stop_overlap": 1.5}, {"early_stop_overlap": 0.9, "check_every": None}, {"check_every": 0}]
 )
 def test_settings_of_the_look_are_checked(settings):
-    with pytest.raises(ConfigError, match="^(stop_when_settled|look_every)="):
+    with pytest.raises(ConfigError, match="^(early_stop_overlap|check_every)="):
         TaylorImportanceCallback(pruning_ratio=0.2, **settings)
 
 
@@ -308,7 +308,7 @@ def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     # max_epochs shapes the learning-rate schedule, so the run is stopped after its first epoch, not shortened
     fit(folder, tmp_path / "out", callbacks=[checkpoint, StopAfter(1)], max_epochs=2, **again)
-    torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)
+    stored = torch.load(tmp_path / "ckpt/last.ckpt", weights_only=True)["callbacks"]["ReportCallback"]["time"]
     again = {"importance": TaylorImportanceCallback(pruning_ratio=0.2, recovery=lora or "full")}
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     ckpt_path = str(tmp_path / "ckpt/last.ckpt")
@@ -320,6 +320,8 @@ def test_resume_in_the_middle_of_recovery(folder, tmp_path):
     assert resumed.plan.provenance["calibration"] == straight.plan.provenance["calibration"]
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert list(report["stages"]) == ["dense", "pruned", "recovered"]
+    assert report["seconds"] > stored["seconds"]
+    assert report["timing"]["calibrating"] == stored["timing"]["calibrating"] > 0  # only the first attempt calibrated
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")

@@ -157,7 +157,7 @@ def test_tokens_are_counted_whatever_the_objective_counts(caplog):
     module = FineTuner()
     module.train_dataloader = lambda: DataLoader(TokenData(size=6), batch_size=2)
     with caplog.at_level("INFO", logger="hfprune"):
-        importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=3, look_every=1)
+        importance = TaylorImportanceCallback(pruning_ratio=0.2, calibration_batches=3, check_every=1)
         trainer(importance, limit_val_batches=0, max_epochs=1).fit(module)
         assert "Calibrated on 72 tokens" in caplog.text
         assert [tokens for tokens, _ in importance.convergence] == [24, 48, 72]

@@ -147,7 +147,7 @@ def test_refused_without_a_bias(folder, monkeypatch):
     ("settings", "match"),
     [
         ({"criterion": SlimLLMHeads()}, "SlimLLMHeads"),
-        ({"criterion": SlimLLMChannels(), "stop_when_settled": 0.9}, "early_stop_overlap cannot be used with"),
+        ({"criterion": SlimLLMChannels(), "early_stop_overlap": 0.9}, "early_stop_overlap cannot be used with"),
         ({"allocation": Sensitivity(shares=[0.8]), "pruning_ratio": 0.4}, "largest possible `pruning_ratio`"),
     ],
 )

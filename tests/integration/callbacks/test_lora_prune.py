@@ -279,7 +279,7 @@ def test_a_run_of_the_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"units": ("layers",)}, "must be of mlp and heads, which can be held at zero"),
+        ({"units": ("layers",)}, "cannot be masked while adapters train: use mlp, heads or both"),
         ({"warmup": 0.6, "cooldown": 0.5}, "with a sum below"),
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "sets the number of units itself"),
         ({"allocation": GlobalRank()}, "sets widths from scores"),

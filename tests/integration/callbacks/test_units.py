@@ -147,7 +147,7 @@ def test_layers_score_what_is_in_them(folder, criterion):
 
 def test_recovery_and_convergence_after_every_kind_of_surgery(folder):
     importance = TaylorImportanceCallback(
-        pruning_ratio=0.5, units=ALL, recovery=LoraRecovery(rank=2), look_every=1, stop_when_settled=1.0
+        pruning_ratio=0.5, units=ALL, recovery=LoraRecovery(rank=2), check_every=1, early_stop_overlap=1.0
     )
     module = fit(folder, importance)
     assert parameter_count(module.causal_lm) > importance.resolved.params  # with adapters

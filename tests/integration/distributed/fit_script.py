@@ -134,7 +134,7 @@ def main(**given):
         exact=c["exact"],
         compensation=LeastSquares(**c["compensation"]) if c["compensation"] else None,
         criterion=getattr(criteria, c["criterion"])(),
-        distillation=criteria.SelfDistillation(first_stage=0.1) if c["distil"] else None,
+        self_distillation=criteria.SelfDistillation(first_stage=0.1) if c["distil"] else None,
     )
     callbacks = [importance, Record(out, importance, c["foreign"])]
     if c["report"] and not c["foreign"]:

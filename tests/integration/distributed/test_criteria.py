@@ -36,7 +36,7 @@ def test_two_stages_on_two_processes_resumed_in_the_second(folder, tmp_path, str
     (alone,) = run(folder, tmp_path / "one", "single", **settings)
     start(folder, tmp_path / "two", strategy, die=["calibration", 4], **settings)  # 3 steps a stage on the first rank
     said = start(folder, tmp_path / "two", strategy, ckpt_path="last", **settings)
-    assert "Resumed calibration after" in said
+    assert "Resumed calibration at" in said
     for rank in results(tmp_path / "two", strategy):
         assert rank["keep"] == alone["keep"]
         assert equal(rank["scores"], alone["scores"])

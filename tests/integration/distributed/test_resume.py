@@ -14,7 +14,7 @@ SLOW = pytest.mark.slow
 def test_prune_only_resumes(folder, tmp_path, undisturbed, strategy):
     start(folder, tmp_path, strategy, prune_only=True, die=["calibration", 2])
     said = start(folder, tmp_path, strategy, prune_only=True, ckpt_path="last")
-    assert "Resumed calibration after" in said
+    assert "Resumed calibration at" in said
     for rank, expected in zip(results(tmp_path, strategy), undisturbed(strategy, prune_only=True), strict=True):
         assert rank["keep"] == expected["keep"]
         assert equal(rank["scores"], expected["scores"])
@@ -50,7 +50,7 @@ def test_another_number_of_processes_takes_over(folder, tmp_path, undisturbed, c
     """In the middle of calibration, and in the middle of recovery, whose steps then are of another size."""
     start(folder, tmp_path, chain[0], die=["calibration", 1])
     said = start(folder, tmp_path, chain[1], die=["recovery", 1], ckpt_path="last")
-    assert "Resumed calibration after" in said
+    assert "Resumed calibration at" in said
     ranks = run(folder, tmp_path, chain[2], ckpt_path="last")
     expected = undisturbed("single", prune_only=True)[0]
     for rank in ranks:

@@ -204,7 +204,7 @@ def test_it_is_resumed_with_the_adapters_that_it_was_begun_with(folder, tmp_path
         begun(ADAPTERS["lora"], ModelCheckpoint(**saving), StopAt(2))
     last = str(tmp_path / "ckpt/last.ckpt")
     for other in (None, LoraRecovery(rank=3)):
-        with pytest.raises(ConfigError, match=r"recovered with LoraRecovery\(rank=2.*this run has none"):
+        with pytest.raises(ConfigError, match=r"recovered with LoraRecovery\(rank=2.*this run has"):
             begun(other, ModelCheckpoint(**saving), ckpt_path=last)
     resumed = begun(LoraRecovery(rank=2, dropout=0.1), ModelCheckpoint(**saving), ckpt_path=last)
     assert resumed.trainer.global_step == 6

@@ -150,7 +150,7 @@ def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(folder,
 
 def test_removed_channels_are_refused_before_anything_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(PruningModule, "configure_model", lambda self: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="leave 'channels' out of the units"):
+    with pytest.raises(ConfigError, match="remove 'channels' from the units"):
         fit(folder, 1.0, pruning_ratio=0.3, units=("channels",), criterion=Magnitude())
 
 

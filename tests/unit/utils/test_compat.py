@@ -4,10 +4,16 @@ import inspect
 from argparse import ArgumentParser as PlainParser
 
 import huggingface_hub
+import lightning
 import pytest
+import torch
 import transformers
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils.hub import cached_file
@@ -16,12 +22,20 @@ from hfprune.recovery import LoraRecovery
 from hfprune.utils.compat import (
     attention_implementation,
     cached_file_or_none,
+    has_trainer,
     instantiate,
     is_repo_id,
     parser_actions,
+    resolved_checkpoint,
     safetensors_metadata,
+    saves_shards,
+    training_source,
+    type_hint,
+    uncompiled,
+    within_step,
 )
 
+LIGHTNING = f"lightning {lightning.__version__}"
 VERSION = f"transformers {transformers.__version__}, huggingface_hub {huggingface_hub.__version__}"
 
 
@@ -76,3 +90,54 @@ def test_metadata_of_saved_weights_can_be_added(tmp_path):
     model.save_pretrained(tmp_path / "without")
     found = [safe_open(tmp_path / name / "model.safetensors", "pt").metadata() for name in ("with", "without")]
     assert found == [{"format": "pt", "made": "here"}, {"format": "pt"}], VERSION
+
+
+def trainer(**options):
+    """Returns a trainer of two batches that writes nothing."""
+    return lightning.Trainer(
+        max_epochs=1, limit_train_batches=3, limit_val_batches=0, accelerator="cpu", devices=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_trainer_shows_its_data_and_whether_a_step_is_complete():
+    seen = []
+
+    class Look(Callback):
+        def setup(self, trainer, pl_module, stage):
+            source = training_source(trainer)
+            assert source.is_defined(), LIGHTNING
+            assert len(source.dataloader()) == 64, LIGHTNING
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(within_step(trainer))
+
+    module = BoringModel()
+    assert not has_trainer(module), LIGHTNING
+    trainer(callbacks=[Look()], accumulate_grad_batches=2).fit(module)
+    assert has_trainer(module), LIGHTNING
+    assert seen == [True, False, False], LIGHTNING  # the last batch of an epoch ends a step
+
+
+def test_a_checkpoint_is_found_by_its_path(tmp_path):
+    path = str(tmp_path / "some.ckpt")
+    assert resolved_checkpoint(trainer(), path, TrainerFn.FITTING) == path, LIGHTNING
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_strategy_says_whether_it_saves_shards(sharded):
+    assert saves_shards(ModelParallelStrategy(save_distributed_checkpoint=sharded)) is sharded, LIGHTNING
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_a_compiled_module_is_unwrapped():
+    module = torch.nn.Linear(2, 2)
+    assert uncompiled(torch.compile(module)) is module, torch.__version__
+    assert uncompiled(module) is module
+
+
+def test_an_option_has_its_type():
+    parser = ArgumentParser()
+    parser.add_argument("--given", type=LoraRecovery | None)
+    assert type_hint(parser_actions(parser)[-1]) == LoraRecovery | None

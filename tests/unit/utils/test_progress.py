@@ -69,7 +69,7 @@ def test_an_outer_count_is_shown_with_the_inner_phase(clock, lines):
 def test_calibration_and_layers_use_the_same_lines(clock, lines):
     with calibration_progress(4, objective="entropy", enabled=True) as advance:
         clock.now = 10
-        advance(1000, 1.5, None)
+        advance(1000, lambda: 1.5, None)
     with sparse_progress(2, enabled=False) as done:
         clock.now = 20
         done(0, 0.125)
@@ -79,6 +79,14 @@ def test_calibration_and_layers_use_the_same_lines(clock, lines):
         "pruning layer by layer ...",
         "pruning layer by layer: layer 1/2, output error 12.50%, 10 s left",
     ]
+
+
+def test_the_objective_is_read_only_when_it_is_shown(clock):
+    read = []
+    with calibration_progress(100, objective="entropy", enabled=False) as advance:
+        for clock.now in (10, 10.1, 10.2, 10.3, 12):
+            advance(10, lambda: read.append(clock.now) or 1.5, None)
+    assert read == [10, 12]
 
 
 def test_a_phase_without_steps_is_reported_by_the_thread(monkeypatch, caplog):
