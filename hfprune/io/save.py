@@ -244,9 +244,9 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def save_importance(importance: Mapping[str, Tensor], folder: Path) -> None:
+def save_importance(importance: Mapping[str, Tensor], folder: str | Path) -> None:
     """Writes the scores of every group, [U] float64, atomically."""
-    write_tensors(folder / IMPORTANCE_FILE, importance)
+    write_tensors(Path(folder) / IMPORTANCE_FILE, importance)
 
 
 def load_importance(folder: str | Path) -> dict[str, Tensor]:

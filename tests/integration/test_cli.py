@@ -401,7 +401,7 @@ def test_evaluate_says_when_the_text_was_seen_in_calibration(dense, capsys):
         (["--task_data=here"], "--task_data belongs to"),
         (["--tasks=arc_easy", "--task_data=nowhere"], "'nowhere' is not a folder"),
         (["--tasks=,"], "must name at least one task"),
-        (["--data.eval_window=999"], "more than the 64 positions"),
+        (["--data.eval_window=999"], "999 tokens exceed the model's maximum of 64 positions"),
         (["--data.text=empty.txt"], "holds no text"),
         (["--ckpt_path=none.ckpt"], "'none.ckpt' is not a checkpoint"),
         (["--output=folder"], "--output 'folder' is a folder"),

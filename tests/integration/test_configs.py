@@ -123,9 +123,8 @@ def test_a_width_that_was_meant_as_a_share_is_loud(parse):
         ([METHOD, "--pruning_ratio=0.2", "--mlp_ratio=2"], "Give exactly one of"),
         (["--config={two}"], "Give exactly one of"),
         ([METHOD, "--pruning_ratio=null"], "Give exactly one of"),
-        ([METHOD, "--ratio=0.3"], "Did you mean 'pruning_ratio'?"),
+        ([METHOD, "--ratoi=0.3"], "Did you mean 'ratio'?"),
         ([METHOD, "--width=512"], "Did you mean 'intermediate_size'?"),
-        (["--model", "folder"], "--model.path folder"),
     ],
 )
 def test_budgets_that_contradict_are_one_line(flags, message, tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ def sections():
 @pytest.mark.parametrize(("command", "flags"), list(sections()))
 def test_flags_of_the_page_are_in_the_help(command, flags, capsys):
     with contextlib.suppress(SystemExit):
-        main([command, "--help"])
+        main([command, "--help-all"])
     known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
     nested = {flag for flag in flags if flag.rpartition(".")[0] in known}  # an option of a class: --GROUP.CLASS.OPTION
     assert flags

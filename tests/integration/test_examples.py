@@ -7,13 +7,16 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hfprune.cli.arguments import understood
 from hfprune.cli.config_files import with_config_paths
 from hfprune.cli.entry import COMMANDS
 from hfprune.cli.simple_commands import SIMPLE_COMMANDS, simple_parser
+from hfprune.criteria import ActivationNorm
 from tests.helpers.models import save_tiny
 from tests.helpers.published import resolved, unchecked
 
@@ -60,17 +63,24 @@ def documented_commands():
 
 
 @pytest.mark.parametrize(("page", "line"), list(documented_commands()))
-def test_documented_commands_are_resolved(page, line, monkeypatch):
+def test_documented_commands_are_resolved(page, line, tmp_path, monkeypatch):
     from hfprune.cli.launch import CLASSES
 
     monkeypatch.chdir(ROOT)
     unchecked(monkeypatch)
-    _, command, *flags = shlex.split(line)
+    if "run.yaml" in line:  # what the line before it in the page writes
+        monkeypatch.chdir(tmp_path)
+        Path("run.yaml").write_text("pruning_ratio: 0.2\noutput_dir: OUT\n")
+    if "my_project" in line:
+        own = ModuleType("my_project")
+        own.MyCriterion = type("MyCriterion", (ActivationNorm,), {"__module__": "my_project"})
+        monkeypatch.setitem(sys.modules, "my_project", own)
+    _, command, *flags = shlex.split(line.partition(" > ")[0])
     assert command in COMMANDS
     if command in SIMPLE_COMMANDS:
         simple_parser(command).parse_args(flags)
         return
-    flags = with_config_paths(flags)
+    flags = with_config_paths([flag for flag in understood(command, flags) if flag != "--print_config"])
     cli = CLASSES[command](command, flags)
     if command in ("fit", "prune"):
         resolved(cli, "smollm2-135m", layout=False)
