@@ -4,6 +4,7 @@ The result has one form, ``--flag=value``, which the parser reads.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def _named(item: Given) -> Given:
 
 def _model_folder(path: str) -> str:
     """Returns the folder of the model where the output folder of a run was given."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))  # an unknown user stays: the model check names it
     inner = folder / "model"
     return str(Path(path) / "model") if not (folder / "config.json").exists() and _is_model(inner) else path
 

@@ -3,6 +3,7 @@
 ``hfprune chat OUT --dense DIR``
 """
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
@@ -81,7 +82,7 @@ def _place(path: str) -> tuple[str, str]:
     """Returns where the weights and the tokenizer of a model are; the adapter of a run comes with its model."""
     from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER
 
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if (folder / "adapter_config.json").is_file():
         return str(folder), str(folder.absolute().parent / MODEL_FOLDER)
     if (folder / MODEL_FOLDER / "config.json").is_file():

@@ -3,6 +3,7 @@
 A flag on the command line takes precedence over a file, and a later budget over an earlier one.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -48,8 +49,8 @@ def config_path(config: str) -> str:
     Raises:
         ConfigError: There is no such file and no config of this name.
     """
-    if "\n" not in config and Path(config).expanduser().is_file():
-        return str(Path(config).expanduser())
+    if "\n" not in config and os.path.isfile(expanded := os.path.expanduser(config)):
+        return expanded
     if _is_mapping(config):
         return config
     known = shipped_configs()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def inspect_folder(path: str) -> dict[str, Any]:
         ('LlamaForCausalLM', 1832, 'uniform', False)
     """
     folder = open_folder(path, argument="path")
-    shown = str(folder.model) if Path(path).expanduser().exists() else path  # the hub's cache is of no interest
+    shown = str(folder.model) if os.path.exists(os.path.expanduser(path)) else path  # the hub's cache is of no interest
     found: dict[str, Any] = {"path": shown, "model": _model(folder), "layout": folder.layout}
     found["loads_with"] = LOADERS[folder.layout].format(path=shown, base=hub_id(folder.base) or folder.base)
     if folder.adapter is not None:

@@ -254,7 +254,7 @@ def test_damaged_cache_is_refused(tmp_path):
     cached_reference(tmp_path, tiny(), windows)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="delete the file"):
+    with pytest.raises(ConfigError, match="Delete the file"):
         cached_reference(tmp_path, tiny(), windows)
     with pytest.raises(ConfigError, match="top_k=0 must be positive"):
         cached_reference(tmp_path, tiny(), windows, top_k=0)

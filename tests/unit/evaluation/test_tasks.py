@@ -246,7 +246,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"Task boolq finds none of its files in .*BoolQ/val.jsonl"):
         ZeroShotTasks(["boolq"], data_dir=str(tmp_path)).load()
     write_lines(tmp_path / "piqa_valid.jsonl", [{"goal": "a", "sol1": "b", "sol2": "c"}])
-    with pytest.raises(ConfigError, match="labels beside it, in piqa_valid-labels.lst"):
+    with pytest.raises(ConfigError, match=r"are missing \(piqa_valid-labels.lst in the same folder\)"):
         ZeroShotTasks(["piqa"], data_dir=str(tmp_path)).load()
     (tmp_path / "piqa_valid-labels.lst").write_text("0\n1\n")
     with pytest.raises(ConfigError, match="has 1 rows, its labels are 2"):

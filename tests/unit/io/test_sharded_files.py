@@ -33,7 +33,7 @@ def test_files_that_are_written_one_by_one_load_as_the_model(tmp_path, file_byte
     """At 1,500 bytes the embedding exceeds a file, at 4,000 only the largest tensors share none."""
     model = tiny("llama_untied_bias", dtype=torch.float32)
     parameters = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    _write_weights(model, parameters, tmp_path, file_bytes=file_bytes)
+    _write_weights(model, parameters, tmp_path, file_bytes=file_bytes, facts={})
     model.config.save_pretrained(tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     index = tmp_path / "model.safetensors.index.json"

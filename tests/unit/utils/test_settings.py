@@ -43,5 +43,5 @@ def test_packages_export_what_their_files_define():
 
 def test_the_message_lists_the_criteria_that_score_experts():
     able = sorted(cls.__name__ for cls in CRITERIA.values() if cls.experts)
-    with pytest.raises(ConfigError, match=f"Choose one of {', '.join(able)};"):
+    with pytest.raises(ConfigError, match=f"Choose one of {', '.join(able)}, or leave"):
         check_experts(WandaStructured(), ("experts",))

@@ -217,7 +217,7 @@ def test_missing_plan(saved):
 def test_damaged_plan(saved, text):
     folder, _ = saved
     (folder / "plan.json").write_text(text)
-    with pytest.raises(PlanError, match=r"plan\.json': Not a p"):
+    with pytest.raises(PlanError, match=r"plan\.json': (Not a pruning plan|This version cannot read the plan)"):
         hfprune.load(folder)
 
 
@@ -225,7 +225,7 @@ def test_plan_of_another_run(saved):
     folder, _ = saved
     mlp_plan(tiny(), (11, 8, 18)).save(folder / "plan.json")
     with pytest.raises(
-        PlanError, match=r"layers\.1\.mlp.* has the shape \[16, 7\] in the weight files and \[16, 8\] by config"
+        PlanError, match=r"layers\.1\.mlp.* has the shape \[16, 7\] in the weight files and \[16, 8\] in config"
     ):
         hfprune.load(folder)
     data = json.loads((folder / "config.json").read_text())
