@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hfprune.data import TextDataModule
     from hfprune.functional import make_plan, refit, save, score
     from hfprune.io.layouts import apply_plan
-    from hfprune.io.load import load
+    from hfprune.io.load_any import load
     from hfprune.models import Neurons
     from hfprune.models.surgery import mask_plan
     from hfprune.modules import PruningModule
@@ -59,7 +59,7 @@ _HOMES = {
     "TextDataModule": "hfprune.data",
     "WeightTaylor": "hfprune.criteria",
     "apply_plan": "hfprune.io.layouts",
-    "load": "hfprune.io.load",
+    "load": "hfprune.io.load_any",
     "load_from_checkpoint": "hfprune.callbacks",
     "make_plan": "hfprune.functional",
     "mask_plan": "hfprune.models.surgery",

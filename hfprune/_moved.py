@@ -157,6 +157,9 @@ NAMES = {
     "hfprune.evaluation.hidden": {
         "final_hidden": "hfprune.models.forward.window_hidden",
     },
+    "hfprune.loading": {
+        "load": "hfprune.io.load_any.load",
+    },
     "hfprune.layerwise": {
         "LayerState": "hfprune.sparse.state.LayerState",
         "LayerStream": "hfprune.models.layer_stream.LayerStream",

@@ -41,7 +41,7 @@ from hfprune.criteria import (
 )
 from hfprune.io.layouts import apply_plan
 from hfprune.io.layouts.per_layer import cut_of, is_per_layer
-from hfprune.io.load import load
+from hfprune.io.load_any import load
 from hfprune.io.recorded_plan import recorded_plan
 from hfprune.io.save import export_model
 from hfprune.models import class_name, config_values, find_groups

@@ -7,14 +7,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hfprune.cli.config_files import config_path, read_config
-from hfprune.cli.flags import Flag, flags_of, known, new_name
+from hfprune.cli.flags import Flag, Given, flags_of, known, new_name
 from hfprune.cli.guesses import guess, meant, not_used
 from hfprune.cli.methods import class_named, kind_of, sweep_methods, with_classes
 from hfprune.cli.recipes import check_budget, with_method, with_recipe
@@ -35,23 +34,6 @@ _OF_COMMAND = {("evaluate", "--data"): "data.text"}
 _NO_VALUE = ("print_config", "debug")
 _BOOL = ("true", "false", "yes", "no", "null", "on", "off")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
-@dataclass(slots=True)
-class Given:
-    """A flag as given.
-
-    Attributes:
-        name: Dotted name, without dashes.
-        value: Its value, None for a flag without one.
-    """
-
-    name: str
-    value: str | None
-
-    def argument(self) -> str:
-        """Returns it as one argument."""
-        return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
 
 
 def understood(command: str, args: Sequence[str]) -> list[str]:

@@ -56,7 +56,8 @@ def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:
 
     import torch
 
-    from hfprune.io.load import load, load_tokenizer
+    from hfprune.io.load import load_tokenizer
+    from hfprune.io.load_any import load
     from hfprune.publishing.conversation import Conversation
 
     try:

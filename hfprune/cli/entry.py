@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hfprune.cli.arguments import understood
+from hfprune.cli.commands import COMMANDS
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
@@ -17,15 +18,6 @@ from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
-
-COMMANDS = {
-    "fit": "calibrate, prune and recover with LoRA in one run",
-    "prune": "calibrate and prune, without recovery",
-    "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
-    "sweep": "compare methods, ratios and seeds in one table",
-    "export": "write a pruned model in another layout",
-    **SIMPLE_COMMANDS,
-}
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
 in one PyTorch Lightning fit.

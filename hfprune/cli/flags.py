@@ -33,6 +33,23 @@ def new_name(name: str) -> str | None:
     return None
 
 
+@dataclass(slots=True)
+class Given:
+    """A flag as given.
+
+    Attributes:
+        name: Dotted name, without dashes.
+        value: Its value, None for a flag without one.
+    """
+
+    name: str
+    value: str | None
+
+    def argument(self) -> str:
+        """Returns it as one argument."""
+        return f"--{self.name}" if self.value is None else f"--{self.name}={self.value}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
     """One flag.

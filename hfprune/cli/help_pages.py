@@ -125,7 +125,7 @@ def help_text(command: str, args: Sequence[str]) -> str | None:
 
 
 def _screen(command: str) -> Iterator[str]:
-    from hfprune.cli.entry import COMMANDS
+    from hfprune.cli.commands import COMMANDS
 
     usage, rows, examples = PAGES[command]
     yield f"usage: hfprune {command} {usage} [flags]"

@@ -2,15 +2,13 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from hfprune.cli.config_files import BUDGETS, read_config, shipped_configs
+from hfprune.cli.flags import Given
 from hfprune.cli.methods import config_of, is_sparse, structured, unknown
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
-
-if TYPE_CHECKING:
-    from hfprune.cli.arguments import Given
 
 _log = logging.getLogger("hfprune")
 
@@ -52,7 +50,7 @@ def default_round_to(units: Collection[str]) -> int | Literal["auto"]:
     return found
 
 
-def with_recipe(command: str, given: Sequence["Given"]) -> list["Given"]:
+def with_recipe(command: str, given: Sequence[Given]) -> list[Given]:
     """Returns the flags with the config of their recipe in front: the one of ``--recipe``, or the default.
 
     Args:
@@ -84,7 +82,7 @@ def announce(args: Sequence[str]) -> None:
         _log.info("Recipe %s (of %s); --print_config shows its settings.", name, ", ".join(recipes()))
 
 
-def with_method(command: str, given: Sequence["Given"]) -> list["Given"]:
+def with_method(command: str, given: Sequence[Given]) -> list[Given]:
     """Returns the flags with a structured ``--method`` replaced by the settings that it stands for.
 
     Args:
@@ -114,7 +112,7 @@ def with_method(command: str, given: Sequence["Given"]) -> list["Given"]:
     return _replaced(given, method, options, config)
 
 
-def check_budget(command: str, given: Sequence["Given"]) -> None:
+def check_budget(command: str, given: Sequence[Given]) -> None:
     """Raises ``ConfigError`` where structured pruning has no budget: it would be missed only after seconds.
 
     Args:
@@ -132,8 +130,8 @@ def check_budget(command: str, given: Sequence["Given"]) -> None:
 
 
 def _replaced(
-    given: Sequence["Given"], method: "Given", options: Mapping[str, str] | None, config: str | None
-) -> list["Given"]:
+    given: Sequence[Given], method: Given, options: Mapping[str, str] | None, config: str | None
+) -> list[Given]:
     """Returns the flags with ``--method`` as options of ``importance``, and those of the method as the criterion's."""
     kind = type(method)
     found = [] if options is not None else [kind("config", str(shipped_configs()[config or ""]))]
@@ -161,13 +159,11 @@ def _recipe(name: str) -> str:
     return name.lower()
 
 
-def _config(recipe: str) -> "Given":
-    from hfprune.cli.arguments import Given
-
+def _config(recipe: str) -> Given:
     return Given("config", str(shipped_configs()[f"recipes/{recipe}"]))
 
 
-def _open(given: Sequence["Given"]) -> bool:
+def _open(given: Sequence[Given]) -> bool:
     """Returns whether nothing chooses a method: neither a flag nor a config file."""
     stated = dict(_statements(given))
     closed = (*_CHOSEN, "method", "sparsity", "update", "sparse", "lora_prune")
@@ -177,11 +173,11 @@ def _open(given: Sequence["Given"]) -> bool:
     return set(units.replace('"', "").replace("'", "").strip("[]").replace(" ", "").split(",")) <= _FITTED
 
 
-def _stated(given: Sequence["Given"]) -> list[str]:
+def _stated(given: Sequence[Given]) -> list[str]:
     return [flag for flag, _ in _statements(given)]
 
 
-def _statements(given: Sequence["Given"]) -> Iterator[tuple[str, Any]]:
+def _statements(given: Sequence[Given]) -> Iterator[tuple[str, Any]]:
     """Yields each flag that the command line or one of its files gives, dotted, with its value; null is not given."""
     for item in given:
         if item.name == "config" and item.value is not None:

@@ -21,7 +21,7 @@ from hfprune.callbacks.recovery_progress import RecoveryLines, RecoveryProgress
 from hfprune.callbacks.snapshots import ONE_PROCESS, STAGE, DenseControl
 from hfprune.cli.base import BaseCLI
 from hfprune.cli.closing import closing
-from hfprune.cli.entry import COMMANDS
+from hfprune.cli.commands import COMMANDS
 from hfprune.cli.export import add_layout_argument
 from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
 from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from

@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from hfprune.cli.arguments import Given, split
+from hfprune.cli.arguments import split
+from hfprune.cli.flags import Given
 
 _SHORT = {"pruning_ratio": "--ratio", "output_dir": "-o"}
 """Flag -> its short form, which proposed commands use."""

@@ -14,13 +14,11 @@ from hfprune.io.demo_model import EMBEDDED_NAME, embedded_model
 from hfprune.io.layouts import cut_of, is_per_layer, run_empty
 from hfprune.io.layouts.bitmask import bitmask_stock, is_bitmask
 from hfprune.io.model_files import (
-    adapter_base,
     check_files,
     check_info,
     check_shapes,
     check_vocabulary,
     has_weights,
-    is_adapter,
     outside_text,
     weight_shapes,
 )
@@ -120,7 +118,7 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
     config = load_config(path, revision=revision, argument=argument)
     model = _empty_model(config, where)
     if is_supported(model):
-        with _reading(f"{where}: the model described by config.json cannot be run"):
+        with reading(f"{where}: the model described by config.json cannot be run"):
             run_empty(model)
     if not is_bitmask(folder) and not is_per_layer(config) and has_weights(folder):
         with quiet_transformers():
@@ -158,7 +156,7 @@ def load_config(path: str, *, revision: str | None = None, argument: str = "path
     from transformers import AutoConfig
 
     resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
-    with _reading(f"Cannot read the config of {where}"), quiet_transformers():
+    with reading(f"Cannot read the config of {where}"), quiet_transformers():
         config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=False, **_SWITCHES)
     _check_config(config, where)
     config = bitmask_stock(config)
@@ -204,7 +202,7 @@ def meta_model(path: str, *, revision: str | None = None, argument: str = "path"
 def _empty_model(config: Any, where: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _reading(f"{where}: the model described by config.json cannot be built"), quiet_transformers():
+    with reading(f"{where}: the model described by config.json cannot be built"), quiet_transformers():
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config)
@@ -216,7 +214,7 @@ def _empty_model(config: Any, where: str) -> Any:
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Iterator[None]:
     """Context that turns errors of transformers about a user's files into a ``ConfigError`` of one line."""
     try:
         yield
@@ -225,72 +223,6 @@ def _reading(what: str) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, _CLEAR_ERRORS) else f"{type(error).__name__}: "
         raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
-
-
-def load(
-    folder: str | Path,
-    *,
-    dtype: DTypeName | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    plan: Any = None,
-) -> Any:
-    """Loads a model saved by hfprune (in any layout) or by transformers; with ``plan``, prunes the dense model first.
-
-    For a folder of adapters (``OUT/adapter``), a PEFT model around the pruned model is returned. The pruned model is
-    searched next to the adapters and in their folder first, so that both can be moved together.
-
-    Args:
-        folder: The folder (``OUT/model``, ``OUT/adapter``), or a hub id.
-        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
-        device: Device of the model; the CPU if not given.
-        revision: Branch, tag or commit of a hub id.
-        plan: What to prune from the dense model in ``folder``: a :class:`hfprune.PruningPlan`, a plan file, or a folder
-            or hub id that ``hfprune push --what plan`` wrote, whose refitted weights are put in place.
-
-    Returns:
-        The model in eval mode, an instance of its stock class.
-
-    Raises:
-        ConfigError: Config or weights cannot be read, or the weights hold a NaN or infinity.
-        PlanError: The plan is missing, damaged or made for another model, or config, plan and weights are inconsistent.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_attention_heads=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     LlamaForCausalLM(config).save_pretrained(folder)
-        ...     model = load(folder, dtype="bfloat16")
-        >>> type(model).__name__, model.dtype, model.training
-        ('LlamaForCausalLM', torch.bfloat16, False)
-    """
-    name: Any = str(dtype).removeprefix("torch.")
-    path = Path(user_path(str(folder), "folder"))
-    if plan is not None:
-        from hfprune.io.rebuild import load_rebuilt  # imports this module
-
-        model = load_rebuilt(str(folder), plan, dtype=name, revision=revision)
-    elif is_adapter(path):
-        model = _load_adapted(path, dtype=name)
-    else:
-        model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
-    return model if device is None else model.to(device)
-
-
-def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
-    """Returns the base model with the adapters, whose config refers to the current folder of the base model."""
-    from peft import PeftConfig, PeftModelForCausalLM
-
-    where = f"folder='{folder}'"
-    base = adapter_base(folder, where)
-    model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
-    with _reading(f"Cannot load the adapters of {where} into the model in '{base}'"), warnings.catch_warnings():
-        config = PeftConfig.from_pretrained(str(folder))
-        config.base_model_name_or_path = base
-        # peft 0.21 asks for an attribute that transformers 5.23 deprecates
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return PeftModelForCausalLM.from_pretrained(model, str(folder), config=config).eval()
 
 
 def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
@@ -315,7 +247,7 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
     if not is_per_layer(config):
         kwargs["ignore_mismatched_sizes"] = True  # check_info reports them in one line
-    with _reading(f"Cannot load the weights of {where}"), quiet_transformers():
+    with reading(f"Cannot load the weights of {where}"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(resolved, **kwargs)
     model, info = loaded
     if outside := check_info(model, info, where):
@@ -333,7 +265,7 @@ def read_generation_config(model: Any, path: str, *, revision: str | None = None
 
     resolved = resolve_model_path(path)
     if cached_file_or_none(resolved, "generation_config.json", revision=revision) is not None:
-        with _reading(f"Cannot read the generation config of path='{path}'"):
+        with reading(f"Cannot read the generation config of path='{path}'"):
             hub: dict[str, Any] = {} if revision is None else {"revision": revision}
             model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
 

@@ -24,16 +24,11 @@ from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import UnitMask
 from hfprune.pruning.options import CalibrationOptions
 from hfprune.pruning.prunable import Prunable
+from hfprune.pruning.rounds import Kept, Pass, State
 from hfprune.utils.errors import CalibrationError, ConfigError
 from hfprune.utils.progress import Advance, calibration_progress
 from hfprune.utils.random_numbers import isolated_rng
 from hfprune.utils.shares import owner_of
-
-Kept = Mapping[str, Sequence[int]]
-"""Group -> kept units."""
-
-State = dict[str, Any]
-"""State of an interrupted calibration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,9 +424,6 @@ def seed_data(seed: int) -> None:
 
 
 # ---- self-distillation -----------------------------------------------------------------------------------------------
-
-Pass = Callable[[Kept | None, State | None], dict[str, Tensor]]
-"""One pass over the calibration data: unmasked units of each group, saved state -> scores."""
 
 
 def check_stages(model: Prunable, setting: SelfDistillation, budget: Budget, allocation: Allocation | None) -> None:

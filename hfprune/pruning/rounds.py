@@ -1,9 +1,9 @@
 """Iterative pruning: each round scores the remaining units on the model without the units removed before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,17 @@ from hfprune.pruning.hooks import UnitMask
 from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hfprune.pruning.calibration import Kept, Pass, State
     from hfprune.pruning.prunable import Prunable
 
+
+Kept = Mapping[str, Sequence[int]]
+"""Group -> kept units."""
+
+State = dict[str, Any]
+"""State of an interrupted calibration."""
+
+Pass = Callable[[Kept | None, State | None], dict[str, Tensor]]
+"""One pass over the calibration data: unmasked units of each group, saved state -> scores."""
 
 Schedule = Literal["linear", "cubic"]
 """Share of the removal after a share x of the rounds: x for ``linear``, 1 - (1 - x)^3 for ``cubic``."""
