@@ -78,6 +78,8 @@ class RunCLI(BaseCLI):
         """Parses ``args`` and selects the kind of pruning that they ask for."""
         super().parse_arguments(parser, args)
         self.kind = selected(self.given, self.command)
+        if self.given.get("model.path") is None:
+            _log.warning("No model was given: the run uses the embedded demo model, %s.", self.config.model.path)
 
     def unused_groups(self) -> set[str]:
         """Returns the groups of options that this run does not use."""

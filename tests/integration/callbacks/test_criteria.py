@@ -88,10 +88,10 @@ def test_fisher_brings_its_own_objective(folder):
         ({"criterion": Magnitude(), "objective": "entropy"}, "Magnitude reads weights alone"),
         ({"criterion": Fisher(), "objective": "entropy"}, "not 'entropy'"),
         (
-            {"criterion": Magnitude(), "distillation": SelfDistillation()},
+            {"criterion": Magnitude(), "self_distillation": SelfDistillation()},
             "reads gradients of any objective, .*; Magnitude does not",
         ),
-        ({"distillation": SelfDistillation(), "objective": "entropy"}, "remove objective="),
+        ({"self_distillation": SelfDistillation(), "objective": "entropy"}, "remove objective="),
     ],
 )
 def test_impossible_combinations_are_refused_at_once(kwargs, match):

@@ -130,7 +130,7 @@ def test_left_in_any_round_and_taken_up_it_keeps_the_same(folder, tmp_path, monk
         ({"allocation": Explicit(mlp=12), "pruning_ratio": None}, "sets the widths itself"),
         ({"allocation": GlobalRank()}, "GlobalRank.* needs scores"),
         (
-            {"distillation": SelfDistillation(), "objective": None},
+            {"self_distillation": SelfDistillation(), "objective": None},
             "rounds=2 and `self_distillation` cannot be combined",
         ),
         ({"rounds": 0}, "rounds=0 must be positive"),

@@ -189,7 +189,7 @@ def test_weights_are_fitted_for_heads_too(folder):
     [
         ({"compensation": LeastSquares(), "units": ALL}, "leave 'layers' out"),
         ({"compensation": LeastSquares(), "units": ("channels",)}, "belong to all layers: leave 'channels' out"),
-        ({"distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
+        ({"self_distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores in advance"),
         ({"units": ALL, "allocation": GlobalRank()}, "cannot remove whole layers"),
     ],
