@@ -129,7 +129,8 @@ def _type(hint: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if _is_union(hint):
-        return "|".join(dict.fromkeys(_type(part) for part in args))
+        # typing caches unions: which of int | float and float | int comes back depends on what was imported before
+        return "|".join(sorted({_type(part) for part in args}, key=lambda part: (part == "null", part)))
     if origin is not None and args:
         inner = ", ".join(_type(part) for part in args if part is not ...)
         return f"{'list' if origin in _LISTS else getattr(origin, '__name__', str(origin))}[{inner}]"
