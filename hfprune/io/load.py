@@ -17,6 +17,7 @@ from hfprune.io.model_files import (
     check_files,
     check_info,
     check_shapes,
+    check_tied,
     check_vocabulary,
     has_weights,
     outside_text,
@@ -123,6 +124,7 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
     if not is_bitmask(folder) and not is_per_layer(config) and has_weights(folder):
         with quiet_transformers():
             check_shapes(model, weight_shapes(folder, where), where)
+            check_tied(model, folder, where)
 
 
 def check_weight_files(path: str, *, argument: str = "path") -> None:
@@ -177,6 +179,9 @@ def _check_config(config: Any, where: str) -> None:
             f"{where} is a multimodal model ({type(config).__name__}); hfprune supports its text model "
             f"({type(text).__name__}) only. Save the text model separately: {recipe}"
         )
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{where}: architectures {names!r} in config.json is not a list of class names.")
     if config.dtype not in _DTYPES:
         raise ConfigError(
             f"{where}: dtype {str(config.dtype).removeprefix('torch.')} in config.json is not supported. Set it to the "
@@ -320,6 +325,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # a damaged config may load, and fail with the first text
     except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(
             f"{where} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer into the folder "

@@ -261,6 +261,29 @@ def check_shapes(model: Any, found: Shapes, where: str) -> None:
     check_info(model, info, where)
 
 
+def check_tied(model: Any, folder: Path, where: str) -> None:
+    """Raises ``ConfigError`` if config.json ties the output head to the embeddings, and the files store another head.
+
+    Args:
+        model: The model described by config.json, on the meta device.
+        folder: A local folder with safetensors files; others are not read.
+        where: Its name in messages.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is head or module is embeddings]
+    stored = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
+    if len(stored) == len(names) == 2 and not torch.equal(*stored.values()):
+        raise ConfigError(
+            f"{where}: config.json ties the output head to the embeddings (tie_word_embeddings: true), but the weight "
+            f"files store different tensors {' and '.join(stored)}. Set it to false, or remove the head from the files."
+        )
+
+
 def check_info(model: Any, info: Mapping[str, Any], where: str) -> list[str]:
     """Raises ``ConfigError`` if tensors were missing, unexpected or of another shape.
 

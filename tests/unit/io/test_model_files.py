@@ -41,8 +41,8 @@ def folder(dense, tmp_path, monkeypatch):
     return Path(shutil.copytree(dense, tmp_path / "m"))
 
 
-def set_config(folder, **values):
-    file = folder / "config.json"
+def set_config(folder, name="config.json", **values):
+    file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
@@ -143,6 +143,9 @@ KINDS = {
     "checkpoint": (checkpoint, "not a state dict"),
     "lost_shard": (shards, "lacks 1 of the "),
     "list_config": (written("config.json", "[1]"), "holds a list where an object"),
+    "tied": (lambda f: set_config(f, tie_word_embeddings=True), "ties the output head to the embeddings"),
+    "architectures": (lambda f: set_config(f, architectures=-0.5), "architectures -0.5 in config.json is not a list"),
+    "tokenizer_length": (lambda f: set_config(f, "tokenizer_config.json", model_max_length=[1]), "no usable tokenizer"),
     "list_tokenizer": (written("tokenizer_config.json", "[]"), "holds a list where an object"),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "no_vocabulary": (lambda f: (f / "tokenizer.json").unlink(), "no usable tokenizer"),
