@@ -273,7 +273,7 @@ def check_tied(model: Any, folder: Path, where: str) -> None:
     if head is None or head.weight is not embeddings.weight:
         return
     names = [f"{name}.weight" for name, module in model.named_modules() if module is head or module is embeddings]
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             stored |= {name: tensors.get_tensor(name) for name in names if name in tensors.keys()}  # noqa: SIM118
