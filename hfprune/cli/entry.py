@@ -12,7 +12,6 @@ from hfprune.cli.commands import COMMANDS
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
-from hfprune.cli.recipes import announce
 from hfprune.cli.simple_commands import SIMPLE_COMMANDS, run_simple
 from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
@@ -91,7 +90,6 @@ def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] |
     from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with console.applied(command), _current_folder():
-        announce(args)
         return launch(typed, args)
 
 

@@ -1,6 +1,5 @@
 """Recipes: settings that belong together under one word, and the methods that ``--method`` names."""
 
-import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,8 +8,6 @@ from hfprune.cli.flags import Given
 from hfprune.cli.methods import config_of, is_sparse, structured, unknown
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
-
-_log = logging.getLogger("hfprune")
 
 DEFAULT = "fast"
 """Recipe of ``prune`` and ``fit`` where nothing of a recipe is given."""
@@ -71,15 +68,16 @@ def with_recipe(command: str, given: Sequence[Given]) -> list[Given]:
     return [_config(DEFAULT), *others]
 
 
-def announce(args: Sequence[str]) -> None:
-    """Logs the recipe of a command line; nothing where methods were chosen by hand."""
+def recipe_line(args: Sequence[str]) -> str | None:
+    """Returns the line that names the recipe of a command line; None if the method was chosen otherwise."""
     files = {str(path): name for name, path in shipped_configs().items() if name.startswith("recipes/")}
     used = [
         files[arg.partition("=")[2]] for arg in args if arg.startswith("--config=") and arg.partition("=")[2] in files
     ]
-    if used:
-        name = used[-1].partition("/")[2]
-        _log.info("Recipe %s (of %s); --print_config shows its settings.", name, ", ".join(recipes()))
+    if not used:
+        return None
+    name = used[-1].partition("/")[2]
+    return f"Recipe {name} (of {', '.join(recipes())}); --print_config shows its settings."
 
 
 def with_method(command: str, given: Sequence[Given]) -> list[Given]:
@@ -169,6 +167,8 @@ def _open(given: Sequence[Given]) -> bool:
     closed = (*_CHOSEN, "method", "sparsity", "update", "sparse", "lora_prune")
     if any(flag == name or flag.startswith(f"{name}.") for flag in stated for name in closed):
         return False
+    if any(flag.startswith("trainer.strategy") and "ModelParallel" in str(value) for flag, value in stated.items()):
+        return False  # layers are not fitted one by one where each process has a part of the weights
     units = str(stated.get("importance.units", "mlp"))
     return set(units.replace('"', "").replace("'", "").strip("[]").replace(" ", "").split(",")) <= _FITTED
 

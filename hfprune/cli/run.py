@@ -10,8 +10,8 @@ from typing import Any, cast
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from lightning import seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from hfprune.cli.closing import closing
 from hfprune.cli.commands import COMMANDS
 from hfprune.cli.export import add_layout_argument
 from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
+from hfprune.cli.recipes import recipe_line
 from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.io.checkpoint_record import read_metadata
 from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
@@ -35,12 +36,26 @@ from hfprune.utils.files import tidy
 _log = logging.getLogger("hfprune")
 
 
+class _Notes(Callback):
+    """Logs what a run assumes, once it has passed its checks: a refused run prints one line."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = lines
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the lines."""
+        for line in self.lines if trainer.is_global_zero else ():
+            _log.info(line)
+
+
 class RunCLI(BaseCLI):
     """``fit`` and ``prune``."""
 
     resumed_from: str | None = None
     kind: Kind
     """The kind of pruning, known after parsing."""
+    notes: Sequence[str] = ()
+    """What the run assumes, known after parsing."""
     pruning: PruningCallback | None
     """The callback that prunes."""
 
@@ -78,8 +93,9 @@ class RunCLI(BaseCLI):
         """Parses ``args`` and selects the kind of pruning that they ask for."""
         super().parse_arguments(parser, args)
         self.kind = selected(self.given, self.command)
+        self.notes = [line for line in (recipe_line(args),) if line]
         if self.given.get("model.path") is None:
-            _log.warning("No model was given: the run uses the embedded demo model, %s.", self.config.model.path)
+            self.notes.append(f"No model was given: the run uses the embedded demo model, {self.config.model.path}.")
 
     def unused_groups(self) -> set[str]:
         """Returns the groups of options that this run does not use."""
@@ -102,7 +118,7 @@ class RunCLI(BaseCLI):
             )
         folder = out / CHECKPOINT_FOLDER  # of the progress of calibration, too
         self.pruning = self.kind.build(self.config_init)
-        callbacks: list[Any] = [self.pruning, self.report(out)]
+        callbacks: list[Any] = [_Notes(self.notes), self.pruning, self.report(out)]
         self.resumed_from = resume_from(config.ckpt_path, folder)
         if config.trainer.enable_checkpointing is not False:
             callbacks.append(StepCheckpoint(dirpath=folder, save_last="link", enable_version_counter=False))
