@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from hfprune.callbacks.base import pruning_callbacks
+from hfprune.callbacks.base import check_nodes, pruning_callbacks
 from hfprune.data.text import TextDataModule
 from hfprune.evaluation.cache import cached_reference
 from hfprune.evaluation.evaluate import add_speeds, measure
@@ -218,6 +218,7 @@ class PruneTrainer(Trainer):
             ConfigError: Model, callbacks and trainer are incompatible.
         """
         ckpt_path = None if ckpt_path is None else user_path(ckpt_path, "ckpt_path")
+        check_nodes(self)  # before the strategy waits for the other nodes
         for callback in pruning_callbacks(self):
             callback.check(_plain(model))
             callback.resume_from = ckpt_path

@@ -454,6 +454,11 @@ def check_trainer(trainer: Trainer, module: LightningModule, *, pruned: bool = F
     if trainer.limit_train_batches != 0:
         _check_loggers(trainer)
         _check_monitors(trainer, module)
+    check_nodes(trainer)
+
+
+def check_nodes(trainer: Trainer) -> None:
+    """Raises ``ConfigError`` for several nodes that no launcher connects: Lightning would wait for the others."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if trainer.num_nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
         raise ConfigError(
