@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.helpers import warm
@@ -11,6 +12,7 @@ from tests.helpers.models import save_tiny
 KILLS = 24
 
 
+@pytest.mark.slow  # the default tests kill runs in test_kills.py and in distributed/test_resume.py
 def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     folder = save_tiny(tmp_path / "dense")
     script = "tests.integration.distributed.chaos_script:main"

@@ -73,7 +73,7 @@ def check_scores(found, expected, *, sequences=16):
         assert (difference <= 1e-4 * reference).double().mean() > 0.99
 
 
-@pytest.mark.parametrize("objective", ["entropy", "cross_entropy"])
+@pytest.mark.parametrize("objective", ["entropy", pytest.param("cross_entropy", marks=pytest.mark.slow)])
 def test_token_scores_and_kept_sets(golden, scores, objective):
     found = scores(objective, ActivationTaylor(weighting="sequence"))
     check_scores(found, golden["importance"][f"{objective}_token_abs"])
