@@ -72,7 +72,7 @@ check: $(STAMP)  ## linters, types, import contracts, spelling
 links: $(STAMP)  ## relative links and anchors of the Markdown files
 	$(BIN)/python -m pytest tests/unit/test_links.py
 
-# The API pages are read from the sources, so torch is not needed: the site has an environment of its own.
+# mkdocstrings parses the sources without importing them: the environment of the documentation has no torch.
 DOCS_VENV ?= .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
 $(DOCS_STAMP): setup.cfg constraints.txt

@@ -182,6 +182,7 @@ NAMES = {
 
 RENAMED = {
     "LoraPruneCallback": "hfprune.callbacks.lora_prune.LoraPruningCallback",
+    "with_blocks": "hfprune.criteria.layers.with_layers",
     "SparsityCallback": "hfprune.callbacks.sparse.SparsePruningCallback",
 }
 """Old public name -> its new path."""

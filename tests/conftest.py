@@ -34,6 +34,20 @@ def _global_state():
     torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The folder of a tiny Llama with random weights."""
+    from tests.helpers.models import save_tiny  # imports transformers
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports with empty images: drawing takes most of the time of a run of a tiny model. Others test what is drawn."""

@@ -31,7 +31,7 @@ STEPS = (
     ("3 recover", ("LoRA or all weights", "(optional)"), TEAL),
     ("pruned model", ("an ordinary", "model folder"), GREY),
 )
-BESIDE = ("importance.safetensors", "plan.json", "checkpoints/", "report.html")
+OTHER_OUTPUTS = ("importance.safetensors", "plan.json", "checkpoints/", "report.html")
 
 
 def lifecycle() -> str:
@@ -62,7 +62,7 @@ def lifecycle() -> str:
             parts.append(
                 f'<path d="M{x - gap + 2} 90H{x - 3}" stroke="{GREY}" stroke-width="2.5" marker-end="url(#a)"/>'
             )
-            parts.append(_text(x + width / 2, 166, BESIDE[index - 1], 14, INK, mono=True))
+            parts.append(_text(x + width / 2, 166, OTHER_OUTPUTS[index - 1], 14, INK, mono=True))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -94,7 +94,7 @@ def cost_points() -> list[tuple[str, float, float]]:
 def frontier_lines() -> list[tuple[str, list[tuple[float, float]]]]:
     """Returns name and (removed %, perplexity) of three recipes, the dense model first."""
     methods = {row[0]: row for row in table("Every structured method, one-shot")}
-    fitted = {row[0]: row for row in table("One-shot, with the kept weights fitted anew")}
+    fitted = {row[0]: row for row in table("One-shot, with a least-squares refit")}
     dense = value(fitted["dense"][1])
     measured = [
         value(next(row for name, row in fitted.items() if key in name)[1])

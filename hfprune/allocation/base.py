@@ -69,7 +69,7 @@ class ChannelCosts:
 
     @classmethod
     def of(cls, model: Any, groups: tuple[Group, ...]) -> "ChannelCosts | None":
-        """Returns the costs for a supported model, or None where hidden channels are not pruned."""
+        """Returns the costs for a supported model, or None if hidden channels are not pruned."""
         channels = next((group for group in groups if group.kind == CHANNELS), None)
         if channels is None:
             return None
@@ -96,7 +96,7 @@ class Inventory:
         hidden_size: Hidden size of the model; None for a module that has none.
         layer_params: Parameters of each layer.
         fixed_layers: Layers that may not be removed.
-        channels: Parameters of a hidden channel; None where hidden channels are not pruned.
+        channels: Parameters of a hidden channel; None if hidden channels are not pruned.
         head_counts: Numbers of key-value heads to choose from, one for all layers: those that a stock config can state.
             None: any number.
         count: Kept units per group -> parameters of the model, where groups share matrices so that costs do not add up.
@@ -140,7 +140,7 @@ class Inventory:
 
     @property
     def layers(self) -> Group | None:
-        """The group of whole layers, or None where layers are not pruned."""
+        """The group of whole layers, or None if layers are not pruned."""
         return next((group for group in self.groups if group.kind == LAYERS), None)
 
     @property
@@ -234,7 +234,7 @@ class Allotment:
     Attributes:
         widths: Kept units per group; all units for the groups of removed layers.
         removed_layers: Removed layers, ascending.
-        exact_width: The MLP width that meets the target before rounding; None where MLPs differ in width.
+        exact_width: The MLP width that meets the target before rounding; None if MLPs differ in width.
     """
 
     widths: tuple[int, ...]

@@ -36,7 +36,7 @@ class ResolvedBudget:
         asked: The budget, with units and allocation, as the user wrote it.
         widths: Kept units per group; all units for the groups of removed layers.
         dense_widths: Units per group of the dense model.
-        exact_width: The MLP width that meets the target before rounding; None where MLPs differ in width.
+        exact_width: The MLP width that meets the target before rounding; None if MLPs differ in width.
         dense_params: Parameters of the dense model, tied weights once.
         target_params: Parameters asked for.
         params: Parameters that ``widths`` and ``removed_layers`` leave.
@@ -60,7 +60,7 @@ class ResolvedBudget:
 
     @property
     def width(self) -> int | None:
-        """Kept MLP width of every layer; None where layers differ or MLP neurons are not pruned."""
+        """Kept MLP width of every layer; None if layers differ or MLP neurons are not pruned."""
         return next((common(k.kept) for k in self.kinds if k.kind == "mlp"), None)
 
     @property
@@ -75,7 +75,7 @@ class ResolvedBudget:
 
     @property
     def removed_width_share(self) -> float | None:
-        """Share of the MLP neurons in kept layers that is removed; None where MLP neurons are not pruned."""
+        """Share of the MLP neurons in kept layers that is removed; None if MLP neurons are not pruned."""
         return next((1 - sum(k.kept) / sum(k.dense) for k in self.kinds if k.kind == "mlp"), None)
 
     @property
@@ -128,7 +128,7 @@ class ResolvedBudget:
 
 
 def common(widths: Sequence[int]) -> int | None:
-    """Returns the value that all widths share, or None where they differ."""
+    """Returns the value that all widths share, or None if they differ."""
     return widths[0] if len(set(widths)) == 1 else None
 
 

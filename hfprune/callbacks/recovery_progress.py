@@ -49,7 +49,7 @@ class RecoveryLines(Callback):
             self._validation.update(self._validation.done + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends validation; recovery goes on."""
+        """Ends the validation phase and returns to recovery."""
         self._validation = None
         self._validating.close()
 

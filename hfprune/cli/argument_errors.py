@@ -40,7 +40,7 @@ def one_line(error: ArgumentError, parser: LightningArgumentParser) -> str:
 
 
 def refused(text: str) -> str | None:
-    """Returns why a nested class refused its options when it was made, None where ``text`` says something else."""
+    """Returns why a nested class refused its options when it was made, None if ``text`` says something else."""
     text = " ".join(text.split())
     if _NOT_PLAIN in text:
         return _IN_PYTHON

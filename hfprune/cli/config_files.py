@@ -28,7 +28,7 @@ GROUPS = ("trainer", "model", "data", "importance", "sparse", "lora_prune")
 def shipped_configs() -> dict[str, Path]:
     """Returns the configs of the package: name (``quickstart``, ``methods/fisher``) -> file.
 
-    An installed wheel has them in ``hfprune/configs``, a checkout in ``configs`` beside the package.
+    An installed wheel has them in ``hfprune/configs``, a checkout in ``configs`` next to the package.
 
     >>> "quickstart" in shipped_configs()
     True

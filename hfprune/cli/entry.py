@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
-    """Runs a command; returns its result, None where it has none or another process writes it."""
+    """Runs a command; returns its result, None if it has none or another process writes it."""
     if command in SIMPLE_COMMANDS:
         run_simple(command, [*args, *(["--json"] if console.json else [])])
         return None

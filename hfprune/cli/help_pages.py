@@ -104,7 +104,7 @@ PAGES: dict[str, tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]] = {
 
 
 def help_text(command: str, args: Sequence[str]) -> str | None:
-    """Returns the help that a command line asks for, None where it asks for none that the table can give.
+    """Returns the help that a command line asks for, None if it asks for none that the table can give.
 
     Args:
         command: Name of the command.

@@ -70,7 +70,7 @@ def _run(cli: BaseCLI) -> None:
 
 
 def _refusing(error: Exception) -> str | None:
-    """Returns the callback or logger of Lightning that raised ``error``, None where other code did.
+    """Returns the callback or logger of Lightning that raised ``error``, None if other code did.
 
     Many of them check only when they are called whether a module or a run has what they need.
     """

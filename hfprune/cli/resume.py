@@ -28,7 +28,7 @@ _log = logging.getLogger("hfprune")
 
 
 def resume_from(asked: str | None, folder: Path) -> str | None:
-    """Returns the checkpoint to resume from; for ``last`` the newest in ``folder``, None where there is none yet.
+    """Returns the checkpoint to resume from; for ``last`` the newest in ``folder``, None if there is none yet.
 
     Raises:
         ConfigError: It does not exist, or cannot be read.
@@ -50,7 +50,7 @@ def resume_from(asked: str | None, folder: Path) -> str | None:
 
 
 def newest(folder: Path) -> str | None:
-    """Returns the newest checkpoint in ``folder``, None where there is none."""
+    """Returns the newest checkpoint in ``folder``, None if there is none."""
     found = checkpoints_in(folder)
     return str(found[-1]) if found else None
 
@@ -72,7 +72,7 @@ def where(path: str) -> str:
 
 
 def how_to_resume(folder: Path, typed: Typed) -> str | None:
-    """Returns how a run is continued from its newest checkpoint, None where there is none.
+    """Returns how a run is continued from its newest checkpoint, None if there is none.
 
     Args:
         folder: Folder of the checkpoints.
@@ -101,7 +101,7 @@ def check_unfinished(out: Path, typed: Typed) -> None:
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """Returns the optimizer's steps in all epochs of ``fit``, None where their number is not known."""
+    """Returns the optimizer's steps in all epochs of ``fit``, None if their number is not known."""
     per_epoch, epochs = steps_per_epoch(trainer), trainer.max_epochs
     return None if per_epoch is None or epochs is None or epochs < 1 else per_epoch * epochs
 

@@ -1,5 +1,7 @@
 """``hfprune sweep``: a grid of methods, ratios and seeds in one table."""
 
+import shlex
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -14,6 +16,7 @@ from hfprune.report.run_folder import recipe
 from hfprune.report.table import show
 from hfprune.sweep import Method, Sweep, SweepGrid
 from hfprune.sweep.grid import default_methods
+from hfprune.sweep.recommendation import RECIPE_FILE, Recipe
 from hfprune.sweep.tables import markdown
 from hfprune.utils.errors import ConfigError
 
@@ -71,7 +74,7 @@ class SweepCLI(BaseCLI):
             zero_shot=zero_shot_tasks(c),
             latency=c.latency,
             device=trainer.strategy.root_device,
-            recipe=self.recipe,
+            recipe=Recipe(config=self.recipe, command=_next_command(Path(c.output_dir))),
         )
         self.result = result = sweep.run()
         show(markdown(result))
@@ -98,3 +101,9 @@ class SweepCLI(BaseCLI):
         """Returns the data module of ``--data`` for a seed and an evaluation text; None leaves evaluation out."""
         given = self.config.data.as_dict() | {"seed": seed, "text": text}
         return TextDataModule(**given | ({"eval_windows": 0} if text is None else {}))
+
+
+def _next_command(out: Path) -> str:
+    """Returns the command that prunes and recovers by the recommended method."""
+    words = ["hfprune", "fit", "--config", str(out / RECIPE_FILE), "--output_dir", f"{out}-best"]
+    return shlex.join([*words, "--data.recovery", "FILE"])

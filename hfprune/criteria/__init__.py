@@ -6,6 +6,7 @@ package discovers the classes; there is no other list of them.
 
 from typing import Any
 
+from hfprune import _moved
 from hfprune.criteria.activation_taylor import ActivationTaylor
 from hfprune.criteria.base import (
     Activation,
@@ -28,8 +29,6 @@ from hfprune.criteria.random import Random
 from hfprune.criteria.self_distillation import SelfDistillation
 from hfprune.criteria.weight_taylor import WeightTaylor
 from hfprune.utils.settings import discover
-
-with_blocks = with_layers
 
 _FOUND = discover(__name__, Criterion)
 globals().update(_FOUND)
@@ -65,5 +64,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Raises ``AttributeError``; declares the discovered classes to type checkers."""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Returns a renamed function; declares the discovered classes to type checkers."""
+    return _moved.renamed(__name__, name)

@@ -39,7 +39,7 @@ class Package:
     Attributes:
         plans: The plans, in the order in which they are applied.
         weights: Name -> weights of the pruned model that are not those of the base.
-        dtype: Type of the pruned model's weights, for example ``float32``; None where it is not recorded.
+        dtype: Type of the pruned model's weights, for example ``float32``; None if it is not recorded.
         complete: Whether the package says that plans and weights are all; a plan alone does not.
         where: How messages name it.
     """

@@ -71,7 +71,7 @@ class PrunedFolder:
 
     @property
     def base(self) -> str | None:
-        """The dense model as the run named it: a path or a hub id; None where it is not recorded."""
+        """The dense model as the run named it: a path or a hub id; None if it is not recorded."""
         named = (self.provenance.get("model") or {}).get("path")
         return str(named) if named else None
 

@@ -25,12 +25,12 @@ class Forecast:
         removed_share: Share of all parameters that is removed.
         kept: Unit kind -> units that stay, per group.
         widths: MLP width of each layer.
-        exact_width: MLP width that meets the ratio exactly, before rounding; None where layers differ.
+        exact_width: MLP width that meets the ratio exactly, before rounding; None if layers differ.
         weight_bytes: Bytes of the weights in their type.
         macs_per_token: Multiply-accumulates per token of a forward pass over ``tokens`` tokens.
         kv_cache_bytes: Bytes of keys and values of ``tokens`` tokens at batch 1.
         tokens: Tokens that the two refer to.
-        multiple: Largest power of two, up to 256, that divides all MLP widths; None where the MLPs are experts.
+        multiple: Largest power of two, up to 256, that divides all MLP widths; None if the MLPs are experts.
         formats: Quantised formats whose groups fit the widths and the hidden size.
         devices: Numbers of devices (2, 4, 8) over which tensor parallelism can split the model evenly.
         provisional: Whether the units of each layer follow from scores, so that the figures are close, not exact.

@@ -152,7 +152,7 @@ def task_figures(data: ReportData) -> dict[tuple[str, str], dict[str, tuple[floa
 
 
 def _stage_figures(tasks: Mapping[str, Any], task: str, metric: str) -> dict[str, tuple[float, float | None]]:
-    """Returns stage -> finite value of one task and its standard error, None where that is unknown."""
+    """Returns stage -> finite value of one task and its standard error, None if that is unknown."""
     row: dict[str, tuple[float, float | None]] = {}
     for stage, names in tasks.items():
         value, error = number(look_up(names, task, metric)), number(look_up(names, task, f"{metric}_stderr"))

@@ -1,14 +1,27 @@
 """Which method of a sweep to take: the lowest KL at each ratio, and what cannot be distinguished from it."""
 
 import math
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from hfprune.sweep.grid import Method
 
 RECIPE_FILE = "recommended.yaml"
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a caller runs the recommended method.
+
+    Attributes:
+        config: Returns the configuration of a run by a method at a ratio, which is written to ``recommended.yaml``.
+        command: What runs that file, for the tables.
+    """
+
+    config: Callable[[Method, float], str]
+    command: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +102,3 @@ def kl_error(cells: Sequence[Mapping[str, Any]], text: str) -> float:
         mean = math.fsum(kls) / len(kls)
         spread = math.sqrt(math.fsum((kl - mean) ** 2 for kl in kls) / (len(kls) - 1) / len(kls))
     return math.hypot(max(windows, default=0.0), spread)
-
-
-def ready_command(out: Path) -> str:
-    """Returns the command that prunes and recovers by the recommended method."""
-    words = ["hfprune", "fit", "--config", str(out / RECIPE_FILE), "--output_dir", f"{out}-best"]
-    return shlex.join([*words, "--data.recovery", "FILE"])

@@ -16,7 +16,7 @@ from hfprune.report import FrontierPoint, ReportData, save_figures, write_report
 from hfprune.report.data import number
 from hfprune.report.run_folder import budget_text, data_text
 from hfprune.sweep.grid import SweepGrid
-from hfprune.sweep.recommendation import choices, kl_error, ready_command
+from hfprune.sweep.recommendation import choices, kl_error
 from hfprune.sweep.tables import comparisons, figures_table, markdown
 from hfprune.utils.files import write_json, write_text
 
@@ -125,7 +125,8 @@ def write_results(
     found = choices(rows, text, _errors(grid, cells, text))
     result["recommendation"] = [choice.text(text) for choice in found]
     result["recommended"] = [asdict(choice) for choice in found]
-    result["recommended_command"] = ready_command(out) if found and facts.get("has_recipe") else None
+    if not found:
+        result["recommended_command"] = None
     write_json(out / "table.json", result)
     write_text(out / "table.csv", _csv(rows))
     write_text(out / "table.md", markdown(result))

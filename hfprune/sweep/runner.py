@@ -25,9 +25,9 @@ from hfprune.io.save import check_output_dir, command_line
 from hfprune.models import parameter_count
 from hfprune.models.fingerprint import prediction_fingerprint
 from hfprune.modules.causal_lm import PruningModule
-from hfprune.sweep.grid import Cell, Method, SweepGrid, digest
+from hfprune.sweep.grid import Cell, SweepGrid, digest
 from hfprune.sweep.pruner import Kept, Pruner
-from hfprune.sweep.recommendation import RECIPE_FILE
+from hfprune.sweep.recommendation import RECIPE_FILE, Recipe
 from hfprune.sweep.results import write_results
 from hfprune.sweep.score_cache import ScoreBook
 from hfprune.utils.errors import ConfigError
@@ -52,8 +52,7 @@ class Sweep:
         zero_shot: Tasks for the cells of the first seeds and the dense model.
         latency: Whether to measure speed, of the dense model and one model per ratio in alternation.
         device: Device of the sweep.
-        recipe: Returns the configuration of a run by a method at a ratio, as YAML: that of the recommended method is
-            written to ``recommended.yaml``.
+        recipe: How the caller runs the recommended method; None writes no ``recommended.yaml``.
 
     Raises:
         ConfigError: A ratio is impossible for the model, or the folder is not writable.
@@ -69,7 +68,7 @@ class Sweep:
         zero_shot: ZeroShotTasks | None = None,
         latency: bool = True,
         device: torch.device | None = None,
-        recipe: Callable[[Method, float], str] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         self.recipe = recipe
         self.module, self.grid, self.make_data = module, grid, make_data
@@ -122,7 +121,7 @@ class Sweep:
             "model": self.module.path,
             "model_hash": self._model_key,
             "versions": versions(),
-            "has_recipe": self.recipe is not None,
+            "recommended_command": None if self.recipe is None else self.recipe.command,
             "warnings": self.warnings,
             "budgets": self._budgets(),
             "calibration": {
@@ -135,7 +134,7 @@ class Sweep:
         if self.recipe is not None and result["recommended"]:
             first = result["recommended"][0]
             method = next(method for method in self.grid.methods if method.name == first["method"])
-            write_text(self.out / RECIPE_FILE, self.recipe(method, first["pruning_ratio"]))
+            write_text(self.out / RECIPE_FILE, self.recipe.config(method, first["pruning_ratio"]))
         return result
 
     def _warn_of_budgets(self) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def cached_file_or_none(path: str, file: str, **hub: Any) -> Path | None:
-    """Returns a file of a model folder or hub id, or None where the model has no such file.
+    """Returns a file of a model folder or hub id, or None if the model has no such file.
 
     transformers 5.20 to 5.23: ``cached_file(_raise_exceptions_for_missing_entries=False)``. The public call raises
     the same ``OSError`` for a missing file and for a repository that cannot be reached; without the private argument an
@@ -145,7 +145,7 @@ def parser_actions(parser: Any) -> list[Any]:
 def type_hint(action: Any) -> Any:
     """Returns the type that an action of a jsonargparse parser takes; None for one without a type.
 
-    jsonargparse 4.40 to 4.53: ``ActionTypeHint._typehint``. The public ``action.type`` is None where a type has
+    jsonargparse 4.40 to 4.53: ``ActionTypeHint._typehint``. The public ``action.type`` is None if a type has
     options of its own. Without it, the table of flags would have no types.
 
     Args:

@@ -19,19 +19,9 @@ from hfprune.evaluation import evaluate as stage
 from tests.helpers.models import save_tiny, tiny, tiny_tokenizer, token_ids
 from tests.helpers.runs import TINY_DATA_FLAGS, TINY_FLAGS
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("empty_folder", "undrawn")
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def prune(dense, *flags):

@@ -12,12 +12,9 @@ from hfprune.cli import main
 from hfprune.cli.config_files import config_path, shipped_configs, with_config_paths
 from hfprune.utils.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def test_every_config_of_the_checkout_has_a_name():

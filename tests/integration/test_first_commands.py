@@ -9,17 +9,12 @@ from hfprune.cli import main
 from tests.helpers.models import save_tiny
 from tests.helpers.runs import TINY_DATA_FLAGS, TINY_FLAGS
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("empty_folder", "undrawn")
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("models") / "dense"))
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def plan_of(folder):

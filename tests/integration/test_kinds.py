@@ -12,17 +12,11 @@ import pytest
 from hfprune import LoraPruningCallback, SparsePruningCallback, TaylorImportanceCallback
 from hfprune.cli import main
 from hfprune.cli.launch import CLASSES
-from tests.helpers.models import save_tiny
 from tests.helpers.published import unchecked
 from tests.helpers.runs import TINY_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 RATIO, SPARSE, LORA = ["--pruning_ratio=0.2"], ["--method=wanda", "--sparsity=0.5"], ["--lora_prune.every=10"]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hfprune.cli import main
-from tests.helpers.models import save_tiny
 from tests.helpers.runs import EVALUATE_FLAGS, TINY_DATA_FLAGS
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (*TINY_DATA_FLAGS, "--latency=false", "--trainer.accelerator=cpu", "--pruning_ratio=0.2")
@@ -31,16 +32,6 @@ RecoveryLines.on_train_batch_end = waiting
 from hfprune.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_piped_fit_writes_its_lines_while_it_runs(dense):

@@ -14,9 +14,8 @@ from hfprune.callbacks.checkpointing import checkpoints_in
 from hfprune.cli import main
 from hfprune.modules import PruningModule
 from hfprune.pruning.accumulator import ImportanceAccumulator
-from tests.helpers.models import save_tiny
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("empty_folder", "undrawn")
 
 SMALL = ["--data.seq_len=16", "--data.calibration_sequences=4", "--data.eval_windows=0", "--latency=false"]
 SMALL += [
@@ -32,16 +31,6 @@ TWO_EPOCHS = ["--trainer.max_epochs=2", "--checkpoint_steps=1"]
 
 class Killed(BaseException):
     """What a test raises in place of SIGKILL: nothing handles it."""
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

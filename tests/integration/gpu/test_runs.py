@@ -33,11 +33,6 @@ FULL = ["--importance.recovery=full", "--model.dtype=float32"]
 RATIO = ["--pruning_ratio=0.2"]
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("models") / "dense")
-
-
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
     """An empty one but for an evaluation text; nothing is drawn there, which no GPU does and takes most of the time."""

@@ -22,6 +22,8 @@ from hfprune.utils.files import write_json
 from tests.helpers.models import save_tiny, tiny
 from tests.helpers.plans import mlp_plan
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 PLAN = PruningPlan(model_class="M", groups=(), keep={}, config={})
 
 
@@ -31,11 +33,6 @@ def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned") / "OUT" / "model"
     export_model(tiny(dtype=torch.float32), None, PLAN, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def everything(folder):
