@@ -10,7 +10,8 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
-from hfprune.callbacks.base import check_nodes, pruning_callbacks
+from hfprune.callbacks.base import pruning_callbacks
+from hfprune.callbacks.checks import check_nodes
 from hfprune.data.text import TextDataModule
 from hfprune.evaluation.cache import cached_reference
 from hfprune.evaluation.evaluate import add_speeds, measure

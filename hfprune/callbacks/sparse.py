@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hfprune import _moved
 from hfprune.allocation import ResolvedBudget
-from hfprune.callbacks.base import PruningCallback, check_positive
+from hfprune.callbacks.base import PruningCallback
 from hfprune.callbacks.calibration_data import check_source, data_loader, data_summary
+from hfprune.callbacks.checks import check_positive
 from hfprune.callbacks.communicator import LightningCommunicator, say
 from hfprune.callbacks.resume import check_settings, resumed_from
 from hfprune.callbacks.target import Target

@@ -11,14 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hfprune.allocation import Allocation, ResolvedBudget
 from hfprune.allocation.round_to import RoundTo, rounding
-from hfprune.callbacks.base import (
-    PruningCallback,
-    callbacks_of,
-    check_fit,
-    check_positive,
-    cut_restored_optimizers,
-)
+from hfprune.callbacks.base import PruningCallback, cut_restored_optimizers
 from hfprune.callbacks.calibration_data import calibration_data
+from hfprune.callbacks.checks import callbacks_of, check_fit, check_positive
 from hfprune.callbacks.communicator import LightningCommunicator, say, warn
 from hfprune.callbacks.resume import check_settings, describe_options, pruning_settings, resumed_from
 from hfprune.callbacks.target import Target

@@ -108,7 +108,7 @@ class BaseCLI(LightningCLI):
             text = " ".join(str(error).replace("HINT:", "").split())
             raise ConfigError(f"The trainer cannot be built: {missing}{text}") from error
 
-    def check_trainer(self) -> None:
+    def check_no_training(self) -> None:
         """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""
         if self.trainer.world_size > 1:
             raise ConfigError(f"{self.command} runs on one device: give --trainer.devices 1.")

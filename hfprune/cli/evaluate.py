@@ -69,7 +69,7 @@ class EvaluateCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c = self.config
-        self.check_trainer()
+        self.check_no_training()
         stages = cast(PruneTrainer, self.trainer).evaluate(
             self.model,
             self.datamodule,

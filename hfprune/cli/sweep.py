@@ -51,7 +51,7 @@ class SweepCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c, trainer = self.config, self.trainer
-        self.check_trainer()
+        self.check_no_training()
         init = self.config_init
         texts = c.texts or ({"text": c.data.text} if c.data.text else {})
         if not texts or c.data.calibration in texts.values():

@@ -21,13 +21,14 @@ from hfprune.criteria import (
 from hfprune.models import class_name
 from hfprune.plan import Budget, Group, PruningPlan
 from hfprune.pruning.accumulator import check_criterion, weight_scores
-from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer, two_stages
+from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import Communicator, LocalCommunicator, say, warn
 from hfprune.pruning.layerwise import LayerwiseResult, run_layerwise
 from hfprune.pruning.options import PruningOptions
 from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.rounds import Kept, State, in_rounds
 from hfprune.pruning.sensitivity_curves import measured
+from hfprune.pruning.two_stages import two_stages
 from hfprune.utils.progress import phase
 from hfprune.utils.versions import versions
 

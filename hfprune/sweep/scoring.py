@@ -11,11 +11,12 @@ from hfprune.criteria import CalibratedCriterion, scored_groups
 from hfprune.models import find_groups
 from hfprune.objectives import OBJECTIVES, Objective
 from hfprune.plan import Budget
-from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer, two_stages
+from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import LocalCommunicator
 from hfprune.pruning.options import CalibrationOptions
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.pruning.rounds import Kept, State, in_rounds
+from hfprune.pruning.two_stages import two_stages
 from hfprune.sweep.grid import Method
 from hfprune.utils.files import load_tensors, write_tensors
 

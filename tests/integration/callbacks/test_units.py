@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune import LoraRecovery, PruneTrainer, PruningModule, ReportCallback, TaylorImportanceCallback, TextDataModule
 from hfprune.allocation import Explicit, GlobalRank, Protected, Uniform
-from hfprune.callbacks.base import check_strategy
+from hfprune.callbacks.checks import check_strategy
 from hfprune.callbacks.user_module import find_target
 from hfprune.cli import main
 from hfprune.compensation import LeastSquares

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hfprune
 from hfprune.allocation import Explicit, GlobalRank, Sensitivity, Uniform, allocate
-from hfprune.callbacks.base import check_strategy
+from hfprune.callbacks.checks import check_strategy
 from hfprune.callbacks.user_module import find_target
 from hfprune.cli import main
 from hfprune.criteria import ActivationTaylor, Magnitude, scored_groups
