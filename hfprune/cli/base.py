@@ -1,6 +1,7 @@
 """Base class of the commands: the common parser, and errors in one line that name flags."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from hfprune.trainer import PruneTrainer
 from hfprune.utils.compat import parser_actions
 from hfprune.utils.errors import ConfigError, HFPruneError
 from hfprune.utils.files import user_path
+
+_log = logging.getLogger("hfprune")
 
 _PATHS: tuple[str, ...] = (
     "model.path",
@@ -50,6 +53,8 @@ class BaseCLI(LightningCLI):
     """What the command line and its files give, without defaults."""
     result: Mapping[str, Any] | None = None
     """What the command found, once it has run."""
+    notes: Sequence[str] = ()
+    """What the command assumes, known after parsing."""
 
     def __init__(self, command: str, args: list[str], *, typed: Typed | None = None) -> None:
         self.command = command
@@ -108,6 +113,11 @@ class BaseCLI(LightningCLI):
             text = " ".join(str(error).replace("HINT:", "").split())
             raise ConfigError(f"The trainer cannot be built: {missing}{text}") from error
 
+    def log_notes(self) -> None:
+        """Logs what the run assumes."""
+        for note in self.notes:
+            _log.info(note)
+
     def check_no_training(self) -> None:
         """Raises ``ConfigError`` for flags that only a training loop obeys: this command runs none."""
         if self.trainer.world_size > 1:
@@ -135,6 +145,8 @@ class BaseCLI(LightningCLI):
                 if isinstance(value := self.config.get(name), str):
                     self.config[name] = user_path(value, name)
         self._check_used()
+        if self.given.get("model.path") is None:
+            self.notes = [f"No model was given: the run uses the embedded demo model, {self.config.model.path}."]
         plain = {action.dest: action.default for action in actions if "." not in action.dest}
         plain.pop("seed_everything", None)  # null there is Lightning's: a seed is drawn
         check_nulls(self.config, self.classes(), {name: value for name, value in plain.items() if name in self.config})

@@ -70,6 +70,7 @@ class EvaluateCLI(BaseCLI):
         """Runs the command."""
         c = self.config
         self.check_no_training()
+        self.log_notes()
         stages = cast(PruneTrainer, self.trainer).evaluate(
             self.model,
             self.datamodule,

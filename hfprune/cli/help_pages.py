@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from hfprune.cli.flags import Flag, flags_of, objectives, short_names
 from hfprune.cli.methods import kind_of
@@ -117,7 +118,7 @@ def help_text(command: str, args: Sequence[str]) -> str | None:
         return "\n".join(_everything(command, flags))
     if any(arg in _HELP for arg in args):
         return "\n".join(_screen(command))
-    for arg, following in zip(args, (*args[1:], "-"), strict=True):
+    for arg, following in zip_longest(args, args[1:], fillvalue="-"):
         name = arg.removeprefix("--").removesuffix(".help")
         if arg.startswith("--") and arg.endswith(".help") and name in flags and following.startswith("-"):
             return "\n".join(_of_flag(command, flags[name], flags))

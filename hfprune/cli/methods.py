@@ -9,8 +9,8 @@ from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
 
 _KINDS = ("criterion", "allocation", "compensation")
-_ALSO = {"wanda": "wanda_structured"}
-"""Sparse methods whose structured form has another name."""
+_ALSO = {"hfprune": "entropy", "wanda": "wanda_structured"}
+"""Other words for structured methods; with ``--sparsity``, ``wanda`` is the sparse method."""
 
 
 def plain(name: str) -> str:

@@ -54,8 +54,6 @@ class RunCLI(BaseCLI):
     resumed_from: str | None = None
     kind: Kind
     """The kind of pruning, known after parsing."""
-    notes: Sequence[str] = ()
-    """What the run assumes, known after parsing."""
     pruning: PruningCallback | None
     """The callback that prunes."""
 
@@ -93,9 +91,7 @@ class RunCLI(BaseCLI):
         """Parses ``args`` and selects the kind of pruning that they ask for."""
         super().parse_arguments(parser, args)
         self.kind = selected(self.given, self.command)
-        self.notes = [line for line in (recipe_line(args),) if line]
-        if self.given.get("model.path") is None:
-            self.notes.append(f"No model was given: the run uses the embedded demo model, {self.config.model.path}.")
+        self.notes = [*self.notes, *filter(None, [recipe_line(args)])]
 
     def unused_groups(self) -> set[str]:
         """Returns the groups of options that this run does not use."""

@@ -52,6 +52,7 @@ class SweepCLI(BaseCLI):
         """Runs the command."""
         c, trainer = self.config, self.trainer
         self.check_no_training()
+        self.log_notes()
         init = self.config_init
         texts = c.texts or ({"text": c.data.text} if c.data.text else {})
         if not texts or c.data.calibration in texts.values():

@@ -98,6 +98,11 @@ def resolve_model_path(path: str, *, argument: str = "path") -> str:
     return str(embedded_model()) if path == EMBEDDED_NAME else user_path(path, argument)
 
 
+def _looked_up(resolved: str) -> str:
+    """Returns where a model was looked for if it is not a local folder, for messages."""
+    return "" if Path(resolved).is_dir() else " (there is no such folder; it was looked up on the hub)"
+
+
 def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
     """Checks the files, config, class, tensor names and tensor shapes of a local model without reading its weights.
 
@@ -158,7 +163,7 @@ def load_config(path: str, *, revision: str | None = None, argument: str = "path
     from transformers import AutoConfig
 
     resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
-    with reading(f"Cannot read the config of {where}"), quiet_transformers():
+    with reading(f"Cannot read the config of {where}{_looked_up(resolved)}"), quiet_transformers():
         config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=False, **_SWITCHES)
     _check_config(config, where)
     config = bitmask_stock(config)
@@ -328,8 +333,8 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
             tokenizer.decode(tokenizer("a")["input_ids"])  # a damaged config may load, and fail with the first text
     except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(
-            f"{where} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer into the folder "
-            "(tokenizer.save_pretrained)."
+            f"{where}{_looked_up(resolved)} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer "
+            "into the folder (tokenizer.save_pretrained)."
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # remote code, which is neither run nor exported
     return tokenizer

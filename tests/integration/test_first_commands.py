@@ -64,3 +64,16 @@ def test_a_class_that_cannot_be_imported_gives_the_reason(dense, capsys):
     assert main(["prune", dense, *flags, "-o", "out", *TINY_FLAGS]) == 2
     assert "'broken_project' cannot be imported: No module named 'nothing_there'" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "fit", "sweep", "export"])
+def test_a_command_alone_is_one_line(command, capsys, monkeypatch):
+    monkeypatch.setattr("hfprune.cli.launch.launch", lambda *_: pytest.fail("started"))
+    assert main([command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is required" in line
+
+
+def test_a_name_that_is_no_folder_was_looked_up_on_the_hub(capsys):
+    assert main(["prune", "nothing", "--ratio=0.2", "-o", "out"]) == 2
+    assert "there is no such folder; it was looked up on the hub" in capsys.readouterr().err

@@ -104,7 +104,11 @@ def test_guesses_become_flags(line, expected):
     ("line", "message"),
     [
         # of the trial
-        ("prune DIR --method hfprune --sparsity 0.2 -o OUT", "Unknown method 'hfprune'. Methods that remove units"),
+        ("prune DIR --method hfprun --sparsity 0.2 -o OUT", "Unknown method 'hfprun'. Methods that remove units"),
+        (
+            "prune DIR --method hfprune --sparsity 0.2 -o OUT",
+            "--method hfprune removes units: give --pruning_ratio 0.2",
+        ),
         ("prune DIR --criterion ActivationNorm --ratio 0.2 -o OUT", "Did you mean 'importance.criterion'?"),
         ("prune DIR --pruning_ratio 20 -o OUT", "--pruning_ratio 20 is not between 0 and 1"),
         ("prune DIR --dry_run --ratio 0.2 -o OUT", "unrecognized arguments: --dry_run"),
