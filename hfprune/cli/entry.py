@@ -95,17 +95,30 @@ def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] |
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """Lets ``class_path: my_project.MyCriterion`` name a class in the current folder, after installed packages."""
+    """Lets ``class_path: my_project.MyCriterion`` name a class in the current folder, after installed packages.
+
+    Modules imported from that folder are dropped afterwards, since the process may run another command elsewhere.
+    """
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:
         yield
         return
+    before = set(sys.modules)
     sys.path.append(folder)
     try:
         yield
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
+        own = {name for name in set(sys.modules) - before if "." not in name and _lies_in(folder, sys.modules[name])}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
+
+
+def _lies_in(folder: str, module: object) -> bool:
+    """Whether ``module`` is ``folder/NAME.py`` or a package ``folder/NAME``."""
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+    return any(place and os.path.dirname(os.path.abspath(place)) == folder for place in places)
 
 
 def _complete(args: list[str]) -> int:

@@ -128,13 +128,12 @@ def test_classes_in_the_current_folder(path, message, given, dense, capsys):
     Path("my_project.py").write_text("from hfprune.criteria import Magnitude\n\n\nclass Mine(Magnitude):\n    pass\n")
     Path("my_broken.py").write_text("import nowhere_at_all\n")
     Path("my_syntax.py").write_text("def f(:\n")
-    for name in ("my_project", "my_broken", "my_syntax"):
-        sys.modules.pop(name, None)
-    before = list(sys.path)
+    before = list(sys.path), set(sys.modules)
     flags = [*RATIO, f"--importance.criterion={given.format(path=path)}", "--importance.check_every=0"]
     assert main(["prune", f"--model.path={dense}", "--output_dir=out", *TINY_FLAGS, *flags]) == 2
     assert (message or "--importance.check_every 0 must be positive") in capsys.readouterr().err
-    assert sys.path == before
+    assert sys.path == before[0]
+    assert not {"my_project", "my_broken", "my_syntax"} & (set(sys.modules) - before[1])
 
 
 def test_a_method_that_cannot_be_imported(dense, capsys):
