@@ -17,6 +17,7 @@ from hfprune.cli.config_files import with_config_paths
 from hfprune.cli.entry import COMMANDS
 from hfprune.cli.simple_commands import SIMPLE_COMMANDS, simple_parser
 from hfprune.criteria import ActivationNorm
+from hfprune.models import ARCHITECTURES
 from tests.helpers.models import save_tiny
 from tests.helpers.published import resolved, unchecked
 
@@ -104,6 +105,16 @@ def python_blocks():
             yield pytest.param(block, id=f"{path.name}-{number}")
 
 
+@pytest.fixture
+def registered_tables():
+    """Removes the architecture tables that a test registers."""
+    before = set(ARCHITECTURES)
+    yield
+    for name in set(ARCHITECTURES) - before:
+        ARCHITECTURES.remove(name)
+
+
+@pytest.mark.usefixtures("registered_tables")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9")  # the default logger without tensorboard
 @pytest.mark.parametrize("block", list(python_blocks()))
 def test_documented_python_runs(block, tmp_path, monkeypatch):
