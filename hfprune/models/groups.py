@@ -16,17 +16,32 @@ from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
-    """Returns the architecture table of ``model``'s exact class.
+    """Returns the table pinned to ``model``, or that of its exact class.
 
     Raises:
         UnsupportedArchitectureError: The class has no table; the message lists the supported classes.
     """
-    return ARCHITECTURES.get(class_name(model))
+    pinned: ArchSpec | None = model.__dict__.get(_PINNED)
+    return pinned or ARCHITECTURES.get(class_name(model))
 
 
 def is_supported(model: nn.Module) -> bool:
-    """Returns whether ``model``'s exact class has an architecture table."""
-    return class_name(model) in ARCHITECTURES
+    """Returns whether ``model`` or its exact class has an architecture table."""
+    return _PINNED in model.__dict__ or class_name(model) in ARCHITECTURES
+
+
+def pin_spec(model: nn.Module, spec: ArchSpec) -> None:
+    """Makes ``spec`` the table of one model, and of its deep copies, in place of a table of its class.
+
+    Args:
+        model: The model.
+        spec: The table.
+    """
+    model.__dict__[_PINNED] = spec
+
+
+_PINNED = "_hfprune_spec"
+"""Attribute of a model with a table of its own."""
 
 
 def class_name(model: nn.Module) -> str:
