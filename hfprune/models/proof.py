@@ -67,6 +67,10 @@ class Proof:
         """Returns the unit kinds that can be removed."""
         return tuple(kind for kind, claim in KIND_CLAIMS.items() if self.claims[claim].proven)
 
+    def kind_claims(self) -> dict[str, str]:
+        """Returns unit kind -> claim, for the kinds that the class has."""
+        return {k: claim for k, claim in KIND_CLAIMS.items() if k != "experts" or self.spec.experts is not None}
+
     @property
     def usable(self) -> bool:
         """Whether models of the class can be scored and pruned: the output head and one unit kind are proven."""

@@ -94,8 +94,12 @@ def twin_of(model: nn.Module, *, seed: int = 0, dtype: torch.dtype = torch.float
         seed: Seed of the weights.
         dtype: Type of the weights.
     """
-    kind = next(c for c in type(model).__mro__ if c.__name__ == class_name(model))
-    return twin(model.config, model_class=kind, seed=seed, dtype=dtype)
+    return twin(model.config, model_class=own_class(model), seed=seed, dtype=dtype)
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """Returns the class of a model, without the subclass that FSDP2 creates."""
+    return next(kind for kind in type(model).__mro__ if kind.__name__ == class_name(model))
 
 
 def random_weights(model: nn.Module, *, seed: int = 0) -> None:
