@@ -15,7 +15,11 @@ LAYER_COUNTS = (
 )
 """Config keys of the number of decoder layers."""
 
+LAYERS = 3
+"""Layers of a twin whose layers are alike."""
+
 LAYERS_MOST = 4
+"""Layers of a twin with several kinds of layers, at most."""
 
 HEADS = (
     ("num_attention_heads", "num_key_value_heads"),
@@ -51,7 +55,15 @@ _WIDTHS = (
     "dense_intermediate_size",
     "intermediate_size_mlp",
 )
-_HEAD_SIZES = ("head_dim", "global_head_dim", "swa_head_dim", "d_head", "kv_channels", "dim_head", "attention_head_size")
+_HEAD_SIZES = (
+    "head_dim",
+    "global_head_dim",
+    "swa_head_dim",
+    "d_head",
+    "kv_channels",
+    "dim_head",
+    "attention_head_size",
+)
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "n_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _POSITIONS = (
@@ -192,6 +204,7 @@ class Sizes:
         experts: Number of experts.
         fixed: Other keys.
         lists: Lists that are replaced as a whole.
+        fills: Whether to fill in sizes that a default config leaves open.
     """
 
     hidden: int = 48
@@ -203,19 +216,18 @@ class Sizes:
     experts: int = 6
     fixed: Mapping[str, int] = field(default_factory=dict)
     lists: Mapping[str, list[Any]] = field(default_factory=lambda: dict(_LISTS))
+    fills: bool = False
 
-    def number(self, key: str, value: int, values: Mapping[str, Any]) -> int:
+    def number(self, key: str, value: int) -> int:
         """Returns the small number for a config key; ``value`` if the key is no size, or says that a part is absent.
 
         Args:
             key: Config key.
             value: Its value.
-            values: All values of the config.
         """
-        small = self._known(key)
-        if small is None or value == 0 and key not in _FIXED or value < 0:
-            return value
-        return value if value == 0 and not key.endswith(("_id", "_index")) else small
+        absent = value < 0 or (value == 0 and not key.endswith(("_id", "_index")))
+        small = None if absent else self._known(key)
+        return value if small is None else small
 
     def _known(self, key: str) -> int | None:
         table = {**_FIXED, **self.fixed}
@@ -232,8 +244,28 @@ class Sizes:
             table |= {name: number for name in names if name not in self.fixed}
         return table.get(key)
 
+    def filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns values for keys that are None where most classes have a size.
+
+        Args:
+            values: All values of the config.
+        """
+        if not self.fills:
+            return {}
+        known = {"num_key_value_heads": self.heads, "head_dim": self.head_size, "num_experts_per_tok": 2}
+        known |= {"moe_intermediate_size": _FIXED["moe_intermediate_size"]}
+        known |= dict.fromkeys(_EXPERTS, self.experts)
+        found: dict[str, Any] = {key: number for key, number in known.items() if values.get(key, 0) is None}
+        if values.get("layer_types", 0) is None:
+            found["layer_types"] = ["full_attention"] * LAYERS
+        return found
+
     def rotary_pairs(self, values: Mapping[str, Any]) -> int:
-        """Returns the number of rotary frequencies of a head in a config with small sizes."""
+        """Returns the number of rotary frequencies of a head in a config with small sizes.
+
+        Args:
+            values: All values of the config.
+        """
         size = values.get("head_dim") or values.get("qk_rope_head_dim") or self.hidden // self.heads
         share = values.get("partial_rotary_factor")
         rotary = values.get("rope_parameters")
@@ -241,18 +273,14 @@ class Sizes:
             share = rotary.get("partial_rotary_factor")
         return int(size * (share or 1.0)) // 2
 
-    def settle(self, config: Any) -> None:
-        """Sets what a constructor derives from other sizes than those of the twin."""
-        for key in ("per_layer_config",):
-            if getattr(config, key, None):
-                setattr(config, key, {})
-
 
 SIZES = (
     Sizes(),
+    Sizes(head_size=16, fixed={"num_experts_per_tok": 1}),
     Sizes(head_size=8),
     Sizes(hidden=96, width=64, head_size=16),
     Sizes(hidden=64, heads=4, keys_values=2, head_size=16, width=96, vocabulary=128, experts=8),
+    Sizes(fills=True),
 )
-"""Sets of sizes, tried in this order: the first has pairwise different sizes, the last only powers of two and their
-triples."""
+"""Sets of sizes, tried in this order: the first has pairwise different sizes, later ones suit classes that bind some of
+them together."""

@@ -14,11 +14,20 @@ import torch
 from torch import nn
 
 from hfprune.models.groups import class_name
-from hfprune.models.twin_sizes import HEADS, LAYER_COUNTS, LAYERS_MOST, SIZES, Sizes
+from hfprune.models.twin_sizes import HEADS, LAYER_COUNTS, LAYERS, LAYERS_MOST, SIZES, Sizes
 from hfprune.utils.compat import causal_lm_class
 from hfprune.utils.errors import UnsupportedArchitectureError, first_line
 
-_NOT_PASSED = ("transformers_version", "model_type", "architectures", "dtype", "torch_dtype", "_name_or_path", "auto_map")
+_NOT_PASSED = (
+    "transformers_version",
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "auto_map",
+    "quantization_config",
+)
 """Entries of ``config.to_dict()`` that a twin does not take over."""
 
 _NOISE = 0.2
@@ -53,7 +62,7 @@ def twin(
         config: A Hugging Face config, of any size.
         model_class: Class of the model; defaults to the one that ``AutoModelForCausalLM`` chooses.
         seed: Seed of the weights.
-        dtype: Type of the weights.
+        dtype: Type of the weights; float32 if the class does not run in float64.
 
     Raises:
         UnsupportedArchitectureError: No tiny config gives a model that runs; the message holds the first error.
@@ -65,12 +74,14 @@ def twin(
         torch.Size([1, 3, 101])
     """
     build = model_class or causal_lm_class(config)
+    own = _config_of(build, config)
     first: Exception | None = None
-    for tiny in _configs(config):
-        try:
-            return _built(build, tiny, seed, dtype)
-        except Exception as error:  # noqa: BLE001  # foreign code; the next sizes may suit it
-            first = first or error
+    for precision in dict.fromkeys((dtype, torch.float32)):
+        for tiny in _configs(own):
+            try:
+                return _built(build, tiny, seed, precision)
+            except Exception as error:  # foreign code may raise anything; the next sizes may suit it
+                first = first or error
     name, reason = build.__name__, first_line(first) if first else "its config class accepts no small sizes"
     raise UnsupportedArchitectureError(f"No tiny model of {name} runs on token ids alone: {reason}") from first
 
@@ -105,6 +116,14 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> None:
                 tensor.add_((_NOISE * noise).to(tensor.dtype))
 
 
+def _config_of(build: Any, config: Any) -> Any:
+    """Returns the config that a class takes: ``config``, or the text config within it."""
+    wanted = getattr(build, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    return next((value for value in vars(config).values() if isinstance(value, wanted)), config)
+
+
 def _built(build: Any, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,7 +145,7 @@ def _configs(config: Any) -> Iterator[Any]:
     for sizes in SIZES:
         try:
             tiny = _shrunk(config, sizes)
-        except Exception as error:  # noqa: BLE001  # validators of foreign config classes
+        except Exception as error:  # validators of foreign config classes raise anything
             first = first or error
             continue
         found = True
@@ -138,28 +157,26 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _shrunk(config: Any, sizes: Sizes) -> Any:
     """Returns a config of the same class with small sizes; nested configs are shrunk as well."""
-    values = {key: copy.deepcopy(value) for key, value in config.to_dict().items() if key not in _NOT_PASSED}
-    values = {key: value for key, value in values.items() if _passed(type(config), key)}
-    layers = _layer_count(values)
-    values |= {key: sizes.number(key, value, values) for key, value in values.items() if _is_number(value)}
-    values |= _heads(values, config, sizes)
-    chosen = _chosen_layers(values, layers)
-    for key, value in values.items():
-        if isinstance(value, list | tuple) and layers and len(value) == layers and len(value) > 1:
-            values[key] = [value[index] for index in chosen]
-        elif key in sizes.lists:
-            values[key] = sizes.lists[key]
-    for key in LAYER_COUNTS:
-        if isinstance(values.get(key), int):
-            values[key] = len(chosen)
+    dense = {key: copy.deepcopy(value) for key, value in config.to_dict().items() if key not in _NOT_PASSED}
+    dense = {key: value for key, value in dense.items() if _passed(type(config), key)}
+    layers = _layer_count(dense)
+    chosen = _chosen_layers(dense, layers)
+    values = dense | {key: sizes.number(key, value) for key, value in dense.items() if _is_number(value)}
+    values |= _heads(dense, sizes) | sizes.filled(dense) | dict.fromkeys(_counts(dense), len(chosen))
+    for key, value in dense.items():
+        if isinstance(value, list | tuple):
+            if layers > 1 and len(value) == layers:
+                values[key] = [value[index] for index in chosen]
+            elif key in sizes.lists:
+                values[key] = sizes.lists[key]
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             values[key] = _shrunk(value, sizes).to_dict()
-    if isinstance(values.get("rope_parameters"), Mapping):
-        values["rope_parameters"] = _rotary(values["rope_parameters"], sizes.rotary_pairs(values))
-    tiny = type(config)(**values)
-    sizes.settle(tiny)
-    return tiny
+    if isinstance(dense.get("rope_parameters"), Mapping):
+        values["rope_parameters"] = _rotary(dense["rope_parameters"], sizes.rotary_pairs(values))
+    if isinstance(dense.get("per_layer_config"), Mapping):
+        values["per_layer_config"] = _per_layer(dense, values, chosen)
+    return type(config)(**values)
 
 
 def _passed(kind: type, key: str) -> bool:
@@ -172,17 +189,38 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _counts(values: Mapping[str, Any]) -> list[str]:
+    """Returns the config keys of the number of layers."""
+    return [key for key in LAYER_COUNTS if _is_number(values.get(key))]
+
+
 def _layer_count(values: Mapping[str, Any]) -> int:
-    return next((values[key] for key in LAYER_COUNTS if _is_number(values.get(key))), 0)
+    return next((values[key] for key in _counts(values)), 0)
 
 
-def _heads(values: Mapping[str, Any], config: Any, sizes: Sizes) -> dict[str, int]:
-    """Returns the head counts, which keep their relation: multi-head, grouped or multi-query attention."""
+def _heads(dense: Mapping[str, Any], sizes: Sizes) -> dict[str, int]:
+    """Returns head counts and sizes that keep their relation: multi-head, grouped or multi-query attention."""
     found: dict[str, int] = {}
     for heads, keys_values in HEADS:
-        if _is_number(values.get(heads)) and _is_number(values.get(keys_values)):
-            dense, shared = getattr(config, heads), getattr(config, keys_values)
-            found[keys_values] = sizes.heads if dense == shared else 1 if shared == 1 else sizes.keys_values
+        queries, shared = dense.get(heads), dense.get(keys_values)
+        if _is_number(queries) and _is_number(shared):
+            found[keys_values] = sizes.heads if queries == shared else 1 if shared == 1 else sizes.keys_values
+    rotary = dense.get("qk_rope_head_dim")
+    if rotary and dense.get("head_dim") == rotary:
+        found["head_dim"] = sizes.number("qk_rope_head_dim", rotary)
+    return found
+
+
+def _per_layer(dense: Mapping[str, Any], values: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+    """Returns the entries of single layers: numbers that differ from those of the model are doubled in the twin."""
+    found = {}
+    for name, entries in dense["per_layer_config"].items():
+        if str(name).isdigit() and int(name) in chosen:
+            place = f"{chosen.index(int(name)):0{len(str(name))}d}"
+            found[place] = {
+                key: (values[key] * (1 if value == dense[key] else 2)) if _is_number(values.get(key)) else value
+                for key, value in entries.items()
+            }
     return found
 
 
@@ -192,11 +230,11 @@ def _chosen_layers(values: Mapping[str, Any], layers: int) -> list[int]:
     kinds = [tuple(str(entry[index]) for entry in lists) for index in range(layers)]
     chosen = [index for index in range(layers) if kinds.index(kinds[index]) == index][:LAYERS_MOST]
     for index in range(layers):
-        if len(chosen) >= min(3, layers):
+        if len(chosen) >= min(LAYERS, layers):
             break
         if index not in chosen:
             chosen.append(index)
-    return sorted(chosen) or [0, 1, 2]
+    return sorted(chosen) or list(range(LAYERS))
 
 
 def _rotary(parameters: Mapping[str, Any], pairs: int) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def attention_implementation(config: Any) -> str:
 def causal_lm_classes() -> dict[str, str]:
     """Returns model type -> name of the class that ``AutoModelForCausalLM`` builds, for every known model type.
 
-    transformers 5.20 to 5.23: ``modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``. No public function lists the classes.
+    transformers 5.20 to 5.23: ``modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``. No public function lists
+    the classes.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -73,17 +74,19 @@ def causal_lm_class(config: Any) -> Any:
 
 
 def default_config(model_type: str) -> Any:
-    """Returns the default config of a model type.
+    """Returns the default config of a model type, as a decoder.
 
-    transformers 5.20 to 5.23: ``configuration_auto.CONFIG_MAPPING``. The public ``AutoConfig.for_model`` does the same,
-    and is used here, so that all look-ups by model type are in this file.
+    transformers 5.20 to 5.23: classes of encoders (BERT) are causal with ``is_decoder`` only, and X-MOD needs a
+    language.
 
     Args:
         model_type: A key of :func:`causal_lm_classes`.
     """
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(model_type)
+    config: Any = AutoConfig.for_model(model_type)
+    switches = {"is_decoder": True, "default_language": "en_XX"}
+    return type(config)(**{key: value for key, value in switches.items() if hasattr(config, key)})
 
 
 @contextmanager
