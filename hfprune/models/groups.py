@@ -12,7 +12,7 @@ from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
 from hfprune.models.spec import ARCHITECTURES, SHAPES, ArchSpec, AttentionSpec
-from hfprune.plan import LAYERS, Group, Side, Slice, unit_kinds
+from hfprune.plan import LAYERS, UNIT_KINDS, Group, Side, Slice, unit_kinds
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
@@ -69,7 +69,25 @@ def find_groups(
     units = unit_kinds(units)
     check_units(units)
     spec = spec or find_spec(model)
+    for kind in units:
+        if reason := refusal(spec, kind):
+            raise UnsupportedArchitectureError(
+                f"{UNIT_KINDS[kind].plural.capitalize()} of {spec.model_class} cannot be removed: {reason}. Leave "
+                f"'{kind}' out of the units."
+            )
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
+
+
+def refusal(spec: ArchSpec, kind: str) -> str:
+    """Returns the reason why units that ``spec`` describes cannot be removed; empty if they can.
+
+    Args:
+        spec: Architecture table.
+        kind: Unit kind.
+    """
+    return {"mlp": spec.no_mlp, "heads": spec.no_heads, "experts": spec.no_experts, LAYERS: spec.no_layers}.get(
+        kind, ""
+    )
 
 
 def check_units(units: Sequence[str]) -> None:
@@ -101,7 +119,10 @@ def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     layer = f"{spec.layers}.{index}"
     consumer = next(t for t in spec.mlp if t.side == "in")
     width = num_channels(submodule(model, f"{layer}.{consumer.module}"), "in")
-    slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
+    slices = tuple(
+        Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * t.channels * width, width=t.channels)
+        for t in spec.mlp
+    )
     return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
 
 

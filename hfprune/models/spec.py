@@ -163,9 +163,14 @@ class ArchSpec:
         layer_lists: Config keys with a list of one value per layer.
         position_key: Config key that, if true, makes layers depend on their index, so that no layer can be removed.
         packing: Separation of packed documents, see :mod:`hfprune.models.forward`: ``positions`` if the class derives
-            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask.
+            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask, ``none`` if
+            neither separates documents.
         stream: The residual stream; None if hidden channels cannot be removed.
         no_stream: Reason for this, the end of the sentence "Hidden channels of CLASS cannot be removed: ...".
+        no_mlp: Reason why MLP neurons cannot be removed although the table describes them, else empty.
+        no_heads: The same for heads.
+        no_experts: The same for experts.
+        no_layers: The same for whole layers.
         needs_bos: Whether models of the class need a BOS token before a text.
     """
 
@@ -185,10 +190,14 @@ class ArchSpec:
     layers_key: str = "num_hidden_layers"
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
-    packing: Literal["positions", "mask"] = "positions"
+    packing: Literal["positions", "mask", "none"] = "positions"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"
     no_attention: str = "its table does not describe the attention: set ArchSpec(attention=AttentionSpec(...))"
+    no_mlp: str = ""
+    no_heads: str = ""
+    no_experts: str = ""
+    no_layers: str = ""
     needs_bos: bool = False
 
     def find_layers(self, model: nn.Module) -> nn.ModuleList:

@@ -3,9 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from hfprune.models.contexts import inference
@@ -82,9 +80,7 @@ def _with_groups(model: nn.Module) -> nn.Module:
     changes = grouped(variants)
     if not changes:
         return model
-    config: Any = variants.config(changes)
-    other = variants.build(changes, random=True)
-    del config
+    other: nn.Module = variants.build(changes, real=True)
     random_weights(other)
     return other
 
@@ -99,13 +95,21 @@ def _with_attention(
     table = attention_spec(trace, heads, variants)
     if isinstance(table, str):
         return replace(spec, no_attention=table)
-    owner = trace.stack[0].get_submodule(heads.module)
-    found = [t for t in with_counts(table, heads, owner)]
-    for attention in found:
-        full = replace(spec, attention=attention)
-        if not _fails(trace, full):
-            return full
-    return replace(spec, no_attention=_fails(trace, replace(spec, attention=table)))
+    owner, reason = trace.stack[0].get_submodule(heads.module), ""
+    for attention in with_counts(table, heads, owner):
+        reason = _fails(trace, replace(spec, attention=attention))
+        if not reason:
+            return replace(spec, attention=_least(trace, spec, attention))
+    return replace(spec, no_attention=reason)
+
+
+def _least(trace: Trace, spec: ArchSpec, attention: AttentionSpec) -> AttentionSpec:
+    """Returns the table without the stored counts that the attention does not read."""
+    for entry in attention.attributes:
+        fewer = replace(attention, attributes=tuple(other for other in attention.attributes if other != entry))
+        if not _fails(trace, replace(spec, attention=fewer)):
+            attention = fewer
+    return attention
 
 
 def _fails(trace: Trace, spec: ArchSpec) -> str:
@@ -115,7 +119,7 @@ def _fails(trace: Trace, spec: ArchSpec) -> str:
         pin_spec(model, spec)
     try:
         groups = find_groups(small, ("heads",))
-        keep = {g.name: list(range(1, g.num_units - (i % 2 if g.num_units > 2 else 0))) for i, g in enumerate(groups)}
+        keep = {group.name: _kept(group.num_units, index) for index, group in enumerate(groups)}
         plan = PruningPlan(model_class=spec.model_class, groups=groups, keep=keep, config={})
         apply_plan(small, plan)
         mask_plan(masked, plan)
@@ -127,6 +131,13 @@ def _fails(trace: Trace, spec: ArchSpec) -> str:
     if bool((ours - own).abs().max() <= 1e-6 * own.abs().max()):
         return ""
     return "a model with fewer heads differs from one whose heads are zero"
+
+
+def _kept(units: int, layer: int) -> list[int]:
+    """Returns kept heads of a layer: their number differs between layers, so that no config states it."""
+    if units == 2:
+        return [1] if layer % 2 == 0 else [0, 1]
+    return list(range(1, units - layer % 2))
 
 
 def _lora_targets(layers: nn.ModuleList) -> tuple[str, ...]:

@@ -1,12 +1,10 @@
 """The attention of a class: projections of heads, the order of their channels, and what stores the number of heads."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import torch
 from torch import nn
 
 from hfprune.models.derivation.circuits import Circuit
@@ -70,7 +68,7 @@ def _heads(circuit: Circuit) -> Heads | str:
     if asked.count % units.count or len(asked.reader) % asked.count:
         return f"the heads that '{circuit.reader}' reads have different sizes"
     size, ratio = len(asked.reader) // asked.count, asked.count // units.count
-    order = f"the order of the heads in '{{}}' is none that a table can describe"
+    order = "the order of the heads in '{}' is none that a table can describe"
     if blocks(asked.reader.tolist(), asked.count) is None or blocks(units.reader.tolist(), units.count) is None:
         return order.format(circuit.reader)
     found = []
@@ -111,15 +109,15 @@ def _common_module(names: Sequence[str]) -> str:
     return ".".join(same)
 
 
-def grouped(variants: Variants) -> str:
-    """Returns the config key that alone makes keys and values fewer than queries, or an empty string."""
+def grouped(variants: Variants) -> dict[str, int]:
+    """Returns the change of the config that makes key-value heads fewer than query heads; empty if there is none."""
     for key in _maybe_keys_values(variants):
         value = variants.values[key]
-        for fewer in [n for n in (value // 3, value // 2) if n > 1 and value % n == 0]:
+        for fewer in [n for n in (value // 2, value // 3) if n > 1 and value % n == 0]:
             shapes = variants.changed({key: fewer})
             if shapes is not None and shapes.keys() == variants.shapes.keys() and shapes != variants.shapes:
-                return key
-    return ""
+                return {key: fewer}
+    return {}
 
 
 def _maybe_keys_values(variants: Variants) -> list[str]:

@@ -8,7 +8,7 @@ Shape legend: R rows (one per changed channel and sign), T tokens, O output chan
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,10 @@ class _Seen:
     outputs: dict[str, list[Tensor]]
     layer_inputs: dict[int, list[Tensor]]
     layer_outputs: dict[int, list[Tensor]]
+
+
+class _LayerDone(Exception):  # noqa: N818  # control flow, no error
+    """The last layer that matters was run; the rest of the model is skipped."""
 
 
 class Trace:
@@ -156,7 +160,7 @@ class Trace:
         other = base + (base.abs().max() + 0.5) * noise.reshape(base.shape)
 
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return other
+            return other.clone()
 
         with self._constant((name,)), hooked([self.projections[name].register_forward_hook(change)]):
             self._run(1)
@@ -169,8 +173,8 @@ class Trace:
             part = range(start, min(start + _CHANNELS_TOGETHER, channels))
             for place, signs in ((None, (1, -1)), (_PLACE, (1,))):
                 rows = len(signs) * len(part)
-                with self._constant((name,)), self._changed(name, part, place, signs):
-                    self._run(rows)
+                with self._constant((name,)), self._changed(name, part, place, signs), suppress(_LayerDone):
+                    self._run(rows, until=self.layer_of(name))
                 moved = self._moved(reader, rows).unflatten(0, (len(signs), len(part))).any(dim=0)
                 if place is None:
                     touches.append(moved.any(dim=1))
@@ -188,21 +192,28 @@ class Trace:
         base = self._base.inputs[name][0].reshape(1, TOKENS, -1)
         return _differ(self._seen.inputs[name][0].reshape(rows, TOKENS, -1), base)
 
-    def _run(self, rows: int) -> Tensor:
-        """Runs the model on equal rows, records values in ``_seen`` and returns the logits."""
+    def _run(self, rows: int, *, until: int | None = None) -> Tensor:
+        """Runs the model on equal rows, records values in ``_seen`` and returns the logits.
+
+        Args:
+            rows: Number of rows.
+            until: Index of the layer after which the pass ends by ``_LayerDone``.
+        """
         seen = self._seen = _Seen({}, {}, {}, {})
 
         def of_projection(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                seen.inputs.setdefault(name, []).append(args[0].detach())
-                seen.outputs.setdefault(name, []).append(output.detach())
+                seen.inputs.setdefault(name, []).append(args[0].detach().clone())
+                seen.outputs.setdefault(name, []).append(output.detach().clone())
 
             return hook
 
         def of_layer(index: int) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                seen.layer_inputs.setdefault(index, []).append(layer_input(args, kwargs).detach())
-                seen.layer_outputs.setdefault(index, []).append(layer_output(output).detach())
+                seen.layer_inputs.setdefault(index, []).append(layer_input(args, kwargs).detach().clone())
+                seen.layer_outputs.setdefault(index, []).append(layer_output(output).detach().clone())
+                if index == until:
+                    raise _LayerDone
 
             return hook
 
@@ -225,7 +236,7 @@ class Trace:
                     return None
                 width = output.shape[-1]
                 base = known[number].reshape(1, -1, width)
-                return base.expand(output.numel() // base.numel(), -1, -1).reshape(output.shape)
+                return base.repeat(output.numel() // base.numel(), 1, 1).reshape(output.shape)  # may change in place
 
             return hook
 

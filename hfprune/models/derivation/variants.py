@@ -52,24 +52,28 @@ class Variants:
         except Exception:  # noqa: BLE001  # validators of foreign classes raise anything: a refusal is the answer
             return None
 
-    def build(self, changes: Mapping[str, Any], *, state: Mapping[str, Tensor] | None = None) -> Any:
+    def build(
+        self, changes: Mapping[str, Any], *, state: Mapping[str, Tensor] | None = None, real: bool = False
+    ) -> Any:
         """Returns a model with other config values in eval mode, or None if its class refuses them.
 
         Args:
             changes: Config key -> value.
-            state: State that the model loads; without one, it is on the meta device.
+            state: State that the model loads.
+            real: Whether the model has weights without a state, too; it is on the meta device otherwise.
         """
         config = self.config(changes)
         if config is None:
             return None
         config._attn_implementation = self._model.config._attn_implementation
         try:
-            with torch.device("meta" if state is None else "cpu"), torch.random.fork_rng(devices=[]):
+            with torch.device("cpu" if real or state is not None else "meta"), torch.random.fork_rng(devices=[]):
                 model = self._kind(config)
         except Exception:  # noqa: BLE001  # as above
             return None
-        if state is not None:
+        if real or state is not None:
             model.to(next(self._model.parameters()).dtype)
+        if state is not None:
             model.load_state_dict(state)
         return model.eval()
 
