@@ -71,8 +71,9 @@ def find_groups(
     spec = spec or find_spec(model)
     for kind in units:
         if reason := refusal(spec, kind):
+            units_of = UNIT_KINDS[kind].plural
             raise UnsupportedArchitectureError(
-                f"{UNIT_KINDS[kind].plural.capitalize()} of {spec.model_class} cannot be removed: {reason}. Leave "
+                f"{units_of[:1].upper()}{units_of[1:]} of {spec.model_class} cannot be removed: {reason}. Leave "
                 f"'{kind}' out of the units."
             )
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
