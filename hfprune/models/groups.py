@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -10,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
-from hfprune.models.spec import ARCHITECTURES, ArchSpec, AttentionSpec
+from hfprune.models.spec import ARCHITECTURES, SHAPES, ArchSpec, AttentionSpec
 from hfprune.plan import LAYERS, UNIT_KINDS, Group, Side, Slice, unit_kinds
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
@@ -119,7 +120,10 @@ def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     layer = f"{spec.layers}.{index}"
     consumer = next(t for t in spec.mlp if t.side == "in")
     width = num_channels(submodule(model, f"{layer}.{consumer.module}"), "in")
-    slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
+    slices = tuple(
+        Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * t.channels * width, width=t.channels)
+        for t in spec.mlp
+    )
     return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
 
 
@@ -155,8 +159,26 @@ def attention_table(spec: ArchSpec) -> AttentionSpec:
 
 def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
     """Returns the size of a head and the number of query heads per key-value head."""
-    ratio = getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
-    return getattr(attention, table.size_attribute), ratio
+    size = int(attrgetter(table.size_attribute)(attention))
+    if table.ratio_attribute == SHAPES:
+        return size, _ratio(attention, table)
+    return size, getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
+
+
+def _ratio(attention: nn.Module, table: AttentionSpec) -> int:
+    """Returns the number of query heads per key-value head from the shapes of the projections.
+
+    With u units, ratio r and head size d, the reader has r u d inputs, and the producers have (a r + b) u d outputs.
+    """
+    prefix = f"{table.module}." if table.module else ""
+    widths = {
+        (t.module, t.side): num_channels(submodule(attention, t.module.removeprefix(prefix)), t.side)
+        for t in table.heads
+    }
+    queries, keys_values = sum(t.queries for t in table.heads if t.side == "out"), sum(t.keys_values for t in table.heads)
+    read = next(width for (_, side), width in widths.items() if side == "in")
+    made = sum(width for (_, side), width in widths.items() if side == "out")
+    return keys_values * read // (made - queries * read)
 
 
 def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:

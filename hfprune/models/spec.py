@@ -19,11 +19,13 @@ class SliceTemplate:
         module: Name of the projection relative to the layer.
         side: ``out`` for projections that produce the neurons, ``in`` for those that consume them.
         block: Block of a fused projection; the neurons start at channel ``block * width``.
+        channels: Channels in a row that each neuron owns: 2 if gate and up alternate.
     """
 
     module: str
     side: Side
     block: int = 0
+    channels: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,11 @@ class HeadTemplate:
     keys_values: int = 0
 
 
-Quantity = Literal["queries", "keys_values", "query_channels"]
-"""Number of query heads, of key-value heads, or of channels of all query heads."""
+SHAPES = "(shapes)"
+"""Ratio of query to key-value heads that follows from the shapes of the projections."""
+
+Quantity = Literal["queries", "keys_values", "query_channels", "key_channels"]
+"""Number of query heads, of key-value heads, of channels of all query heads, or of channels of all key heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +62,10 @@ class AttentionSpec:
     Attributes:
         module: Name of the attention relative to the layer.
         heads: Blocks of its projections, exactly one of them ``in``.
-        size_attribute: Attribute of the attention with the size of a head.
-        ratio_attribute: Attribute with the number of query heads per key-value head; None if it is always one.
-        heads_key: Config key of the number of query heads.
+        size_attribute: Attribute of the attention with the size of a head, possibly dotted (``config.head_dim``).
+        ratio_attribute: Attribute with the number of query heads per key-value head; None if it is always one,
+            ``SHAPES`` if it follows from the shapes of the projections.
+        heads_key: Config key of the number of query heads; empty if no config key states it.
         keys_values_key: Config key of the number of key-value heads, or None.
         size_key: Config key of the size of a head; None if it is always hidden size / heads, so that no config
             describes a model with fewer heads.
@@ -142,7 +148,7 @@ class ArchSpec:
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
         mlp: Sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
-        width_key: Config key of the MLP width; one value for all layers.
+        width_key: Config key of the MLP width; one value for all layers. Empty if no config key states it.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, or None.
         scale_key: Config key of the scale of the logits (Cohere's ``logit_scale``, Granite's ``logits_scaling``), or
