@@ -202,7 +202,10 @@ def _ratio(attention: nn.Module, table: AttentionSpec) -> int:
         (t.module, t.side): num_channels(submodule(attention, t.module.removeprefix(prefix)), t.side)
         for t in table.heads
     }
-    queries, keys_values = sum(t.queries for t in table.heads if t.side == "out"), sum(t.keys_values for t in table.heads)
+    queries, keys_values = (
+        sum(t.queries for t in table.heads if t.side == "out"),
+        sum(t.keys_values for t in table.heads),
+    )
     read = next(width for (_, side), width in widths.items() if side == "in")
     made = sum(width for (_, side), width in widths.items() if side == "out")
     return keys_values * read // (made - queries * read)

@@ -18,7 +18,6 @@ from hfprune.models.contexts import hooked, inference
 from hfprune.models.forward import final_hidden, forward_packed
 from hfprune.models.groups import (
     backbone,
-    class_name,
     find_groups,
     find_layers,
     find_spec,
@@ -32,6 +31,7 @@ from hfprune.models.projection import submodule
 from hfprune.models.residual_stream import CHANNELS, layer_parts, stream_table
 from hfprune.models.stock_config import check_stock, config_values
 from hfprune.models.surgery import apply_plan, mask_plan, pass_on
+from hfprune.models.twins import own_class, plain_experts
 from hfprune.plan import LAYERS, Group, PruningPlan
 from hfprune.utils.errors import UnsupportedArchitectureError
 
@@ -122,9 +122,8 @@ def check_reload(dense: nn.Module, kinds: Sequence[str]) -> None:
     pruned: Any = _pruned(dense, groups, keep)
     _same_cost(dense, pruned, groups, keep)
     config = type(pruned.config).from_dict(json.loads(pruned.config.to_json_string()))
-    stock = _own_class(dense)(config).to(next(pruned.parameters()).dtype).eval()
-    if hasattr(stock, "set_experts_implementation"):
-        stock.set_experts_implementation("eager")
+    stock = own_class(dense)(config).to(next(pruned.parameters()).dtype).eval()
+    plain_experts(stock)
     sizes = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
     for name, tensor in pruned.state_dict().items():
         if sizes.get(name) != list(tensor.shape):
@@ -220,7 +219,8 @@ def _uniform(dense: Any, groups: Sequence[Group]) -> dict[str, list[int]]:
         kept = max(group.num_units - fewer, group.least, 1)
         if group.kind == "mlp":
             kept = min(g.num_units for g in groups if g.kind == "mlp") - fewer
-        found[group.name] = sorted(torch.randperm(group.num_units, generator=generator)[:kept].tolist())
+        units = torch.randperm(group.num_units, generator=generator)[:kept].tolist()
+        found[group.name] = sorted(range(1, group.num_units) if group.kind == LAYERS else units)  # all layers move up
     return found
 
 
@@ -263,10 +263,6 @@ def _same_cost(dense: nn.Module, pruned: nn.Module, groups: Sequence[Group], kee
     removed = parameter_count(dense) - parameter_count(pruned)
     if removed != expected:
         raise Failed(f"a budget counts {expected} parameters for units that have {removed}")
-
-
-def _own_class(model: nn.Module) -> Any:
-    return next(kind for kind in type(model).__mro__ if kind.__name__ == class_name(model))
 
 
 def _decodes(model: Any) -> bool:

@@ -120,6 +120,16 @@ def random_weights(model: nn.Module, *, seed: int = 0) -> None:
                 tensor.add_((_NOISE * noise).to(tensor.dtype))
 
 
+def plain_experts(model: Any) -> None:
+    """Makes the experts of a mixture run one after another: grouped products have no float64.
+
+    Args:
+        model: A Hugging Face model; others are left alone.
+    """
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+
+
 def _config_of(build: Any, config: Any) -> Any:
     """Returns the config that a class takes: ``config``, or the text config within it."""
     wanted = getattr(build, "config_class", None)
@@ -133,8 +143,7 @@ def _built(build: Any, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         torch.manual_seed(seed)
         model: Any = build(config).to(dtype).eval()
     random_weights(model, seed=seed)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products have no float64
+    plain_experts(model)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 9).reshape(1, 6), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):

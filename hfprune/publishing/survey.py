@@ -34,7 +34,7 @@ class Row:
         model_type: Model type of the config that was tried.
         verdict: One of ``VERDICTS``.
         source: ``table`` or ``derived``.
-        units: Unit kind -> reason why its units cannot be removed, empty if they can; kinds that the class does not have
+        units: Unit kind -> reason why its units cannot be removed, empty if they can; kinds that a class does not have
             are left out.
         stated: Unit kind that can be removed -> reason why no stock config states the result, empty if one does.
         claims: Claim -> reason why it does not hold, empty if it does.

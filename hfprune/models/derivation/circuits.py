@@ -58,9 +58,7 @@ def _of_layer(trace: Trace, index: int, reaches: Mapping[str, Reach]) -> list[Ci
     return found
 
 
-def _problem(
-    trace: Trace, index: int, reader: str, producers: Sequence[str], reaches: Mapping[str, Reach]
-) -> str:
+def _problem(trace: Trace, index: int, reader: str, producers: Sequence[str], reaches: Mapping[str, Reach]) -> str:
     """Returns why the units between producers and their reader are not theirs alone."""
     for name in producers:
         if name not in trace.within(index):

@@ -94,7 +94,9 @@ def _reason(trace: Trace, variants: Variants, layers_key: str, lists: tuple[str,
         names = _renamed(trace, index)
         own = {name: tensor.shape for name, tensor in model.state_dict().items()}
         if {new: trace.model.state_dict()[old].shape for new, old in names.items()} != own:
-            return f"its config cannot describe the model without layer {index}: the kinds of layers follow their position"
+            return (
+                f"its config cannot describe the model without layer {index}: the kinds of layers follow their position"
+            )
         if not _equal(trace, variants, changes, index):
             return f"its layers depend on their position: without layer {index} the others give other outputs"
     return ""

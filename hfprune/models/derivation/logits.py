@@ -119,9 +119,7 @@ def _logits(raw: Tensor, numbers: dict[str, float], scale: str | None, divides: 
     return scaled if cap is None else numbers[cap] * torch.tanh(scaled / numbers[cap])
 
 
-def _confirmed(
-    raw: Tensor, trace: Trace, variants: Variants, found: tuple[str | None, bool, str | None]
-) -> bool:
+def _confirmed(raw: Tensor, trace: Trace, variants: Variants, found: tuple[str | None, bool, str | None]) -> bool:
     """Returns whether other values of the keys change the logits as expected."""
     scale, divides, cap = found
     changes = {key: 1.5 * float(variants.values[key]) for key in (scale, cap) if key is not None}

@@ -65,7 +65,10 @@ def _slices(circuit: Circuit) -> tuple[tuple[SliceTemplate, ...] | str, int]:
     units = connected(circuit.flows)
     width = len(units.reader)
     if units.count != width or int(units.reader.min()) < 0:
-        return f"the input of '{circuit.reader}' is not computed channel by channel, for example by a norm in between", 0
+        return (
+            f"the input of '{circuit.reader}' is not computed channel by channel, for example by a norm in between",
+            0,
+        )
     if width < 2:
         return (), 0
     found = []
@@ -89,9 +92,7 @@ def _incomplete(trace: Trace, slices: Sequence[SliceTemplate], widths: dict[int,
     return ""
 
 
-def _width_key(
-    trace: Trace, slices: Sequence[SliceTemplate], widths: dict[int, int], variants: Variants
-) -> str:
+def _width_key(trace: Trace, slices: Sequence[SliceTemplate], widths: dict[int, int], variants: Variants) -> str:
     """Returns the config key that sets the width of all layers to its value."""
     if len(set(widths.values())) > 1:
         return ""

@@ -123,7 +123,9 @@ class Trace:
 
     def follows(self) -> bool:
         """Returns whether the output of every layer is the input of the next."""
-        pairs = [(self._base.layer_outputs[i][0], self._base.layer_inputs[i + 1][0]) for i in range(len(self.stack) - 1)]
+        pairs = [
+            (self._base.layer_outputs[i][0], self._base.layer_inputs[i + 1][0]) for i in range(len(self.stack) - 1)
+        ]
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
     def stream_readers(self, index: int) -> set[str]:

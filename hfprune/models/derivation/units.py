@@ -42,7 +42,9 @@ def connected(flows: Mapping[str, Flow], rows: Mapping[str, Tensor] | None = Non
         flows: Name of a projection -> how it reaches the reader.
         rows: Name of a projection -> [O], the channels to use; all by default.
     """
-    touches = {name: flow.touches if rows is None else flow.touches & rows[name][:, None] for name, flow in flows.items()}
+    touches = {
+        name: flow.touches if rows is None else flow.touches & rows[name][:, None] for name, flow in flows.items()
+    }
     edges = torch.cat(list(touches.values()))
     sources, inputs = edges.shape
     out, into = edges.nonzero(as_tuple=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.models.groups import class_name
+from hfprune.models.twins import plain_experts
 
 Shapes = dict[str, torch.Size]
 """Parameter name -> shape."""
@@ -77,6 +78,7 @@ class Variants:
             model.set_experts_implementation("eager")  # grouped products have no float64
         if state is not None:
             model.load_state_dict(state)
+        plain_experts(model)
         return model.eval()
 
     def changed(self, changes: Mapping[str, Any]) -> Shapes | None:
