@@ -39,6 +39,10 @@ def check_packing(model: nn.Module) -> None:
         UnsupportedArchitectureError: The attention implementation is not known to separate documents.
     """
     spec, attention = find_spec(model), attention_implementation(model.config)
+    if spec.packing == "none":
+        raise UnsupportedArchitectureError(
+            f"{class_name(model)} does not separate packed documents: set packing=False, so that each row holds one."
+        )
     known = MASKED[:2] if spec.packing == "mask" else MASKED + VARLEN
     if attention not in known:
         raise UnsupportedArchitectureError(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -10,23 +11,50 @@ from torch.distributed.fsdp import FSDPModule
 from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
-from hfprune.models.spec import ARCHITECTURES, ArchSpec, AttentionSpec
-from hfprune.plan import LAYERS, Group, Side, Slice, unit_kinds
+from hfprune.models.spec import ARCHITECTURES, SHAPES, ArchSpec, AttentionSpec
+from hfprune.plan import LAYERS, UNIT_KINDS, Group, Side, Slice, unit_kinds
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
-    """Returns the architecture table of ``model``'s exact class.
+    """Returns the table of ``model``: pinned to it, of its exact class, or derived from the class and proven.
+
+    A class without a table is derived and proven on a tiny model, once per machine; so are tables that users register.
 
     Raises:
-        UnsupportedArchitectureError: The class has no table; the message lists the supported classes.
+        UnsupportedArchitectureError: The class cannot be described, or its table is wrong; the message has the reason.
     """
-    return ARCHITECTURES.get(class_name(model))
+    pinned: ArchSpec | None = model.__dict__.get(_PINNED)
+    if pinned is not None:
+        return pinned
+    from hfprune.models.described import spec_of  # it derives and proves with the functions of this module
+
+    return spec_of(model)
 
 
 def is_supported(model: nn.Module) -> bool:
-    """Returns whether ``model``'s exact class has an architecture table."""
-    return class_name(model) in ARCHITECTURES
+    """Returns whether ``model`` or its exact class has an architecture table, or one can be derived and proven."""
+    if _PINNED in model.__dict__ or class_name(model) in ARCHITECTURES:
+        return True
+    try:
+        find_spec(model)
+    except UnsupportedArchitectureError:
+        return False
+    return True
+
+
+def pin_spec(model: nn.Module, spec: ArchSpec) -> None:
+    """Makes ``spec`` the table of one model, and of its deep copies, in place of a table of its class.
+
+    Args:
+        model: The model.
+        spec: The table.
+    """
+    model.__dict__[_PINNED] = spec
+
+
+_PINNED = "_hfprune_spec"
+"""Attribute of a model with a table of its own."""
 
 
 def class_name(model: nn.Module) -> str:
@@ -53,7 +81,26 @@ def find_groups(
     units = unit_kinds(units)
     check_units(units)
     spec = spec or find_spec(model)
+    for kind in units:
+        if reason := refusal(spec, kind):
+            units_of = UNIT_KINDS[kind].plural
+            raise UnsupportedArchitectureError(
+                f"{units_of[:1].upper()}{units_of[1:]} of {spec.model_class} cannot be removed: {reason}. Leave "
+                f"'{kind}' out of the units."
+            )
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
+
+
+def refusal(spec: ArchSpec, kind: str) -> str:
+    """Returns the reason why units that ``spec`` describes cannot be removed; empty if they can.
+
+    Args:
+        spec: Architecture table.
+        kind: Unit kind.
+    """
+    return {"mlp": spec.no_mlp, "heads": spec.no_heads, "experts": spec.no_experts, LAYERS: spec.no_layers}.get(
+        kind, ""
+    )
 
 
 def check_units(units: Sequence[str]) -> None:
@@ -67,25 +114,43 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
     return (spec or find_spec(model)).find_layers(model)
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Returns the number of channels of the hidden states between layers."""
+    spec = find_spec(model)
+    parts = [t.module for t in (*spec.mlp, *(spec.attention.heads if spec.attention else ())) if t.side == "out"]
+    for layer in find_layers(model, spec):
+        for name, module in layer.named_modules():
+            if name in parts:
+                return num_channels(module, "in")
+    raise UnsupportedArchitectureError(f"The table of {spec.model_class} names no projection of its hidden states.")
+
+
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the MLP width of each layer; empty for mixture-of-experts models."""
-    return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
+    """Returns the width of each layer's MLP; layers with a mixture of experts are left out."""
+    spec = find_spec(model)
+    return tuple(group.num_units for group in _mlp_groups(model, spec)) if spec.mlp else ()
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    """Returns the neurons of every layer that has the MLP of the table; the others have a mixture of experts."""
     if not spec.mlp:
         raise UnsupportedArchitectureError(
             f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
             "kinds experts, heads or layers, for example units=['experts']."
         )
-    return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+    layers, names = find_layers(model, spec), {t.module for t in spec.mlp}
+    owners = [index for index, layer in enumerate(layers) if names <= {name for name, _ in layer.named_modules()}]
+    return [_mlp_group(model, spec, index) for index in owners or range(len(layers))]
 
 
 def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     layer = f"{spec.layers}.{index}"
     consumer = next(t for t in spec.mlp if t.side == "in")
     width = num_channels(submodule(model, f"{layer}.{consumer.module}"), "in")
-    slices = tuple(Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * width) for t in spec.mlp)
+    slices = tuple(
+        Slice(module=f"{layer}.{t.module}", side=t.side, offset=t.block * t.channels * width, width=t.channels)
+        for t in spec.mlp
+    )
     return _checked(model, spec, Group(name=f"{layer}.mlp", kind="mlp", num_units=width, slices=slices, layer=index))
 
 
@@ -121,8 +186,29 @@ def attention_table(spec: ArchSpec) -> AttentionSpec:
 
 def head_shape(attention: nn.Module, table: AttentionSpec) -> tuple[int, int]:
     """Returns the size of a head and the number of query heads per key-value head."""
-    ratio = getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
-    return getattr(attention, table.size_attribute), ratio
+    size = int(attrgetter(table.size_attribute)(attention))
+    if table.ratio_attribute == SHAPES:
+        return size, _ratio(attention, table)
+    return size, getattr(attention, table.ratio_attribute) if table.ratio_attribute else 1
+
+
+def _ratio(attention: nn.Module, table: AttentionSpec) -> int:
+    """Returns the number of query heads per key-value head from the shapes of the projections.
+
+    With u units, ratio r and head size d, the reader has r u d inputs, and the producers have (a r + b) u d outputs.
+    """
+    prefix = f"{table.module}." if table.module else ""
+    widths = {
+        (t.module, t.side): num_channels(submodule(attention, t.module.removeprefix(prefix)), t.side)
+        for t in table.heads
+    }
+    queries, keys_values = (
+        sum(t.queries for t in table.heads if t.side == "out"),
+        sum(t.keys_values for t in table.heads),
+    )
+    read = next(width for (_, side), width in widths.items() if side == "in")
+    made = sum(width for (_, side), width in widths.items() if side == "out")
+    return keys_values * read // (made - queries * read)
 
 
 def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:

@@ -35,7 +35,7 @@ def output_head(model: nn.Module) -> OutputHead:
     Raises:
         UnsupportedArchitectureError: The head is not an ``nn.Linear``, or its logits differ from those of the model.
     """
-    head = _head_of_table(model)
+    head = head_of_table(model)
     if model not in _CHECKED and _holds_weights(model):
         with _without_hooks(model):
             check_head(model)
@@ -53,17 +53,26 @@ def check_head(model: nn.Module) -> None:
     Raises:
         UnsupportedArchitectureError: The logits differ by more than rounding; the message shows a pair of logits.
     """
-    ids = torch.arange(1, 5, device=_device(model)).unsqueeze(0) % _head_of_table(model).weight.shape[0]
+    ids = torch.arange(1, 5, device=_device(model)).unsqueeze(0) % head_of_table(model).weight.shape[0]
     with inference(model):
         hidden: Tensor = backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-        ours = _head_of_table(model).logits(hidden[0])
+        ours = head_of_table(model).logits(hidden[0])
         own: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-    _compare(model, ours, own)
+    compare_logits(model, ours, own)
     _CHECKED.add(model)
 
 
-def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
-    """Raises unless the logits [T, V] agree; NaNs are ignored here and reported by the metrics."""
+def compare_logits(model: nn.Module, ours: Tensor, own: Tensor) -> None:
+    """Raises unless the logits agree; NaNs are ignored here and reported by the metrics.
+
+    Args:
+        model: The model.
+        ours: Logits of the head of its table, [..., V].
+        own: Logits of the model, of the same shape.
+
+    Raises:
+        UnsupportedArchitectureError: They differ by more than rounding; the message shows a pair of logits.
+    """
     tolerance = _TOLERANCE if torch.finfo(own.dtype).bits >= 32 else _HALF_TOLERANCE
     ours, own = ours.double(), own.double()
     difference = (ours - own).abs()
@@ -81,7 +90,8 @@ def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
     )
 
 
-def _head_of_table(model: nn.Module) -> OutputHead:
+def head_of_table(model: nn.Module) -> OutputHead:
+    """Returns the output head that the table of ``model`` describes, without comparing it with the model."""
     spec = find_spec(model)
     config: Any = model.config
     lm_head = submodule(model, spec.lm_head)

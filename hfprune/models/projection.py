@@ -41,7 +41,7 @@ def is_transposed(module: nn.Module) -> bool:
     Raises:
         UnsupportedArchitectureError: The module is not supported, for example a quantised layer.
     """
-    if type(module) is nn.Linear or is_norm(module) or is_router(module):
+    if is_linear(module) or is_norm(module) or is_router(module):
         return False
     if isinstance(module, nn.Embedding) or is_projection(module):
         return True
@@ -53,7 +53,16 @@ def is_transposed(module: nn.Module) -> bool:
 
 def is_projection(module: nn.Module) -> bool:
     """Returns whether ``module`` is a linear projection that hfprune can prune."""
-    return type(module) is nn.Linear or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return is_linear(module) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Returns whether ``module`` is an ``nn.Linear``, or a subclass of it that a model's own file defines (Falcon)."""
+    kind = type(module)
+    if kind is nn.Linear:
+        return True
+    own = kind.__module__.rpartition(".")[2].startswith("modeling_") and not kind.__name__.endswith("Router")
+    return isinstance(module, nn.Linear) and own
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -118,7 +127,7 @@ def weight_axis(module: nn.Module, side: Side) -> int:
 
 def write_channels(module: nn.Module, side: Side) -> None:
     """Updates the attribute of a projection that stores its number of channels, after its weight was cut."""
-    if type(module) is nn.Linear:
+    if is_linear(module):
         name = "out_features" if side == "out" else "in_features"
     elif isinstance(module, nn.Embedding):
         name = "embedding_dim" if side == "out" else "num_embeddings"

@@ -19,11 +19,13 @@ class SliceTemplate:
         module: Name of the projection relative to the layer.
         side: ``out`` for projections that produce the neurons, ``in`` for those that consume them.
         block: Block of a fused projection; the neurons start at channel ``block * width``.
+        channels: Channels in a row that each neuron owns: 2 if gate and up alternate.
     """
 
     module: str
     side: Side
     block: int = 0
+    channels: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +48,11 @@ class HeadTemplate:
     keys_values: int = 0
 
 
-Quantity = Literal["queries", "keys_values", "query_channels"]
-"""Number of query heads, of key-value heads, or of channels of all query heads."""
+SHAPES = "(shapes)"
+"""Ratio of query to key-value heads that follows from the shapes of the projections."""
+
+Quantity = Literal["queries", "keys_values", "query_channels", "key_channels"]
+"""Number of query heads, of key-value heads, of channels of all query heads, or of channels of all key heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +62,10 @@ class AttentionSpec:
     Attributes:
         module: Name of the attention relative to the layer.
         heads: Blocks of its projections, exactly one of them ``in``.
-        size_attribute: Attribute of the attention with the size of a head.
-        ratio_attribute: Attribute with the number of query heads per key-value head; None if it is always one.
-        heads_key: Config key of the number of query heads.
+        size_attribute: Attribute of the attention with the size of a head, possibly dotted (``config.head_dim``).
+        ratio_attribute: Attribute with the number of query heads per key-value head; None if it is always one,
+            ``SHAPES`` if it follows from the shapes of the projections.
+        heads_key: Config key of the number of query heads; empty if no config key states it.
         keys_values_key: Config key of the number of key-value heads, or None.
         size_key: Config key of the size of a head; None if it is always hidden size / heads, so that no config
             describes a model with fewer heads.
@@ -142,7 +148,7 @@ class ArchSpec:
         backbone: Module that returns the final hidden states (after the last norm).
         layers: The ``nn.ModuleList`` of transformer layers.
         mlp: Sides of the MLP's projections, at least one of them ``in``; empty for mixture-of-experts models.
-        width_key: Config key of the MLP width; one value for all layers.
+        width_key: Config key of the MLP width; one value for all layers. Empty if no config key states it.
         lm_head: The output projection.
         softcap_key: Config key of the final logit soft cap, or None.
         scale_key: Config key of the scale of the logits (Cohere's ``logit_scale``, Granite's ``logits_scaling``), or
@@ -157,9 +163,14 @@ class ArchSpec:
         layer_lists: Config keys with a list of one value per layer.
         position_key: Config key that, if true, makes layers depend on their index, so that no layer can be removed.
         packing: Separation of packed documents, see :mod:`hfprune.models.forward`: ``positions`` if the class derives
-            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask.
+            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask, ``none`` if
+            neither separates documents.
         stream: The residual stream; None if hidden channels cannot be removed.
         no_stream: Reason for this, the end of the sentence "Hidden channels of CLASS cannot be removed: ...".
+        no_mlp: Reason why MLP neurons cannot be removed although the table describes them, else empty.
+        no_heads: The same for heads.
+        no_experts: The same for experts.
+        no_layers: The same for whole layers.
         needs_bos: Whether models of the class need a BOS token before a text.
     """
 
@@ -179,10 +190,14 @@ class ArchSpec:
     layers_key: str = "num_hidden_layers"
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
-    packing: Literal["positions", "mask"] = "positions"
+    packing: Literal["positions", "mask", "none"] = "positions"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"
     no_attention: str = "its table does not describe the attention: set ArchSpec(attention=AttentionSpec(...))"
+    no_mlp: str = ""
+    no_heads: str = ""
+    no_experts: str = ""
+    no_layers: str = ""
     needs_bos: bool = False
 
     def find_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -192,21 +207,24 @@ class ArchSpec:
         return layers
 
 
-_HINT = (
+HINT = (
     "To add an architecture: hfprune.models.register(ArchSpec(model_class='MyForCausalLM', backbone='model', "
     "layers='model.layers', mlp=(SliceTemplate(module='mlp.up', side='out'), SliceTemplate(module='mlp.down', "
     "side='in')), width_key='intermediate_size', lora_targets=('up', 'down')))"
 )
 
+"""How to describe a class that cannot be derived."""
+
 ARCHITECTURES: Registry[ArchSpec] = Registry(
-    "model class", package="hfprune.models.architectures", error=UnsupportedArchitectureError, hint=_HINT
+    "model class", package="hfprune.models.architectures", error=UnsupportedArchitectureError, hint=HINT
 )
 
 
 def register(spec: ArchSpec) -> ArchSpec:
     """Registers an architecture table.
 
-    The table is checked against the model at first use: shapes of the named projections, and logits of the output head.
+    The table is proven at first use, on a tiny model of the class: a wrong one is refused, and unit kinds whose removal
+    differs from masking are refused one by one.
 
     Args:
         spec: The table.

@@ -290,7 +290,12 @@ def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     attention: Any = model.get_submodule(group.name)
     size, ratio = head_shape(attention, table)
     kept = len(plan.keep[group.name])
-    numbers = {"queries": kept * ratio, "keys_values": kept, "query_channels": kept * ratio * size}
+    numbers = {
+        "queries": kept * ratio,
+        "keys_values": kept,
+        "query_channels": kept * ratio * size,
+        "key_channels": kept * size,
+    }
     for attribute, quantity in table.attributes:
         setattr(attention, attribute, numbers[quantity])
     if not table.reads_config or (attention.config is model.config and table.heads_key in plan.config):

@@ -34,7 +34,8 @@ def inspect_folder(path: str) -> dict[str, Any]:
 
     Returns:
         ``model`` (class, layers, widths, parameters, bytes), ``layout``, ``loads_with``, ``removed`` by unit kind,
-        ``layers``, ``recipe`` and ``figures`` by stage; what is not known is left out.
+        ``layers``, ``recipe`` and ``figures`` by stage; what is not known is left out. For a dense model
+        ``architecture``: its units, and what can be removed.
 
     Raises:
         ConfigError: There is no model and no plan, or a file is damaged.
@@ -59,8 +60,20 @@ def inspect_folder(path: str) -> dict[str, Any]:
         found["adapter"] = f"hfprune: hfprune.load('{folder.adapter}')"
     if folder.plan is not None:
         found |= {"removed": _removed(folder.plan), "layers": _layers(folder.plan), "recipe": _recipe(folder)}
+    elif folder.layout == "uniform":
+        found["architecture"] = _architecture(str(folder.model))
     figures = {name: _figures(stage) for name, stage in folder.stages().items()}
     return found | ({"figures": figures} if figures else {})
+
+
+def _architecture(path: str) -> dict[str, Any]:
+    from hfprune.io.load import meta_model
+    from hfprune.publishing.architecture import inspect_architecture
+
+    try:
+        return inspect_architecture(meta_model(path))
+    except ConfigError as error:  # a config that no class of the installed transformers reads
+        return {"refused": str(error)}
 
 
 def _model(folder: PrunedFolder) -> dict[str, Any]:
@@ -211,6 +224,10 @@ def inspection_text(found: Mapping[str, Any]) -> str:
     recipe = found.get("recipe") or {}
     lines += ["recipe:"] if recipe else []
     lines += [f"  {key.replace('_', ' ')}: {_words(value)}" for key, value in recipe.items()]
+    if "architecture" in found:
+        from hfprune.publishing.architecture import architecture_text
+
+        lines += architecture_text(found["architecture"])
     figures = found.get("figures") or {}
     lines += ["figures:"] if figures else []
     lines += [f"  {stage}: {_words(values)}" for stage, values in figures.items()]

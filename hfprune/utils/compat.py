@@ -45,6 +45,50 @@ def attention_implementation(config: Any) -> str:
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
+def causal_lm_classes() -> dict[str, str]:
+    """Returns model type -> name of the class that ``AutoModelForCausalLM`` builds, for every known model type.
+
+    transformers 5.20 to 5.23: ``modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``. No public function lists
+    the classes.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return {str(kind): str(name) for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()}
+
+
+def causal_lm_class(config: Any) -> Any:
+    """Returns the class that ``AutoModelForCausalLM`` builds for a config.
+
+    transformers 5.20 to 5.23: ``AutoModelForCausalLM._model_mapping``. The public ``from_config`` builds a model.
+
+    Args:
+        config: A Hugging Face config.
+
+    Raises:
+        KeyError: The config class has no causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    found = AutoModelForCausalLM._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def default_config(model_type: str) -> Any:
+    """Returns the default config of a model type, as a decoder.
+
+    transformers 5.20 to 5.23: classes of encoders (BERT) are causal with ``is_decoder`` only, and X-MOD needs a
+    language.
+
+    Args:
+        model_type: A key of :func:`causal_lm_classes`.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.for_model(model_type)
+    switches = {"is_decoder": True, "default_language": "en_XX"}
+    return type(config)(**{key: value for key, value in switches.items() if hasattr(config, key)})
+
+
 @contextmanager
 def safetensors_metadata(facts: Mapping[str, str]) -> Iterator[None]:
     """Adds entries to the metadata of the safetensors files that ``save_pretrained`` writes inside the block.

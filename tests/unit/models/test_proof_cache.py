@@ -1,0 +1,97 @@
+"""The cache of proofs."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hfprune.models import proof_cache
+from hfprune.models.architectures import LLAMA
+from hfprune.models.proof_cache import cache_folder, proof_of
+from hfprune.utils.errors import UnsupportedArchitectureError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(proof_cache, "_KNOWN", {})
+    return tmp_path / "proofs"
+
+
+def proof(describe, **switches):
+    return proof_of(LlamaForCausalLM, LlamaConfig(num_hidden_layers=2, **switches), describe)
+
+
+class Describe:
+    """Counts how often a class is described."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, tiny):
+        self.count += 1
+        assert not next(tiny.parameters()).is_meta
+        return LLAMA
+
+
+def test_a_class_is_proven_once_and_read_from_disk_later(folder, monkeypatch):
+    describe = Describe()
+    first = proof(describe)
+    assert proof(describe, hidden_size=64) is first  # sizes do not matter
+    assert (describe.count, first.verdict) == (1, "proven")
+    monkeypatch.setattr(proof_cache, "_KNOWN", {})
+    again = proof(describe)
+    assert (describe.count, again, again.spec) == (1, first, LLAMA)
+    assert len(list(folder.iterdir())) == 1
+    proof(describe, mlp_bias=True)  # a switch
+    assert describe.count == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', '{"format": 1, "proof": {"spec": 3}}', "null"])
+def test_a_damaged_file_is_made_again(folder, monkeypatch, damage):
+    describe = Describe()
+    first = proof(describe)
+    (file,) = folder.iterdir()
+    text = file.read_text()
+    file.write_text(damage)
+    monkeypatch.setattr(proof_cache, "_KNOWN", {})
+    assert proof(describe) == first
+    assert (describe.count, file.read_text()) == (2, text)
+
+
+def test_a_value_of_another_type_is_made_again(folder, monkeypatch):
+    proof(Describe())
+    (file,) = folder.iterdir()
+    data = json.loads(file.read_text())
+    data["proof"]["spec"]["packing"] = "sometimes"
+    file.write_text(json.dumps(data))
+    monkeypatch.setattr(proof_cache, "_KNOWN", {})
+    again = Describe()
+    assert proof(again).spec.packing == "positions"
+    assert again.count == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "file"))
+    assert proof(Describe()).verdict == "proven"
+
+
+def test_a_refusal_is_kept_in_the_process_only(folder, monkeypatch):
+    count = []
+
+    def describe(tiny):
+        count.append(1)
+        raise UnsupportedArchitectureError("It has no layers.")
+
+    for _ in range(2):
+        with pytest.raises(UnsupportedArchitectureError, match="It has no layers"):
+            proof(describe)
+    assert len(count) == 1
+    assert not folder.exists()
+
+
+def test_the_folder_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("HFPRUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_folder()) == "/somewhere/hfprune/proofs"
