@@ -7,7 +7,7 @@ COMMANDS = {
     "prune": "calibrate and prune, without recovery",
     "evaluate": "perplexity, fidelity to a dense model, zero-shot tasks, size and speed",
     "sweep": "compare methods, ratios and seeds in one table",
-    "export": "write a pruned model in another layout",
+    "export": "write a pruned model in another layout, or as GGUF",
     **SIMPLE_COMMANDS,
 }
 """Command -> what it does."""

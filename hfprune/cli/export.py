@@ -1,4 +1,4 @@
-"""``hfprune export``: a model that hfprune wrote, in another layout."""
+"""``hfprune export``: a model that hfprune wrote, in another layout or in the format of an engine."""
 
 from pathlib import Path
 
@@ -6,12 +6,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from hfprune.cli.base import BaseCLI
+from hfprune.io.gguf import check_gguf, check_gguf_target, export_gguf
 from hfprune.io.layouts import LAYOUTS
 from hfprune.io.load import previous_plan
 from hfprune.io.output_folder import check_apart, check_replaceable
-from hfprune.io.save import check_writable, export_model, saved_line
+from hfprune.io.save import check_writable, export_facts, export_model, saved_line
 from hfprune.plan import PruningPlan
+from hfprune.publishing.engines import gguf_lines
 from hfprune.utils.errors import ConfigError
+
+FORMATS = ("gguf",)
+"""Values of ``--to`` other than layouts: formats that hfprune writes and does not read."""
 
 
 def add_layout_argument(parser: LightningArgumentParser) -> None:
@@ -26,7 +31,8 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
     )
 
 
-_OPTIONS = ("config", "output_dir", "overwrite", "layout", "model", "model.path", "model.dtype", "model.revision")
+_OPTIONS = ("config", "output_dir", "overwrite", "layout", "to", "gguf_type")
+_MODEL_OPTIONS = ("model", "model.path", "model.dtype", "model.revision")
 
 
 class ExportCLI(BaseCLI):
@@ -34,19 +40,52 @@ class ExportCLI(BaseCLI):
 
     @classmethod
     def uses(cls, flag: str) -> bool:
-        """Returns whether export reads a flag: the model, the layout and the folder; no data and no trainer."""
-        return flag in _OPTIONS
+        """Returns whether export reads a flag: the model, the format and the output; no data and no trainer."""
+        return flag in (*_OPTIONS, *_MODEL_OPTIONS)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the layout and the output folder; the model is a pruned one."""
-        parser.add_argument("--output_dir", type=str, required=True, help="receives config, weights, tokenizer, plan")
+        """Adds the format and the output; the model is a pruned one."""
+        parser.add_argument(
+            "--output_dir", type=str, required=True, help="receives config, weights, tokenizer, plan; a file for gguf"
+        )
         parser.add_argument("--overwrite", type=bool, default=False, help="replace what is there")
         add_layout_argument(parser)
+        parser.add_argument(
+            "--to",
+            type=str | None,
+            default=None,
+            help="format: a layout, as --layout, or gguf (one file for llama.cpp; --output_dir is its name)",
+        )
+        parser.add_argument(
+            "--gguf_type",
+            type=str,
+            default="auto",
+            help="type of the matrices of a GGUF file: f32, f16, bf16, q8_0, q4_0, or auto (bf16 or f16)",
+        )
         parser.set_defaults({"model.allow_pruned": True})
 
     def run(self) -> None:
         """Runs the command."""
-        module, layout, target = self.model, self.config.layout, Path(self.config.output_dir)
+        chosen = self._format()
+        target = Path(self.config.output_dir)
+        if chosen == "gguf":
+            self._write_gguf(target)
+        else:
+            self._write_folder(target, chosen)
+
+    def _format(self) -> str:
+        """Returns the layout, or the format of an engine."""
+        to: str | None = self.config.to
+        if to is not None and self.given.get("layout") not in (None, to):
+            raise ConfigError(f"to='{to}' and layout='{self.config.layout}' are two formats: give one.")
+        if to is not None and to not in FORMATS and to not in LAYOUTS:
+            raise ConfigError(f"to='{to}' is not known. Known: {', '.join((*LAYOUTS, *FORMATS))}.")
+        if to != "gguf" and self.given.get("gguf_type") is not None:
+            raise ConfigError(f"gguf_type='{self.config.gguf_type}' is the type of a GGUF file: give to='gguf'.")
+        return to or str(self.config.layout)
+
+    def _write_folder(self, target: Path, layout: str) -> None:
+        module = self.model
         plan = previous_plan(module.path)
         if plan is None:
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: hfprune did not write this model.")
@@ -60,3 +99,22 @@ class ExportCLI(BaseCLI):
         saved = export_model(module.causal_lm, module.tokenizer, PruningPlan.load(plan), target, **settings)
         Console().print(saved_line(target, saved), soft_wrap=True)
         self.result = {"output_dir": str(target), **saved}
+
+    def _write_gguf(self, target: Path) -> None:
+        """Writes one file, of a pruned model or of a dense one to compare with."""
+        module, kind, overwrite = self.model, self.config.gguf_type, self.config.overwrite
+        check_gguf_target(target, overwrite=overwrite, argument="output_dir")
+        check_apart(target, {"model.path": module.path}, names=None)
+        check_writable(target.absolute().parent, "output_dir", name=target)
+        module.check_loadable()
+        check_gguf(module.meta_model(), tokenizer=module.tokenizer, gguf_type=kind)
+        module.configure_model()
+        plan = previous_plan(module.path)
+        known = {} if plan is None else export_facts(PruningPlan.load(plan))
+        facts = {name.removeprefix("hfprune_"): text for name, text in known.items()}
+        saved = export_gguf(
+            module.causal_lm, module.tokenizer, target, gguf_type=kind, overwrite=overwrite, facts=facts
+        )
+        for line in gguf_lines(target, saved):
+            Console().print(line, soft_wrap=True)
+        self.result = {"output": str(target), "to": "gguf", **saved}

@@ -90,15 +90,16 @@ PAGES: dict[str, tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]] = {
         ("MODEL --methods entropy,wanda --ratios 0.2 --data C4.jsonl --data.text TEXT.txt -o OUT",),
     ),
     "export": (
-        "MODEL --layout LAYOUT -o OUT",
+        "MODEL --to FORMAT -o OUT",
         (
             ("MODEL, --model DIR", "model that hfprune wrote, or the output folder of a run"),
-            ("--layout NAME", "uniform, per_layer, padded, bitmask"),
-            ("-o, --output_dir DIR", "receives config, weights, tokenizer, plan"),
+            ("--to NAME", "uniform, per_layer, padded, bitmask (also --layout), or gguf: one file for llama.cpp"),
+            ("--gguf_type TYPE", "type of a GGUF file's matrices: f32, f16, bf16, q8_0, q4_0, auto"),
+            ("-o, --output_dir DIR", "receives config, weights, tokenizer, plan; for gguf: the file"),
             ("--model.dtype TYPE", "type of the weights: auto, bfloat16, ..."),
             *_SHARED,
         ),
-        ("OUT --layout padded -o PADDED",),
+        ("OUT --to padded -o PADDED", "OUT --to gguf --gguf_type q8_0 -o model.gguf"),
     ),
 }
 """Command -> usage, flags with their texts, and examples."""

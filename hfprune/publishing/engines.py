@@ -1,6 +1,8 @@
 """Engines: which quantisers and which number of devices can use the widths of a model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 ROW_GROUPS = {
     32: "GGUF Q8_0 and Q4_0",
@@ -77,3 +79,32 @@ MLX, torchao and OpenVINO 4 bit; GPTQ, AWQ, llm-compressor (group 128); GGUF K-q
         f"Widths that are multiples of {multiple} lose {len(lost)} quantised formats of the dense model "
         f"({'; '.join(lost)}): use round_to={dense}."
     )
+
+
+def gguf_lines(file: Path, saved: Mapping[str, Any]) -> list[str]:
+    """Returns what an export to GGUF wrote, one topic a line.
+
+    Args:
+        file: The file.
+        saved: Result of :func:`hfprune.io.gguf.export_gguf`.
+
+    >>> saved = {"bytes": 2**21, "gguf_type": "q8_0", "architecture": "deci", "unquantised": ["a", "b"], "window": None}
+    >>> for line in gguf_lines(Path("m.gguf"), saved):
+    ...     print(line)
+    Saved to m.gguf (2 MiB, q8_0, architecture deci)
+    2 matrices have rows that are no multiple of 32 and remain f16: use round_to=32, or 256 for K-quants.
+    Loads in: llama.cpp.
+    """
+    size = f"{saved['bytes'] / 2**20:,.0f} MiB"
+    lines = [f"Saved to {file} ({size}, {saved['gguf_type']}, architecture {saved['architecture']})"]
+    if saved["unquantised"]:
+        lines.append(
+            f"{len(saved['unquantised'])} matrices have rows that are no multiple of 32 and remain f16: use "
+            "round_to=32, or 256 for K-quants."
+        )
+    if saved["window"] is not None:
+        lines.append(
+            f"llama.cpp computes no sliding window for this class: the context length is {saved['window']}, up to "
+            "which both agree."
+        )
+    return [*lines, "Loads in: llama.cpp."]
