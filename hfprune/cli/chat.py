@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfprune.cli.startup import importing
 from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:
     given = {name: path for name, path in named.items() if path is not None}
     places = {name: _place(path) for name, path in given.items()}  # before transformers is imported
 
-    import torch
+    with importing():
+        import torch
 
-    from hfprune.io.load import load_tokenizer
-    from hfprune.io.load_any import load
-    from hfprune.publishing.conversation import Conversation
+        from hfprune.io.load import load_tokenizer
+        from hfprune.io.load_any import load
+        from hfprune.publishing.conversation import Conversation
 
     try:
         device = torch.device(arguments.device)

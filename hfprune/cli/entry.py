@@ -13,6 +13,7 @@ from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
 from hfprune.cli.help_pages import help_text
 from hfprune.cli.simple_commands import SIMPLE_COMMANDS, run_simple
+from hfprune.cli.startup import importing
 from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
 from hfprune.utils.spelling import nearest
@@ -87,7 +88,8 @@ def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] |
         print(text)
         return None
     typed, args = Typed.of(command, args), understood(command, args)
-    from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
+    with importing():
+        from hfprune.cli.launch import launch  # Lightning and transformers take seconds to import
 
     with console.applied(command), _current_folder():
         return launch(typed, args)

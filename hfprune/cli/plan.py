@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
+from hfprune.cli.startup import importing
 from hfprune.plan import UNIT_KINDS
+from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from hfprune.publishing.forecast import Forecast
@@ -49,10 +51,9 @@ def _rounding(word: str) -> int | str:
 
 def run(arguments: Namespace) -> None:
     """Prints the forecast."""
-    from hfprune.io.load import meta_model
-    from hfprune.publishing.forecast import forecast, impossible_ratios
-    from hfprune.utils.errors import ConfigError
-
+    with importing():
+        from hfprune.io.load import meta_model
+        from hfprune.publishing.forecast import forecast, impossible_ratios
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, revision=arguments.revision, argument="model")

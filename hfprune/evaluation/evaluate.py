@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hfprune.evaluation.fidelity import Reference, compare_windows, fidelity_of
-from hfprune.evaluation.metrics import Fidelity
 from hfprune.evaluation.perplexity import (
     Perplexity,
     ScoredLogits,
@@ -18,6 +17,7 @@ from hfprune.evaluation.perplexity import (
     perplexity_from,
     perplexity_of,
 )
+from hfprune.evaluation.predictions import Fidelity
 from hfprune.evaluation.size_and_speed import Latency, Size, compare_latency, measure_latency, measure_size
 from hfprune.models import mlp_widths, output_head, parameter_count
 from hfprune.models.contexts import inference

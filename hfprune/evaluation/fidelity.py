@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from hfprune.evaluation.divergence import QUANTITIES, TopK
-from hfprune.evaluation.metrics import Fidelity, FidelityMetric, HeadLogits, Logits
 from hfprune.evaluation.perplexity import Perplexity, Windows, perplexity_from
+from hfprune.evaluation.predictions import Fidelity, HeadLogits, Logits
 from hfprune.models import output_head
 from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
@@ -167,6 +167,8 @@ def fidelity_of(reference: Reference, hidden: Tensor, head: OutputHead, *, chunk
 
 def compare_windows(reference: Reference, windows: Sequence[HeadLogits], *, chunk_bytes: int = CHUNK_BYTES) -> Fidelity:
     """Returns the fidelity from the logits of every window."""
+    from hfprune.evaluation.metrics import FidelityMetric  # torchmetrics takes long to import
+
     if not reference.windows.ids.numel():
         raise ConfigError(f"The reference windows hold no tokens: windows {list(reference.windows.ids.shape)}.")
     if reference.vocab_size != windows[0].vocab_size:

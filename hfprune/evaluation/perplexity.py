@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfprune.evaluation.metrics import HeadLogits
+from hfprune.evaluation.predictions import HeadLogits
 from hfprune.models import output_head
 from hfprune.models.forward import window_hidden
 from hfprune.objectives import OutputHead
