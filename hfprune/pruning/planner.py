@@ -19,7 +19,7 @@ from hfprune.criteria import (
     with_layers,
 )
 from hfprune.models import class_name
-from hfprune.plan import Budget, Group, PruningPlan
+from hfprune.plan import Budget, Group, PruningPlan, lost_parts
 from hfprune.pruning.accumulator import check_criterion, weight_scores
 from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import Communicator, LocalCommunicator, say, warn
@@ -54,8 +54,9 @@ def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, 
     def select(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
         every = with_layers(scores, groups, scored)
         resolved = model.resolve(budget, allocation, every)
-        keep, removed = kept_units(every, groups, resolved), resolved.removed_layers
-        return {g.name: () if g.layer in removed else keep.get(g.name, range(g.num_units)) for g in scored}
+        keep = kept_units(every, groups, resolved)
+        lost = lost_parts(groups, keep)
+        return {g.name: () if (g.kind, g.layer) in lost else keep.get(g.name, range(g.num_units)) for g in scored}
 
     return select
 
