@@ -97,8 +97,16 @@ GEMMA2 = register(
             scales_embedding=True,
         ),
         sublayers=SublayersSpec(
-            attention=SublayerSpec(modules=("self_attn",), norms=("input_layernorm", "post_attention_layernorm")),
-            mlp=SublayerSpec(modules=("mlp",), norms=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+            attention=SublayerSpec(
+                modules=("self_attn",),
+                norms=("input_layernorm", "post_attention_layernorm"),
+                added="post_attention_layernorm",
+            ),
+            mlp=SublayerSpec(
+                modules=("mlp",),
+                norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+                added="post_feedforward_layernorm",
+            ),
         ),
         needs_bos=True,
     )

@@ -141,10 +141,12 @@ class SublayerSpec:
         modules: Names of its modules relative to the layer. The output of the last one is that of the sub-layer.
         norms: Names of the norms that act on its input or output alone, relative to the layer; they are removed with
             it.
+        added: Name of the module whose output the layer adds to the residual stream; the last of ``modules`` if empty.
     """
 
     modules: tuple[str, ...]
     norms: tuple[str, ...]
+    added: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

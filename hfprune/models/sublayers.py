@@ -114,6 +114,12 @@ def sublayer_output(model: nn.Module, spec: ArchSpec, kind: str, layer: int) -> 
     return submodule(spec.find_layers(model)[layer], sublayer_table(spec, kind).modules[-1])
 
 
+def adds_to_stream(layer: nn.Module, spec: ArchSpec, kind: str) -> nn.Module:
+    """Returns the module of a layer whose output a sub-layer adds to the residual stream."""
+    table = sublayer_table(spec, kind)
+    return submodule(layer, table.added or table.modules[-1])
+
+
 def silenced(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook that replaces the output of a sub-layer by zeros."""
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)

@@ -49,11 +49,11 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     name = class_name(model)
     if name != plan.model_class:
         raise PlanError(f"The plan was made for {plan.model_class}, the model is {name}.")
+    _check_depth(model, plan)
     try:
         modules = group_modules(model, plan.groups)
     except UnsupportedArchitectureError as error:
         raise PlanError(f"The plan does not fit the model: {error}") from error
-    _check_depth(model, plan)
     for group in plan.groups:
         for s in group.inputs():
             found = num_channels(modules[s.module], "in", s.parameter)
