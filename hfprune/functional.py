@@ -46,13 +46,14 @@ from hfprune.io.recorded_plan import recorded_plan
 from hfprune.io.save import export_model
 from hfprune.models import class_name, config_values, find_groups
 from hfprune.objectives import OBJECTIVES
-from hfprune.plan import UNIT_KINDS, Budget, Group, PruningPlan, UnitKind
+from hfprune.plan import DEPTH_KINDS, UNIT_KINDS, Budget, Group, PruningPlan, UnitKind
 from hfprune.pruning.accumulator import check_criterion, weight_scores
 from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import LocalCommunicator
 from hfprune.pruning.layerwise import check_layerwise, run_layerwise
-from hfprune.pruning.options import CalibrationOptions
+from hfprune.pruning.options import CalibrationOptions, DepthScores, DepthSetting
 from hfprune.pruning.prunable import PrunableModel
+from hfprune.pruning.removal_scores import measured_depth
 from hfprune.utils.errors import ConfigError, HFPruneError, PlanError
 from hfprune.utils.versions import versions
 
@@ -66,6 +67,7 @@ def score(
     *,
     objective: str | None = None,
     units: Sequence[UnitKind] = ("mlp",),
+    depth_scores: DepthSetting = None,
     exact: bool = True,
     progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -80,6 +82,9 @@ def score(
         criterion: The criterion; ``ActivationTaylor()`` if not given.
         objective: Name of the differentiated objective; that of the criterion, or ``entropy``, if not given.
         units: Unit kinds to score, for example ``("mlp", "heads")``.
+        depth_scores: How whole layers and sub-layers are scored: ``kl``, ``cross_entropy``, ``perplexity`` or
+            ``cosine`` of the model without each one, on 16 sequences (:class:`hfprune.pruning.options.DepthScores`).
+            None: the sum of the criterion's scores of their units.
         exact: Whether sequences run one at a time, so that scores do not depend on batch size and padding. False is
             faster.
         progress: Whether to show a progress bar.
@@ -109,7 +114,28 @@ def score(
             "scores of the dense model. Prune with StructuredPruningCallback or TaylorImportanceCallback."
         )
     subject = PrunableModel(model, units, objective=OBJECTIVES.get(name or "entropy"))
-    groups = subject.groups(model)
+    every, depth = subject.groups(model), DepthScores.of(depth_scores)
+    twice = depth is not None and not isinstance(batches, Tensor | Mapping)
+    data = _data(list(batches) if twice else batches)
+    if depth is None:
+        return _unit_scores(subject, every, criterion, data, exact=exact, progress=progress)
+    groups = tuple(group for group in every if group.kind not in DEPTH_KINDS)
+    found = _unit_scores(subject, groups, criterion, data, exact=exact, progress=progress) if groups else {}
+    found |= measured_depth(subject, every, depth, data, LocalCommunicator(), progress=progress)
+    return {group.name: found[group.name] for group in every}
+
+
+def _unit_scores(
+    subject: PrunableModel,
+    groups: tuple[Group, ...],
+    criterion: Criterion,
+    data: CalibrationData,
+    *,
+    exact: bool,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Returns the scores of the units of some groups by a criterion."""
+    model = subject.model
     check_criterion(model, groups, criterion)
     scored = scored_groups(model, groups, criterion)
     if isinstance(criterion, WeightCriterion):
@@ -117,7 +143,7 @@ def score(
     assert isinstance(criterion, CalibratedCriterion)
     options = CalibrationOptions(exact=exact, check_every=None, checkpoint_every=None)
     scorers = [Scorer(criterion, scored)]
-    calibration = Calibration(subject, scorers, _data(batches), options, LocalCommunicator(), progress=progress)
+    calibration = Calibration(subject, scorers, data, options, LocalCommunicator(), progress=progress)
     return with_layers(calibration.run().scores(), groups, scored)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from operator import index
@@ -13,11 +13,14 @@ from typing import Any, Literal
 from hfprune.utils.errors import ConfigError, PlanError
 from hfprune.utils.files import write_text
 
-UnitKind = Literal["mlp", "heads", "experts", "layers", "channels", "blocks"]
+UnitKind = Literal["mlp", "heads", "experts", "attention_sublayers", "mlp_sublayers", "layers", "channels", "blocks"]
 """Name of a unit kind, as in ``UNIT_KINDS``; ``blocks`` is the deprecated name of ``layers``."""
 
 LAYERS = "layers"
 """The unit kind of whole layers."""
+
+ATTENTION_SUBLAYERS, MLP_SUBLAYERS = "attention_sublayers", "mlp_sublayers"
+"""The unit kinds of whole attentions and of whole MLPs, each with its norms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,7 @@ class KindInfo:
         label: The number of units in words, for example ``MLP width``.
         per_layer: Whether each layer has a group of its own; otherwise the model has one group.
         rounded: Whether kept numbers are multiples of ``round_to``; the other kinds are counted one by one.
+        parts: Kinds of the units within one unit of this kind, in the same layer; for whole sub-layers only.
         old_name: Name of the kind in earlier versions.
     """
 
@@ -38,6 +42,7 @@ class KindInfo:
     label: str
     per_layer: bool = True
     rounded: bool = False
+    parts: tuple[str, ...] = ()
     old_name: str | None = None
 
 
@@ -47,12 +52,22 @@ UNIT_KINDS: Mapping[str, KindInfo] = {
         KindInfo(name="mlp", plural="MLP neurons", label="MLP width", rounded=True),
         KindInfo(name="heads", plural="key-value heads", label="key-value heads"),
         KindInfo(name="experts", plural="experts", label="experts"),
+        KindInfo(
+            name=ATTENTION_SUBLAYERS, plural="attention sub-layers", label="attention sub-layers", parts=("heads",)
+        ),
+        KindInfo(name=MLP_SUBLAYERS, plural="MLP sub-layers", label="MLP sub-layers", parts=("mlp", "experts")),
         KindInfo(name=LAYERS, plural="layers", label="layers", per_layer=False, old_name="blocks"),
         KindInfo(name="channels", plural="hidden channels", label="hidden size", per_layer=False, rounded=True),
     )
 }
 """Name -> unit kind: MLP neurons, attention heads (a key-value head with its query heads), experts of
-mixture-of-experts layers, layers, and hidden channels of the residual stream."""
+mixture-of-experts layers, whole attentions, whole MLPs, layers, and hidden channels of the residual stream."""
+
+SUBLAYERS = tuple(kind.name for kind in UNIT_KINDS.values() if kind.parts)
+"""The kinds of whole sub-layers. Each layer has a group of one unit, which may be removed."""
+
+DEPTH_KINDS = (*SUBLAYERS, LAYERS)
+"""The kinds of units that are removed in depth; their groups have no slices."""
 
 _FILED = {"block": LAYERS, "blocks": LAYERS}
 """Kinds in plans of earlier versions -> current names."""
@@ -122,10 +137,10 @@ class Group:
     Attributes:
         name: Unique name, for example ``model.layers.3.mlp``.
         kind: Unit kind, a name of ``UNIT_KINDS``. Names from earlier versions are replaced.
-        num_units: Number of units in the dense model.
-        slices: The channels of each unit; empty for ``layers``.
+        num_units: Number of units in the dense model; one for sub-layers.
+        slices: The channels of each unit; empty for ``layers`` and sub-layers.
         layer: Index of the layer that contains the units; None for ``layers``, ``channels`` and modules without layers.
-        least: Smallest number of units that must be kept. For experts, the router's top-k.
+        least: Smallest number of units that must be kept. For experts, the router's top-k; 0 for sub-layers.
     """
 
     name: str
@@ -229,6 +244,8 @@ class PruningPlan:
         object.__setattr__(self, "config", {key: _plain(value) for key, value in self.config.items()})
         for group in self.groups:
             keep = self.keep[group.name]
+            if not keep and not group.least:
+                continue
             if not keep or len(set(keep)) < len(keep) or keep[0] < 0 or keep[-1] >= group.num_units:
                 raise PlanError(
                     f"The kept units of {group.name} must be unique, at least one, and from 0 to "
@@ -245,8 +262,21 @@ class PruningPlan:
         return [unit for unit in range(group.num_units) if unit not in keep]
 
     def removed_layers(self) -> tuple[int, ...]:
-        """Returns the removed layers, ascending; the kept units of their other groups are ignored."""
-        return tuple(sorted(unit for group in self.groups if group.kind == LAYERS for unit in self.removed(group)))
+        """Returns the removed layers, ascending; the kept units of their other groups are ignored.
+
+        A layer that loses both sub-layers is removed.
+        """
+        return removed_layers(self.groups, self.keep)
+
+    def removed_sublayers(self, kind: str) -> tuple[int, ...]:
+        """Returns the kept layers that lose the sub-layer of a kind, ascending."""
+        removed = self.removed_layers()
+        found = (g.layer for g in self.groups if g.kind == kind and g.layer is not None and not self.keep[g.name])
+        return tuple(sorted(layer for layer in found if layer not in removed))
+
+    def absent(self) -> frozenset[str]:
+        """Returns the names of the groups of which nothing is left, see :func:`absent_groups`."""
+        return absent_groups(self.groups, self.keep)
 
     def widths(self) -> dict[str, int]:
         """Returns the number of kept units per group."""
@@ -309,6 +339,42 @@ class PruningPlan:
             raise PlanError(f"Cannot read a plan from '{path}': {error}.") from error
         except PlanError as error:
             raise PlanError(f"'{path}': {error}") from error
+
+
+Kept = Mapping[str, Sequence[int]]
+"""Group name -> kept units."""
+
+
+def removed_layers(groups: Iterable[Group], keep: Kept) -> tuple[int, ...]:
+    """Returns the removed layers, ascending: those that were removed as layers, and those without any sub-layer.
+
+    >>> groups = [Group(name=f"0.{k}", kind=k, num_units=1, slices=(), layer=0, least=0) for k in SUBLAYERS]
+    >>> removed_layers(groups, {"0.attention_sublayers": [], "0.mlp_sublayers": []})
+    (0,)
+    """
+    removed, lost = set[int](), dict[int, set[str]]()
+    for group in groups:
+        if group.kind == LAYERS:
+            removed |= set(range(group.num_units)) - set(keep[group.name])
+        elif group.kind in SUBLAYERS and group.layer is not None and not keep[group.name]:
+            lost.setdefault(group.layer, set()).add(group.kind)
+    return tuple(sorted(removed | {layer for layer, kinds in lost.items() if len(kinds) == len(SUBLAYERS)}))
+
+
+def lost_parts(groups: Sequence[Group], keep: Kept) -> set[tuple[str, int]]:
+    """Returns pairs of unit kind and layer for the kinds of which a layer has nothing left."""
+    every = {(kind, layer) for layer in removed_layers(groups, keep) for kind in UNIT_KINDS}
+    whole = [(g.kind, g.layer) for g in groups if g.kind in SUBLAYERS and g.layer is not None and not keep[g.name]]
+    return every | {(part, layer) for kind, layer in whole for part in (kind, *UNIT_KINDS[kind].parts)}
+
+
+def absent_groups(groups: Sequence[Group], keep: Kept) -> frozenset[str]:
+    """Returns the names of the groups in removed layers, of removed sub-layers, and of the units within them.
+
+    Their kept units are ignored.
+    """
+    lost = lost_parts(groups, keep)
+    return frozenset(group.name for group in groups if (group.kind, group.layer) in lost)
 
 
 def _units(name: str, units: Any) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def _limits(inventory: Inventory, allocation: Allocation) -> str:
 def _by_kind(inventory: Inventory, found: Allotment) -> tuple[KindWidths, ...]:
     kinds = []
     for kind in inventory.kinds():
-        members = inventory.numbers(kind, removed_layers=found.removed_layers)
+        members = inventory.numbers(kind, removed_layers=found.removed_layers, widths=found.widths)
         dense, kept = (tuple(widths[i] for i in members) for widths in (inventory.dense_widths(), found.widths))
         kinds.append(KindWidths(kind=kind, dense=dense, kept=kept))
     return tuple(kinds)

@@ -25,7 +25,7 @@ from hfprune.models import (
     pruned_count,
     unit_cost,
 )
-from hfprune.plan import LAYERS, Group
+from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, UNIT_KINDS, Group
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.settings import Configured
 
@@ -92,7 +92,7 @@ class Inventory:
     Attributes:
         groups: The groups of the dense model.
         costs: Parameters of one unit of each group, 0 for ``layers`` groups. A parameter belongs to one unit at most,
-            and in addition to a hidden channel.
+            and in addition to a sub-layer and a hidden channel.
         dense_params: Parameters of the dense model, tied weights once.
         hidden_size: Hidden size of the model; None for a module that has none.
         layer_params: Parameters of each layer.
@@ -171,9 +171,34 @@ class Inventory:
         """Returns the kinds of the groups, each once."""
         return tuple(dict.fromkeys(group.kind for group in self.groups))
 
-    def numbers(self, kind: str, *, removed_layers: Collection[int] = ()) -> list[int]:
-        """Returns the positions of the groups of a kind in kept layers."""
-        return [i for i, g in enumerate(self.groups) if g.kind == kind and g.layer not in removed_layers]
+    @property
+    def depth_kinds(self) -> tuple[str, ...]:
+        """The kinds of layers and sub-layers that are pruned."""
+        kinds = self.kinds()
+        return tuple(kind for kind in DEPTH_KINDS if kind in kinds)
+
+    def numbers(
+        self, kind: str, *, removed_layers: Collection[int] = (), widths: Sequence[int] | None = None
+    ) -> list[int]:
+        """Returns the positions of the groups of a kind in kept layers and, where widths are given, kept sub-layers."""
+        absent = set() if widths is None else self.absent(widths, removed_layers)
+        found = [i for i, g in enumerate(self.groups) if g.kind == kind and g.layer not in removed_layers]
+        return found if kind in SUBLAYERS else [i for i in found if i not in absent]
+
+    def absent(self, widths: Sequence[int], removed_layers: Collection[int] = ()) -> set[int]:
+        """Returns the positions of the groups in removed layers, and of those within removed sub-layers.
+
+        Args:
+            widths: Kept units per group.
+            removed_layers: Removed layers.
+        """
+        lost = {
+            (part, g.layer)
+            for g, width in zip(self.groups, widths, strict=True)
+            if g.kind in SUBLAYERS and not width
+            for part in UNIT_KINDS[g.kind].parts
+        }
+        return {i for i, g in enumerate(self.groups) if g.layer in removed_layers or (g.kind, g.layer) in lost}
 
     def dense_widths(self) -> tuple[int, ...]:
         """Returns the units of each group."""
@@ -183,7 +208,8 @@ class Inventory:
         """Returns the parameters of a pruned model.
 
         Args:
-            widths: Kept units per group; values for removed layers and for the ``layers`` group are ignored.
+            widths: Kept units per group; values for removed layers, for units within removed sub-layers and for the
+                ``layers`` group are ignored.
             removed_layers: Removed layers.
         """
         if self.count is not None:
@@ -192,8 +218,9 @@ class Inventory:
             place = self.stream
             return self.at(widths[place]).params([*widths[:place], *widths[place + 1 :]], removed_layers)
         removed = sum(self.layer_params[layer] for layer in removed_layers)
-        for group, cost, width in zip(self.groups, self.costs, widths, strict=True):
-            if group.layer not in removed_layers:
+        absent = self.absent(widths, removed_layers)
+        for number, (group, cost, width) in enumerate(zip(self.groups, self.costs, widths, strict=True)):
+            if number not in absent:
                 removed += (group.num_units - width) * cost
         return self.dense_params - removed
 
@@ -203,12 +230,17 @@ class Inventory:
 
     def common_share(self, target: int) -> float:
         """Returns the share of every kind to remove that meets the target before rounding; without hidden channels."""
-        within = sum(g.num_units * cost for g, cost in zip(self.groups, self.costs, strict=True))
+        kinds = self.kinds()
+        inner = {part for kind in SUBLAYERS if kind in kinds for part in UNIT_KINDS[kind].parts}
+        total = {True: 0, False: 0}  # whether units are within sub-layers that are pruned, too
+        for group, cost in zip(self.groups, self.costs, strict=True):
+            total[group.kind in inner] += group.num_units * cost
         movable = sum(n for layer, n in enumerate(self.layer_params) if layer not in self.fixed_layers)
 
         def too_small(share: float) -> bool:
             layers = share if self.layers is not None else 0.0
-            return layers * movable + (1 - layers) * share * within < self.dense_params - target
+            within = share * total[False] + share * (1 - share) * total[True]
+            return layers * movable + (1 - layers) * within < self.dense_params - target
 
         return bisected(too_small)[1]
 
@@ -226,6 +258,24 @@ class Inventory:
             return tuple(layers[len(layers) - number :])
         kept = keep_top(scores[group.name][layers], len(layers) - number)
         return tuple(layer for place, layer in enumerate(layers) if place not in kept)
+
+    def worst_sublayers(
+        self, kind: str, scores: Scores | None, number: int, *, removed_layers: Collection[int] = ()
+    ) -> list[int]:
+        """Returns the positions of the ``number`` sub-layers with the lowest scores; without scores, the last ones.
+
+        Args:
+            kind: Unit kind of the sub-layers.
+            scores: Group name -> importance [1]; None before calibration.
+            number: How many to return.
+            removed_layers: Removed layers, whose sub-layers do not count.
+        """
+        members = self.numbers(kind, removed_layers=removed_layers)
+        if scores is None:
+            return members[len(members) - number :]
+        found = torch.cat([scores[self.groups[i].name].double().cpu() for i in members]) if members else torch.zeros(0)
+        kept = keep_top(found, len(members) - number)
+        return [i for place, i in enumerate(members) if place not in kept]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +311,7 @@ class Allocation(Configured, ABC):
 
     Attributes:
         takes_layers: Whether it can remove whole layers.
+        takes_sublayers: Whether it can remove whole sub-layers.
         takes_channels: Whether it can remove hidden channels.
         sequences: Number of calibration sequences that ``measure`` reads; 0 without measurements.
     """
@@ -268,6 +319,7 @@ class Allocation(Configured, ABC):
     sequences: int = 0
 
     takes_layers: ClassVar[bool] = False
+    takes_sublayers: ClassVar[bool] = False
     takes_channels: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -297,8 +349,8 @@ class Allocation(Configured, ABC):
         return self
 
     def needs_scores(self, inventory: Inventory) -> bool:
-        """Returns whether widths or removed layers depend on scores; by default, where layers are pruned."""
-        return inventory.layers is not None
+        """Returns whether widths or removed layers depend on scores; by default, with layers or sub-layers."""
+        return bool(inventory.depth_kinds)
 
     @abstractmethod
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
@@ -327,11 +379,17 @@ class Allocation(Configured, ABC):
         return f"{name[1]}({', '.join(f'{key}={value}' for key, value in settings)})"
 
     def check(self, inventory: Inventory) -> None:
-        """Raises ``ConfigError`` where layers or hidden channels are pruned and the allocation supports neither."""
+        """Raises ``ConfigError`` where layers, sub-layers or channels are pruned and not supported."""
         if inventory.layers is not None and not self.takes_layers:
             raise ConfigError(
                 f"{type(self).__name__} cannot remove whole layers: leave 'layers' out of the units, or use Uniform, "
                 "Protected(Uniform) or Explicit."
+            )
+        whole = next((kind for kind in inventory.depth_kinds if kind in SUBLAYERS), None)
+        if whole is not None and not self.takes_sublayers:
+            raise ConfigError(
+                f"{type(self).__name__} cannot remove whole sub-layers: leave '{whole}' out of the units, or use "
+                "Uniform, Protected(Uniform), Sensitivity or Explicit."
             )
         self.check_channels(inventory)
 

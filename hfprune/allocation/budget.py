@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfprune.allocation.base import Allotment, Inventory
-from hfprune.plan import UNIT_KINDS, Budget
+from hfprune.plan import SUBLAYERS, UNIT_KINDS, Budget
 from hfprune.utils.errors import ConfigError
 
 
@@ -24,7 +24,9 @@ class KindWidths:
     kept: tuple[int, ...]
 
     def describe(self) -> str:
-        """Returns dense and kept numbers: one number where all groups agree, else the range."""
+        """Returns dense and kept numbers: one number where all groups agree, else the range; sub-layers are counted."""
+        if self.kind in SUBLAYERS:
+            return f"{UNIT_KINDS[self.kind].label} {sum(self.dense)} -> {sum(self.kept)}"
         return f"{UNIT_KINDS[self.kind].label} {_listed(self.dense)} -> {_listed(self.kept)}"
 
 
@@ -40,7 +42,7 @@ class ResolvedBudget:
         dense_params: Parameters of the dense model, tied weights once.
         target_params: Parameters asked for.
         params: Parameters that ``widths`` and ``removed_layers`` leave.
-        kinds: Dense and kept widths by unit kind.
+        kinds: Dense and kept widths by unit kind, of the groups in kept layers and sub-layers.
         removed_layers: Removed layers, ascending.
         provisional: Whether widths or removed layers depend on scores that are not known yet.
         note: The constraint that limited the choice of widths; empty without one.

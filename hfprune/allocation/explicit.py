@@ -2,7 +2,7 @@
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.uniform import settled
-from hfprune.plan import LAYERS, unit_kinds
+from hfprune.plan import DEPTH_KINDS, SUBLAYERS, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 
@@ -13,6 +13,8 @@ class Explicit(Allocation):
         mlp: MLP neurons to keep: one number for all layers, or one for each layer of the dense model.
         heads: Key-value heads to keep, likewise.
         experts: Experts to keep, likewise.
+        attention_sublayers: Number of attention sub-layers to keep, by score; or a list of the layers that lose theirs.
+        mlp_sublayers: Number of MLP sub-layers to keep, or a list of layers, likewise.
         layers: Number of layers to keep, by score; or a list of the layers to remove.
         channels: Number of hidden channels to keep, the new hidden size.
         blocks: Deprecated name of ``layers``.
@@ -29,6 +31,7 @@ class Explicit(Allocation):
     """
 
     takes_layers = True
+    takes_sublayers = True
     takes_channels = True
 
     def __init__(
@@ -37,6 +40,8 @@ class Explicit(Allocation):
         mlp: int | list[int] | None = None,
         heads: int | list[int] | None = None,
         experts: int | list[int] | None = None,
+        attention_sublayers: int | list[int] | None = None,
+        mlp_sublayers: int | list[int] | None = None,
         layers: int | list[int] | None = None,
         channels: int | None = None,
         blocks: int | list[int] | None = None,
@@ -46,9 +51,13 @@ class Explicit(Allocation):
                 raise ConfigError("Explicit: `blocks` is the old name of `layers`; give `layers` only.")
             unit_kinds(["blocks"])
             layers = blocks
-        if all(value is None for value in (mlp, heads, experts, layers, channels)):
-            raise ConfigError("Explicit: give the number of units to keep as mlp, heads, experts, layers or channels.")
         self.mlp, self.heads, self.experts, self.channels, self.layers = mlp, heads, experts, channels, layers
+        self.attention_sublayers, self.mlp_sublayers = attention_sublayers, mlp_sublayers
+        if not self.settings():
+            raise ConfigError(
+                "Explicit: give the number of units to keep as mlp, heads, experts, attention_sublayers, "
+                "mlp_sublayers, layers or channels."
+            )
 
     @property
     def own_budget(self) -> bool:
@@ -56,8 +65,8 @@ class Explicit(Allocation):
         return True
 
     def needs_scores(self, inventory: Inventory) -> bool:
-        """Returns whether a number of layers was given rather than a list."""
-        return isinstance(self.layers, int)
+        """Returns whether a number of layers or sub-layers was given rather than a list."""
+        return any(isinstance(value, int) for kind, value in self.settings().items() if kind in DEPTH_KINDS)
 
     def check(self, inventory: Inventory) -> None:
         """Raises ``ConfigError`` if a kind is not pruned or a number does not fit the model."""
@@ -66,22 +75,51 @@ class Explicit(Allocation):
                 raise ConfigError(f"{self} names units that are not pruned: add '{kind}' to `units`.")
         for kind, value in self._numbers().items():
             self._widths(inventory, kind, value)
-        if self.layers is not None:
-            self._removed(inventory, None)
+        removed = self._removed(inventory, None) if self.layers is not None else ()
+        for kind in SUBLAYERS:
+            self._lost(inventory, kind, removed, None)
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the given widths."""
         removed = self._removed(inventory, scores) if self.layers is not None else ()
         widths = list(inventory.dense_widths())
+        for kind in SUBLAYERS:
+            for number in self._lost(inventory, kind, removed, scores):
+                widths[number] = 0
+        absent = inventory.absent(widths, removed)
         for kind, value in self._numbers().items():
             for number, width in self._widths(inventory, kind, value).items():
-                if inventory.groups[number].layer not in removed:
+                if number not in absent:
                     widths[number] = width
+        self._check_left(inventory, widths, removed)
         return settled(inventory, widths, removed)
 
+    def _check_left(self, inventory: Inventory, widths: list[int], removed: tuple[int, ...]) -> None:
+        """Raises ``ConfigError`` if no layer keeps a sub-layer."""
+        kinds = [kind for kind in SUBLAYERS if kind in inventory.kinds()]
+        stay = {g.layer for g, w in zip(inventory.groups, widths, strict=True) if g.kind in kinds and w}
+        if len(kinds) == len(SUBLAYERS) and not stay - set(removed):
+            raise ConfigError(f"{self} removes both sub-layers of every layer.")
+
     def _numbers(self) -> dict[str, int | list[int]]:
-        """Returns unit kind -> numbers of units to keep, without layers."""
-        return {kind: value for kind, value in self.settings().items() if kind != LAYERS}
+        """Returns unit kind -> numbers of units to keep, without layers and sub-layers."""
+        return {kind: value for kind, value in self.settings().items() if kind not in DEPTH_KINDS}
+
+    def _lost(self, inventory: Inventory, kind: str, removed: tuple[int, ...], scores: Scores | None) -> list[int]:
+        """Returns the positions of the removed sub-layers of a kind."""
+        value = self.settings().get(kind)
+        if value is None:
+            return []
+        members = inventory.numbers(kind, removed_layers=removed)
+        if isinstance(value, int):
+            if not 0 <= value <= len(members):
+                raise ConfigError(f"{self}: from 0 to {len(members)} {kind} can be kept.")
+            return inventory.worst_sublayers(kind, scores, len(members) - value, removed_layers=removed)
+        layers = {inventory.groups[i].layer for i in inventory.numbers(kind)}
+        missing = sorted(set(value) - layers)
+        if missing:
+            raise ConfigError(f"{self}: layer {missing[0]} has no {kind.removesuffix('s')} that can be removed.")
+        return [i for i in members if inventory.groups[i].layer in value]
 
     def _removed(self, inventory: Inventory, scores: Scores | None) -> tuple[int, ...]:
         layers = len(inventory.layer_params)

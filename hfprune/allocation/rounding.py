@@ -89,8 +89,10 @@ def slot(
         round_to: Kept MLP widths and hidden sizes are multiples of this.
         floor: Smallest share of the units to keep; at least one step is kept.
         ceiling: Largest share of the units to keep.
-        least: Smallest number of units to keep, even below ``floor`` or above ``ceiling``.
+        least: Smallest number of units to keep, even below ``floor`` or above ``ceiling``; 0 for a whole sub-layer.
     """
+    if not least:  # a sub-layer, kept or not
+        return Slot(kind=kind, units=units, cost=cost, step=units, low=0 if floor < 1 else units, high=units)
     step = min(round_to, units) if UNIT_KINDS[kind].rounded else 1
     high = units if ceiling == 1 else max(int(ceiling * units) // step * step, step)
     high = max(high, least)

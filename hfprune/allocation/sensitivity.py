@@ -9,7 +9,7 @@ from typing import Any
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Measurements, Scores
 from hfprune.allocation.rounding import fill, slot
 from hfprune.allocation.uniform import settled
-from hfprune.plan import PLAN_FORMAT, Group
+from hfprune.plan import PLAN_FORMAT, SUBLAYERS, UNIT_KINDS, Group
 from hfprune.utils.errors import ConfigError
 
 Curves = Mapping[str, Mapping[float, float]]
@@ -45,6 +45,8 @@ class Sensitivity(Allocation):
         (4, 7)
     """
 
+    takes_sublayers = True
+
     def __init__(
         self,
         curves: dict[str, dict[float, float]] | str | None = None,
@@ -78,6 +80,18 @@ class Sensitivity(Allocation):
         )
         found.measured = True
         return found
+
+    def check(self, inventory: Inventory) -> None:
+        """Raises ``ConfigError`` for units within sub-layers that are pruned, too: their curves would not add up."""
+        super().check(inventory)
+        kinds = inventory.kinds()
+        for whole in (kind for kind in SUBLAYERS if kind in kinds):
+            part = next((part for part in UNIT_KINDS[whole].parts if part in kinds), None)
+            if part is not None:
+                raise ConfigError(
+                    f"Sensitivity measures each group alone: '{part}' are parts of '{whole}'. Leave one of them out of "
+                    "the units, or use Uniform."
+                )
 
     def needs_scores(self, inventory: Inventory) -> bool:
         """Returns whether widths depend on scores: the units removed at each point of a curve are chosen by score."""
@@ -146,7 +160,9 @@ def measure_curves(
 
 
 def _measured(group: Group, shares: Sequence[float]) -> list[int]:
-    """Returns the kept units at each share, descending."""
+    """Returns the kept units at each share, descending; a sub-layer is measured without it."""
+    if not group.least:
+        return [0]
     widths = {max(group.least, int(share * group.num_units + 0.5)) for share in shares}
     return sorted((width for width in widths if width < group.num_units), reverse=True)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from typing import Literal
@@ -10,7 +11,7 @@ from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores
 from hfprune.allocation.channel_widths import with_channels
 from hfprune.allocation.rounding import Slot, bisected, round_width, slot
 from hfprune.models import CHANNELS
-from hfprune.plan import LAYERS, UNIT_KINDS, Group, unit_kinds
+from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, UNIT_KINDS, Group, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 Compat = Literal["llm_pruner", "slimllm"]
@@ -19,15 +20,15 @@ Compat = Literal["llm_pruner", "slimllm"]
 class Uniform(Allocation):
     """Removes the same share of every group of a kind: one MLP width and one number of heads for all layers.
 
-    With a budget, all kinds lose about the same share: layers, heads and hidden channels are rounded to the nearest
-    whole number, and MLP neurons absorb the remainder (hidden channels, where MLP neurons are not pruned). MLPs of one
-    width keep the exact width that meets the budget, rounded to the nearest multiple of ``round_to``, halves up. A
-    layout that needs a stock config restricts the number of heads to those that it can state. With ``share``, that
-    share of the units is removed, independent of their parameters.
+    With a budget, all kinds lose about the same share: layers, sub-layers, heads and hidden channels are rounded to the
+    nearest whole number, and MLP neurons absorb the remainder (hidden channels, where MLP neurons are not pruned).
+    MLPs of one width keep the exact width that meets the budget, rounded to the nearest multiple of ``round_to``,
+    halves up. A layout that needs a stock config restricts the number of heads to those that it can state. With
+    ``share``, that share of the units is removed, independent of their parameters.
 
     Args:
         share: Share of the units of every group to remove, in [0, 1), in place of a budget; or a share for each kind
-            (``mlp``, ``heads``, ``experts``, ``layers``, ``channels``), 0 for kinds that are not listed.
+            (``mlp``, ``heads``, ``attention_sublayers``, ``layers``, ...), 0 for kinds that are not listed.
         compat: Rounding of ``share``. None: nearest, halves remove less. ``llm_pruner``: C - int(C (1 - share)) of a
             group's C channels, and as many whole heads as these fill. ``slimllm``: Python's ``round(share U)``.
 
@@ -42,6 +43,7 @@ class Uniform(Allocation):
     """
 
     takes_layers = True
+    takes_sublayers = True
     takes_channels = True
 
     def __init__(self, *, share: float | dict[str, float] | None = None, compat: Compat | None = None) -> None:
@@ -84,8 +86,15 @@ class Uniform(Allocation):
             number = removed_units(inventory.layers, self._shares[LAYERS], self.compat)
             removed = inventory.worst_layers(scores, min(number, _most_layers(inventory)))
         widths = list(inventory.dense_widths())
+        for kind in (kind for kind in inventory.depth_kinds if kind != LAYERS):
+            members = inventory.numbers(kind, removed_layers=removed)
+            together = replace(inventory.groups[members[0]], num_units=len(members))
+            count = min(removed_units(together, self._shares[kind], self.compat), len(members) - 1)
+            for number in inventory.worst_sublayers(kind, scores, count, removed_layers=removed):
+                widths[number] = 0
+        absent = inventory.absent(widths, removed)
         for number, group in enumerate(inventory.groups):
-            if group.kind != LAYERS and group.layer not in removed:
+            if group.kind not in DEPTH_KINDS and number not in absent:
                 kept = group.num_units - removed_units(group, self._shares[group.kind], self.compat)
                 step = round_to if UNIT_KINDS[group.kind].rounded else 1
                 if group.kind == CHANNELS and inventory.channels is not None and self.compat is None:
@@ -135,14 +144,31 @@ def _free_layers(inventory: Inventory) -> int:
 def _by_budget(inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
     """Returns the allotment that meets the budget with the most equal shares that whole layers and heads allow."""
     share = inventory.common_share(target)
-    layers: Sequence[int] = range(_most_layers(inventory) + 1) if inventory.layers is not None else (0,)
-    near = [number for number in layers if abs(number - share * _free_layers(inventory)) < 1]
     found: list[tuple[_Distance, Allotment]] = []
-    for numbers in (near, layers):
-        found = [_at(inventory, target, n, share, round_to, scores) for n in numbers]
+    for window in (1, _WINDOW, math.inf):
+        counts = [_numbers_near(inventory, kind, share, window) for kind in inventory.depth_kinds]
+        if found and math.prod(map(len, counts)) > _MOST:
+            break
+        tried = (dict(zip(inventory.depth_kinds, numbers, strict=True)) for numbers in product(*counts))
+        found = [_at(inventory, target, numbers, share, round_to, scores) for numbers in tried]
         if found and min(distance for distance, _ in found)[0] == 0:
             break
     return min(found, key=lambda item: item[0])[1]
+
+
+_WINDOW = 4
+"""Distance from the exact number of layers and sub-layers that is tried where the nearest numbers miss the budget."""
+_MOST = 2000
+"""Largest number of combinations of layers and sub-layers that is tried."""
+
+
+def _numbers_near(inventory: Inventory, kind: str, share: float, window: float) -> list[int]:
+    """Returns the numbers of layers or sub-layers to remove that differ by less than ``window`` from a share."""
+    free, most = _free_layers(inventory), _most_layers(inventory)
+    if kind != LAYERS:
+        free = len(inventory.numbers(kind))
+        most = free - 1
+    return [number for number in range(most + 1) if abs(number - share * free) < window]
 
 
 _Distance = tuple[float, float, int]
@@ -150,26 +176,56 @@ _Distance = tuple[float, float, int]
 
 
 def _at(
-    inventory: Inventory, target: int, number: int, share: float, round_to: int, scores: Scores | None
+    inventory: Inventory,
+    target: int,
+    numbers: Mapping[str, int],
+    share: float,
+    round_to: int,
+    scores: Scores | None,
 ) -> tuple[_Distance, Allotment]:
-    """Returns the best allotment that removes ``number`` layers."""
+    """Returns the best allotment that removes given numbers of layers and sub-layers."""
+    number = numbers.get(LAYERS, 0)
     removed = inventory.worst_layers(scores, number) if number else ()
-    members = {k: inventory.numbers(k, removed_layers=removed) for k in inventory.kinds() if k != LAYERS}
+    start, away = _without_sublayers(inventory, numbers, removed, scores, share)
+    members = {
+        kind: inventory.numbers(kind, removed_layers=removed, widths=start)
+        for kind in inventory.kinds()
+        if kind not in DEPTH_KINDS
+    }
     kinds = sorted((k for k in members if members[k]), key=lambda k: -max(inventory.costs[i] for i in members[k]))
     tolerance, found = _half_step(inventory, round_to), []
     for chosen in product(*(_widths_of(inventory, k, members[k], round_to) for k in kinds[:-1])):
-        widths, exact = list(inventory.dense_widths()), None
+        widths, exact = list(start), None
         for kind, part in zip(kinds, chosen, strict=False):
             for i, width in zip(members[kind], part, strict=True):
                 widths[i] = width
         if kinds:
             exact = _fill_last(inventory, target, members[kinds[-1]], removed, widths, round_to)
-        away = abs(number / _free_layers(inventory) - share) if inventory.layers is not None else 0.0
-        away += sum(_share_away(inventory, members[kind], widths, share) for kind in kinds)
+        unequal = away + sum(_share_away(inventory, members[kind], widths, share) for kind in kinds)
         error = abs(inventory.params(widths, removed) - target)
         allotment = settled(inventory, widths, removed, exact if kinds and kinds[-1] == "mlp" else None)
-        found.append(((max(error - tolerance, 0.0), away, error), allotment))
+        found.append(((max(error - tolerance, 0.0), unequal, error), allotment))
     return min(found, key=lambda item: item[0])
+
+
+def _without_sublayers(
+    inventory: Inventory,
+    numbers: Mapping[str, int],
+    removed: Sequence[int],
+    scores: Scores | None,
+    share: float,
+) -> tuple[list[int], float]:
+    """Returns the widths without the sub-layers of lowest score, and the distance from equal shares of depth."""
+    widths, away = list(inventory.dense_widths()), 0.0
+    if LAYERS in numbers:
+        away += abs(numbers[LAYERS] / _free_layers(inventory) - share)
+    for kind in (kind for kind in numbers if kind != LAYERS):
+        left = len(inventory.numbers(kind, removed_layers=removed))
+        count = min(numbers[kind], max(left - 1, 0))
+        for i in inventory.worst_sublayers(kind, scores, count, removed_layers=removed):
+            widths[i] = 0
+        away += abs(count / max(left, 1) - share)
+    return widths, away
 
 
 def _widths_of(inventory: Inventory, kind: str, members: Sequence[int], round_to: int) -> list[list[int]]:
@@ -230,6 +286,8 @@ def _half_step(inventory: Inventory, round_to: int) -> float:
         members = inventory.numbers(kind)
         if kind == LAYERS:
             steps[kind] = max(inventory.layer_params)
+        elif kind in SUBLAYERS:
+            steps[kind] = max(inventory.costs[i] for i in members)
         else:
             steps[kind] = sum(inventory.costs[i] * _slot(inventory, i, round_to).step for i in members)
     return min(steps.values()) / 2

@@ -22,6 +22,7 @@ from hfprune.models import find_spec, is_supported
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.pruning.layerwise import check_layerwise
 from hfprune.pruning.options import PruningOptions
+from hfprune.pruning.removal_scores import check_depth
 from hfprune.pruning.sensitivity_curves import check_curves
 from hfprune.pruning.two_stages import check_stages
 from hfprune.utils.errors import ConfigError
@@ -103,6 +104,7 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None
     check_strategy(trainer, target, options.compensation or options.criterion)
     check_layerwise(target, options.criterion, options.compensation, options.allocation)
     check_curves(target, options.allocation)
+    check_depth(target, options.calibration.depth)
     calibration = options.calibration
     if calibration.self_distillation is not None:
         check_stages(target, calibration.self_distillation, options.budget, options.allocation)

@@ -53,6 +53,7 @@ def describe_options(options: PruningOptions) -> dict[str, Any]:
         "objective": options.objective,
         "distillation": asdict(distillation) if distillation else None,
         "rounds": asdict(calibration.removal),
+        "depth_scores": asdict(calibration.depth) if calibration.depth else None,
         "compensation": options.compensation.describe() if options.compensation else None,
         "calibration_batches": calibration.batches,
         "exact": calibration.exact,

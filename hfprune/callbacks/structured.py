@@ -1,4 +1,4 @@
-"""StructuredPruningCallback: removal of neurons, heads, experts, layers or channels before training."""
+"""StructuredPruningCallback: removal of neurons, heads, experts, sub-layers, layers or channels before training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
 from hfprune.models import Neurons, check_units, parameter_count
 from hfprune.modules.resume import reopen_epoch
 from hfprune.plan import Budget, PruningPlan, UnitKind, unit_kinds
-from hfprune.pruning.options import CalibrationOptions, PruningOptions
+from hfprune.pruning.options import CalibrationOptions, DepthSetting, PruningOptions
 from hfprune.pruning.planner import Planner, check_scored
 from hfprune.pruning.rounds import Schedule
 from hfprune.recovery.mode import RecoverySetting
@@ -54,7 +54,8 @@ class StructuredPruningCallback(PruningCallback):
             the number of units itself (``Explicit(...)``, ``share=...``).
         criterion: Criterion that scores units from activations, gradients or weights, see :mod:`hfprune.criteria`.
         units: Unit kinds to prune: ``mlp`` (neurons), ``heads`` (a key-value head with its query heads), ``experts``,
-            ``layers`` (whole layers), ``channels`` (hidden channels of the residual stream).
+            ``attention_sublayers`` and ``mlp_sublayers`` (whole attentions and MLPs), ``layers`` (whole layers),
+            ``channels`` (hidden channels of the residual stream).
         allocation: Distribution of the budget over layers, see :mod:`hfprune.allocation`; the same share of every layer
             if not given.
         objective: Differentiated objective: ``entropy``, ``cross_entropy`` or ``sampled``. If not given, that of the
@@ -133,7 +134,7 @@ class StructuredPruningCallback(PruningCallback):
         self.resolved = None
         if target.known:
             settles = self.calibration.early_stop_overlap is not None
-            check_scored(target, self.options.criterion, settles=settles)
+            check_scored(target, self.options, settles=settles)
             self.resolved = target.resolve(self.options.budget, self.options.allocation)
         return self.resolved
 
@@ -302,6 +303,9 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
         schedule: Distribution of the removal over rounds: after a share x of the rounds, ``cubic`` has removed the
             share 1 - (1 - x)^3 and ``linear`` the share x.
+        depth_scores: How whole layers and sub-layers are scored: ``kl``, ``cross_entropy``, ``perplexity`` or
+            ``cosine`` of the dense model without each one, on 16 calibration sequences (``DepthScores``). None: the sum
+            of the criterion's scores of their units.
         compensation: Closed-form refit of the projections that read pruned units, for example ``LeastSquares()``; None
             keeps their weights.
         recovery: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights), ``"mlp"`` (projections of the
@@ -345,6 +349,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         self_distillation: SelfDistillation | None = None,
         rounds: int = 1,
         schedule: Schedule = "cubic",
+        depth_scores: DepthSetting = None,
         compensation: Compensation | None = None,
         recovery: RecoverySetting = "full",
         calibration_batches: int | None = None,
@@ -373,6 +378,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             rounds=rounds,
             schedule=schedule,
             self_distillation=self_distillation,
+            depth_scores=depth_scores,
         )
         super().__init__(
             budget,

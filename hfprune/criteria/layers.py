@@ -1,4 +1,4 @@
-"""Selection of the groups to score, and scores of whole layers as sums over their units."""
+"""Selection of the groups to score, and scores of whole layers and sub-layers as sums over their units."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hfprune.criteria.base import Criterion, check_experts
 from hfprune.models import CHANNELS, EXPERTS, find_groups, find_spec
 from hfprune.models.residual_stream import scored_slices
-from hfprune.plan import Group
+from hfprune.plan import ATTENTION_SUBLAYERS, LAYERS, MLP_SUBLAYERS, UNIT_KINDS, Group
 
 
 def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Group) -> Tensor:
@@ -31,7 +31,7 @@ def layer_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], layers: Gro
 
 
 def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criterion) -> tuple[Group, ...]:
-    """Returns the groups to score: groups with slices, and for whole layers all groups within them.
+    """Returns the groups to score: groups with slices, and all groups within whole layers and sub-layers.
 
     Args:
         model: The model.
@@ -46,8 +46,10 @@ def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criter
     if all(group.slices for group in groups):
         return (*(group for group in groups if group.kind != CHANNELS), *channels)
     inner = "mlp" if find_spec(model).mlp else EXPERTS
-    check_experts(criterion, (inner,))
-    return (*find_groups(model, (inner, "heads")), *channels)
+    within = {LAYERS: (inner, "heads"), ATTENTION_SUBLAYERS: ("heads",), MLP_SUBLAYERS: (inner,)}
+    kinds = {part for group in groups for part in within.get(group.kind, (group.kind,))} - {CHANNELS}
+    check_experts(criterion, kinds)
+    return (*find_groups(model, sorted(kinds, key=[*UNIT_KINDS].index)), *channels)
 
 
 def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:
@@ -56,11 +58,21 @@ def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Gr
 
 
 def with_layers(scores: Mapping[str, Tensor], groups: Sequence[Group], scored: Sequence[Group]) -> dict[str, Tensor]:
-    """Returns group name -> scores of ``groups``; those of whole layers are sums over the groups within them.
+    """Returns group name -> scores of ``groups``; those of layers and sub-layers are sums over the groups within them.
 
     Args:
         scores: Group name -> scores of ``scored``.
         groups: Groups to prune.
         scored: Groups that were scored.
     """
-    return {group.name: scores[group.name] if group.slices else layer_sums(scores, scored, group) for group in groups}
+    return {group.name: scores[group.name] if group.slices else _depth_sums(scores, scored, group) for group in groups}
+
+
+def _depth_sums(scores: Mapping[str, Tensor], parts: Sequence[Group], group: Group) -> Tensor:
+    if group.kind == LAYERS:
+        return layer_sums(scores, parts, group)
+    kinds = UNIT_KINDS[group.kind].parts
+    return sum(
+        (scores[p.name].double().sum().cpu().reshape(1) for p in parts if p.layer == group.layer and p.kind in kinds),
+        torch.zeros(1, dtype=torch.float64),
+    )

@@ -84,7 +84,7 @@ def disk_bytes(folder: str | Path | None) -> int | None:
 
 def _cache_bytes(cache: Any) -> int:
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)  # an unused entry has none
 
 
 def peak_bytes(model: Any, run: Callable[[], object]) -> int:

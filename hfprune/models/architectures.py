@@ -8,11 +8,14 @@ from hfprune.models.spec import (
     GATED_MLP,
     LAYER_NORMS,
     STREAM,
+    SUBLAYERS,
     ArchSpec,
     AttentionSpec,
     ExpertsSpec,
     HeadTemplate,
     SliceTemplate,
+    SublayerSpec,
+    SublayersSpec,
     register,
 )
 
@@ -32,6 +35,7 @@ LLAMA = register(
         width_key="intermediate_size",
         width_attributes=("mlp.intermediate_size",),
         stream=STREAM,
+        sublayers=SUBLAYERS,
         lora_targets=GATED_LORA_TARGETS,
         attention=replace(ATTENTION, divides_hidden=True),
     )
@@ -49,6 +53,7 @@ MIXTRAL = register(
         mlp=(),
         width_key="intermediate_size",
         experts=ExpertsSpec(),
+        sublayers=SUBLAYERS,
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
         attention=ATTENTION,
         no_stream="the weights of its experts are stacked tensors, which can be cut along experts only",
@@ -91,6 +96,18 @@ GEMMA2 = register(
             norm_offset=1.0,
             scales_embedding=True,
         ),
+        sublayers=SublayersSpec(
+            attention=SublayerSpec(
+                modules=("self_attn",),
+                norms=("input_layernorm", "post_attention_layernorm"),
+                added="post_attention_layernorm",
+            ),
+            mlp=SublayerSpec(
+                modules=("mlp",),
+                norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+                added="post_feedforward_layernorm",
+            ),
+        ),
         needs_bos=True,
     )
 )
@@ -117,6 +134,7 @@ PHI3 = register(
             reads_config=True,
         ),
         stream=replace(STREAM, attributes=("hidden_size",)),
+        sublayers=SUBLAYERS,
     )
 )
 
@@ -137,6 +155,11 @@ OPT = register(
             keys_values_key=None,
             size_key=None,
             attributes=(("num_heads", "queries"),),
+        ),
+        sublayers=SublayersSpec(
+            attention=SublayerSpec(modules=("self_attn",), norms=("self_attn_layer_norm",)),
+            mlp=SublayerSpec(modules=("fc1", "fc2"), norms=("final_layer_norm",)),
+            pre_norm_key="do_layer_norm_before",
         ),
         packing="mask",  # its decoder does not pass position ids to the function that creates the mask
     )
@@ -159,6 +182,10 @@ GPT2 = register(
             keys_values_key=None,
             size_key=None,
             attributes=(("num_heads", "queries"), ("split_size", "query_channels")),
+        ),
+        sublayers=SublayersSpec(
+            attention=SublayerSpec(modules=("attn",), norms=("ln_1",)),
+            mlp=SublayerSpec(modules=("mlp",), norms=("ln_2",)),
         ),
         position_key="scale_attn_by_inverse_layer_idx",
     )
@@ -187,6 +214,11 @@ GPT_NEOX = register(
             ratio_attribute=None,
             keys_values_key=None,
             size_key=None,
+        ),
+        sublayers=SublayersSpec(
+            attention=SublayerSpec(modules=("attention",), norms=("input_layernorm",)),
+            mlp=SublayerSpec(modules=("mlp",), norms=("post_attention_layernorm",)),
+            parallel_key="use_parallel_residual",
         ),
     )
 )

@@ -12,7 +12,18 @@ from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
 from hfprune.models.spec import ARCHITECTURES, SHAPES, ArchSpec, AttentionSpec
-from hfprune.plan import LAYERS, UNIT_KINDS, Group, Side, Slice, unit_kinds
+from hfprune.models.sublayers import has_sublayer, sublayer_cost, sublayer_groups
+from hfprune.plan import (
+    ATTENTION_SUBLAYERS,
+    LAYERS,
+    MLP_SUBLAYERS,
+    SUBLAYERS,
+    UNIT_KINDS,
+    Group,
+    Side,
+    Slice,
+    unit_kinds,
+)
 from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
@@ -65,13 +76,15 @@ def class_name(model: nn.Module) -> str:
 def find_groups(
     model: nn.Module, units: Sequence[str] = ("mlp",), *, spec: ArchSpec | None = None
 ) -> tuple[Group, ...]:
-    """Returns the groups of ``model``: MLP neurons, heads and experts per layer, one group of layers, one of channels.
+    """Returns the groups of ``model``: of neurons, heads, experts and sub-layers by layer; of layers and of channels.
 
-    Only shapes are read, so the function supports models on the meta device and models that were pruned before.
+    A layer without attention or MLP has no groups of its units. Only shapes are read, so the function supports models
+    on the meta device and models that were pruned before.
 
     Args:
         model: A Hugging Face model of a supported class.
-        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``layers``, ``channels``, in any order.
+        units: Unit kinds: ``mlp``, ``heads``, ``experts``, ``attention_sublayers``, ``mlp_sublayers``, ``layers``,
+            ``channels``, in any order.
         spec: Architecture table; defaults to that of the model's class.
 
     Raises:
@@ -107,6 +120,9 @@ def check_units(units: Sequence[str]) -> None:
     """Raises ``ConfigError`` unless every unit kind is known and given once."""
     if not units or len(set(units)) != len(units) or not set(units) <= set(_FINDERS):
         raise ConfigError(f"units {list(units)}: give each of {', '.join(_FINDERS)} at most once, and at least one.")
+    whole = next((kind for kind in SUBLAYERS if kind in units), None)
+    if whole and "channels" in units:
+        raise ConfigError(f"units {list(units)}: 'channels' cannot be combined with '{whole}'. Leave one of them out.")
 
 
 def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList:
@@ -126,9 +142,14 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the width of each layer's MLP; layers with a mixture of experts are left out."""
+    """Returns the MLP width of each layer, 0 for a removed MLP; layers with a mixture of experts are left out."""
     spec = find_spec(model)
-    return tuple(group.num_units for group in _mlp_groups(model, spec)) if spec.mlp else ()
+    if not spec.mlp:
+        return ()
+    widths = {group.layer: group.num_units for group in _mlp_groups(model, spec)}
+    layers = find_layers(model, spec)
+    removed = [i for i, layer in enumerate(layers) if not has_sublayer(layer, spec, MLP_SUBLAYERS)]
+    return tuple(width for _, width in sorted({**widths, **dict.fromkeys(removed, 0)}.items()))
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
@@ -138,9 +159,15 @@ def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
             f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
             "kinds experts, heads or layers, for example units=['experts']."
         )
-    layers, names = find_layers(model, spec), {t.module for t in spec.mlp}
-    owners = [index for index, layer in enumerate(layers) if names <= {name for name, _ in layer.named_modules()}]
-    return [_mlp_group(model, spec, index) for index in owners or range(len(layers))]
+    names, present = {t.module for t in spec.mlp}, _having(model, spec, MLP_SUBLAYERS)
+    layers = find_layers(model, spec)
+    owners = [i for i in present if names <= {name for name, _ in layers[i].named_modules()}]
+    return [_mlp_group(model, spec, index) for index in owners or present]
+
+
+def _having(model: nn.Module, spec: ArchSpec, kind: str) -> list[int]:
+    """Returns the indices of the layers that have the sub-layer of a kind."""
+    return [i for i, layer in enumerate(find_layers(model, spec)) if has_sublayer(layer, spec, kind)]
 
 
 def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
@@ -155,7 +182,7 @@ def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
 
 
 def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    return [_head_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+    return [_head_group(model, spec, index) for index in _having(model, spec, ATTENTION_SUBLAYERS)]
 
 
 def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
@@ -213,7 +240,8 @@ def _ratio(attention: nn.Module, table: AttentionSpec) -> int:
 
 def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     table, found = experts_table(spec), []
-    for index, layer in enumerate(find_layers(model, spec)):
+    for index in _having(model, spec, MLP_SUBLAYERS):
+        layer = find_layers(model, spec)[index]
         if table.router not in dict(layer.named_modules()):
             raise UnsupportedArchitectureError(
                 f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
@@ -224,16 +252,36 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     return found
 
 
-def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+def _check_positions(model: nn.Module, spec: ArchSpec, kind: str) -> None:
     if spec.position_key is not None and getattr(model.config, spec.position_key):
+        what = UNIT_KINDS[kind].plural.removesuffix("s")
         raise UnsupportedArchitectureError(
             f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position, so that "
-            "no layer can be removed. Leave 'layers' out of the units."
+            f"no {what} can be removed. Leave '{kind}' out of the units."
         )
+
+
+def _attention_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    _check_positions(model, spec, ATTENTION_SUBLAYERS)
+    return sublayer_groups(model, spec, ATTENTION_SUBLAYERS)
+
+
+def _whole_mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    _check_positions(model, spec, MLP_SUBLAYERS)
+    return sublayer_groups(model, spec, MLP_SUBLAYERS)
+
+
+def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    _check_positions(model, spec, LAYERS)
     return [Group(name=spec.layers, kind=LAYERS, num_units=len(find_layers(model, spec)), slices=())]
 
 
 def _channel_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    if not all(has_sublayer(layer, spec, kind) for layer in find_layers(model, spec) for kind in SUBLAYERS):
+        raise UnsupportedArchitectureError(
+            f"This {spec.model_class} has layers without attention or MLP, whose hidden channels cannot be removed. "
+            "Leave 'channels' out of the units."
+        )
     return [_checked(model, spec, channel_group(model, spec))]
 
 
@@ -241,6 +289,8 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
     "mlp": _mlp_groups,
     "heads": _head_groups,
     "experts": _expert_groups,
+    ATTENTION_SUBLAYERS: _attention_groups,
+    MLP_SUBLAYERS: _whole_mlp_groups,
     LAYERS: _layer_groups,
     "channels": _channel_groups,
 }
@@ -274,6 +324,8 @@ def unit_cost(model: nn.Module, group: Group) -> int:
         return sizes[0]
     if group.kind == CHANNELS:
         return channel_cost(model, group)
+    if group.kind in SUBLAYERS:
+        return sublayer_cost(model, find_spec(model), group)
     cost = 0
     for s in group.slices:
         module = submodule(model, s.module)

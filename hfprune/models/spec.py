@@ -140,6 +140,43 @@ class StreamSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SublayerSpec:
+    """The attention or the MLP of a layer, as a part that can be removed whole.
+
+    Attributes:
+        modules: Names of its modules relative to the layer. The output of the last one is that of the sub-layer.
+        norms: Names of the norms that act on its input or output alone, relative to the layer; they are removed with
+            it.
+        added: Name of the module whose output the layer adds to the residual stream; the last of ``modules`` if empty.
+    """
+
+    modules: tuple[str, ...]
+    norms: tuple[str, ...]
+    added: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SublayersSpec:
+    """Both sub-layers of a layer of one model class.
+
+    A layer adds the outputs of its sub-layers to the residual stream; without a sub-layer, it adds the other one's.
+
+    Attributes:
+        attention: The attention; its last module returns a tuple of the output and the attention weights.
+        mlp: The MLP.
+        parallel_key: Config key that, if true, makes the MLP read the input of the layer, not the stream after the
+            attention.
+        pre_norm_key: Config key that, if false, makes the norms act on the residual stream itself, so that no sub-layer
+            can be removed.
+    """
+
+    attention: SublayerSpec
+    mlp: SublayerSpec
+    parallel_key: str | None = None
+    pre_norm_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchSpec:
     """The architecture table of one model class.
 
@@ -171,6 +208,8 @@ class ArchSpec:
         no_heads: The same for heads.
         no_experts: The same for experts.
         no_layers: The same for whole layers.
+        sublayers: The attention and MLP sub-layers; None if they cannot be removed.
+        no_sublayers: Reason for this, the end of the sentence "The ... sub-layers of CLASS cannot be removed: ...".
         needs_bos: Whether models of the class need a BOS token before a text.
     """
 
@@ -193,6 +232,8 @@ class ArchSpec:
     packing: Literal["positions", "mask", "none"] = "positions"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"
+    sublayers: SublayersSpec | None = None
+    no_sublayers: str = "its table does not describe them: set ArchSpec(sublayers=SublayersSpec(...))"
     no_attention: str = "its table does not describe the attention: set ArchSpec(attention=AttentionSpec(...))"
     no_mlp: str = ""
     no_heads: str = ""
@@ -281,6 +322,12 @@ STREAM = StreamSpec(
     attributes=("hidden_size", "mlp.hidden_size"),
 )
 """Residual stream of most current architectures."""
+
+SUBLAYERS = SublayersSpec(
+    attention=SublayerSpec(modules=("self_attn",), norms=("input_layernorm",)),
+    mlp=SublayerSpec(modules=("mlp",), norms=("post_attention_layernorm",)),
+)
+"""Sub-layers of most current architectures, each with a norm on its input."""
 
 LAYER_NORMS = (
     "its LayerNorms subtract the mean over all channels, so that no weights of a smaller model reproduce the dense "

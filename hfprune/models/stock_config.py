@@ -1,6 +1,6 @@
 """Stock configs: pruned models that the config class of the architecture can describe, and their config keys."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,11 +9,9 @@ from hfprune.models.experts import EXPERTS, experts_table
 from hfprune.models.groups import attention_table, find_groups, find_layers, find_spec, head_shape, hidden_size
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
 from hfprune.models.spec import ArchSpec
-from hfprune.plan import LAYERS, Group
+from hfprune.models.sublayers import has_sublayer
+from hfprune.plan import ATTENTION_SUBLAYERS, SUBLAYERS, UNIT_KINDS, Group, Kept, absent_groups, removed_layers
 from hfprune.utils.errors import UnsupportedArchitectureError
-
-Kept = Mapping[str, Sequence[int]]
-"""Group name -> kept units."""
 
 
 def head_counts(model: nn.Module, *, hidden: int | None = None) -> tuple[int, ...]:
@@ -60,7 +58,7 @@ def _head_rules(model: nn.Module) -> tuple[int, int, bool, bool]:
 
 
 def unit_keys(spec: ArchSpec, kind: str) -> tuple[str, ...]:
-    """Returns the config keys that hold the number of units of a kind in a layer; empty for whole layers.
+    """Returns the config keys that hold the number of units of a kind in a layer; empty for layers and sub-layers.
 
     Heads have two keys where the class has key-value heads: query heads and key-value heads.
 
@@ -124,6 +122,7 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     Raises:
         UnsupportedArchitectureError: No stock config describes the model; the message names the alternatives.
     """
+    _check_sublayers(model, groups, keep)
     stay = _staying(model, groups, keep)
     for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads"), (EXPERTS, "experts")):
         kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
@@ -151,6 +150,17 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     )
 
 
+def _check_sublayers(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
+    """Raises ``UnsupportedArchitectureError`` if a sub-layer is removed; which ones may not be known yet."""
+    kind = next((group.kind for group in groups if group.kind in SUBLAYERS and not keep[group.name]), None)
+    if kind is not None:
+        raise UnsupportedArchitectureError(
+            f"A stock config of {find_spec(model).model_class} cannot state a layer without its "
+            f"{UNIT_KINDS[kind].plural.removesuffix('s').removesuffix(' sub-layer')}. Use layout='per_layer', "
+            f"or leave '{kind}' out of the units."
+        )
+
+
 def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
     _, ratio = _dense_heads(model)
     return dict(zip(unit_keys(find_spec(model), "heads"), (heads * ratio, heads), strict=False)) | _size_value(model)
@@ -176,7 +186,8 @@ def _dense_heads(model: nn.Module) -> tuple[int, int]:
     """Returns the size of a head and the number of query heads per key-value head."""
     spec = find_spec(model)
     table = attention_table(spec)
-    return head_shape(find_layers(model, spec)[0].get_submodule(table.module), table)
+    layer = next(layer for layer in find_layers(model, spec) if has_sublayer(layer, spec, ATTENTION_SUBLAYERS))
+    return head_shape(layer.get_submodule(table.module), table)
 
 
 def _hidden(groups: Sequence[Group], keep: Kept) -> int | None:
@@ -208,15 +219,14 @@ def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
 
 def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]:
     """Returns the indices of the kept layers."""
-    found = [keep[group.name] for group in groups if group.kind == LAYERS]
-    return list(found[0]) if found else list(range(len(find_layers(model))))
+    removed = removed_layers(groups, keep)
+    return [index for index in range(len(find_layers(model))) if index not in removed]
 
 
-def _common(
-    model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]
-) -> int | None:
+def _common(model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
     """Returns the number of kept units of a kind if it is the same in all kept layers that have such units."""
-    kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
+    absent = absent_groups(groups, keep)
+    kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.name not in absent]
     if len(set(kept)) != 1:
         return None
     if len(kept) < len(stay) and len(kept) < len([g for g in find_groups(model, (kind,)) if g.layer in stay]):

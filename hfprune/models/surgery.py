@@ -2,7 +2,7 @@
 
 Surgery and optimizer states share one table, :func:`plan_cuts`, which follows from the slices of the plan. Channels
 that belong to no removed unit are kept, so fused projections and combinations of groups need no special case. Whole
-layers have no slices: :func:`new_names` maps parameter names to those of the model without the removed layers.
+layers and sub-layers have no slices: :func:`new_names` maps parameter names to those of the model without them.
 """
 
 import copy
@@ -28,7 +28,16 @@ from hfprune.models.layer_stream import layer_input
 from hfprune.models.projection import bias_of, num_channels, set_attribute, weight_axis, write_channels
 from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.models.stock_config import config_values
-from hfprune.plan import LAYERS, Group, PruningPlan, Side
+from hfprune.models.sublayers import (
+    has_sublayer,
+    is_within,
+    number_cache_entries,
+    remove_sublayers,
+    silenced,
+    sublayer_output,
+    sublayer_table,
+)
+from hfprune.plan import LAYERS, SUBLAYERS, Group, PruningPlan, Side
 from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
@@ -40,13 +49,12 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
     name = class_name(model)
     if name != plan.model_class:
         raise PlanError(f"The plan was made for {plan.model_class}, the model is {name}.")
+    _check_depth(model, plan)
     try:
         modules = group_modules(model, plan.groups)
     except UnsupportedArchitectureError as error:
         raise PlanError(f"The plan does not fit the model: {error}") from error
     for group in plan.groups:
-        if group.kind == LAYERS and (layers := len(find_layers(model))) != group.num_units:
-            raise PlanError(f"The plan expects {group.num_units} layers, the model has {layers}.")
         for s in group.inputs():
             found = num_channels(modules[s.module], "in", s.parameter)
             if found != group.num_units * s.width:
@@ -60,8 +68,25 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
         check_router_loss(model, find_spec(model), counts)
 
 
+def _check_depth(model: nn.Module, plan: PruningPlan) -> None:
+    """Raises ``PlanError`` unless the model has the layers and sub-layers of the plan, and a layer is left."""
+    kinds = {group.kind for group in plan.groups}
+    if kinds.isdisjoint((LAYERS, *SUBLAYERS)):
+        return
+    spec, layers = find_spec(model), find_layers(model)
+    for group in plan.groups:
+        if group.kind == LAYERS and len(layers) != group.num_units:
+            raise PlanError(f"The plan expects {group.num_units} layers, the model has {len(layers)}.")
+        if group.kind in SUBLAYERS:
+            index = group.layer or 0
+            if index >= len(layers) or not has_sublayer(layers[index], spec, group.kind):
+                raise PlanError(f"The plan expects {group.name}, which the model does not have.")
+    if len(plan.removed_layers()) == len(layers):
+        raise PlanError("The plan removes both sub-layers of every layer; at least one must be kept.")
+
+
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
-    """Returns the cuts of all parameters in kept layers.
+    """Returns the cuts of all parameters in kept layers and sub-layers.
 
     Names are those of the dense model, the first one for tied weights. The model may be on any device, including the
     meta device, and may be sharded.
@@ -108,15 +133,20 @@ def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
 
 
 def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
-    """Returns parameter name -> name after applying ``plan``, or None for parameters of removed layers."""
+    """Returns parameter name -> name after applying ``plan``; None for those of removed layers and sub-layers."""
     names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
+    for kind in SUBLAYERS:
+        for layer in plan.removed_sublayers(kind):
+            spec = find_spec(model)
+            within, table = f"{spec.layers}.{layer}.", sublayer_table(spec, kind)
+            names |= {name: None for name in names if is_within(name, within, table)}
     removed = plan.removed_layers()
     if not removed:
         return names
     prefix = f"{find_spec(model).layers}."
     stay = [index for index in range(len(find_layers(model))) if index not in removed]
     place = {index: number for number, index in enumerate(stay)}
-    for name in [name for name in names if name.startswith(prefix)]:
+    for name in [name for name, new in names.items() if new is not None and name.startswith(prefix)]:
         index, _, rest = name.removeprefix(prefix).partition(".")
         names[name] = f"{prefix}{place[int(index)]}.{rest}" if int(index) in place else None
     return names
@@ -126,8 +156,8 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Cuts ``model`` in place to the kept units of ``plan`` and rewrites its config.
 
     Tied weights remain tied. Cut parameters are new objects, so existing optimizers must be rebuilt. Removed layers are
-    deleted and later layers are renumbered. Config keys that follow from the kept units are rewritten even if the plan
-    does not list them.
+    deleted and later layers are renumbered; removed sub-layers are replaced by modules that return zeros. Config keys
+    that follow from the kept units are rewritten even if the plan does not list them.
 
     Args:
         model: The dense model.
@@ -149,7 +179,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
         for place in places[id(old)]:
             set_attribute(model, place, new)
     rewrite_sizes(model, plan)
-    _remove_layers(model, plan.removed_layers())
+    _remove_depth(model, plan)
 
 
 def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
@@ -160,17 +190,18 @@ def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     return plan if implied.keys() <= plan.config.keys() else replace(plan, config={**implied, **plan.config})
 
 
-def _remove_layers(model: nn.Module, removed: Collection[int]) -> None:
-    if not removed:
+def _remove_depth(model: nn.Module, plan: PruningPlan) -> None:
+    """Removes sub-layers and layers, and sets the entries of the key-value cache."""
+    removed = plan.removed_layers()
+    lost = {kind: layers for kind in SUBLAYERS if (layers := plan.removed_sublayers(kind))}
+    if not removed and not lost:
         return
-    layers = find_layers(model)
+    spec = find_spec(model)
+    remove_sublayers(model, spec, lost)
+    layers = find_layers(model, spec)
     for index in sorted(removed, reverse=True):
         del layers[index]
-    for index, layer in enumerate(layers):
-        module: Any
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # index in the key-value cache
-                module.layer_idx = index
+    number_cache_entries(model, spec)
 
 
 def cut_optimizer_state(
@@ -189,7 +220,7 @@ def cut_optimizer_state(
         state: ``state_dict()`` of an optimizer over the dense parameters.
         parameters: Name and dense shape of every parameter, in the order of the optimizer's groups.
         cuts: Cuts of the parameters.
-        removed: Parameters of removed layers, which the optimizer of the pruned model does not have.
+        removed: Parameters of removed layers and sub-layers, which the optimizer of the pruned model does not have.
 
     Returns:
         The number of parameters whose state was dropped.
@@ -216,8 +247,8 @@ def cut_optimizer_state(
 def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
     """Zeroes in place the channels that ``apply_plan`` would cut: same outputs, unchanged shapes.
 
-    Hooks make removed layers return their input and routers choose among the kept experts. Serves as the reference of
-    the surgery in tests.
+    Hooks make removed layers return their input, removed sub-layers return zeros, and routers choose among the kept
+    experts. Serves as the reference of the surgery in tests.
 
     Args:
         model: The dense model.
@@ -237,6 +268,9 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
     for group in plan.groups:
         if group.kind == EXPERTS:
             modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
+    for kind in SUBLAYERS:
+        for index in plan.removed_sublayers(kind):
+            sublayer_output(model, find_spec(model), kind, index).register_forward_hook(silenced)
     for index in plan.removed_layers():
         find_layers(model)[index].register_forward_hook(pass_on, with_kwargs=True)
 
@@ -248,7 +282,7 @@ def pass_on(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int]]:
-    """Returns (module, parameter, side) -> removed channels, in kept layers."""
+    """Returns (module, parameter, side) -> removed channels, in kept layers and sub-layers."""
     removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
     for group in _staying(plan):
         units = plan.removed(group)
@@ -259,9 +293,9 @@ def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int
 
 
 def _staying(plan: PruningPlan) -> list[Group]:
-    """Returns the groups that are not in removed layers."""
-    removed = plan.removed_layers()
-    return [group for group in plan.groups if group.layer is None or group.layer not in removed]
+    """Returns the groups that are not in removed layers or sub-layers."""
+    absent = plan.absent()
+    return [group for group in plan.groups if group.name not in absent]
 
 
 def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:

@@ -15,11 +15,13 @@ from hfprune.models.contexts import evaluating as evaluating  # re-exported for 
 from hfprune.models.contexts import frozen as frozen
 from hfprune.models.contexts import hooked as hooked
 from hfprune.models.experts import EXPERTS, FewerExperts, added_norms, by_expert
-from hfprune.models.groups import find_spec, group_modules
+from hfprune.models.groups import find_layers, find_spec, group_modules
 from hfprune.models.projection import bias_of, weight_of
 from hfprune.models.projection import whole_weight as whole_weight
 from hfprune.models.residual_stream import CHANNELS, head_reads
-from hfprune.plan import Group, Slice
+from hfprune.models.sublayers import silenced, sublayer_output
+from hfprune.models.surgery import pass_on
+from hfprune.plan import LAYERS, SUBLAYERS, Group, Slice
 
 ReceiveSignal = Callable[[Group, Slice, Signal], None]
 ReceiveActivation = Callable[[Group, Slice, Activation], None]
@@ -191,6 +193,8 @@ def first_not_finite(
 class UnitMask:
     """Masks units at the inputs of their consumers: the dense model then computes the outputs of the pruned one.
 
+    Removed layers return their input, and removed sub-layers zeros.
+
     Args:
         model: The dense model.
         groups: Groups of the model.
@@ -213,11 +217,23 @@ class UnitMask:
                 router = modules[group.slices[0].module]
                 handles.append(router.register_forward_hook(self._unless_lifted(FewerExperts(self._keep[group.name]))))
                 continue
+            if group.kind in (LAYERS, *SUBLAYERS):
+                handles += self._skip(group)
+                continue
             for part in group.inputs():
                 hook = self._hook(part.channels(self._removed[group.name]))
                 handles.append(modules[part.module].register_forward_pre_hook(hook))
         with hooked(handles):
             yield
+
+    def _skip(self, group: Group) -> list[Any]:
+        """Registers the hooks that skip removed layers or a removed sub-layer."""
+        removed = self._removed[group.name]
+        if group.kind == LAYERS:
+            layers, hook = find_layers(self._model), self._unless_lifted(pass_on)
+            return [layers[index].register_forward_hook(hook, with_kwargs=True) for index in removed]
+        module = sublayer_output(self._model, find_spec(self._model), group.kind, group.layer or 0)
+        return [module.register_forward_hook(self._unless_lifted(silenced)) for _ in removed]
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -228,9 +244,9 @@ class UnitMask:
         finally:
             self._lifted = False
 
-    def _unless_lifted(self, fewer: FewerExperts) -> Callable[..., Any]:
+    def _unless_lifted(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def hook(*seen: Any) -> Any:
-            return None if self._lifted else fewer(*seen)
+            return None if self._lifted else change(*seen)
 
         return hook
 

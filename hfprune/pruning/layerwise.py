@@ -21,7 +21,7 @@ from hfprune.models.forward import run_together
 from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
 from hfprune.models.projection import num_channels, weight_of
-from hfprune.plan import Group
+from hfprune.plan import SUBLAYERS, Group
 from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
 from hfprune.pruning.hooks import evaluating, hooked
@@ -229,6 +229,7 @@ def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
 
 _REFUSED = (
     ("layers", "no layer can be removed"),
+    *((kind, "no sub-layer can be removed") for kind in SUBLAYERS),
     ("channels", "hidden channels belong to all layers"),
     ("experts", "experts are not read by a single projection"),
 )

@@ -1,7 +1,7 @@
 """Options of structured pruning and of its calibration."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hfprune.allocation import Allocation
 from hfprune.compensation import Compensation
@@ -14,9 +14,49 @@ from hfprune.criteria import (
     check_experts,
     resolve_objective,
 )
-from hfprune.plan import Budget
+from hfprune.plan import DEPTH_KINDS, Budget
 from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.utils.errors import ConfigError
+
+DepthMeasure = Literal["cosine", "cross_entropy", "perplexity", "kl"]
+"""What the dense model loses without a layer or sub-layer, see ``hfprune.pruning.removal_scores``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthScores:
+    """Scores of whole layers and sub-layers, measured on the dense model without each one.
+
+    Attributes:
+        measure: ``kl`` (KL to the dense model), ``cross_entropy`` or ``perplexity`` (their increase), or ``cosine``
+            (1 - cosine of the residual stream before and after it).
+        sequences: Number of calibration sequences; None for all.
+
+    Raises:
+        ConfigError: A value is out of range.
+
+    >>> DepthScores.of("cosine")
+    DepthScores(measure='cosine', sequences=16)
+    """
+
+    measure: DepthMeasure = "kl"
+    sequences: int | None = 16
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if self.measure not in get_args(DepthMeasure):
+            known = ", ".join(get_args(DepthMeasure))
+            raise ConfigError(f"depth_scores='{self.measure}' is not one of {known}, nor a DepthScores.")
+        if self.sequences is not None and self.sequences < 1:
+            raise ConfigError(f"depth_scores: sequences={self.sequences} must be positive.")
+
+    @classmethod
+    def of(cls, setting: "DepthSetting") -> "DepthScores | None":
+        """Returns the settings that a word stands for."""
+        return cls(measure=setting) if isinstance(setting, str) else setting
+
+
+DepthSetting = DepthScores | DepthMeasure | None
+"""Values of ``depth_scores=...``. None: the sum of the scores of the units within."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +76,8 @@ class CalibrationOptions:
         rounds: Number of rounds in which units are removed; each round scores the model without the removed units.
         schedule: Share of the removal after a share x of the rounds: x for ``linear``, 1 - (1 - x)^3 for ``cubic``.
         self_distillation: Two-stage scoring with the dense model as the teacher (SDMPrune).
+        depth_scores: How whole layers and sub-layers are scored: a measure, :class:`DepthScores`, or None for the sum
+            of the criterion's scores of their units.
 
     Raises:
         ConfigError: A value is out of range, or rounds and self-distillation are combined.
@@ -52,6 +94,7 @@ class CalibrationOptions:
     rounds: int = 1
     schedule: Schedule = "cubic"
     self_distillation: SelfDistillation | None = None
+    depth_scores: DepthSetting = None
 
     def __post_init__(self) -> None:
         """Checks the values and their combinations."""
@@ -59,6 +102,7 @@ class CalibrationOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be positive.")
+        object.__setattr__(self, "depth_scores", DepthScores.of(self.depth_scores))
         overlap = self.early_stop_overlap
         if overlap is not None and (not 0 < overlap <= 1 or self.check_every is None):
             raise ConfigError(f"early_stop_overlap={overlap} must be a share in (0, 1] and requires `check_every`.")
@@ -66,6 +110,11 @@ class CalibrationOptions:
             raise ConfigError(
                 f"rounds={self.rounds} and `self_distillation` cannot be combined: both calibrate more than once."
             )
+
+    @property
+    def depth(self) -> DepthScores | None:
+        """How whole layers and sub-layers are scored; None for sums of scores."""
+        return DepthScores.of(self.depth_scores)
 
     @property
     def removal(self) -> Rounds:
@@ -115,11 +164,17 @@ class PruningOptions:
         check_experts(self.criterion, self.units)
         if self.calibration.self_distillation is not None:
             self.calibration.self_distillation.check(self.criterion, self.objective)
+        if self.calibration.depth is not None and set(DEPTH_KINDS).isdisjoint(self.units):
+            raise ConfigError(
+                f"depth_scores scores whole layers and sub-layers; the units are {', '.join(self.units)}. Add one of "
+                f"{', '.join(DEPTH_KINDS)} to them, or leave depth_scores out."
+            )
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration data are needed."""
-        return self.compensation is not None or not isinstance(self.criterion, WeightCriterion)
+        measures = self.compensation is not None or self.calibration.depth is not None
+        return measures or not isinstance(self.criterion, WeightCriterion)
 
     def target_objective(self, *, described: bool) -> str | None:
         """Returns the name of the objective that defines which tokens count; None for the loss of the user's module.

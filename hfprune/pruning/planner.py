@@ -11,7 +11,6 @@ from hfprune.allocation import Allocation, ResolvedBudget, kept_units
 from hfprune.allocation.convergence import Select
 from hfprune.criteria import (
     CalibratedCriterion,
-    Criterion,
     GradientCriterion,
     LayerwiseCriterion,
     WeightCriterion,
@@ -19,13 +18,14 @@ from hfprune.criteria import (
     with_layers,
 )
 from hfprune.models import class_name
-from hfprune.plan import Budget, Group, PruningPlan
+from hfprune.plan import DEPTH_KINDS, Budget, Group, PruningPlan, lost_parts
 from hfprune.pruning.accumulator import check_criterion, weight_scores
 from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import Communicator, LocalCommunicator, say, warn
 from hfprune.pruning.layerwise import LayerwiseResult, run_layerwise
 from hfprune.pruning.options import PruningOptions
 from hfprune.pruning.prunable import Prunable
+from hfprune.pruning.removal_scores import measured_depth
 from hfprune.pruning.rounds import Kept, State, in_rounds
 from hfprune.pruning.sensitivity_curves import measured
 from hfprune.pruning.two_stages import two_stages
@@ -33,29 +33,35 @@ from hfprune.utils.progress import phase
 from hfprune.utils.versions import versions
 
 
-def check_scored(model: Prunable, criterion: Criterion, *, settles: bool) -> None:
-    """Raises ``ConfigError`` if ``criterion`` cannot score the model's units; see :func:`check_criterion`."""
+def check_scored(model: Prunable, options: PruningOptions, *, settles: bool) -> None:
+    """Raises ``ConfigError`` if the criterion cannot score the model's units; see :func:`check_criterion`."""
     shapes = model.shapes()
-    check_criterion(shapes, model.groups(shapes), criterion, settles=settles)
+    check_criterion(shapes, _by_criterion(model.groups(shapes), options), options.criterion, settles=settles)
 
 
-def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, criterion: Criterion) -> Select:
+def _by_criterion(groups: tuple[Group, ...], options: PruningOptions) -> tuple[Group, ...]:
+    """Returns the groups that the criterion scores; ``depth_scores`` measures layers and sub-layers."""
+    measured_apart = () if options.calibration.depth is None else DEPTH_KINDS
+    return tuple(group for group in groups if group.kind not in measured_apart)
+
+
+def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, scored: tuple[Group, ...]) -> Select:
     """Returns a function from scores to the units of the scored groups that would be kept.
 
     Args:
         model: Model to prune.
         budget: The budget.
         allocation: Allocation of the budget.
-        criterion: The criterion.
+        scored: The scored groups.
     """
     groups = model.groups(model.model)
-    scored = scored_groups(model.model, groups, criterion)
 
     def select(scores: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
         every = with_layers(scores, groups, scored)
         resolved = model.resolve(budget, allocation, every)
-        keep, removed = kept_units(every, groups, resolved), resolved.removed_layers
-        return {g.name: () if g.layer in removed else keep.get(g.name, range(g.num_units)) for g in scored}
+        keep = kept_units(every, groups, resolved)
+        lost = lost_parts(groups, keep)
+        return {g.name: () if (g.kind, g.layer) in lost else keep.get(g.name, range(g.num_units)) for g in scored}
 
     return select
 
@@ -145,6 +151,7 @@ class Planner:
             "objective": model.objective_name if differentiates else None,
             "distillation": None if distillation is None else asdict(distillation),
             "rounds": asdict(options.calibration.removal),
+            "depth_scores": None if options.calibration.depth is None else asdict(options.calibration.depth),
             "model": model.describe(),
             "calibration": calibration,
             "compensation": options.compensation.describe() if options.compensation else None,
@@ -165,6 +172,19 @@ class Planner:
         Returns:
             Provenance of the calibration; None without calibration.
         """
+        depth = self._options.calibration.depth
+        if depth is None:
+            return self._score_units(groups, resolved)
+        within = _by_criterion(groups, self._options)
+        found = self._score_units(within, resolved) if within else None
+        self.importance |= measured_depth(
+            self._model, groups, depth, self._data, self._communicator, progress=self._progress
+        )
+        self.importance = {group.name: self.importance[group.name] for group in groups}
+        return found
+
+    def _score_units(self, groups: tuple[Group, ...], resolved: ResolvedBudget) -> dict[str, Any] | None:
+        """Computes the importance of some groups by the criterion; returns the provenance of the calibration."""
         criterion, model = self._options.criterion, self._model.model
         if isinstance(criterion, LayerwiseCriterion):
             return None
@@ -223,7 +243,7 @@ class Planner:
         assert isinstance(options.criterion, CalibratedCriterion)
         widths: Sequence[int] | Select = resolved.widths
         if resolved.provisional or resolved.removed_layers or len(scored) < len(resolved.widths):
-            widths = final_units(model, options.budget, options.allocation, options.criterion)
+            widths = final_units(model, options.budget, options.allocation, scored)
         calibration = Calibration(
             model,
             [Scorer(options.criterion, scored)],

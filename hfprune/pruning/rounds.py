@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfprune.allocation import Allocation, uniform_keep
 from hfprune.criteria import CalibratedCriterion, Criterion
-from hfprune.plan import Budget, Group
+from hfprune.plan import DEPTH_KINDS, Budget, Group
 from hfprune.pruning.hooks import UnitMask
 from hfprune.utils.errors import ConfigError
 
@@ -79,7 +79,7 @@ class Rounds:
                 f"rounds={self.number} requires a criterion that scores all layers on calibration data; "
                 f"{type(criterion).__name__} does not."
             )
-        for name in ("layers", "channels"):
+        for name in (*DEPTH_KINDS, "channels"):
             if name in model.units:
                 raise ConfigError(f"rounds={self.number} prunes every layer: leave '{name}' out of the units.")
         if budget.allocated:

@@ -24,7 +24,7 @@ from hfprune.utils.progress import layer_progress
 from hfprune.utils.random_numbers import isolated_rng
 
 
-class _Prefix:
+class PrefixCache:
     """Cache of the output of the unchanged layers in front of a pruned group.
 
     Args:
@@ -74,7 +74,7 @@ class DensePredictions:
     """
 
     def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
-        self._model, self._prefix = model, _Prefix(find_layers(model))
+        self._model, self._prefix = model, PrefixCache(find_layers(model))
         alone = [sequence for batch in batches for sequence in sequences(batch)]
         self._batches = run_together(alone, next(model.parameters()).device)
         with torch.no_grad():

@@ -8,7 +8,7 @@ from hfprune.allocation import Allocation, uniform_keep
 from hfprune.criteria import SelfDistillation
 from hfprune.objectives import OBJECTIVES
 from hfprune.objectives.self_distillation import SelfDistillationObjective
-from hfprune.plan import Budget, Group
+from hfprune.plan import DEPTH_KINDS, Budget, Group
 from hfprune.pruning.hooks import UnitMask
 from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.rounds import Kept, Pass, State
@@ -24,7 +24,7 @@ def check_stages(model: Prunable, setting: SelfDistillation, budget: Budget, all
         budget: The budget.
         allocation: Allocation of the budget.
     """
-    for name in ("layers", "channels"):
+    for name in (*DEPTH_KINDS, "channels"):
         if name in model.units:
             raise ConfigError(f"self_distillation masks units in every layer: leave '{name}' out of the units.")
     if not model.known:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER, REPORT_FILE
-from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.plan import PLAN_FILE, SUBLAYERS, PruningPlan
 from hfprune.utils.errors import ConfigError, first_line, hub_reason
 from hfprune.utils.files import user_path
 
@@ -63,9 +63,10 @@ class PrunedFolder:
         """Returns whether the plan leaves the layers that stay different numbers of units of a kind."""
         if self.plan is None:
             return False
-        removed, kept = self.plan.removed_layers(), dict[str, set[int]]()
+        removed, absent, kept = self.plan.removed_layers(), self.plan.absent(), dict[str, set[int]]()
         for group in self.plan.groups:
-            if group.layer is not None and group.layer not in removed:
+            stays = group.layer not in removed if group.kind in SUBLAYERS else group.name not in absent
+            if group.layer is not None and stays:
                 kept.setdefault(group.kind, set()).add(len(self.plan.keep[group.name]))
         return any(len(numbers) > 1 for numbers in kept.values())
 

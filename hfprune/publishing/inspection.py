@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfprune.plan import LAYERS, UNIT_KINDS, Group, PruningPlan
+from hfprune.plan import LAYERS, SUBLAYERS, UNIT_KINDS, Group, PruningPlan
 from hfprune.publishing.engines import largest_multiple
 from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
 from hfprune.utils.errors import ConfigError, first_line
@@ -134,7 +134,7 @@ def _widths(tensors: Mapping[str, list[int]]) -> list[int]:
 
 
 def _removed(plan: PruningPlan) -> dict[str, dict[str, int]]:
-    """Returns unit kind -> units of the dense model, kept and removed ones; those of removed layers are removed."""
+    """Returns unit kind -> units of the dense model, kept and removed ones; those of absent groups are removed."""
     found: dict[str, dict[str, int]] = {}
     for group in plan.groups:
         row = found.setdefault(group.kind, {"dense": 0, "kept": 0, "removed": 0})
@@ -146,7 +146,7 @@ def _removed(plan: PruningPlan) -> dict[str, dict[str, int]]:
 
 
 def _kept(plan: PruningPlan, group: Group) -> int:
-    return 0 if group.layer in plan.removed_layers() else len(plan.keep[group.name])
+    return 0 if group.name in plan.absent() else len(plan.keep[group.name])
 
 
 def _layers(plan: PruningPlan) -> list[dict[str, Any]]:
@@ -156,6 +156,8 @@ def _layers(plan: PruningPlan) -> list[dict[str, Any]]:
         if group.kind == LAYERS:
             for layer in range(group.num_units):
                 rows.setdefault(layer, {"layer": layer})["removed"] = layer in removed
+        elif group.kind in SUBLAYERS and group.layer in removed:
+            rows.setdefault(group.layer, {"layer": group.layer})["removed"] = True
         elif group.layer is not None:
             row = rows.setdefault(group.layer, {"layer": group.layer})
             row[group.kind] = {"kept": _kept(plan, group), "dense": group.num_units}
@@ -249,10 +251,13 @@ def _model_lines(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _layer_text(row: Mapping[str, Any]) -> str:
     if row.get("removed"):
         return f"layer {row['layer']}: removed"
-    parts = [
+    lost = [kind for kind in SUBLAYERS if kind in row and not row[kind]["kept"]]
+    hidden = {*SUBLAYERS, *(part for kind in lost for part in UNIT_KINDS[kind].parts)}
+    parts = [f"no {UNIT_KINDS[kind].plural.removesuffix(' sub-layers')}" for kind in lost]
+    parts += [
         f"{UNIT_KINDS[kind].plural} {units['kept']:,} of {units['dense']:,}"
         for kind, units in row.items()
-        if isinstance(units, Mapping)
+        if isinstance(units, Mapping) and kind not in hidden
     ]
     return f"layer {row['layer']}: {', '.join(parts) or 'kept'}"
 

@@ -47,11 +47,9 @@ def _from_report(report: Any, folder: Path) -> ReportData:
     if not all(isinstance(stage, Mapping) for stage in stages.values()):
         raise TypeError("every stage must be an object")
     plan = PruningPlan.load(folder) if (folder / PLAN_FILE).is_file() else None
-    removed = plan.removed_layers() if plan else ()
+    absent = plan.absent() if plan else frozenset()
     kept = (
-        {g.name: (0 if g.layer in removed else len(plan.keep[g.name]), g.num_units) for g in plan.groups}
-        if plan
-        else {}
+        {g.name: (0 if g.name in absent else len(plan.keep[g.name]), g.num_units) for g in plan.groups} if plan else {}
     )
     scores = load_importance(folder)
     names = [g.name for g in plan.groups if g.name in scores] if plan else list(scores)

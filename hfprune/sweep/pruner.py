@@ -86,7 +86,7 @@ class Pruner:
             asked = self._grid.budget(ratio)
             method.removal.check(PrunableModel(model, method.units), asked, method.allocation, method.scorer)
             if method.distillation is not None:
-                if budget.provisional or inventory.layers is not None:
+                if budget.provisional or inventory.depth_kinds:
                     raise ConfigError("distillation requires widths that are known before scoring, and all layers.")
                 method.distillation.first_widths(inventory.groups, budget.widths)
         except ConfigError as error:

@@ -13,7 +13,7 @@ from hfprune.models.groups import attention_table
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
 from hfprune.models.stock_config import unit_keys
-from hfprune.plan import PLAN_FILE, PruningPlan
+from hfprune.plan import PLAN_FILE, Group, PruningPlan
 from hfprune.utils.errors import PlanError
 from hfprune.utils.registry import Registry
 
@@ -73,7 +73,7 @@ Overrides = dict[int, dict[str, int]]
 
 
 def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int) -> dict[str, int] | None:
-    """Returns the config values of a unit kind with ``kept`` of ``units`` units, None for whole layers.
+    """Returns the config values of a unit kind with ``kept`` of ``units`` units, None for whole layers and sub-layers.
 
     The head size is unchanged; query and key-value heads shrink in proportion.
 
@@ -105,6 +105,7 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
     """Returns the config values of each layer after ``plans``.
 
     The result is empty if whole layers were removed: the remaining layers are renumbered, and only the plans are valid.
+    A removed attention or MLP has no values.
 
     Args:
         config: The dense config.
@@ -116,7 +117,11 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
         return {}
     units: dict[str, int] = {}
     found: Overrides = {}
-    for group, kept in ((group, len(plan.keep[group.name])) for plan in plans for group in plan.groups):
+    left: list[tuple[Group, int]] = []
+    for plan in plans:
+        absent = plan.absent()
+        left += [(group, len(plan.keep[group.name])) for group in plan.groups if group.name not in absent]
+    for group, kept in left:
         index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
         units.setdefault(group.name, group.num_units)
         values = kind_values(config, spec, group.kind, kept=kept, units=units[group.name])

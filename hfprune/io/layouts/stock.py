@@ -1,8 +1,8 @@
 """Layouts that stock transformers loads: ``uniform`` and ``padded``.
 
 ``uniform`` writes a stock folder and rejects models whose layers differ. ``padded`` pads layers that kept fewer units
-with zero units. A unit with zero weights contributes nothing, since the columns that read its output are zero. The
-logits are those of the pruned model, but the zeros are stored and multiplied.
+with zero units, and removed sub-layers with zeros. A unit with zero weights contributes nothing, since the columns that
+read its output are zero. The logits are those of the pruned model, but the zeros are stored and multiplied.
 """
 
 import copy
@@ -16,7 +16,7 @@ from hfprune.io.layouts.apply import empty_copy, not_expressed
 from hfprune.io.layouts.base import LAYOUTS, Layout, kind_values
 from hfprune.io.layouts.per_layer import cut_of, dense_config, is_per_layer
 from hfprune.models import CHANNELS, EXPERTS, config_values, find_spec, surgery
-from hfprune.plan import LAYERS, Group, PruningPlan
+from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, Group, PruningPlan
 from hfprune.utils.errors import ConfigError
 
 
@@ -96,7 +96,7 @@ def padding(model: Any) -> tuple[Any, PruningPlan, PruningPlan]:
     cut, dense = cut_of(model.config), dense_config(model.config)
     plan = compose(cut.plans)
     empty = empty_copy(model, dense)
-    kinds = dict.fromkeys(group.kind for group in plan.groups if group.kind != LAYERS)
+    kinds = dict.fromkeys(group.kind for group in plan.groups if group.kind not in DEPTH_KINDS)
     widths = {kind: _width(empty, plan, kind) for kind in kinds}
     padded = _filled(empty, plan, widths)
     if CHANNELS in kinds:
@@ -115,6 +115,9 @@ def pad(model: Any) -> Any:
     for name, tensor in model.state_dict().items():
         old = origin.get(name) or name
         state[name] = _spread(tensor, small.get(old, ()), dict(large.get(old, ())), dense[old])
+    for name, tensor in empty.state_dict().items():  # removed sub-layers
+        if name not in state:
+            state[name] = torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
     empty.load_state_dict(state, assign=True)
     empty.tie_weights()
     empty.generation_config = model.generation_config
@@ -148,10 +151,10 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
 
 def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
     """Returns the smallest number of units of ``kind`` per group that a stock config can describe."""
-    removed = plan.removed_layers()
-    groups = [
-        group for group in plan.groups if group.kind == kind and (group.layer is None or group.layer not in removed)
-    ]
+    absent = plan.absent()
+    groups = [group for group in plan.groups if group.kind == kind and group.name not in absent]
+    if not groups:  # all are in removed sub-layers
+        return next(group.num_units for group in plan.groups if group.kind == kind)
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
     if min(widths) < units and (values is None or kind == EXPERTS):  # a router would also select zero experts
@@ -183,12 +186,14 @@ def _check_hidden(empty: Any, padded: PruningPlan) -> None:
 def _filled(empty: Any, plan: PruningPlan, widths: Mapping[str, int]) -> PruningPlan:
     """Returns ``plan`` with the first removed units of each group added, up to the width of its kind.
 
-    Groups of other kinds keep all units. Removed layers are not restored.
+    Groups of other kinds keep all units, and removed sub-layers are restored. Removed layers are not.
     """
     keep: dict[str, tuple[int, ...]] = {}
+    removed = plan.removed_layers()
     for group in plan.groups:
         kept = plan.keep[group.name]
-        width = len(kept) if group.kind == LAYERS else widths.get(group.kind, group.num_units)
+        stays = group.kind == LAYERS or (group.kind in SUBLAYERS and group.layer in removed)
+        width = len(kept) if stays else widths.get(group.kind, group.num_units)
         keep[group.name] = tuple(sorted((*kept, *plan.removed(group)[: width - len(kept)])))
     config = config_values(empty, plan.groups, keep)
     return PruningPlan(model_class=plan.model_class, groups=plan.groups, keep=keep, config=config)

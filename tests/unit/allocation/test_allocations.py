@@ -271,7 +271,7 @@ def test_explicit_layers():
     [
         (lambda: Explicit(), "give the number of units to keep"),
         (lambda: Uniform(share=1.0), "must be in"),
-        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, layers"),
+        (lambda: Uniform(share={"neurons": 0.2}), "kinds among mlp, heads, experts, attention_sub"),
         (lambda: Uniform(compat="llm_pruner"), "needs `share`"),
         (lambda: Protected(first=-1), "must not be negative"),
         (lambda: GlobalRank(comparable="rank"), "choose one of none, per_parameter, mean, standard"),

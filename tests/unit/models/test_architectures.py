@@ -313,7 +313,7 @@ def test_rotary_factors_fix_the_heads_of_phi3():
 
 @pytest.mark.parametrize("units", [(), ("mlp", "mlp"), ("neurons",)])
 def test_unit_kinds_are_checked(units):
-    with pytest.raises(ConfigError, match="give each of mlp, heads, experts, layers, channels at most once"):
+    with pytest.raises(ConfigError, match="give each of mlp, heads, experts, attention_sublayers, .* at most once"):
         find_groups(_dense("llama"), units)
 
 
