@@ -14,6 +14,7 @@ from hfprune.models.proof import Proof
 from hfprune.models.proof_cache import proof_of
 from hfprune.models.spec import ARCHITECTURES, HINT, ArchSpec
 from hfprune.models.twins import own_class
+from hfprune.utils.errors import UnsupportedArchitectureError
 
 
 def description(model: nn.Module) -> tuple[Proof, str]:
@@ -82,7 +83,9 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
     except UnsupportedArchitectureError:
         return table
     if not proof.usable:
-        raise UnsupportedArchitectureError(f"The table of {table.model_class} is wrong. {proof.reason()}")
+        reason = proof.reason().removeprefix("head: ").rstrip(".")
+        whole = reason.startswith("The table of")
+        raise UnsupportedArchitectureError(f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}.")
     return proof.spec
 
 
