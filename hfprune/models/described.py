@@ -112,6 +112,6 @@ def _is_language_model(model: Any) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return False
-    sizes = {getattr(child, "out_features", None) for child in model.children()}
+    sizes = {getattr(child, "out_features", None) for child in model.modules()}
     text: Any = getattr(model.config, "text_config", None) or model.config
     return getattr(text, "vocab_size", None) in sizes - {None}
