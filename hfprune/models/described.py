@@ -1,13 +1,18 @@
-"""Description of a class by its table or by derivation, with the proof of it."""
+"""Description of a class by its table or by derivation, with the proof of it.
 
+The tables of hfprune are proven by its tests; a table that a user registers is proven at its first use.
+"""
+
+import sys
 from typing import Any
 
 from torch import nn
 
 from hfprune.models.derivation import derive
+from hfprune.models.groups import class_name
 from hfprune.models.proof import Proof
 from hfprune.models.proof_cache import proof_of
-from hfprune.models.spec import ARCHITECTURES
+from hfprune.models.spec import ARCHITECTURES, HINT, ArchSpec
 from hfprune.models.twins import own_class
 
 
@@ -37,3 +42,73 @@ def class_description(kind: type[nn.Module], config: Any) -> tuple[Proof, str]:
         table = ARCHITECTURES.get(kind.__name__)
         return proof_of(kind, config, lambda tiny: table, source=repr(table)), "table"
     return proof_of(kind, config, derive), "derived"
+
+
+_FOUND = "_hfprune_found"
+"""Attribute of a model with its proven table, and the registered one that it was made of."""
+
+
+def spec_of(model: nn.Module) -> ArchSpec:
+    """Returns the table of a model's class: one of hfprune, one of the user that is proven, or a derived one.
+
+    Args:
+        model: A model of any size, also on the meta device, sharded or quantised. A proven table is kept on it.
+
+    Raises:
+        UnsupportedArchitectureError: The class cannot be described, or its table is wrong.
+    """
+    name = class_name(model)
+    table = ARCHITECTURES.get(name) if name in ARCHITECTURES else None
+    if table is not None and (_is_own(table) or not hasattr(model, "config")):
+        return table
+    known = model.__dict__.get(_FOUND)
+    if known is None or known[0] != table:
+        known = model.__dict__[_FOUND] = (table, _derived(model) if table is None else _proven(model, table))
+    found: ArchSpec = known[1]
+    return found
+
+
+def _is_own(table: ArchSpec) -> bool:
+    """Returns whether a table is one of hfprune."""
+    from hfprune.models import architectures
+
+    return any(table is value for value in vars(architectures).values())
+
+
+def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
+    """Returns a user's table restricted to what was proven; the table itself if no tiny model of the class runs."""
+    try:
+        proof, _ = description(model)
+    except UnsupportedArchitectureError:
+        return table
+    if not proof.usable:
+        raise UnsupportedArchitectureError(f"The table of {table.model_class} is wrong. {proof.reason()}")
+    return proof.spec
+
+
+def _derived(model: nn.Module) -> ArchSpec:
+    name = class_name(model)
+    if not _is_language_model(model):
+        return ARCHITECTURES.get(name)  # raises, and lists the known classes
+    try:
+        proof, _ = description(model)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(_unknown(name, str(error))) from error
+    if not proof.usable:
+        raise UnsupportedArchitectureError(_unknown(name, proof.reason()))
+    return proof.spec
+
+
+def _unknown(name: str, reason: str) -> str:
+    reason = reason.removeprefix(f"{name} cannot be described: ").rstrip(".")
+    return f"{name} has no architecture table, and none could be derived: {reason}. {HINT}"
+
+
+def _is_language_model(model: Any) -> bool:
+    """Returns whether a module is a transformers model with one output per token of its vocabulary."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return False
+    sizes = {getattr(child, "out_features", None) for child in model.children()}
+    text: Any = getattr(model.config, "text_config", None) or model.config
+    return getattr(text, "vocab_size", None) in sizes - {None}

@@ -17,18 +17,30 @@ from hfprune.utils.errors import ConfigError, UnsupportedArchitectureError
 
 
 def find_spec(model: nn.Module) -> ArchSpec:
-    """Returns the table pinned to ``model``, or that of its exact class.
+    """Returns the table of ``model``: pinned to it, of its exact class, or derived from the class and proven.
+
+    A class without a table is derived and proven on a tiny model, once per machine; so are tables that users register.
 
     Raises:
-        UnsupportedArchitectureError: The class has no table; the message lists the supported classes.
+        UnsupportedArchitectureError: The class cannot be described, or its table is wrong; the message has the reason.
     """
     pinned: ArchSpec | None = model.__dict__.get(_PINNED)
-    return pinned or ARCHITECTURES.get(class_name(model))
+    if pinned is not None:
+        return pinned
+    from hfprune.models.described import spec_of  # it derives and proves with the functions of this module
+
+    return spec_of(model)
 
 
 def is_supported(model: nn.Module) -> bool:
-    """Returns whether ``model`` or its exact class has an architecture table."""
-    return _PINNED in model.__dict__ or class_name(model) in ARCHITECTURES
+    """Returns whether ``model`` or its exact class has an architecture table, or one can be derived and proven."""
+    if _PINNED in model.__dict__ or class_name(model) in ARCHITECTURES:
+        return True
+    try:
+        find_spec(model)
+    except UnsupportedArchitectureError:
+        return False
+    return True
 
 
 def pin_spec(model: nn.Module, spec: ArchSpec) -> None:
@@ -102,18 +114,33 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
     return (spec or find_spec(model)).find_layers(model)
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Returns the number of channels of the hidden states between layers."""
+    spec = find_spec(model)
+    parts = [t.module for t in (*spec.mlp, *(spec.attention.heads if spec.attention else ())) if t.side == "out"]
+    for layer in find_layers(model, spec):
+        for name, module in layer.named_modules():
+            if name in parts:
+                return num_channels(module, "in")
+    raise UnsupportedArchitectureError(f"The table of {spec.model_class} names no projection of its hidden states.")
+
+
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
-    """Returns the MLP width of each layer; empty for mixture-of-experts models."""
-    return tuple(group.num_units for group in find_groups(model)) if find_spec(model).mlp else ()
+    """Returns the width of each layer's MLP; layers with a mixture of experts are left out."""
+    spec = find_spec(model)
+    return tuple(group.num_units for group in _mlp_groups(model, spec)) if spec.mlp else ()
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
+    """Returns the neurons of every layer that has the MLP of the table; the others have a mixture of experts."""
     if not spec.mlp:
         raise UnsupportedArchitectureError(
             f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
             "kinds experts, heads or layers, for example units=['experts']."
         )
-    return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
+    layers, names = find_layers(model, spec), {t.module for t in spec.mlp}
+    owners = [index for index, layer in enumerate(layers) if names <= {name for name, _ in layer.named_modules()}]
+    return [_mlp_group(model, spec, index) for index in owners or range(len(layers))]
 
 
 def _mlp_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:

@@ -58,12 +58,21 @@ def check_head(model: nn.Module) -> None:
         hidden: Tensor = backbone(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
         ours = head_of_table(model).logits(hidden[0])
         own: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-    _compare(model, ours, own)
+    compare_logits(model, ours, own)
     _CHECKED.add(model)
 
 
-def _compare(model: nn.Module, ours: Tensor, own: Tensor) -> None:
-    """Raises unless the logits [T, V] agree; NaNs are ignored here and reported by the metrics."""
+def compare_logits(model: nn.Module, ours: Tensor, own: Tensor) -> None:
+    """Raises unless the logits agree; NaNs are ignored here and reported by the metrics.
+
+    Args:
+        model: The model.
+        ours: Logits of the head of its table, [..., V].
+        own: Logits of the model, of the same shape.
+
+    Raises:
+        UnsupportedArchitectureError: They differ by more than rounding; the message shows a pair of logits.
+    """
     tolerance = _TOLERANCE if torch.finfo(own.dtype).bits >= 32 else _HALF_TOLERANCE
     ours, own = ours.double(), own.double()
     difference = (ours - own).abs()

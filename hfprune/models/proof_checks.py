@@ -26,7 +26,7 @@ from hfprune.models.groups import (
     pin_spec,
     unit_cost,
 )
-from hfprune.models.output_head import OutputHead, head_of_table
+from hfprune.models.output_head import OutputHead, compare_logits, head_of_table
 from hfprune.models.projection import submodule
 from hfprune.models.residual_stream import CHANNELS, layer_parts, stream_table
 from hfprune.models.stock_config import check_stock, config_values
@@ -56,7 +56,7 @@ def check_logits(dense: nn.Module) -> None:
     own = logits(dense, ids)
     if ours.shape != own.shape:
         raise Failed(f"the head gives logits {list(ours.shape)}, the model {list(own.shape)}")
-    _same(ours, own, "the head on the states of the backbone does not give the model's logits (scale, soft cap)")
+    compare_logits(dense, ours, own)
 
 
 def check_keep_all(dense: nn.Module, kinds: Sequence[str]) -> None:

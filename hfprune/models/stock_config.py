@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hfprune.models.experts import EXPERTS, experts_table
-from hfprune.models.groups import attention_table, find_layers, find_spec, head_shape
+from hfprune.models.groups import attention_table, find_groups, find_layers, find_spec, head_shape, hidden_size
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
 from hfprune.models.spec import ArchSpec
 from hfprune.plan import LAYERS, Group
@@ -28,7 +28,7 @@ def head_counts(model: nn.Module, *, hidden: int | None = None) -> tuple[int, ..
     ratio, dense, divides, fixed = _head_rules(model)
     if fixed:
         return (dense,)
-    size = _config(model).hidden_size
+    size = hidden_size(model)
     hidden = hidden or size
     fits = [n for n in range(1, dense + 1) if not divides or hidden % (n * ratio) == 0]
     return tuple(sorted({*fits, dense} if hidden == size else fits))
@@ -50,6 +50,8 @@ def hidden_step(model: nn.Module, *, heads: int | None = None) -> int | None:
 def _head_rules(model: nn.Module) -> tuple[int, int, bool, bool]:
     """Returns query heads per unit, units, whether heads must divide the hidden size, and whether both are fixed."""
     table, config = attention_table(find_spec(model)), _config(model)
+    if not table.heads_key:
+        return _dense_heads(model)[1], find_groups(model, ("heads",))[0].num_units, False, True
     queries = getattr(config, table.heads_key)
     dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
     rotary = getattr(config, "rope_parameters", None) or {}
@@ -67,9 +69,11 @@ def unit_keys(spec: ArchSpec, kind: str) -> tuple[str, ...]:
         kind: Unit kind.
     """
     if kind == "mlp":
-        return (spec.width_key,)
+        return (spec.width_key,) if spec.width_key else ()
     if kind == "heads":
         table = attention_table(spec)
+        if not table.heads_key:
+            return ()
         return (table.heads_key, *(() if table.keys_values_key is None else (table.keys_values_key,)))
     if kind == EXPERTS:
         return (experts_table(spec).count_key,)
@@ -89,20 +93,20 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
     """
     spec, values = find_spec(model), dict[str, Any]()
     stay = _staying(model, groups, keep)
-    width = _common(groups, keep, "mlp", stay)
+    width = _common(model, groups, keep, "mlp", stay)
     if width is not None:
         values |= dict.fromkeys(unit_keys(spec, "mlp"), width)
-    experts = _common(groups, keep, EXPERTS, stay)
+    experts = _common(model, groups, keep, EXPERTS, stay)
     if experts is not None:
         values |= dict.fromkeys(unit_keys(spec, EXPERTS), experts)
-    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    heads, hidden = _common(model, groups, keep, "heads", stay), _hidden(groups, keep)
     if heads is not None and heads in head_counts(model, hidden=hidden):
         values |= _head_values(model, heads)
     else:
         heads = None
     if hidden is not None and _states_hidden(model, hidden, heads):
         values |= _hidden_values(model, hidden)
-    if len(stay) < len(find_layers(model)):
+    if len(stay) < len(find_layers(model)) and spec.layers_key:
         values[spec.layers_key] = len(stay)
         lists = {key: getattr(_config(model), key, None) for key in spec.layer_lists}
         values |= {key: [known[index] for index in stay] for key, known in lists.items() if known is not None}
@@ -129,7 +133,12 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
                 "has one number for all layers. Use an allocation with one width such as Uniform(), or "
                 "layout='per_layer'."
             )
-    heads, hidden = _common(groups, keep, "heads", stay), _hidden(groups, keep)
+    if any(g.kind == "mlp" and len(keep[g.name]) < g.num_units for g in groups) and not find_spec(model).width_key:
+        raise UnsupportedArchitectureError(
+            f"The config of {find_spec(model).model_class} has no value for the MLP width, so that no stock config "
+            "describes the pruned model. Leave 'mlp' out of the units, or use layout='per_layer'."
+        )
+    heads, hidden = _common(model, groups, keep, "heads", stay), _hidden(groups, keep)
     if hidden is not None and not _states_hidden(model, hidden, heads):
         raise UnsupportedArchitectureError(_no_hidden(model, hidden, heads))
     if heads is None or heads in (possible := head_counts(model, hidden=hidden)):
@@ -150,9 +159,9 @@ def _head_values(model: nn.Module, heads: int) -> dict[str, int]:
 def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
     """Returns the config keys of a hidden size, with the size of a head and the rescaled epsilon."""
     stream, config = stream_table(find_spec(model)), _config(model)
-    if hidden == config.hidden_size:
+    if hidden == hidden_size(model):
         return {}
-    epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), config.hidden_size, hidden)
+    epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), hidden_size(model), hidden)
     (key,) = unit_keys(find_spec(model), CHANNELS)
     return {key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
 
@@ -176,7 +185,7 @@ def _hidden(groups: Sequence[Group], keep: Kept) -> int | None:
 
 
 def _states_hidden(model: nn.Module, hidden: int, heads: int | None) -> bool:
-    if hidden == _config(model).hidden_size:
+    if hidden == hidden_size(model):
         return True
     step = hidden_step(model, heads=heads)
     return step is not None and hidden % step == 0
@@ -188,7 +197,7 @@ def _no_hidden(model: nn.Module, hidden: int, heads: int | None) -> str:
     if step is None:
         return (
             f"A stock config of this {name} derives the size of a head from the hidden size and supports only "
-            f"{_config(model).hidden_size}. Leave 'channels' out of the units, or use layout='per_layer'."
+            f"{hidden_size(model)}. Leave 'channels' out of the units, or use layout='per_layer'."
         )
     return (
         f"A stock config of {name} with {step} query heads does not support a hidden size of {hidden}; it supports "
@@ -203,10 +212,16 @@ def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]
     return list(found[0]) if found else list(range(len(find_layers(model))))
 
 
-def _common(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
-    """Returns the number of kept units of a kind if it is the same in all kept layers, else None."""
+def _common(
+    model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]
+) -> int | None:
+    """Returns the number of kept units of a kind if it is the same in all kept layers that have such units."""
     kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
-    return kept[0] if len(kept) == len(stay) and len(set(kept)) == 1 else None
+    if len(set(kept)) != 1:
+        return None
+    if len(kept) < len(stay) and len(kept) < len([g for g in find_groups(model, (kind,)) if g.layer in stay]):
+        return None
+    return kept[0]
 
 
 def _config(model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ from hfprune.allocation import ResolvedBudget
 from hfprune.allocation.round_to import RoundTo, rounding
 from hfprune.evaluation.size_and_speed import Size, measure_size
 from hfprune.io.layouts import is_per_layer, pruned_shapes
-from hfprune.models import mlp_widths, parameter_count
+from hfprune.models import hidden_size, mlp_widths, parameter_count
 from hfprune.plan import Budget
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.publishing.engines import largest_multiple, quantised_formats, splits, width_advice
@@ -120,7 +120,7 @@ def _described(
     model: Any, dense: Any, kept: dict[str, list[int]], resolved: ResolvedBudget | None, *, tokens: int
 ) -> Forecast:
     size: Size = measure_size(model, tokens=tokens)
-    widths, hidden = list(mlp_widths(model)), int(model.config.hidden_size)
+    widths, hidden = list(mlp_widths(model)), hidden_size(model)
     parameters = parameter_count(model)
     return Forecast(
         parameters=parameters,

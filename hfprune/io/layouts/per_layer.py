@@ -131,7 +131,7 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
     spec = find_spec(model)
     for key, value in implied_values(dense, spec, cut.plans).items():
         setattr(model.config, key, value)
-    overrides = layer_overrides(dense, spec, cut.plans, num_layers=model.config.num_hidden_layers)
+    overrides = layer_overrides(dense, spec, cut.plans, num_layers=len(spec.find_layers(model)))
     to_per_layer(model.config, cut, overrides)
 
 

@@ -271,5 +271,5 @@ def with_counts(spec: AttentionSpec, heads: Heads, owner: nn.Module) -> Iterator
     if heads.units != heads.queries:
         channels += [(name, "key_channels") for name in _direct(owner, heads.units * heads.size)]
     ways = dict.fromkeys(((), counts, tuple(channels), (*counts, *channels)))
-    for reads, stored in product((False, True), ways):
+    for reads, stored in product((False, True) if hasattr(owner, "config") else (False,), ways):
         yield replace(spec, attributes=stored, reads_config=reads)

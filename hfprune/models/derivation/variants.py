@@ -74,6 +74,8 @@ class Variants:
             return None
         if real or state is not None:
             model.to(next(self._model.parameters()).dtype)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # grouped products have no float64
         if state is not None:
             model.load_state_dict(state)
         plain_experts(model)
