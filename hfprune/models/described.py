@@ -14,6 +14,7 @@ from hfprune.models.proof import Proof
 from hfprune.models.proof_cache import proof_of
 from hfprune.models.spec import ARCHITECTURES, HINT, ArchSpec
 from hfprune.models.twins import own_class
+from hfprune.utils.errors import UnsupportedArchitectureError
 
 
 def description(model: nn.Module) -> tuple[Proof, str]:

@@ -70,16 +70,16 @@ def survey_page(rows: Sequence[Row]) -> str:
 
 _INTRODUCTION = """# Architectures
 
-hfprune prunes a class of models if it can prove, on a tiny random model of the class and in float64, that removal equals
-masking. The description of the class is a table of hfprune, or is derived from the class. Every class that
+hfprune prunes a class of models if it can prove, on a tiny random model of the class and in float64, that removal
+equals masking. The description of the class is a table of hfprune, or is derived from the class. Every class that
 `AutoModelForCausalLM` of transformers {transformers} knows was tried with its default config:
 
 ```bash
 {command}
 ```
 
-Of {total} classes {proven} are proven (MLP neurons or experts, heads and layers), {part} in part, and {refused} are refused.
-By unit kind: {kinds}.
+Of {total} classes {proven} are proven (MLP neurons or experts, heads and layers), {part} in part, and {refused} are
+refused. By unit kind: {kinds}.
 
 - **yes**: pruned and masked models agree, and a stock config states the result: plain transformers loads it, with the
   same logits.
