@@ -180,7 +180,7 @@ def _shrunk(config: Any, sizes: Sizes) -> Any:
     for key, value in dense.items():
         if isinstance(value, list | tuple):
             if layers > 1 and len(value) == layers:
-                values[key] = [value[index] for index in chosen]
+                values[key] = [sizes.number(key, v) if _is_number(v) else v for v in (value[i] for i in chosen)]
             elif key in sizes.lists:
                 values[key] = sizes.lists[key]
     for key, value in vars(config).items():
@@ -196,7 +196,7 @@ def _shrunk(config: Any, sizes: Sizes) -> Any:
 def _passed(kind: type, key: str) -> bool:
     """Returns whether an entry is an argument of the config class, or free text that the class keeps."""
     descriptor = inspect.getattr_static(kind, key, None)
-    return not isinstance(descriptor, property) and not key.startswith("_")
+    return key == "per_layer_config" or (not isinstance(descriptor, property) and not key.startswith("_"))
 
 
 def _is_number(value: Any) -> bool:
