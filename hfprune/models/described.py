@@ -83,7 +83,9 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
     except UnsupportedArchitectureError:
         return table
     if not proof.usable:
-        raise UnsupportedArchitectureError(f"The table of {table.model_class} is wrong. {proof.reason()}")
+        reason = proof.reason().removeprefix("head: ").rstrip(".")
+        whole = reason.startswith("The table of")
+        raise UnsupportedArchitectureError(f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}.")
     return proof.spec
 
 

@@ -60,7 +60,7 @@ class Variants:
 
         Args:
             changes: Config key -> value.
-            state: State that the model loads.
+            state: State that the model loads; None is returned if it does not fit.
             real: Whether the model has weights without a state, too; it is on the meta device otherwise.
         """
         config = self.config(changes)
@@ -70,14 +70,12 @@ class Variants:
         try:
             with torch.device("cpu" if real or state is not None else "meta"), torch.random.fork_rng(devices=[]):
                 model = self._kind(config)
+            if real or state is not None:
+                model.to(next(self._model.parameters()).dtype)
+            if state is not None:
+                model.load_state_dict(state)
         except Exception:  # as above
             return None
-        if real or state is not None:
-            model.to(next(self._model.parameters()).dtype)
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # grouped products have no float64
-        if state is not None:
-            model.load_state_dict(state)
         plain_experts(model)
         return model.eval()
 
