@@ -6,7 +6,7 @@ second reader of the units, or a module in between that mixes them, makes the tw
 Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
-import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -29,7 +29,7 @@ from hfprune.models.groups import (
 from hfprune.models.output_head import OutputHead, compare_logits, head_of_table
 from hfprune.models.projection import submodule
 from hfprune.models.residual_stream import CHANNELS, layer_parts, stream_table
-from hfprune.models.stock_config import check_stock, config_values
+from hfprune.models.stock_config import check_stock, config_values, head_counts
 from hfprune.models.surgery import apply_plan, mask_plan, pass_on
 from hfprune.models.twins import own_class, plain_experts
 from hfprune.plan import LAYERS, Group, PruningPlan
@@ -121,7 +121,9 @@ def check_reload(dense: nn.Module, kinds: Sequence[str]) -> None:
         raise Failed(str(error).partition(". ")[0]) from error
     pruned: Any = _pruned(dense, groups, keep)
     _same_cost(dense, pruned, groups, keep)
-    config = type(pruned.config).from_dict(json.loads(pruned.config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.config.save_pretrained(folder)
+        config = type(pruned.config).from_pretrained(folder)
     stock = own_class(dense)(config).to(next(pruned.parameters()).dtype).eval()
     plain_experts(stock)
     sizes = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
@@ -217,6 +219,8 @@ def _uniform(dense: Any, groups: Sequence[Group]) -> dict[str, list[int]]:
     for group in groups:
         fewer = {"mlp": 4, "experts": 1, "heads": 1, LAYERS: 1, CHANNELS: group.num_units // 2}[group.kind]
         kept = max(group.num_units - fewer, group.least, 1)
+        if group.kind == "heads":
+            kept = max([count for count in head_counts(dense) if count <= kept], default=kept)
         if group.kind == "mlp":
             kept = min(g.num_units for g in groups if g.kind == "mlp") - fewer
         units = torch.randperm(group.num_units, generator=generator)[:kept].tolist()

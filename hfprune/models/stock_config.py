@@ -212,9 +212,7 @@ def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]
     return list(found[0]) if found else list(range(len(find_layers(model))))
 
 
-def _common(
-    model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]
-) -> int | None:
+def _common(model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
     """Returns the number of kept units of a kind if it is the same in all kept layers that have such units."""
     kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
     if len(set(kept)) != 1:

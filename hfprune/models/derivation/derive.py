@@ -9,7 +9,7 @@ from torch import nn
 from hfprune.models.contexts import inference
 from hfprune.models.derivation.circuits import Circuit, find_circuits
 from hfprune.models.derivation.depth import derive_depth, find_stack
-from hfprune.models.derivation.heads import Heads, attention_spec, common_heads, grouped, with_counts
+from hfprune.models.derivation.heads import attention_spec, common_heads, grouped, with_counts
 from hfprune.models.derivation.logits import derive_head
 from hfprune.models.derivation.neurons import derive_mlp
 from hfprune.models.derivation.trace import Trace
