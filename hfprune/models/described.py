@@ -84,8 +84,8 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
         return table
     if not proof.usable:
         reason = proof.reason().removeprefix("head: ").rstrip(".")
-        whole = reason.startswith("The table of")
-        raise UnsupportedArchitectureError(f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}.")
+        subject = "" if reason.startswith("The table of") else f"The table of {table.model_class} is wrong: "
+        raise UnsupportedArchitectureError(f"{subject}{reason}.")
     return proof.spec
 
 

@@ -117,12 +117,14 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
 def hidden_size(model: nn.Module) -> int:
     """Returns the number of channels of the hidden states between layers."""
     spec = find_spec(model)
-    parts = [t.module for t in (*spec.mlp, *(spec.attention.heads if spec.attention else ())) if t.side == "out"]
+    parts = {t.module for t in spec.mlp if t.side == "out"}
+    if spec.attention is not None:
+        parts |= {t.module for t in spec.attention.heads if t.side == "out"}
     for layer in find_layers(model, spec):
         for name, module in layer.named_modules():
             if name in parts:
                 return num_channels(module, "in")
-    raise UnsupportedArchitectureError(f"The table of {spec.model_class} names no projection of its hidden states.")
+    return num_channels(submodule(model, spec.lm_head), "in")
 
 
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
         plans: The plans in order; the first one is for the dense model, each further one for the result of the last.
         num_layers: Number of layers of the pruned model.
     """
-    if num_layers != getattr(config, spec.layers_key, num_layers):
+    if num_layers != getattr(config, spec.layers_key or "", num_layers):
         return {}
     units: dict[str, int] = {}
     found: Overrides = {}

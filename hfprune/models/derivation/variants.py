@@ -26,9 +26,9 @@ class Variants:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._kind: Any = next(c for c in type(model).__mro__ if c.__name__ == class_name(model))
-        values = self._model.config.to_dict()
+        config: Any = model.config
         self.values: dict[str, Any] = {
-            key: value for key, value in values.items() if key not in _NOT_PASSED and not key.startswith("_")
+            key: value for key, value in config.to_dict().items() if key not in _NOT_PASSED and not key.startswith("_")
         }
         self.shapes: Shapes = _shapes(model)
 

@@ -15,8 +15,8 @@ from hfprune.evaluation.fidelity import DenseReference
 from hfprune.evaluation.perplexity import Windows
 from hfprune.models import ARCHITECTURES, output_head, register
 from hfprune.models.architectures import LLAMA
-from hfprune.models.groups import pin_spec
 from hfprune.models.forward import objective_sum
+from hfprune.models.groups import pin_spec
 from hfprune.objectives import OBJECTIVES
 from hfprune.utils.errors import UnsupportedArchitectureError
 from tests.helpers.models import GATED, MIXTURES, NAMES, tiny, tiny_tokenizer, token_ids
