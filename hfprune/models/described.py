@@ -85,7 +85,9 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
     if not proof.usable:
         reason = proof.reason().removeprefix("head: ").rstrip(".")
         whole = reason.startswith("The table of")
-        raise UnsupportedArchitectureError(f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}.")
+        raise UnsupportedArchitectureError(
+            f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}."
+        )
     return proof.spec
 
 

@@ -114,7 +114,9 @@ class Tuner(LightningModule):
 
 @pytest.mark.filterwarnings("ignore:.*num_workers")
 def test_stranger_is_pruned_by_the_callback(stranger):
-    prune = hfprune.TaylorImportanceCallback(pruning_ratio=0.2, objective="entropy", recovery="full", calibration_batches=2)
+    prune = hfprune.TaylorImportanceCallback(
+        pruning_ratio=0.2, objective="entropy", recovery="full", calibration_batches=2
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
