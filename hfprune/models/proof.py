@@ -127,8 +127,8 @@ def prove(spec: ArchSpec, model: nn.Module) -> Proof:
     wrong = [f"{kind}: {reason}" for kind, reason in reload.items() if reason]
     claims["config_reload"] = Claim(proven=bool(kinds) and not wrong, reason="; ".join(wrong))
     packing, claims["packing"] = _packing(dense, spec)
-    claims["padding"] = _claim(checks.check_padding, dense)
-    found = replace(_restricted(spec, claims), packing=packing)
+    padding, claims["padding"] = _padding(dense, spec)
+    found = replace(_restricted(spec, claims), packing=packing, padding=padding)
     return Proof(spec=found, claims={name: claims[name] for name in CLAIMS}, stated=stated)
 
 
@@ -183,6 +183,17 @@ def _packing(dense: nn.Module, spec: ArchSpec) -> tuple[Any, Claim]:
         first = first or claim
     assert first is not None
     return "none", first
+
+
+def _padding(dense: nn.Module, spec: ArchSpec) -> tuple[Any, Claim]:
+    """Returns on which side padding is possible, and the claim that it is on both."""
+    other = deepcopy(dense)
+    pin_spec(other, replace(spec, padding="any"))
+    for side, possible in (("right", "none"), ("left", "right")):
+        claim = _claim(checks.check_padding, other, side)
+        if not claim.proven:
+            return possible, claim
+    return "any", claim
 
 
 def _restricted(spec: ArchSpec, claims: Mapping[str, Claim]) -> ArchSpec:
