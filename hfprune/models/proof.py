@@ -88,8 +88,11 @@ class Proof:
         """Returns why the class is refused; empty if it is usable."""
         if self.usable:
             return ""
-        wrong = [name for name in ("head", "keep_all", *KIND_CLAIMS.values()) if not self.claims[name].proven]
-        return f"{wrong[0].replace('_', ' ')}: {self.claims[wrong[0]].reason}"
+        if not self.claims["head"].proven:
+            names = ["head"]
+        else:
+            names = ["keep_all"] if self.kinds() else list(self.kind_claims().values())
+        return "; ".join(f"{name.replace('_', ' ')}: {self.claims[name].reason}" for name in names)
 
 
 def prove(spec: ArchSpec, model: nn.Module) -> Proof:
