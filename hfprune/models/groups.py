@@ -8,6 +8,7 @@ from operator import attrgetter
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hfprune.models.config_keys import config_value
 from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
@@ -227,7 +228,7 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 
 
 def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    if spec.position_key is not None and getattr(model.config, spec.position_key):
+    if spec.position_key is not None and config_value(model.config, spec.position_key):
         raise UnsupportedArchitectureError(
             f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position, so that "
             "no layer can be removed. Leave 'layers' out of the units."
