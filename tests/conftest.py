@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ settings.register_profile("random", max_examples=2000, deadline=None, print_blob
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+if "HFPRUNE_CACHE" not in os.environ:  # proofs of classes are shared by the tests of a run, and never by two runs
+    _CACHE = tempfile.TemporaryDirectory(prefix="hfprune-tests-")
+    os.environ["HFPRUNE_CACHE"] = _CACHE.name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

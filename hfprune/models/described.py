@@ -14,6 +14,7 @@ from hfprune.models.proof import Proof
 from hfprune.models.proof_cache import proof_of
 from hfprune.models.spec import ARCHITECTURES, HINT, ArchSpec
 from hfprune.models.twins import own_class
+from hfprune.utils.errors import UnsupportedArchitectureError
 
 
 def description(model: nn.Module) -> tuple[Proof, str]:
@@ -82,7 +83,9 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
     except UnsupportedArchitectureError:
         return table
     if not proof.usable:
-        raise UnsupportedArchitectureError(f"The table of {table.model_class} is wrong. {proof.reason()}")
+        reason = proof.reason().removeprefix("head: ").rstrip(".")
+        subject = "" if reason.startswith("The table of") else f"The table of {table.model_class} is wrong: "
+        raise UnsupportedArchitectureError(f"{subject}{reason}.")
     return proof.spec
 
 
@@ -109,6 +112,6 @@ def _is_language_model(model: Any) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return False
-    sizes = {getattr(child, "out_features", None) for child in model.children()}
+    sizes = {getattr(child, "out_features", None) for child in model.modules()}
     text: Any = getattr(model.config, "text_config", None) or model.config
     return getattr(text, "vocab_size", None) in sizes - {None}

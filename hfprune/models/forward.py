@@ -265,6 +265,8 @@ def final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if is_packed(batch):
         return forward_packed(model, input_ids, batch["position_ids"], mask), mask
     unpadded = bool(mask.all())
+    if not unpadded:
+        _check_padding(model, mask)
     hidden: Tensor = backbone(model)(
         input_ids=input_ids,
         attention_mask=None if unpadded else mask,
@@ -272,6 +274,17 @@ def final_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         use_cache=False,
     ).last_hidden_state
     return hidden, mask
+
+
+def _check_padding(model: nn.Module, mask: Tensor) -> None:
+    """Raises ``UnsupportedArchitectureError`` if padding on a side of ``mask`` [B, T] changes the other tokens."""
+    padding = find_spec(model).padding
+    if padding == "none" or (padding == "right" and not bool(mask[:, 0].all())):
+        side = "on the left " if padding == "right" else ""
+        remedy = "pad on the right" if padding == "right" else "use rows of one length, or batch size 1"
+        raise UnsupportedArchitectureError(
+            f"Padding {side}changes the states of other tokens in {class_name(model)}: {remedy}."
+        )
 
 
 def run_backbone(model: nn.Module, batch: Batch) -> None:

@@ -88,8 +88,11 @@ class Proof:
         """Returns why the class is refused; empty if it is usable."""
         if self.usable:
             return ""
-        wrong = [name for name in ("head", "keep_all", *KIND_CLAIMS.values()) if not self.claims[name].proven]
-        return f"{wrong[0].replace('_', ' ')}: {self.claims[wrong[0]].reason}"
+        if not self.claims["head"].proven:
+            names = ["head"]
+        else:
+            names = ["keep_all"] if self.kinds() else list(self.kind_claims().values())
+        return "; ".join(f"{name.replace('_', ' ')}: {self.claims[name].reason}" for name in names)
 
 
 def prove(spec: ArchSpec, model: nn.Module) -> Proof:
@@ -127,8 +130,8 @@ def prove(spec: ArchSpec, model: nn.Module) -> Proof:
     wrong = [f"{kind}: {reason}" for kind, reason in reload.items() if reason]
     claims["config_reload"] = Claim(proven=bool(kinds) and not wrong, reason="; ".join(wrong))
     packing, claims["packing"] = _packing(dense, spec)
-    claims["padding"] = _claim(checks.check_padding, dense)
-    found = replace(_restricted(spec, claims), packing=packing)
+    padding, claims["padding"] = _padding(dense, spec)
+    found = replace(_restricted(spec, claims), packing=packing, padding=padding)
     return Proof(spec=found, claims={name: claims[name] for name in CLAIMS}, stated=stated)
 
 
@@ -183,6 +186,17 @@ def _packing(dense: nn.Module, spec: ArchSpec) -> tuple[Any, Claim]:
         first = first or claim
     assert first is not None
     return "none", first
+
+
+def _padding(dense: nn.Module, spec: ArchSpec) -> tuple[Any, Claim]:
+    """Returns on which side padding is possible, and the claim that it is on both."""
+    other = deepcopy(dense)
+    pin_spec(other, replace(spec, padding="any"))
+    for side, possible in (("right", "none"), ("left", "right")):
+        claim = _claim(checks.check_padding, other, side)
+        if not claim.proven:
+            return possible, claim
+    return "any", claim
 
 
 def _restricted(spec: ArchSpec, claims: Mapping[str, Claim]) -> ArchSpec:

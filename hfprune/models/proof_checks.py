@@ -6,7 +6,7 @@ second reader of the units, or a module in between that mixes them, makes the tw
 Shape legend: B rows, T tokens, D hidden size, V vocabulary.
 """
 
-import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -19,18 +19,17 @@ from hfprune.models.forward import final_hidden, forward_packed
 from hfprune.models.groups import (
     backbone,
     find_groups,
-    find_layers,
     find_spec,
     layer_params,
     parameter_count,
     pin_spec,
     unit_cost,
 )
-from hfprune.models.output_head import OutputHead, compare_logits, head_of_table
-from hfprune.models.projection import submodule
-from hfprune.models.residual_stream import CHANNELS, layer_parts, stream_table
-from hfprune.models.stock_config import check_stock, config_values
-from hfprune.models.surgery import apply_plan, mask_plan, pass_on
+from hfprune.models.output_head import compare_logits, head_of_table
+from hfprune.models.proof_silence import silence_stream, silence_units, skip_layers
+from hfprune.models.residual_stream import CHANNELS
+from hfprune.models.stock_config import check_stock, config_values, head_counts
+from hfprune.models.surgery import apply_plan, mask_plan
 from hfprune.models.twins import own_class, plain_experts
 from hfprune.plan import LAYERS, Group, PruningPlan
 from hfprune.utils.errors import UnsupportedArchitectureError
@@ -49,7 +48,7 @@ class Failed(Exception):  # noqa: N818  # the outcome of a check, no error
 def check_logits(dense: nn.Module) -> None:
     """Checks that the head of the table, on the states of its backbone, gives the logits of the model."""
     ids = token_ids(dense)
-    head: OutputHead = head_of_table(dense)
+    head = head_of_table(dense)
     with inference(dense):
         hidden = backbone(dense)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
         ours = head.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)
@@ -74,7 +73,7 @@ def check_keep_all(dense: nn.Module, kinds: Sequence[str]) -> None:
 def check_channels_within_layers(dense: nn.Module, groups: Sequence[Group]) -> None:
     """Checks for neurons or heads that removal equals zeros at the inputs of the modules that read them."""
     for seed in (0, 1):
-        _compare(dense, groups, _some(groups, seed), _silence)
+        _compare(dense, groups, _some(groups, seed), silence_units)
 
 
 def check_experts(dense: nn.Module, groups: Sequence[Group]) -> None:
@@ -82,6 +81,7 @@ def check_experts(dense: nn.Module, groups: Sequence[Group]) -> None:
     for seed in (0, 1):
         keep = _some(groups, seed)
         pruned, masked = _pruned(dense, groups, keep), deepcopy(dense)
+        _same_cost(dense, pruned, groups, keep)
         mask_plan(masked, _plan(dense, groups, keep))
         _same(logits(pruned), logits(masked), _differs("experts"))
         _changed(logits(pruned), logits(dense))
@@ -92,13 +92,13 @@ def check_layers(dense: nn.Module, groups: Sequence[Group]) -> None:
     (group,) = groups
     every = range(group.num_units)
     for keep in [*([i for i in every if i != removed] for removed in every), [0]]:
-        _compare(dense, groups, {group.name: keep}, _skip)
+        _compare(dense, groups, {group.name: keep}, skip_layers)
 
 
 def check_hidden_channels(dense: nn.Module, groups: Sequence[Group]) -> None:
     """Checks for hidden channels that removal equals zeros wherever the stream is written."""
     for seed in (0, 1):
-        _compare(dense, groups, _some(groups, seed), _silence_stream)
+        _compare(dense, groups, _some(groups, seed), silence_stream)
 
 
 REMOVALS: Mapping[str, Callable[[nn.Module, Sequence[Group]], None]] = {
@@ -120,8 +120,9 @@ def check_reload(dense: nn.Module, kinds: Sequence[str]) -> None:
     except UnsupportedArchitectureError as error:
         raise Failed(str(error).partition(". ")[0]) from error
     pruned: Any = _pruned(dense, groups, keep)
-    _same_cost(dense, pruned, groups, keep)
-    config = type(pruned.config).from_dict(json.loads(pruned.config.to_json_string()))
+    with tempfile.TemporaryDirectory() as folder:
+        pruned.config.save_pretrained(folder)
+        config = type(pruned.config).from_pretrained(folder)
     stock = own_class(dense)(config).to(next(pruned.parameters()).dtype).eval()
     plain_experts(stock)
     sizes = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
@@ -147,19 +148,18 @@ def check_packing(dense: nn.Module) -> None:
     _same(packed, torch.cat(alone, dim=1), "a packed document changes the states of the next one")
 
 
-def check_padding(dense: nn.Module) -> None:
-    """Checks that padding on either side leaves the states of the other tokens alone, in float32."""
+def check_padding(dense: nn.Module, side: str) -> None:
+    """Checks that padding on one side leaves the states of the other tokens alone, in float32."""
     dense = deepcopy(dense).float()
     ids = token_ids(dense)
-    for side in ("right", "left"):
-        mask = torch.ones_like(ids)
-        mask[1, 7:] = 0
-        if side == "left":
-            mask = mask.flip(1)
-        with inference(dense):
-            padded, _ = final_hidden(dense, {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask})
-            alone, _ = final_hidden(dense, {"input_ids": ids[1:][mask[1:].bool()][None]})
-        _same(padded[1][mask[1].bool()][None], alone, f"padding on the {side} changes the states of other tokens")
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    if side == "left":
+        mask = mask.flip(1)
+    with inference(dense):
+        padded, _ = final_hidden(dense, {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask})
+        alone, _ = final_hidden(dense, {"input_ids": ids[1:][mask[1:].bool()][None]})
+    _same(padded[1][mask[1].bool()][None], alone, f"padding on the {side} changes the states of other tokens")
 
 
 def token_ids(model: Any) -> Tensor:
@@ -217,6 +217,8 @@ def _uniform(dense: Any, groups: Sequence[Group]) -> dict[str, list[int]]:
     for group in groups:
         fewer = {"mlp": 4, "experts": 1, "heads": 1, LAYERS: 1, CHANNELS: group.num_units // 2}[group.kind]
         kept = max(group.num_units - fewer, group.least, 1)
+        if group.kind == "heads":
+            kept = max([count for count in head_counts(dense) if count <= kept], default=kept)
         if group.kind == "mlp":
             kept = min(g.num_units for g in groups if g.kind == "mlp") - fewer
         units = torch.randperm(group.num_units, generator=generator)[:kept].tolist()
@@ -242,8 +244,9 @@ Silence = Callable[[nn.Module, PruningPlan], list[Any]]
 
 def _compare(dense: nn.Module, groups: Sequence[Group], keep: Keep, silence: Silence) -> None:
     """Raises ``Failed`` unless the pruned model gives the logits of the dense one with silenced units."""
-    plan = _plan(dense, groups, keep)
-    pruned = logits(_pruned(dense, groups, keep))
+    plan, small = _plan(dense, groups, keep), _pruned(dense, groups, keep)
+    _same_cost(dense, small, groups, keep)
+    pruned = logits(small)
     with hooked(silence(dense, plan)):
         masked = logits(dense)
     kind = groups[0].kind
@@ -253,8 +256,6 @@ def _compare(dense: nn.Module, groups: Sequence[Group], keep: Keep, silence: Sil
 
 def _same_cost(dense: nn.Module, pruned: nn.Module, groups: Sequence[Group], keep: Keep) -> None:
     """Raises ``Failed`` unless units of one kind cost what the budget counts for them."""
-    if len({group.kind for group in groups}) > 1:
-        return
     expected = 0
     for group in groups:
         removed_units = sorted(set(range(group.num_units)) - set(keep[group.name]))
@@ -284,54 +285,3 @@ def _can_decode(dense: nn.Module) -> bool:
         return _decodes(dense)
     except Exception:  # the class is foreign code
         return False
-
-
-def _silence(dense: nn.Module, plan: PruningPlan) -> list[Any]:
-    """Sets the removed channels to zero at the inputs of the modules that read them."""
-    handles = []
-    for group in plan.groups:
-        for part in group.inputs():
-            hook = _ZeroInput(part.channels(plan.removed(group)))
-            handles.append(submodule(dense, part.module).register_forward_pre_hook(hook))
-    return handles
-
-
-def _skip(dense: nn.Module, plan: PruningPlan) -> list[Any]:
-    layers = find_layers(dense)
-    return [layers[index].register_forward_hook(pass_on, with_kwargs=True) for index in plan.removed_layers()]
-
-
-def _silence_stream(dense: nn.Module, plan: PruningPlan) -> list[Any]:
-    """Sets the removed hidden channels to zero at the outputs of the modules that write the residual stream."""
-    spec = find_spec(dense)
-    (group,) = plan.groups
-    parts = [name for name, side in layer_parts(spec) if side == "out"]
-    writers = [f"{spec.layers}.{index}.{name}" for index in range(len(find_layers(dense))) for name in parts]
-    hook = _ZeroOutput(list(plan.removed(group)))
-    return [submodule(dense, name).register_forward_hook(hook) for name in (stream_table(spec).embedding, *writers)]
-
-
-class _ZeroInput:
-    """Forward pre-hook that sets input channels to zero."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        self._channels = list(channels)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_zeroed(args[0], self._channels), *args[1:])
-
-
-class _ZeroOutput:
-    """Forward hook that sets output channels to zero."""
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        self._channels = list(channels)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return _zeroed(output, self._channels)
-
-
-def _zeroed(tensor: Tensor, channels: Sequence[int]) -> Tensor:
-    copy = tensor.clone()
-    copy[..., channels] = 0
-    return copy

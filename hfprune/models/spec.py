@@ -202,6 +202,7 @@ class ArchSpec:
         packing: Separation of packed documents, see :mod:`hfprune.models.forward`: ``positions`` if the class derives
             its attention mask from position ids that restart, ``mask`` if it needs an explicit mask, ``none`` if
             neither separates documents.
+        padding: On which side of a row padding leaves the other tokens alone: ``any``, ``right`` or ``none``.
         stream: The residual stream; None if hidden channels cannot be removed.
         no_stream: Reason for this, the end of the sentence "Hidden channels of CLASS cannot be removed: ...".
         no_mlp: Reason why MLP neurons cannot be removed although the table describes them, else empty.
@@ -230,6 +231,7 @@ class ArchSpec:
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
     packing: Literal["positions", "mask", "none"] = "positions"
+    padding: Literal["any", "right", "none"] = "any"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"
     sublayers: SublayersSpec | None = None

@@ -172,7 +172,6 @@ _FIXED: dict[str, int] = {
     "make_vocab_size_divisible_by": 1,
     "image_size": 16,
     "patch_size": 4,
-    "depth": 2,
     "num_buckets": 8,
     "relative_max_distance": 16,
     "prompt_length": 4,
@@ -226,10 +225,10 @@ class Sizes:
             value: Its value.
         """
         absent = value < 0 or (value == 0 and not key.endswith(("_id", "_index")))
-        small = None if absent else self._known(key)
-        return value if small is None else small
+        return value if absent else self.table().get(key, value)
 
-    def _known(self, key: str) -> int | None:
+    def table(self) -> dict[str, int]:
+        """Returns config key -> small number."""
         table = {**_FIXED, **self.fixed}
         for names, number in (
             (_HIDDEN, self.hidden),
@@ -242,7 +241,7 @@ class Sizes:
             (("vocab_size", "decoder_vocab_size", "unpadded_vocab_size"), self.vocabulary),
         ):
             table |= {name: number for name in names if name not in self.fixed}
-        return table.get(key)
+        return table
 
     def filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns values for keys that are None where most classes have a size.

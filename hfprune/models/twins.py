@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hfprune.models.groups import class_name
+from hfprune.models.shrinking import shrink
 from hfprune.models.twin_sizes import HEADS, LAYER_COUNTS, LAYERS, LAYERS_MOST, SIZES, Sizes
 from hfprune.utils.compat import causal_lm_class
 from hfprune.utils.errors import UnsupportedArchitectureError, first_line
@@ -79,7 +80,7 @@ def twin(
     for precision in dict.fromkeys((dtype, torch.float32)):
         for tiny in _configs(own):
             try:
-                return _built(build, tiny, seed, precision)
+                return _built(build, shrink(build, tiny, known=SIZES[0].table()), seed, precision)
             except Exception as error:  # foreign code may raise anything; the next sizes may suit it
                 first = first or error
     name, reason = build.__name__, first_line(first) if first else "its config class accepts no small sizes"
@@ -179,7 +180,7 @@ def _shrunk(config: Any, sizes: Sizes) -> Any:
     for key, value in dense.items():
         if isinstance(value, list | tuple):
             if layers > 1 and len(value) == layers:
-                values[key] = [value[index] for index in chosen]
+                values[key] = [sizes.number(key, v) if _is_number(v) else v for v in (value[i] for i in chosen)]
             elif key in sizes.lists:
                 values[key] = sizes.lists[key]
     for key, value in vars(config).items():
@@ -188,14 +189,14 @@ def _shrunk(config: Any, sizes: Sizes) -> Any:
     if isinstance(dense.get("rope_parameters"), Mapping):
         values["rope_parameters"] = _rotary(dense["rope_parameters"], sizes.rotary_pairs(values))
     if isinstance(dense.get("per_layer_config"), Mapping):
-        values["per_layer_config"] = _per_layer(dense, values, chosen)
+        values["per_layer_config"] = _per_layer(dense, values, chosen, sizes)
     return type(config)(**values)
 
 
 def _passed(kind: type, key: str) -> bool:
     """Returns whether an entry is an argument of the config class, or free text that the class keeps."""
     descriptor = inspect.getattr_static(kind, key, None)
-    return not isinstance(descriptor, property) and not key.startswith("_")
+    return key == "per_layer_config" or (not isinstance(descriptor, property) and not key.startswith("_"))
 
 
 def _is_number(value: Any) -> bool:
@@ -224,17 +225,25 @@ def _heads(dense: Mapping[str, Any], sizes: Sizes) -> dict[str, int]:
     return found
 
 
-def _per_layer(dense: Mapping[str, Any], values: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+def _per_layer(
+    dense: Mapping[str, Any], values: Mapping[str, Any], chosen: Sequence[int], sizes: Sizes
+) -> dict[str, Any]:
     """Returns the entries of single layers: numbers that differ from those of the model are doubled in the twin."""
     found = {}
     for name, entries in dense["per_layer_config"].items():
         if str(name).isdigit() and int(name) in chosen:
             place = f"{chosen.index(int(name)):0{len(str(name))}d}"
-            found[place] = {
-                key: (values[key] * (1 if value == dense[key] else 2)) if _is_number(values.get(key)) else value
-                for key, value in entries.items()
-            }
+            found[place] = {key: _own(key, value, dense, values, sizes) for key, value in entries.items()}
     return found
+
+
+def _own(key: str, value: Any, dense: Mapping[str, Any], values: Mapping[str, Any], sizes: Sizes) -> Any:
+    """Returns the small value of a key of one layer."""
+    if not _is_number(value):
+        return value
+    if not _is_number(values.get(key)):
+        return sizes.number(key, value)
+    return values[key] * (1 if value == dense[key] else 2)
 
 
 def _chosen_layers(values: Mapping[str, Any], layers: int) -> list[int]:

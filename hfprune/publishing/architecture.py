@@ -26,8 +26,8 @@ def inspect_architecture(model: Any) -> dict[str, Any]:
         model: A Hugging Face model, also on the meta device; no weight is read.
 
     Returns:
-        ``described_by`` (``table`` or ``derived``), ``layers``, ``units`` by kind, ``claims`` that do not hold with their
-        reasons, ``layouts`` and ``engines``; or ``refused`` with the reason.
+        ``described_by`` (``table`` or ``derived``), ``layers``, ``units`` by kind, ``claims`` that do not hold with
+        their reasons, ``layouts`` and ``engines``; or ``refused`` with the reason.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

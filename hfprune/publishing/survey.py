@@ -95,12 +95,12 @@ def survey(names: Sequence[str] = (), *, jobs: int = 1, time_limit: float = 120.
     if jobs < 1 or not time_limit > 0:
         raise ConfigError(f"jobs={jobs} and time_limit={time_limit} must be positive.")
     waiting = list(_chosen(names).items())[::-1]
-    workers = [_Worker() for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker(limit=time_limit) for _ in range(min(jobs, len(waiting)))]
     try:
         while waiting or any(worker.busy for worker in workers):
             for worker in workers:
                 if not worker.busy and waiting:
-                    worker.start(*waiting.pop(), limit=time_limit)
+                    worker.start(*waiting.pop())
             yield from _finished(workers)
     finally:
         for worker in workers:
@@ -161,9 +161,10 @@ def _chosen(names: Sequence[str]) -> dict[str, str]:
 class _Worker:
     """A process that classifies one class after another, and is replaced if it ends or takes too long."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limit: float) -> None:
+        self._limit = limit
         self._process: Any = None
-        self._connection: Connection | None = None
+        self._connection: Any = None
         self._task: tuple[str, str] | None = None
         self._deadline, self._started = 0.0, 0.0
 
@@ -182,32 +183,36 @@ class _Worker:
         """Seconds until the time limit."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def start(self, model_class: str, model_type: str, *, limit: float) -> None:
+    def start(self, model_class: str, model_type: str) -> None:
         """Sends a class to the process."""
+        self._task = (model_class, model_type)
         if self._process is None or not self._process.is_alive():
             self._launch()
-        assert self._connection is not None
-        self._task = (model_class, model_type)
-        self._started = time.monotonic()
-        self._deadline = self._started + limit
-        self._connection.send(self._task)
+        else:
+            self._send()
 
-    def take(self) -> Row:
-        """Returns the row of the current class; a process that ended or is late gives a refusal."""
+    def take(self) -> Row | None:
+        """Returns the row of the current class, None if the process has only just started.
+
+        A process that ended or is late gives a refusal.
+        """
         assert self._task is not None
-        assert self._connection is not None
-        task, self._task = self._task, None
         try:
             if self._connection.poll():
-                row: Row = self._connection.recv()
+                row: Row | None = self._connection.recv()
+                if row is None:
+                    self._send()
+                else:
+                    self._task = None
                 return row
-            reason = f"it took longer than {self._deadline - self._started:.0f} s"
+            reason = f"it took longer than {self._limit:g} s"
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"its process ended with exit code {self._process.exitcode}"
+        (model_class, model_type), self._task = self._task, None
         self.close()
         seconds = round(time.monotonic() - self._started, 2)
-        return Row(model_class=task[0], model_type=task[1], reason=reason, seconds=seconds)
+        return Row(model_class=model_class, model_type=model_type, reason=reason, seconds=seconds)
 
     def close(self) -> None:
         """Ends the process."""
@@ -216,12 +221,23 @@ class _Worker:
             self._process.join()
         self._process = None
 
+    def _send(self) -> None:
+        self._started = time.monotonic()
+        self._deadline = self._started + self._limit
+        self._connection.send(self._task)
+
     def _launch(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other,), daemon=True)
         self._process.start()
+        self._started = time.monotonic()
+        self._deadline = self._started + _START
         other.close()
+
+
+_START = 300.0
+"""Seconds in which a process must have imported its modules; the time of a class counts from then."""
 
 
 def _finished(workers: Sequence[_Worker]) -> Iterator[Row]:
@@ -230,7 +246,9 @@ def _finished(workers: Sequence[_Worker]) -> Iterator[Row]:
     ready = wait([worker.connection for worker in busy], timeout=min(worker.left for worker in busy))
     for worker in busy:
         if worker.connection in ready or worker.left <= 0:
-            yield worker.take()
+            row = worker.take()
+            if row is not None:
+                yield row
 
 
 def _serve(connection: Connection) -> None:
@@ -239,6 +257,9 @@ def _serve(connection: Connection) -> None:
     for stream in (1, 2):
         os.dup2(silent, stream)
     warnings.simplefilter("ignore")
+    from hfprune.models import described  # noqa: F401  # before the time of the first class counts
+
+    connection.send(None)
     with contextlib.suppress(EOFError):
         while True:
             connection.send(classify(*connection.recv()))

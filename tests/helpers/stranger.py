@@ -6,7 +6,7 @@ Each key-value head follows its query heads in ``mix.qkv``; the gate comes after
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
@@ -128,3 +128,7 @@ class StrangerLM(StrangerBase):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+AutoConfig.register("stranger", StrangerConfig, exist_ok=True)
+AutoModelForCausalLM.register(StrangerConfig, StrangerLM, exist_ok=True)

@@ -151,6 +151,16 @@ class SharedHeadsForCausalLM(LlamaForCausalLM):
             )
 
 
+class CountedPaddingForCausalLM(LlamaForCausalLM):
+    """Adds to each token its place in the row, padding included."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(
+            lambda module, args, output: output + 0.1 * torch.arange(output.shape[1]).to(output)[:, None]
+        )
+
+
 FUSED = (
     SliceTemplate(module="mlp.gate_up_proj", side="out", block=0),
     SliceTemplate(module="mlp.gate_up_proj", side="out", block=1),

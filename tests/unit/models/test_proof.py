@@ -1,5 +1,6 @@
 """The proof of an architecture: right tables pass, and each kind of wrong table is refused."""
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig
 
 from hfprune.models import ARCHITECTURES, find_groups
 from hfprune.models.architectures import GPT_NEOX, LLAMA
+from hfprune.models.forward import final_hidden
+from hfprune.models.groups import pin_spec
 from hfprune.models.proof import CLAIMS, KIND_CLAIMS, prove
 from hfprune.models.twins import twin
 from hfprune.utils.compat import causal_lm_classes
@@ -65,7 +68,8 @@ def test_a_scaled_or_capped_head_is_refused(kind):
     model = llama(kind)
     proof = prove(replace(LLAMA, model_class=kind.__name__), model)
     assert not proof.claims["head"].proven
-    assert "scale, soft cap" in proof.reason()
+    assert "head: " in proof.reason()
+    assert "does not describe its output head" in proof.reason()
     assert (proof.usable, proof.verdict) == (False, "refused")
 
 
@@ -162,3 +166,16 @@ def test_every_unit_kind_has_a_claim():
     assert set(KIND_CLAIMS) <= set(UNIT_KINDS)
     assert set(KIND_CLAIMS.values()) < set(CLAIMS)
     assert AutoConfig.for_model("llama").model_type in causal_lm_classes()
+
+
+def test_padding_that_changes_other_tokens_is_refused_where_it_is_used():
+    """Its positions count padding on the left."""
+    model = llama(traps.CountedPaddingForCausalLM)
+    proof = prove(replace(LLAMA, model_class=type(model).__name__), model)
+    assert (proof.spec.padding, proof.claims["padding"].proven) == ("right", False)
+    pinned = copy.deepcopy(model)
+    pin_spec(pinned, proof.spec)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    final_hidden(pinned, {"input_ids": ids, "attention_mask": (ids > 0).long()})
+    with pytest.raises(UnsupportedArchitectureError, match=r"Padding on the left changes .*: pad on the right\."):
+        final_hidden(pinned, {"input_ids": ids.flip(1), "attention_mask": (ids > 0).long().flip(1)})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -10,9 +11,12 @@ from transformers import (
     LlamaConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3MoeConfig,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from hfprune.models.twins import twin, twin_config, twin_of
 from hfprune.utils.errors import UnsupportedArchitectureError
@@ -89,3 +93,49 @@ def test_a_class_that_does_not_run_is_named_with_its_first_error():
         UnsupportedArchitectureError, match="No tiny model of Broken runs on token ids alone: it needs pic"
     ):
         twin(LlamaConfig(), model_class=Broken)
+
+
+class Named(PreTrainedConfig):
+    """A config whose sizes have names of its own; memory and slots belong together."""
+
+    model_type = "named"
+
+    def __init__(self, vocab_size=32000, channels=2048, blocks=24, neurons=8192, slots=32, memory=64, **kwargs):
+        self.vocab_size, self.channels, self.blocks, self.neurons = vocab_size, channels, blocks, neurons
+        self.slots, self.memory = slots, memory
+        super().__init__(**kwargs)
+        if memory % slots:
+            raise ValueError("memory is divided among the slots")
+
+
+class NamedLM(PreTrainedModel):
+    config_class = Named
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.channels)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(config.channels, config.neurons), nn.Linear(config.neurons, config.channels))
+            for _ in range(config.blocks)
+        )
+        self.memory = nn.Linear(config.channels, config.memory)
+        self.read = nn.Linear(config.memory, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def forward(self, input_ids, **kwargs):
+        states = self.words(input_ids)
+        for block in self.blocks:
+            states = states + block(states)
+        return CausalLMOutput(logits=self.read(self.memory(states)))
+
+
+def test_sizes_with_unknown_names_are_found_by_trial():
+    config = twin(Named(), model_class=NamedLM).config
+    sizes = [config.vocab_size, config.channels, config.blocks, config.neurons]
+    assert sizes[0] == 101
+    assert config.blocks == 3
+    assert len(set(sizes)) == 4
+    assert max(sizes) == 101

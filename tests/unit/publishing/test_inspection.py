@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hfprune
+from hfprune.publishing import inspection
 from hfprune.publishing.inspection import inspect_folder, inspection_text
 from hfprune.utils.errors import ConfigError, PlanError
 from tests.helpers.models import NAMES, save_tiny, tiny
@@ -20,7 +21,8 @@ def pruned(folder, keep, layout="uniform", name="llama"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_widths_and_parameters_are_read_from_the_headers(name, tmp_path):
+def test_widths_and_parameters_are_read_from_the_headers(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "_architecture", lambda path: {"refused": "not of interest here"})
     model = tiny(name, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     found = inspect_folder(str(tmp_path))
@@ -112,3 +114,41 @@ def test_a_bitmask_folder_has_the_parameters_of_the_model(tmp_path):
     found = inspect_folder(str(tmp_path / "model"))
     assert found["layout"] == "bitmask"
     assert (found["model"]["parameters"], found["model"]["mlp_widths"]) == (model.num_parameters(), [24, 24, 24])
+
+
+def test_the_architecture_of_a_dense_model_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "cache"))
+    folder = save_tiny(tmp_path / "model")
+    found = inspect_folder(folder)
+    units = found["architecture"]["units"]
+    assert found["architecture"]["described_by"] == "table"
+    assert units["mlp"] == {
+        "removable": True,
+        "groups": 3,
+        "per_group": [24, 24],
+        "layouts": ["uniform", "padded", "per_layer"],
+    }
+    assert units["heads"]["per_group"] == [2, 2]
+    assert json.loads(json.dumps(found)) == found
+    text = inspection_text(found)
+    assert "architecture: 3 layers, described by a table of hfprune, proven on a tiny model of the class" in text
+    assert "MLP neurons: 24 in each of 3 layers; layouts uniform, padded, per_layer" in text
+    assert "layout per_layer: hfprune.load" in text
+
+
+def test_reasons_of_what_cannot_be_removed_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "cache"))
+    tiny("gpt2", dtype=torch.float32).save_pretrained(tmp_path / "gpt2")
+    text = inspection_text(inspect_folder(str(tmp_path / "gpt2")))
+    assert "hidden channels: cannot be removed: its LayerNorms subtract the mean" in text
+    assert "key-value heads: 4 in each of 3 layers; layouts per_layer (A stock config of GPT2LMHeadModel" in text
+
+
+def test_a_config_that_no_class_reads_still_shows_the_headers(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    found = inspect_folder(folder)
+    assert found["model"]["class"] == "LlamaForCausalLM"
+    assert "unheard_of" in found["architecture"]["refused"]
+    assert "nothing can be removed" in inspection_text(found)

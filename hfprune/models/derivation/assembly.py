@@ -9,7 +9,7 @@ from torch import nn
 from hfprune.models.contexts import inference
 from hfprune.models.derivation.circuits import Circuit, find_circuits
 from hfprune.models.derivation.depth import derive_depth, find_stack
-from hfprune.models.derivation.heads import Heads, attention_spec, common_heads, grouped, with_counts
+from hfprune.models.derivation.heads import attention_spec, common_heads, grouped, with_counts
 from hfprune.models.derivation.logits import derive_head
 from hfprune.models.derivation.neurons import derive_mlp
 from hfprune.models.derivation.trace import Trace
@@ -133,11 +133,11 @@ def _fails(trace: Trace, spec: ArchSpec) -> str:
     return "a model with fewer heads differs from one whose heads are zero"
 
 
-def _kept(units: int, layer: int) -> list[int]:
+def _kept(units: int, layer: int) -> tuple[int, ...]:
     """Returns kept heads of a layer: their number differs between layers, so that no config states it."""
     if units == 2:
-        return [1] if layer % 2 == 0 else [0, 1]
-    return list(range(1, units - layer % 2))
+        return (1,) if layer % 2 == 0 else (0, 1)
+    return tuple(range(1, units - layer % 2))
 
 
 def _lora_targets(layers: nn.ModuleList) -> tuple[str, ...]:
