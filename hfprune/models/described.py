@@ -84,10 +84,8 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
         return table
     if not proof.usable:
         reason = proof.reason().removeprefix("head: ").rstrip(".")
-        whole = reason.startswith("The table of")
-        raise UnsupportedArchitectureError(
-            f"{'' if whole else f'The table of {table.model_class} is wrong: '}{reason}."
-        )
+        subject = "" if reason.startswith("The table of") else f"The table of {table.model_class} is wrong: "
+        raise UnsupportedArchitectureError(f"{subject}{reason}.")
     return proof.spec
 
 
@@ -114,6 +112,6 @@ def _is_language_model(model: Any) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return False
-    sizes = {getattr(child, "out_features", None) for child in model.children()}
+    sizes = {getattr(child, "out_features", None) for child in model.modules()}
     text: Any = getattr(model.config, "text_config", None) or model.config
     return getattr(text, "vocab_size", None) in sizes - {None}

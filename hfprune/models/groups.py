@@ -8,6 +8,7 @@ from operator import attrgetter
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hfprune.models.config_keys import config_value
 from hfprune.models.experts import expert_group, experts_table
 from hfprune.models.projection import bias_of, num_channels, submodule
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
@@ -117,12 +118,14 @@ def find_layers(model: nn.Module, spec: ArchSpec | None = None) -> nn.ModuleList
 def hidden_size(model: nn.Module) -> int:
     """Returns the number of channels of the hidden states between layers."""
     spec = find_spec(model)
-    parts = [t.module for t in (*spec.mlp, *(spec.attention.heads if spec.attention else ())) if t.side == "out"]
+    parts = {t.module for t in spec.mlp if t.side == "out"}
+    if spec.attention is not None:
+        parts |= {t.module for t in spec.attention.heads if t.side == "out"}
     for layer in find_layers(model, spec):
         for name, module in layer.named_modules():
             if name in parts:
                 return num_channels(module, "in")
-    raise UnsupportedArchitectureError(f"The table of {spec.model_class} names no projection of its hidden states.")
+    return num_channels(submodule(model, spec.lm_head), "in")
 
 
 def mlp_widths(model: nn.Module) -> tuple[int, ...]:
@@ -225,7 +228,7 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 
 
 def _layer_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    if spec.position_key is not None and getattr(model.config, spec.position_key):
+    if spec.position_key is not None and config_value(model.config, spec.position_key):
         raise UnsupportedArchitectureError(
             f"config.{spec.position_key} makes each layer of this {spec.model_class} depend on its position, so that "
             "no layer can be removed. Leave 'layers' out of the units."

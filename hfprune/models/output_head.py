@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hfprune.models.config_keys import config_value, has_key
 from hfprune.models.contexts import inference
 from hfprune.models.groups import backbone, find_spec
 from hfprune.models.projection import submodule
@@ -100,12 +101,12 @@ def head_of_table(model: nn.Module) -> OutputHead:
             f"The output head of this {spec.model_class} is a {type(lm_head).__name__}, not an nn.Linear."
         )
     for key in (spec.softcap_key, spec.scale_key):
-        if key is not None and not hasattr(config, key):
+        if key is not None and not has_key(config, key):
             raise UnsupportedArchitectureError(
                 f"The config of this {spec.model_class} has no '{key}', which its architecture table names."
             )
-    softcap = getattr(config, spec.softcap_key) if spec.softcap_key else None
-    scale = 1.0 if spec.scale_key is None else float(getattr(config, spec.scale_key))
+    softcap = config_value(config, spec.softcap_key) if spec.softcap_key else None
+    scale = 1.0 if spec.scale_key is None else float(config_value(config, spec.scale_key))
     return OutputHead.of(lm_head, softcap=softcap, scale=1 / scale if spec.scale_divides else scale)
 
 

@@ -25,7 +25,7 @@ from hfprune.models.groups import (
     pin_spec,
     unit_cost,
 )
-from hfprune.models.output_head import OutputHead, compare_logits, head_of_table
+from hfprune.models.output_head import compare_logits, head_of_table
 from hfprune.models.proof_silence import silence_stream, silence_units, skip_layers
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.stock_config import check_stock, config_values, head_counts
@@ -48,7 +48,7 @@ class Failed(Exception):  # noqa: N818  # the outcome of a check, no error
 def check_logits(dense: nn.Module) -> None:
     """Checks that the head of the table, on the states of its backbone, gives the logits of the model."""
     ids = token_ids(dense)
-    head: OutputHead = head_of_table(dense)
+    head = head_of_table(dense)
     with inference(dense):
         hidden = backbone(dense)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
         ours = head.logits(hidden.flatten(0, 1)).view(*ids.shape, -1)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hfprune.models.config_keys import config_value
 from hfprune.models.experts import EXPERTS, experts_table
 from hfprune.models.groups import attention_table, find_groups, find_layers, find_spec, head_shape, hidden_size
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
@@ -52,8 +53,8 @@ def _head_rules(model: nn.Module) -> tuple[int, int, bool, bool]:
     table, config = attention_table(find_spec(model)), _config(model)
     if not table.heads_key:
         return _dense_heads(model)[1], find_groups(model, ("heads",))[0].num_units, False, True
-    queries = getattr(config, table.heads_key)
-    dense = getattr(config, table.keys_values_key) if table.keys_values_key else queries
+    queries = config_value(config, table.heads_key)
+    dense = config_value(config, table.keys_values_key) if table.keys_values_key else queries
     rotary = getattr(config, "rope_parameters", None) or {}
     factors = table.factors_fix_heads and rotary.get("short_factor") is not None
     return queries // dense, dense, table.divides_hidden, table.size_key is None or factors
@@ -108,7 +109,7 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
         values |= _hidden_values(model, hidden)
     if len(stay) < len(find_layers(model)) and spec.layers_key:
         values[spec.layers_key] = len(stay)
-        lists = {key: getattr(_config(model), key, None) for key in spec.layer_lists}
+        lists = {key: config_value(_config(model), key, None) for key in spec.layer_lists}
         values |= {key: [known[index] for index in stay] for key, known in lists.items() if known is not None}
     return values
 
@@ -161,7 +162,7 @@ def _hidden_values(model: nn.Module, hidden: int) -> dict[str, Any]:
     stream, config = stream_table(find_spec(model)), _config(model)
     if hidden == hidden_size(model):
         return {}
-    epsilon = scaled_epsilon(getattr(config, stream.epsilon_key), hidden_size(model), hidden)
+    epsilon = scaled_epsilon(config_value(config, stream.epsilon_key), hidden_size(model), hidden)
     (key,) = unit_keys(find_spec(model), CHANNELS)
     return {key: hidden, stream.epsilon_key: epsilon} | _size_value(model)
 

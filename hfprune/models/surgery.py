@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune.models.config_keys import set_config_value
 from hfprune.models.experts import EXPERTS, FewerExperts, check_router_loss, experts_table
 from hfprune.models.groups import (
     attention_table,
@@ -272,7 +273,7 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
     if not is_supported(model):
         return
     for key, value in plan.config.items():
-        setattr(model.config, key, value)
+        set_config_value(model.config, key, value)
     for group in _staying(plan):
         if group.kind in _REWRITERS:
             _REWRITERS[group.kind](model, group, plan)
@@ -298,12 +299,17 @@ def _rewrite_heads(model: nn.Module, group: Group, plan: PruningPlan) -> None:
     }
     for attribute, quantity in table.attributes:
         setattr(attention, attribute, numbers[quantity])
-    if not table.reads_config or (attention.config is model.config and table.heads_key in plan.config):
+    if not table.reads_config or (_is_shared(attention.config, model.config) and table.heads_key in plan.config):
         return
     attention.config = copy.copy(attention.config)
-    setattr(attention.config, table.heads_key, kept * ratio)
+    setattr(attention.config, table.heads_key.rpartition(".")[2], kept * ratio)
     if table.keys_values_key is not None:
-        setattr(attention.config, table.keys_values_key, kept)
+        setattr(attention.config, table.keys_values_key.rpartition(".")[2], kept)
+
+
+def _is_shared(config: Any, whole: Any) -> bool:
+    """Returns whether an attention reads the config of the model, or the text config within it."""
+    return config is whole or config is whole.get_text_config()
 
 
 def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:

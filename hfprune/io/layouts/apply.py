@@ -13,6 +13,7 @@ from hfprune.io.layouts.base import Cut
 from hfprune.io.layouts.per_layer import cut_of, dense_config, finish, is_per_layer, stock_config, to_stock
 from hfprune.io.recorded_plan import record_plan
 from hfprune.models import find_spec, surgery
+from hfprune.models.config_keys import config_value, has_key, set_config_value
 from hfprune.plan import PruningPlan
 
 
@@ -57,7 +58,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
         to_stock(config)
         return
     plans = (*before, plan)
-    values = {key: getattr(dense, key) for made in plans for key in made.config if hasattr(dense, key)}
+    values = {key: config_value(dense, key) for made in plans for key in made.config if has_key(dense, key)}
     finish(model, dense, Cut(dense=values, count=len(plans), plans=plans))
 
 
@@ -146,10 +147,10 @@ def restate_width(model: PreTrainedModel, before: int, after: int) -> str | None
         return None
     values = config.to_dict().items()
     keys = [key for key, value in values if value is None or (type(value) is int and value == before)]
-    for key in sorted(keys, key=lambda key: getattr(config, key, None) is None):
-        old = getattr(config, key, None)
-        setattr(config, key, after)
+    for key in sorted(keys, key=lambda key: config_value(config, key, None) is None):
+        old = config_value(config, key, None)
+        set_config_value(config, key, after)
         if not_expressed(model) is None:
             return None
-        setattr(config, key, old)
+        set_config_value(config, key, old)
     return reason

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils.hub import cached_file
 
+from hfprune.models.config_keys import config_value, has_key
 from hfprune.models.groups import attention_table
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
@@ -88,7 +89,7 @@ def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int
     if not keys:
         return None
     if kind == "heads":
-        values = {key: getattr(config, key) * kept // units for key in keys}
+        values = {key: config_value(config, key) * kept // units for key in keys}
     else:
         values = dict.fromkeys(keys, kept)
     size_key = attention_table(spec).size_key if kind in ("heads", CHANNELS) else None
@@ -97,7 +98,9 @@ def kind_values(config: Any, spec: ArchSpec, kind: str, *, kept: int, units: int
 
 def _head_size(config: Any, spec: ArchSpec) -> int:
     table = attention_table(spec)
-    found: int = getattr(config, table.size_key or "", None) or config.hidden_size // getattr(config, table.heads_key)
+    found: int = config_value(config, table.size_key or "", None) or config.hidden_size // config_value(
+        config, table.heads_key
+    )
     return found
 
 
@@ -112,7 +115,7 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
         plans: The plans in order; the first one is for the dense model, each further one for the result of the last.
         num_layers: Number of layers of the pruned model.
     """
-    if num_layers != getattr(config, spec.layers_key, num_layers):
+    if num_layers != config_value(config, spec.layers_key or "", num_layers):
         return {}
     units: dict[str, int] = {}
     found: Overrides = {}
@@ -129,7 +132,7 @@ def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) ->
     """Returns the values of config keys that are implicit in the dense config and must be explicit after ``plans``."""
     groups = {group.kind: group for plan in plans for group in plan.groups}.values()
     found = [kind_values(config, spec, g.kind, kept=g.num_units, units=g.num_units) or {} for g in groups]
-    return {key: value for values in found for key, value in values.items() if not hasattr(config, key)}
+    return {key: value for values in found for key, value in values.items() if not has_key(config, key)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

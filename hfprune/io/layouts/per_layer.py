@@ -18,6 +18,7 @@ import torch
 from hfprune.io.layouts.base import LAYOUTS, Cut, Layout, implied_values, layer_overrides
 from hfprune.io.layouts.custom_config import HUB, CustomConfig, check_weights, register, stock_model
 from hfprune.models import find_spec
+from hfprune.models.config_keys import set_config_value
 from hfprune.models.surgery import apply_plan
 from hfprune.utils.errors import PlanError
 
@@ -87,7 +88,7 @@ def dense_config(config: Any) -> Any:
     """Returns a copy of ``config`` in its stock class, with the values of the dense model."""
     dense = stock_config(config)
     for key, value in config._hfprune.dense.items() if is_per_layer(config) else ():
-        setattr(dense, key, value)
+        set_config_value(dense, key, value)
     return dense
 
 
@@ -130,7 +131,7 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
     """
     spec = find_spec(model)
     for key, value in implied_values(dense, spec, cut.plans).items():
-        setattr(model.config, key, value)
+        set_config_value(model.config, key, value)
     overrides = layer_overrides(dense, spec, cut.plans, num_layers=len(spec.find_layers(model)))
     to_per_layer(model.config, cut, overrides)
 

@@ -4,6 +4,6 @@ Projections that feed each other are found by changing single channels in forwar
 with other values. Names of modules and of config keys are never evidence.
 """
 
-from hfprune.models.derivation.derive import derive
+from hfprune.models.derivation.assembly import derive
 
 __all__ = ["derive"]

@@ -43,7 +43,8 @@ def find_stack(model: nn.Module) -> str:
     }
     if not sizes:
         raise UnsupportedArchitectureError("it has no list of layers (nn.ModuleList) that contain linear projections")
-    return max(sizes, key=lambda name: sizes[name])
+    largest: str = max(sizes, key=lambda name: sizes[name])
+    return largest
 
 
 def _projects(layer: nn.Module) -> bool:

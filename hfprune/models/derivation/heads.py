@@ -173,7 +173,8 @@ class _Keys:
         """Returns the config key of the size of a head."""
         heads, larger = self._heads, 2 * self._heads.size
         known = self._variants.values
-        guesses = [] if "head_dim" in known else ["head_dim"]
+        guess = self._variants.text_key("head_dim")
+        guesses = [] if guess in known else [guess]
         for key in [*self._variants.numbers(heads.size), *self._variants.unset(), *guesses]:
             shapes = self._variants.changed({key: larger})
             if shapes is not None and self._reader in shapes and self._width(shapes) == heads.queries * larger:

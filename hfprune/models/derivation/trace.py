@@ -84,8 +84,9 @@ class Trace:
         found = model.get_submodule(layers)
         assert isinstance(found, nn.ModuleList)
         self.model: Any = model
+        config: Any = model.config
         self.layers, self.stack = layers, found
-        self.ids = (torch.arange(TOKENS) + 3).remainder(int(self.model.config.vocab_size)).unsqueeze(0)
+        self.ids = (torch.arange(TOKENS) + 3).remainder(config.get_text_config().vocab_size).unsqueeze(0)
         self.projections = {name: module for name, module in model.named_modules() if is_projection(module)}
         self._seen = _Seen({}, {}, {}, {})
         try:

@@ -26,11 +26,15 @@ class Variants:
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
         self._kind: Any = next(c for c in type(model).__mro__ if c.__name__ == class_name(model))
-        values = self._model.config.to_dict()
-        self.values: dict[str, Any] = {
-            key: value for key, value in values.items() if key not in _NOT_PASSED and not key.startswith("_")
-        }
+        config: Any = model.config
+        self._nested, whole = _text_key(config), _passed(config.to_dict())
+        inner = _passed(whole.pop(self._nested)) if self._nested else {}
+        self.values: dict[str, Any] = whole | {f"{self._nested}.{key}": value for key, value in inner.items()}
         self.shapes: Shapes = _shapes(model)
+
+    def text_key(self, name: str) -> str:
+        """Returns the key of a value of the text config."""
+        return f"{self._nested}.{name}" if self._nested else name
 
     def numbers(self, value: int) -> list[str]:
         """Returns the config keys with a whole number as value."""
@@ -47,8 +51,13 @@ class Variants:
     def config(self, changes: Mapping[str, Any]) -> Any:
         """Returns the config with other values, or None if its class refuses them."""
         config: Any = self._model.config
-        values = copy.deepcopy(self.values) | dict(changes)
+        changed = copy.deepcopy(self.values) | dict(changes)
+        prefix = f"{self._nested}." if self._nested else None
+        values = {key: value for key, value in changed.items() if prefix is None or not key.startswith(prefix)}
         try:
+            if prefix is not None:
+                inner = {key.removeprefix(prefix): value for key, value in changed.items() if key.startswith(prefix)}
+                values[self._nested] = type(config.get_text_config())(**inner)
             return type(config)(**values)
         except Exception:  # validators of foreign classes raise anything: a refusal is the answer
             return None
@@ -83,6 +92,17 @@ class Variants:
         """Returns the shapes of a model with other config values, or None if its class refuses them."""
         model = self.build(changes)
         return None if model is None else _shapes(model)
+
+
+def _passed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a config's dictionary that its class takes."""
+    return {key: value for key, value in values.items() if key not in _NOT_PASSED and not key.startswith("_")}
+
+
+def _text_key(config: Any) -> str:
+    """Returns the key of the text config within the config of a multimodal model, or an empty string."""
+    text = config.get_text_config()
+    return next((key for key, value in vars(config).items() if value is text and text is not config), "")
 
 
 def attributes(module: nn.Module, value: int) -> list[str]:

@@ -377,12 +377,13 @@ def test_impossible_budget_is_refused_before_the_model_is_loaded(folder):
 
 
 def test_unknown_architecture_is_refused_before_the_model_is_loaded(tmp_path):
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import BertConfig, BertLMHeadModel
 
-    BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 61, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(**sizes, intermediate_size=16, is_decoder=True)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     module = PruningModule(str(tmp_path))
-    with pytest.raises(UnsupportedArchitectureError, match=r"BloomForCausalLM.*Known: .*register"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"BertLMHeadModel.*none could be derived: .*register"):
         fit(None, module=module)
     assert untouched(module)
 

@@ -16,6 +16,7 @@ from hfprune.evaluation.perplexity import Windows
 from hfprune.models import ARCHITECTURES, output_head, register
 from hfprune.models.architectures import LLAMA
 from hfprune.models.forward import objective_sum
+from hfprune.models.groups import pin_spec
 from hfprune.objectives import OBJECTIVES
 from hfprune.utils.errors import UnsupportedArchitectureError
 from tests.helpers.models import GATED, MIXTURES, NAMES, tiny, tiny_tokenizer, token_ids
@@ -113,10 +114,19 @@ def test_the_comparison_leaves_no_trace():
     output_head(model)
 
 
-def test_a_model_without_weights_is_compared_once_it_has_some(table):
+def test_a_wrong_table_is_refused_before_the_model_has_weights(table):
+    """The comparison is made on a tiny model of the class."""
     table("GraniteForCausalLM")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(SCALED["GraniteForCausalLM"][0])
+    with pytest.raises(UnsupportedArchitectureError, match="does not describe its output head"):
+        output_head(model)
+
+
+def test_a_model_without_weights_is_compared_once_it_has_some():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SCALED["GraniteForCausalLM"][0])
+    pin_spec(model, replace(LLAMA, model_class="GraniteForCausalLM"))
     assert output_head(model).scale == 1.0
     model.to_empty(device="cpu")
     torch.manual_seed(0)

@@ -133,11 +133,11 @@ def _fails(trace: Trace, spec: ArchSpec) -> str:
     return "a model with fewer heads differs from one whose heads are zero"
 
 
-def _kept(units: int, layer: int) -> list[int]:
+def _kept(units: int, layer: int) -> tuple[int, ...]:
     """Returns kept heads of a layer: their number differs between layers, so that no config states it."""
     if units == 2:
-        return [1] if layer % 2 == 0 else [0, 1]
-    return list(range(1, units - layer % 2))
+        return (1,) if layer % 2 == 0 else (0, 1)
+    return tuple(range(1, units - layer % 2))
 
 
 def _lora_targets(layers: nn.ModuleList) -> tuple[str, ...]:
