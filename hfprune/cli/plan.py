@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
-from hfprune.plan import UNIT_KINDS
+from hfprune.plan import SUBLAYERS, UNIT_KINDS
 
 if TYPE_CHECKING:
     from hfprune.publishing.forecast import Forecast
@@ -98,6 +98,8 @@ def _units(entry: "Forecast", kind: str) -> str:
     kept = entry.kept.get(kind, [])
     if not kept:
         return ""
+    if kind in SUBLAYERS:
+        return f"{sum(kept):,}"
     text = f"{kept[0]:,}" if len(set(kept)) == 1 else f"{min(kept):,} to {max(kept):,}"
     exact = entry.exact_width
     return f"{text} (exact {exact:,.1f})" if kind == "mlp" and exact is not None and exact != kept[0] else text
