@@ -167,6 +167,7 @@ def number_cache_entries(model: nn.Module, spec: ArchSpec) -> None:
     class reads positions and lengths of masks from the first entry of each type.
     """
     layers: Any = spec.find_layers(model)
+    module: Any
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
