@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from lightning import Trainer
 
-from hfprune.plan import PruningPlan
+from hfprune.plan import SUBLAYERS, PruningPlan
 
 
 def pruning_metrics(
@@ -20,9 +20,9 @@ def pruning_metrics(
 
     Returns:
         ``pruning/params_before``, ``pruning/params_after`` and ``pruning/removed_share``. For each unit kind,
-        ``pruning/KIND_kept_share`` and the minimum, mean and maximum of the kept units per group (layer) as
-        ``pruning/KIND_width_min``, ``_mean`` and ``_max``. With calibration, ``pruning/calibration_seconds`` and
-        ``pruning/calibration_tokens``. With sparse pruning, ``pruning/zero_share``.
+        ``pruning/KIND_kept_share`` and, except for sub-layers, the minimum, mean and maximum of the kept units per
+        group (layer) as ``pruning/KIND_width_min``, ``_mean`` and ``_max``. With calibration,
+        ``pruning/calibration_seconds`` and ``pruning/calibration_tokens``. With sparse pruning, ``pruning/zero_share``.
 
     >>> from hfprune.plan import Group
     >>> groups = tuple(Group(name=str(i), kind="mlp", num_units=8, slices=()) for i in range(2))
@@ -35,11 +35,14 @@ def pruning_metrics(
     found = {"params_before": float(before), "params_after": float(after), "removed_share": 1 - after / before}
     widths: dict[str, list[int]] = defaultdict(list)
     dense: dict[str, int] = defaultdict(int)
+    absent = plan.absent()
     for group in plan.groups:
-        widths[group.kind].append(len(plan.keep[group.name]))
+        widths[group.kind] += [len(plan.keep[group.name])] if group.name not in absent else []
         dense[group.kind] += group.num_units
     for kind, kept in widths.items():
         found[f"{kind}_kept_share"] = sum(kept) / dense[kind]
+        if kind in SUBLAYERS or not kept:
+            continue
         found |= {f"{kind}_width_min": float(min(kept)), f"{kind}_width_mean": sum(kept) / len(kept)}
         found[f"{kind}_width_max"] = float(max(kept))
     calibration = plan.provenance.get("calibration")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
 from hfprune.cli.startup import importing
-from hfprune.plan import UNIT_KINDS
+from hfprune.plan import SUBLAYERS, UNIT_KINDS
 from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def _units(entry: "Forecast", kind: str) -> str:
     kept = entry.kept.get(kind, [])
     if not kept:
         return ""
+    if kind in SUBLAYERS:
+        return f"{sum(kept):,}"
     text = f"{kept[0]:,}" if len(set(kept)) == 1 else f"{min(kept):,} to {max(kept):,}"
     exact = entry.exact_width
     return f"{text} (exact {exact:,.1f})" if kind == "mlp" and exact is not None and exact != kept[0] else text

@@ -102,6 +102,13 @@ def sublayer_groups(model: nn.Module, spec: ArchSpec, kind: str) -> list[Group]:
     return found
 
 
+def missing_sublayers(model: nn.Module, spec: ArchSpec) -> dict[str, list[int]]:
+    """Returns unit kind -> layers without this sub-layer; kinds that every layer has are left out."""
+    layers: Any = spec.find_layers(model)
+    found = {kind: [i for i, layer in enumerate(layers) if not has_sublayer(layer, spec, kind)] for kind in SUBLAYERS}
+    return {kind: missing for kind, missing in found.items() if missing}
+
+
 def sublayer_cost(model: nn.Module, spec: ArchSpec, group: Group) -> int:
     """Returns the number of parameters of a sub-layer, with its norms."""
     assert group.layer is not None
@@ -160,6 +167,7 @@ def number_cache_entries(model: nn.Module, spec: ArchSpec) -> None:
     class reads positions and lengths of masks from the first entry of each type.
     """
     layers: Any = spec.find_layers(model)
+    module: Any
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

@@ -194,7 +194,7 @@ def _with_config(model: nn.Module, plan: PruningPlan) -> PruningPlan:
 def _remove_depth(model: nn.Module, plan: PruningPlan) -> None:
     """Removes sub-layers and layers, and sets the entries of the key-value cache."""
     removed = plan.removed_layers()
-    lost = {kind: layers for kind in SUBLAYERS if (layers := plan.removed_sublayers(kind))}
+    lost = {kind: found for kind in SUBLAYERS if (found := plan.removed_sublayers(kind))}
     if not removed and not lost:
         return
     spec = find_spec(model)

@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, C input channels of a projection, U units.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,10 @@ from hfprune.models.forward import run_together
 from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
 from hfprune.models.projection import num_channels, weight_of
-from hfprune.plan import SUBLAYERS, Group
+from hfprune.plan import DEPTH_KINDS, Group, absent_groups
 from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
-from hfprune.pruning.hooks import evaluating, hooked
+from hfprune.pruning.hooks import UnitMask, evaluating, hooked
 from hfprune.pruning.prunable import Prunable
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.least_squares import reconstruction_error
@@ -73,6 +73,7 @@ class LayerwisePass:
         groups: Groups to prune.
         compensation: Fit of the weights on the kept inputs; None keeps the weights.
         reduce: Function that adds a tensor up over ranks; None for a single process.
+        mask: Mask of the removed layers and sub-layers, or None.
 
     Raises:
         ConfigError: A group is read by more than one projection, or shares the inputs of its projection.
@@ -85,8 +86,9 @@ class LayerwisePass:
         *,
         compensation: Compensation | None = None,
         reduce: Reduce | None = None,
+        mask: UnitMask | None = None,
     ) -> None:
-        self._model, self._compensation = model, compensation
+        self._model, self._compensation, self._mask = model, compensation, mask
         self._reduce = reduce or (lambda tensor: tensor)
         self._readers = {group.name: _reader(model, group) for group in groups}
         self._by_layer = _by_layer(model, groups)
@@ -122,6 +124,20 @@ class LayerwisePass:
         dense = stream.copy() if self._paired else None
         tokens = sum(batch["input_ids"].numel() for batch in batches)
         result = LayerwiseResult(tokens=int(self._reduce(torch.tensor(tokens, device=stream.device))))
+        with self._without_removed():
+            self._run_layers(stream, dense, widths, keep, criterion, done, result)
+        return result
+
+    def _run_layers(
+        self,
+        stream: LayerStream,
+        dense: LayerStream | None,
+        widths: Mapping[str, int],
+        keep: Mapping[str, tuple[int, ...]] | None,
+        criterion: LayerwiseCriterion | None,
+        done: Callable[[int, int], None],
+        result: LayerwiseResult,
+    ) -> None:
         for index, groups in enumerate(self._by_layer):
             original = copy.deepcopy(stream.layer(index))
             known = None if self._sequential else [self._moments(g, index, stream, None, original) for g in groups]
@@ -130,9 +146,17 @@ class LayerwisePass:
                 self._prune(group, moments, widths[group.name], keep, criterion, result)
             stream.advance(index, None if self._sequential else original)
             if dense is not None:
-                dense.advance(index, original)
+                with self._whole():
+                    dense.advance(index, original)
             done(index + 1, len(self._by_layer))
-        return result
+
+    def _without_removed(self) -> AbstractContextManager[None]:
+        """Returns the context without the removed layers and sub-layers; on the dense model's inputs nothing is."""
+        return nullcontext() if self._mask is None or not self._sequential else self._mask.active()
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Returns the context of the dense model."""
+        return nullcontext() if self._mask is None else self._mask.lifted()
 
     def _stream(self, batches: Sequence[Mapping[str, Tensor]]) -> LayerStream:
         device = next(self._model.parameters()).device
@@ -148,8 +172,8 @@ class LayerwisePass:
         with _inputs(module) as mine, _inputs(original.get_submodule(inside)) as theirs:
             others = iter(()) if dense is None else dense.outputs(index, original)
             for output in stream.outputs(index):
-                if dense is not None:
-                    next(others)
+                with self._whole():
+                    next(others, None)
                 weights = _token_weights(output) if self._normalised else None
                 moments.add(mine.pop(), theirs.pop() if dense is not None else None, weights)
         moments.load([self._reduce(tensor) for tensor in moments.tensors()])
@@ -228,8 +252,6 @@ def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
 
 
 _REFUSED = (
-    ("layers", "no layer can be removed"),
-    *((kind, "no sub-layer can be removed") for kind in SUBLAYERS),
     ("channels", "hidden channels belong to all layers"),
     ("experts", "experts are not read by a single projection"),
 )
@@ -256,14 +278,21 @@ def check_together(
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
-    for name, why in _REFUSED:
+    by_layer = isinstance(criterion, LayerwiseCriterion)
+    whole = [(kind, "it scores no whole layers and sub-layers") for kind in DEPTH_KINDS if by_layer]
+    for name, why in (*_REFUSED, *whole):
         if name in units:
             raise ConfigError(
                 f"{type(compensation or criterion).__name__} processes the layers one at a time; {why}: leave "
                 f"'{name}' out of the units."
             )
+    if set(units) <= set(DEPTH_KINDS):
+        raise ConfigError(
+            f"{type(compensation or criterion).__name__} fits what reads MLP neurons or heads; the units are "
+            f"{', '.join(units)}. Add 'mlp' or 'heads' to the units, or leave it out."
+        )
     if compensation is not None and compensation.needs_bias and inventory is not None:
-        readers = {group.name: group.inputs()[0].module for group in inventory.groups}
+        readers = {group.name: group.inputs()[0].module for group in inventory.groups if group.slices}
         without = [name for name, module in readers.items() if model.get_submodule(module).bias is None]
         if without:
             raise ConfigError(
@@ -322,7 +351,8 @@ def run_layerwise(
         widths: Group name -> number of kept units.
         data: The calibration data.
         communicator: The processes.
-        keep: Group name -> kept units; None selects them by ``criterion``.
+        keep: Group name -> kept units; None selects them by ``criterion``. Passes leave out removed layers and
+            sub-layers, and units within them are not fitted.
         criterion: Criterion that selects units.
         compensation: Fit of the weights, or None.
         limit: Maximum number of batches.
@@ -337,6 +367,12 @@ def run_layerwise(
     bar = progress and communicator.rank == 0
     with isolated_rng(), evaluating(model.module), torch.no_grad(), layer_progress(enabled=bar) as done:
         batches = data.share(communicator, limit=limit)
-        work = LayerwisePass(model.model, groups, compensation=compensation, reduce=communicator.sum)
+        absent = absent_groups(groups, keep) if keep is not None else ()
+        within = [group for group in groups if group.kind not in DEPTH_KINDS and group.name not in absent]
+        whole = [group for group in groups if group.kind in DEPTH_KINDS]
+        mask = UnitMask(model.model, whole, keep) if whole and keep is not None else None
+        work = LayerwisePass(model.model, within, compensation=compensation, reduce=communicator.sum, mask=mask)
         with model.forward_context():
-            return work.run(batches, widths, keep=keep, criterion=criterion, done=done)
+            result = work.run(batches, widths, keep=keep, criterion=criterion, done=done)
+        result.keep = dict(keep or {}) | result.keep
+        return result

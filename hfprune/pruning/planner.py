@@ -282,7 +282,7 @@ class Planner:
             progress=self._progress,
         )
         self.importance = self.importance or result.scores
-        error = sum(result.errors.values()) / len(result.errors)
+        error = sum(result.errors.values()) / max(len(result.errors), 1)
         seconds = time.perf_counter() - start
         say(self._communicator, f"Fitted the layers in {seconds:.1f} s; mean output error {error:.1%}.")
         self._warnings.append(result.warning)

@@ -23,7 +23,7 @@ LOADERS = {
 }
 """Layout -> what loads it."""
 
-_SHOWN = ("criterion", "objective", "allocation", "compensation", "rounds", "distillation")
+_SHOWN = ("criterion", "objective", "allocation", "compensation", "rounds", "distillation", "depth_scores")
 
 
 def inspect_folder(path: str) -> dict[str, Any]:

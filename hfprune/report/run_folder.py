@@ -122,6 +122,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Model": _settings(look_up(report, "plan", "model")),
         "Units": ", ".join(look_up(report, "plan", "units") or ()),
         "Allocation": _settings(look_up(report, "plan", "allocation")),
+        "Scores of layers and sub-layers": _settings(look_up(report, "plan", "depth_scores")),
         "Rounds": _rounds(look_up(report, "plan", "rounds") or {}),
         "Criterion": _settings(look_up(report, "plan", "criterion")),
         "Objective": look_up(report, "plan", "objective") or "",

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,11 +147,13 @@ class Cut:
     Attributes:
         dense: Values in the dense config of the keys that the plans changed.
         count: Number of plans.
+        without: Unit kind -> layers of the pruned model without this sub-layer.
         plans: The plans, each for the result of the previous one; empty until they are read.
     """
 
     dense: Mapping[str, Any]
     count: int
+    without: Mapping[str, Sequence[int]] = field(default_factory=dict)
     plans: tuple[PruningPlan, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cut":
@@ -172,7 +174,7 @@ class Cut:
         Raises:
             PlanError: A plan is missing or damaged.
         """
-        return Cut(dense=self.dense, count=self.count, plans=tuple(_read(path, f, hub) for f in self.files()))
+        return replace(self, plans=tuple(_read(path, f, hub) for f in self.files()))
 
 
 def _read(path: str, file: str, hub: Mapping[str, Any]) -> PruningPlan:

@@ -1,4 +1,4 @@
-"""Layout ``per_layer``: config and model classes for models whose layers differ in width.
+"""Layout ``per_layer``: config and model classes for models whose layers differ in width or lack attention or MLP.
 
 In memory, such a model is an instance of its stock class. Its config belongs to a subclass of the stock config class,
 holds the plans that cut the dense model, and lists the differences in transformers' own ``per_layer_config``.
@@ -10,6 +10,7 @@ are read into the result. Importing this module registers the classes with trans
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hfprune.io.layouts.base import LAYOUTS, Cut, Layout, implied_values, layer_
 from hfprune.io.layouts.custom_config import HUB, CustomConfig, check_weights, register, stock_model
 from hfprune.models import find_spec
 from hfprune.models.config_keys import set_config_value
+from hfprune.models.sublayers import missing_sublayers
 from hfprune.models.surgery import apply_plan
 from hfprune.utils.errors import PlanError
 
@@ -28,20 +30,26 @@ class PerLayerConfig(CustomConfig):
 
     auto_type = "hfprune"
     adjective = "pruned"
-    note = "Layers differ in width. Load with hfprune.load(folder), or import hfprune.auto before AutoModelForCausalLM."
+    note = (
+        "Layers differ in width, or lack attention or MLP. Load with hfprune.load(folder), or import hfprune.auto "
+        "before AutoModelForCausalLM."
+    )
     _hfprune: Cut
 
     @classmethod
     def restore(cls, config: Any, section: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
         """Converts a stock config in place; the plans are read later."""
         layers = {int(index): values for index, values in overrides.items()}
-        to_per_layer(config, Cut(dense=section["dense"], count=section["plans"]), layers)
+        cut = Cut(dense=section["dense"], count=section["plans"], without=section.get("without", {}))
+        to_per_layer(config, cut, layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as plain data, with a section ``hfprune``."""
         data: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         cut: Cut = data.pop("_hfprune")
-        return data | {"hfprune": self.section(self.stock.model_type) | {"plans": cut.count, "dense": dict(cut.dense)}}
+        section = self.section(self.stock.model_type) | {"plans": cut.count, "dense": dict(cut.dense)}
+        without = {kind: list(layers) for kind, layers in cut.without.items()}
+        return data | {"hfprune": section | ({"without": without} if without else {})}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Returns the content of config.json."""
@@ -133,7 +141,7 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
     for key, value in implied_values(dense, spec, cut.plans).items():
         set_config_value(model.config, key, value)
     overrides = layer_overrides(dense, spec, cut.plans, num_layers=len(spec.find_layers(model)))
-    to_per_layer(model.config, cut, overrides)
+    to_per_layer(model.config, replace(cut, without=missing_sublayers(model, spec)), overrides)
 
 
 class HFPruneForCausalLM:
@@ -162,6 +170,8 @@ class HFPruneForCausalLM:
         finish(model, dense, cut)
         if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
             raise PlanError(f"'{path}': the widths in per_layer_config of config.json differ from those of the plan.")
+        if model.config._hfprune.without != cut.without:
+            raise PlanError(f"'{path}': 'without' in config.json lists other missing sub-layers than the plan.")
         return (model, info) if wants_info else model
 
     @classmethod

@@ -187,7 +187,9 @@ def test_weights_are_fitted_for_heads_too(folder):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"compensation": LeastSquares(), "units": ALL}, "leave 'layers' out"),
+        ({"compensation": LeastSquares(), "units": ("layers",)}, "Add 'mlp' or 'heads' to the units"),
+        ({"criterion": Reconstruction(), "units": ALL}, "leave 'layers' out"),
+        ({"criterion": Reconstruction(), "units": ("mlp", "mlp_sublayers")}, "leave 'mlp_sublayers' out"),
         ({"compensation": LeastSquares(), "units": ("channels",)}, "belong to all layers: leave 'channels' out"),
         ({"self_distillation": SelfDistillation(), "units": ("mlp", "channels")}, "leave 'channels' out"),
         ({"criterion": Reconstruction(), "allocation": GlobalRank()}, "needs all scores in advance"),

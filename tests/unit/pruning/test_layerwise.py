@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import hfprune
 from hfprune.compensation import LeastSquares, OutputRegression
 from hfprune.criteria import Reconstruction
 from hfprune.models import backbone, find_groups, find_spec
@@ -189,3 +190,35 @@ def test_gradients_stay_enabled():
 def test_no_data():
     with pytest.raises(CalibrationError, match="no token"):
         LayerStream(tiny(), [], device=CPU)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("settings", [{}, {"target": "dense"}, {"sequential": False}], ids=str)
+def test_weights_are_fitted_without_the_removed_sublayers(name, settings):
+    """The fit is that of a model whose sub-layers and layer were removed before, but for targets of the dense model."""
+    model, shorter = tiny(name), tiny(name)
+    kinds = ("mlp", "heads", "attention_sublayers", "mlp_sublayers", "layers")
+    groups = find_groups(model, kinds)
+    lost = {"attention_sublayers": (0,), "mlp_sublayers": (2,)}
+    keep = {g.name: () if g.layer in lost.get(g.kind, ()) else range(g.num_units) for g in groups}
+    keep[next(g.name for g in groups if g.kind == "layers")] = (0, 2)
+    whole = {g.name: keep[g.name] for g in groups if not g.slices}
+    keep |= {g.name: range(g.num_units - 1 - (g.kind == "mlp") * 9) for g in groups if g.slices}
+    plan = hfprune.make_plan(model, keep=keep, units=kinds)
+    errors = hfprune.refit(model, plan, BATCHES, LeastSquares(damping=0.01, **settings))
+    assert {n.removeprefix(find_spec(model).layers + ".") for n in errors} == {
+        n for n in ("0.mlp", "2.self_attn", "2.attention") if f"{find_spec(model).layers}.{n}" in keep
+    }
+    hfprune.apply_plan(model, plan)
+    hfprune.apply_plan(shorter, hfprune.make_plan(shorter, keep=whole, units=kinds[2:]))
+    units = kinds[:2]
+    rest = hfprune.make_plan(
+        shorter,
+        keep={g.name: range(g.num_units - 1 - (g.kind == "mlp") * 9) for g in find_groups(shorter, units)},
+        units=units,
+    )
+    hfprune.refit(shorter, rest, BATCHES, LeastSquares(damping=0.01))
+    hfprune.apply_plan(shorter, rest)
+    same = [torch.allclose(p, q, rtol=1e-9) for p, q in zip(model.parameters(), shorter.parameters(), strict=True)]
+    assert all(same) == (not settings)
+    assert not any(m._forward_hooks for m in model.modules())

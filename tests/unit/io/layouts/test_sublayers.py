@@ -14,7 +14,7 @@ from hfprune.models import parameter_count
 from hfprune.models.sublayers import NoAttention, NoMLP
 from hfprune.publishing.folder import open_folder
 from hfprune.publishing.inspection import inspect_folder, inspection_text
-from hfprune.utils.errors import ConfigError
+from hfprune.utils.errors import ConfigError, PlanError
 from tests.helpers.models import tiny, token_ids
 from tests.unit.models.test_sublayers import logits, plan_for
 
@@ -102,11 +102,26 @@ def test_inspection_names_them(tmp_path):
     assert "layer 2: no" not in text
 
 
-def test_config_lists_widths_of_what_is_left(tmp_path):
+def test_config_lists_missing_sublayers(tmp_path):
     hfprune.save(pruned(mix="units"), tmp_path / "m", layout="per_layer")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    path = tmp_path / "m" / "config.json"
+    config = json.loads(path.read_text())
     assert config["model_type"] == "hfprune"
-    again = pruned(mix={"attention_sublayers": (0,)})
-    hfprune.apply_plan(again, hfprune.make_plan(again, keep={"model.layers.1.mlp": range(9)}))
-    hfprune.save(again, tmp_path / "two", layout="per_layer")
-    assert torch.equal(logits(hfprune.load(tmp_path / "two")), logits(again))
+    assert config["num_hidden_layers"] == 2  # a layer without both sub-layers is no layer
+    assert config["hfprune"]["without"] == {"attention_sublayers": [0], "mlp_sublayers": [1]}
+    config["hfprune"]["without"] = {"attention_sublayers": [1]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(PlanError, match="lists other missing sub-layers than the plan"):
+        hfprune.load(tmp_path / "m")
+
+
+def test_pruned_twice(tmp_path):
+    model = pruned(mix={"attention_sublayers": (0,)})
+    hfprune.apply_plan(model, hfprune.make_plan(model, keep={"model.layers.1.mlp": range(9)}))
+    hfprune.save(model, tmp_path / "m", layout="per_layer")
+    found = hfprune.load(tmp_path / "m")
+    assert torch.equal(logits(found), logits(model))
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["hfprune"]["plans"] == 2
+    hfprune.save(model, tmp_path / "padded", layout="padded")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
