@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import LAYERS, UNIT_KINDS, Group, PruningPlan
 from hfprune.publishing.engines import largest_multiple
 from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
@@ -157,6 +158,7 @@ def _recipe(folder: PrunedFolder) -> dict[str, Any]:
         "budget": budget.get("asked"),
         "removed_share": budget.get("removed_share"),
         **{key: provenance.get(key) for key in _SHOWN},
+        "skipped": SkipLayers.recorded(provenance.get("skip_layers")) or None,
         "calibration": _data((provenance.get("calibration") or {}).get("data")),
         "recovery": report.get("recovery"),
         "recovery_data": _data((provenance.get("recovery") or {}).get("data")),
