@@ -19,6 +19,7 @@ from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.pruning.prunable import Prunable
 from hfprune.recovery.lora import LoraRecovery, check_lora, merge_lora
+from hfprune.utils.compat import commit_of
 from hfprune.utils.errors import ConfigError
 
 
@@ -262,7 +263,7 @@ class ModuleTarget(Target):
 
     def load_dense(self) -> Any:
         """Loads the model from the module's path."""
-        return load_causal_lm(self.module.path, dtype=self.module.dtype_name, revision=self.module.revision)
+        return load_causal_lm(self.module.path, loading=self.module.loading)
 
     def training_figures(self) -> dict[str, Any]:
         """Returns tokens, FLOPs and seconds of recovery."""
@@ -297,11 +298,11 @@ class ModuleTarget(Target):
         self.module.replay(record)
 
     def describe(self) -> dict[str, Any]:
-        """Returns path, revision, dtype and fingerprint of the model."""
+        """Returns path, revision, commit, dtype and fingerprint of the model, and how else it was read."""
         module = self.module
-        return {
-            "path": module.path,
-            "revision": module.revision,
-            "dtype": str(module.causal_lm.dtype),
-            "fingerprint": module.fingerprint,
-        }
+        found = {"path": module.path, "revision": module.revision}
+        if (commit := commit_of(module.config)) is not None:
+            found["commit"] = commit
+        known = {name: module.loading.describe().get(name) for name in ("subfolder", "attn_implementation")}
+        found |= {name: value for name, value in known.items() if value is not None}
+        return found | {"dtype": str(module.causal_lm.dtype), "fingerprint": module.fingerprint}

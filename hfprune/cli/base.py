@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -112,6 +113,12 @@ class BaseCLI(LightningCLI):
             missing = "a variable is missing: " if isinstance(error, KeyError) else ""
             text = " ".join(str(error).replace("HINT:", "").split())
             raise ConfigError(f"The trainer cannot be built: {missing}{text}") from error
+
+    def dumped(self) -> dict[str, Any]:
+        """Returns the configuration as plain data, without the access token."""
+        found: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        found.get("model", {}).pop("token", None)
+        return found
 
     def log_notes(self) -> None:
         """Logs what the run assumes."""

@@ -1,5 +1,6 @@
 """``hfprune export``: a model that hfprune wrote, in another layout."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -8,6 +9,7 @@ from rich.console import Console
 from hfprune.cli.base import BaseCLI
 from hfprune.io.layouts import LAYOUTS
 from hfprune.io.load import previous_plan
+from hfprune.io.loading import LoadingOptions
 from hfprune.io.output_folder import check_apart, check_replaceable
 from hfprune.io.save import check_writable, export_model, saved_line
 from hfprune.plan import PruningPlan
@@ -26,7 +28,10 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
     )
 
 
-_OPTIONS = ("config", "output_dir", "overwrite", "layout", "model", "model.path", "model.dtype", "model.revision")
+_OPTIONS = (
+    *("config", "output_dir", "overwrite", "layout", "model", "model.path"),
+    *(f"model.{option.name}" for option in fields(LoadingOptions)),
+)
 
 
 class ExportCLI(BaseCLI):
@@ -47,7 +52,7 @@ class ExportCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         module, layout, target = self.model, self.config.layout, Path(self.config.output_dir)
-        plan = previous_plan(module.path)
+        plan = previous_plan(module.path, loading=module.loading)
         if plan is None:
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: hfprune did not write this model.")
         check_apart(target, {"model.path": module.path}, names=None)

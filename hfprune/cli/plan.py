@@ -8,6 +8,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hfprune.cli.loading_arguments import add_loading_arguments, loading_of
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
 from hfprune.plan import UNIT_KINDS
@@ -40,8 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     only = "the only layers and modules that are pruned"
     parser.add_argument("--only_layers", default=None, metavar="P", help=only)
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
-    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_loading_arguments(parser)
 
 
 def _rounding(word: str) -> int | str:
@@ -60,7 +61,7 @@ def run(arguments: Namespace) -> None:
 
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
-    model = meta_model(arguments.model, revision=arguments.revision, argument="model")
+    model = meta_model(arguments.model, argument="model", loading=loading_of(arguments))
     round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
     skip = SkipLayers.of(arguments.skip_layers, arguments.only_layers)
     settings: dict[str, Any] = {"units": arguments.units, "round_to": round_to, "skip_layers": skip}

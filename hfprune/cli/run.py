@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import LightningModule, Trainer, seed_everything
@@ -174,7 +173,7 @@ class RunCLI(BaseCLI):
 
     def plain_config(self) -> dict[str, Any]:
         """Returns the configuration as plain data, without the options of the other kinds of pruning."""
-        dumped: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        dumped = self.dumped()
         return {name: value for name, value in dumped.items() if name not in self.unused_groups()}
 
     def run(self) -> None:

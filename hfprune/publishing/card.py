@@ -260,6 +260,7 @@ def _cell(value: Any) -> str:
 def _recipe(found: PrunedFolder, *, trained: bool) -> str:
     provenance, lines = found.provenance, []
     for label, value in (
+        ("dense model", _dense(provenance.get("model") or {})),
         ("budget", (provenance.get("budget") or {}).get("asked")),
         ("criterion", provenance.get("criterion")),
         ("objective", provenance.get("objective")),
@@ -277,6 +278,12 @@ def _recipe(found: PrunedFolder, *, trained: bool) -> str:
     if command := found.report.get("command"):
         lines += ["", "Command:", "", f"```bash\n{command}\n```"]
     return "\n".join(lines)
+
+
+def _dense(model: Mapping[str, Any]) -> str:
+    """Returns name, revision and commit of the dense model; empty for a folder without either."""
+    named = [f"{key} {model[key]}" for key in ("revision", "commit", "subfolder") if model.get(key)]
+    return ", ".join([hub_id(str(model.get("path"))) or "a local folder", *named]) if named else ""
 
 
 def _settings(value: Any) -> str:

@@ -130,7 +130,7 @@ class Pruner:
 
     def _load(self) -> Any:
         module = self._module
-        model = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
+        model = load_causal_lm(module.path, loading=module.loading)
         return model.to(self._device).eval()
 
     def _layerwise(self, model: Any, cell: Cell, keep: Kept | None, batches: Iterable[Any]) -> LayerwiseResult:

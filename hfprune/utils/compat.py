@@ -219,6 +219,43 @@ def within_step(trainer: Any) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
+def commit_of(config: Any) -> str | None:
+    """Returns the commit of the hub from which a config was read, or None for a local folder.
+
+    transformers 5.20 to 5.23: ``config._commit_hash``. The public API names no commit; a branch alone does not say
+    which model was pruned.
+
+    Args:
+        config: A Hugging Face config.
+    """
+    found = getattr(config, "_commit_hash", None)
+    return None if found is None else str(found)
+
+
+@contextmanager
+def saved_hyperparameters(own: Mapping[str, Any], *, without: Iterable[str]) -> Iterator[None]:
+    """Context in which ``save_hyperparameters()`` stores given values in place of the constructor's local variables.
+
+    Lightning 2.6: ``hparams_mixin._given_hyperparameters``, with which ``LightningCLI`` passes the values of a command
+    line. The public method reads every parameter of the signature from the frame of the constructor, which a flat
+    signature does not have.
+
+    Args:
+        own: Name -> value, unless a command line has given the values.
+        without: Names that are not stored.
+    """
+    from lightning.pytorch.core.mixins import hparams_mixin
+
+    given = hparams_mixin._given_hyperparameters.get()
+    hidden = set(without)
+    values = {name: value for name, value in (given or own).items() if name not in hidden}
+    token = hparams_mixin._given_hyperparameters.set(values)
+    try:
+        yield
+    finally:
+        hparams_mixin._given_hyperparameters.reset(token)
+
+
 def has_trainer(module: Any) -> bool:
     """Returns whether a LightningModule is attached to a trainer.
 
