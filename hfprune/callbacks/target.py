@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hfprune.io.checkpoint_record import Phase, Record
-from hfprune.io.load import load_causal_lm
+from hfprune.io.load import commit_of, load_causal_lm
 from hfprune.models import find_groups, is_supported
 from hfprune.models.forward import run_backbone
 from hfprune.modules.causal_lm import PruningModule
@@ -19,7 +19,6 @@ from hfprune.plan import Group, PruningPlan
 from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.pruning.prunable import Prunable
 from hfprune.recovery.lora import LoraRecovery, check_lora, merge_lora
-from hfprune.utils.compat import commit_of
 from hfprune.utils.errors import ConfigError
 
 
@@ -301,7 +300,7 @@ class ModuleTarget(Target):
         """Returns path, revision, commit, dtype and fingerprint of the model, and how else it was read."""
         module = self.module
         found = {"path": module.path, "revision": module.revision}
-        if (commit := commit_of(module.config)) is not None:
+        if (commit := commit_of(module.path, module.loading)) is not None:
             found["commit"] = commit
         known = {name: module.loading.describe().get(name) for name in ("subfolder", "attn_implementation")}
         found |= {name: value for name, value in known.items() if value is not None}

@@ -4,6 +4,7 @@ import difflib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,30 @@ def _inner(folder: Path, where: str, loading: LoadingOptions) -> Path:
 
 
 def _is_cached(path: str, loading: LoadingOptions) -> bool:
+    return _cached_config(path, loading) is not None
+
+
+def _cached_config(path: str, loading: LoadingOptions) -> Path | None:
+    """Returns the downloaded config of a hub id, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     (file,) = loading.patterns("config.json")
-    where = {"cache_dir": loading.cache_dir, "revision": loading.revision}
-    return isinstance(try_to_load_from_cache(path, file, **where), str)
+    found = try_to_load_from_cache(path, file, cache_dir=loading.cache_dir, revision=loading.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(path: str, loading: LoadingOptions) -> str | None:
+    """Returns the commit of the hub from which a downloaded model was read; None for a local folder.
+
+    Args:
+        path: The hub id, or a folder.
+        loading: How the model was read.
+    """
+    if path == EMBEDDED_NAME or Path(path).is_dir() or not is_repo_id(path):
+        return None
+    config = _cached_config(path, loading)
+    parts = () if config is None else config.parts
+    return next((commit for name, commit in pairwise(parts) if name == "snapshots"), None)
 
 
 def resolve_model_path(path: str, *, argument: str = "path", loading: LoadingOptions | None = None) -> str:
@@ -115,9 +135,14 @@ def resolve_model_path(path: str, *, argument: str = "path", loading: LoadingOpt
     return LoadingOptions.of(loading).within(folder) if Path(folder).is_dir() else folder
 
 
-def _looked_up(resolved: str) -> str:
+def _looked_up(resolved: str, loading: LoadingOptions) -> str:
     """Returns where a model was looked for if it is not a local folder, for messages."""
-    return "" if Path(resolved).is_dir() else " (there is no such folder; it was looked up on the hub)"
+    if Path(resolved).is_dir():
+        return ""
+    given = [f"{name}='{value}'" for name in ("revision", "subfolder") if (value := getattr(loading, name)) is not None]
+    within = f" with {', '.join(given)}" if given else ""
+    where = "in the cache of downloaded files" if loading.local_files_only else "on the hub"
+    return f" (there is no such folder; it was looked up {where}{within})"
 
 
 def check_model(path: str, *, loading: LoadingOptions | None = None, argument: str = "path") -> None:
@@ -186,7 +211,7 @@ def load_config(
 
     loading = LoadingOptions.of(loading, revision=revision)
     resolved, where = resolve_model_path(path, argument=argument, loading=loading), f"{argument}='{path}'"
-    with reading(f"Cannot read the config of {where}{_looked_up(resolved)}"), quiet_transformers():
+    with reading(f"Cannot read the config of {where}{_looked_up(resolved, loading)}"), quiet_transformers():
         config = AutoConfig.from_pretrained(resolved, trust_remote_code=False, **loading.config(resolved), **_SWITCHES)
     _check_config(config, where)
     config = bitmask_stock(config)
@@ -376,8 +401,8 @@ def load_tokenizer(path: str, *, loading: LoadingOptions | None = None) -> Any:
             tokenizer.decode(tokenizer("a")["input_ids"])  # a damaged config may load, and fail with the first text
     except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(
-            f"{where}{_looked_up(resolved)} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer "
-            "into the folder (tokenizer.save_pretrained)."
+            f"{where}{_looked_up(resolved, loading)} has no usable tokenizer ({first_line(error)}). Save the model's "
+            "tokenizer into the folder (tokenizer.save_pretrained)."
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # remote code, which is neither run nor exported
     return tokenizer

@@ -219,19 +219,6 @@ def within_step(trainer: Any) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
-def commit_of(config: Any) -> str | None:
-    """Returns the commit of the hub from which a config was read, or None for a local folder.
-
-    transformers 5.20 to 5.23: ``config._commit_hash``. The public API names no commit; a branch alone does not say
-    which model was pruned.
-
-    Args:
-        config: A Hugging Face config.
-    """
-    found = getattr(config, "_commit_hash", None)
-    return None if found is None else str(found)
-
-
 @contextmanager
 def saved_hyperparameters(own: Mapping[str, Any], *, without: Iterable[str]) -> Iterator[None]:
     """Context in which ``save_hyperparameters()`` stores given values in place of the constructor's local variables.

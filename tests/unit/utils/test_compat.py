@@ -141,3 +141,15 @@ def test_an_option_has_its_type():
     parser = ArgumentParser()
     parser.add_argument("--given", type=LoraRecovery | None)
     assert type_hint(parser_actions(parser)[-1]) == LoraRecovery | None
+
+
+def test_saved_hyperparameters_are_those_that_are_given():
+    class Module(LightningModule):
+        def __init__(self, size, secret):
+            super().__init__()
+            with compat.saved_hyperparameters({"width": size, "secret": secret}, without=("secret",)):
+                self.save_hyperparameters()
+
+    assert dict(Module(3, "x").hparams) == {"width": 3}
+    with _given_hyperparameters_context({"size": 1, "secret": "y"}, "some.function"):  # of a command line
+        assert dict(Module(1, "y").hparams) == {"size": 1, "_instantiator": "some.function"}
