@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hfprune.io.layouts import apply_plan
     from hfprune.io.load_any import load
     from hfprune.models import Neurons
+    from hfprune.models.skip_layers import SkipLayers
     from hfprune.models.surgery import mask_plan
     from hfprune.modules import PruningModule
     from hfprune.plan import Budget, PruningPlan
@@ -53,6 +54,7 @@ _HOMES = {
     "PruningModule": "hfprune.modules",
     "PruningPlan": "hfprune.plan",
     "ReportCallback": "hfprune.callbacks",
+    "SkipLayers": "hfprune.models.skip_layers",
     "SparsePruningCallback": "hfprune.callbacks",
     "StructuredPruningCallback": "hfprune.callbacks",
     "TaylorImportanceCallback": "hfprune.callbacks",
@@ -84,6 +86,7 @@ __all__ = [
     "PruningModule",
     "PruningPlan",
     "ReportCallback",
+    "SkipLayers",
     "SparsePruningCallback",
     "StructuredPruningCallback",
     "TaylorImportanceCallback",

@@ -45,6 +45,7 @@ from hfprune.io.load_any import load
 from hfprune.io.recorded_plan import recorded_plan
 from hfprune.io.save import export_model
 from hfprune.models import class_name, config_values, find_groups
+from hfprune.models.skip_layers import SkipLayers, SkipPatterns
 from hfprune.objectives import OBJECTIVES
 from hfprune.plan import DEPTH_KINDS, UNIT_KINDS, Budget, Group, PruningPlan, UnitKind
 from hfprune.pruning.accumulator import check_criterion, weight_scores
@@ -155,6 +156,7 @@ def make_plan(
     units: Sequence[UnitKind] | None = None,
     allocation: Allocation | None = None,
     keep: Mapping[str, Any] | None = None,
+    skip_layers: SkipLayers | SkipPatterns | None = None,
 ) -> PruningPlan:
     """Returns a pruning plan from scores and a budget, or from user-defined indices.
 
@@ -167,6 +169,8 @@ def make_plan(
         allocation: Distribution of the budget over groups; the same share of every group if not given.
         keep: Group name -> indices of the kept units, in any order, instead of scores and budget. Other groups keep all
             units.
+        skip_layers: Layers and modules that keep all units, such as ``[0, -1]``, ``"0-3"`` or ``"*.self_attn"``; or a
+            :class:`hfprune.SkipLayers`.
 
     Returns:
         The plan for :func:`apply_plan`; ``plan.keep`` holds the kept units of every group.
@@ -184,7 +188,7 @@ def make_plan(
         {'model.layers.0.mlp': 12, 'model.layers.1.mlp': 24}
     """
     named = keep if keep is not None else scores or {}
-    subject = PrunableModel(model, units or _units_of(model, named))
+    subject = PrunableModel(model, units or _units_of(model, named), skip_layers=SkipLayers.of(skip_layers))
     groups = subject.groups(model)
     if unknown := sorted(set(named) - {group.name for group in groups}):
         raise ConfigError(
@@ -193,8 +197,8 @@ def make_plan(
         )
     provenance: dict[str, Any] = {"units": list(subject.units), "model": subject.describe(), "versions": versions()}
     if keep is not None:
-        if budget is not None or allocation is not None:
-            raise ConfigError("keep=... lists the kept units: remove budget and allocation.")
+        if budget is not None or allocation is not None or skip_layers is not None:
+            raise ConfigError("keep=... lists the kept units: remove budget, allocation and skip_layers.")
         kept = {group.name: keep.get(group.name, range(group.num_units)) for group in groups}
     else:
         kept, found = _within_budget(subject, groups, dict(scores or {}), budget, allocation)
@@ -234,7 +238,11 @@ def _within_budget(
         raise ConfigError(f"scores['{bad}'] contains NaN.")
     resolved = subject.resolve(asked, allocation, plain)
     described = None if allocation is None else allocation.describe()
-    return dict(kept_units(plain, groups, resolved)), {"budget": resolved.to_dict(), "allocation": described}
+    return dict(kept_units(plain, groups, resolved)), {
+        "budget": resolved.to_dict(),
+        "allocation": described,
+        "skip_layers": subject.describe_skipped(),
+    }
 
 
 def _units_of(model: Any, named: Mapping[str, Any]) -> tuple[str, ...]:
@@ -261,7 +269,7 @@ def refit(
     """Refits the weights of the kept units to compensate for the removed units, layer by layer and in place.
 
     Call this function between :func:`make_plan` and :func:`apply_plan`. The model remains dense; the weights of removed
-    units are set to zero.
+    units are set to zero. Modules that ``skip_layers`` named stay as they are.
 
     Args:
         model: The dense model.
@@ -293,9 +301,10 @@ def refit(
     if subject.groups(model) != plan.groups:
         raise PlanError("plan=... describes another model than model=...: call refit before apply_plan.")
     check_layerwise(subject, ActivationTaylor(), compensation)
+    skipped = (plan.provenance.get("skip_layers") or {}).get("groups", ())
     result = run_layerwise(
         subject,
-        plan.groups,
+        tuple(group for group in plan.groups if group.name not in skipped),
         plan.widths(),
         _data(batches),
         LocalCommunicator(),

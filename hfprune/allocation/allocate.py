@@ -37,18 +37,22 @@ def allocate(
         from_shapes = partial(allocate, inventory, allocation=allocation)
         return auto_rounded(budget, partial(from_shapes, scores=scores), shapes=from_shapes)
     chosen = allocation or Uniform()
-    chosen.check(inventory)
-    _check_budget(inventory, budget, chosen)
+    open_to = inventory.open_groups()
+    inner = inventory.select(open_to) if inventory.skipped else inventory
+    chosen.check(inner)
+    _check_budget(inner, budget, chosen)
     asked = _asked(inventory, budget, allocation)
-    allot = partial(chosen.allot, inventory, round_to=budget.round_to, scores=scores)
+    allot = partial(chosen.allot, inner, round_to=budget.round_to, scores=scores)
     if chosen.own_budget:
         found = allot(0)
-        target = inventory.params_of(found)
+        target = inner.params_of(found)
         if target == inventory.dense_params:
             raise ConfigError(f"{asked} removes nothing: every group keeps all of its units.")
     else:
-        target = target_params(budget, inventory)
-        found = check_reach(asked, budget, inventory, target, allot)
+        target = target_params(budget, inner)
+        found = check_reach(asked, budget, inner, target, allot)
+    note, waits = _limits(inner, chosen), chosen.needs_scores(inner)
+    found = found.within(inventory, open_to) if inventory.skipped else found
     return ResolvedBudget(
         asked=asked,
         widths=found.widths,
@@ -59,8 +63,9 @@ def allocate(
         params=inventory.params_of(found),
         kinds=_by_kind(inventory, found),
         removed_layers=found.removed_layers,
-        provisional=scores is None and chosen.needs_scores(inventory),
-        note=_limits(inventory, chosen),
+        provisional=scores is None and waits,
+        note=note,
+        skipped=tuple(group.name for group in inventory.skipped),
     )
 
 
@@ -111,7 +116,7 @@ def _asked(inventory: Inventory, budget: Budget, allocation: Allocation | None) 
     parts = [budget.describe()]
     if inventory.kinds() != ("mlp",):
         parts.append(f"units={'+'.join(inventory.kinds())}")
-    parts.append(str(allocation) if allocation is not None else "")
+    parts += [str(allocation) if allocation is not None else "", inventory.skip]
     return ", ".join(part for part in parts if part)
 
 

@@ -25,6 +25,7 @@ from hfprune.models import (
     pruned_count,
     unit_cost,
 )
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, UNIT_KINDS, Group
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.settings import Configured
@@ -101,6 +102,8 @@ class Inventory:
         head_counts: Numbers of key-value heads to choose from, one for all layers: those that a stock config can state.
             None: any number.
         count: Kept units per group -> parameters of the model, where groups share matrices so that costs do not add up.
+        skipped: Groups that keep all units (``skip_layers``).
+        skip: The setting that skips them, in words; empty without one.
     """
 
     groups: tuple[Group, ...]
@@ -112,9 +115,13 @@ class Inventory:
     channels: ChannelCosts | None = None
     head_counts: tuple[int, ...] | None = None
     count: Callable[[Sequence[int]], int] | None = None
+    skipped: tuple[Group, ...] = ()
+    skip: str = ""
 
     @classmethod
-    def of(cls, model: Any, groups: tuple[Group, ...], *, stock: bool = False) -> "Inventory":
+    def of(
+        cls, model: Any, groups: tuple[Group, ...], *, stock: bool = False, skip: SkipLayers | None = None
+    ) -> "Inventory":
         """Returns the inventory of some groups of a model.
 
         Args:
@@ -123,7 +130,16 @@ class Inventory:
             groups: Its groups.
             stock: Whether a stock config has to state the number of heads. Classes that can state the dense number only
                 are not restricted here; pruning their heads is refused elsewhere.
+            skip: Layers and modules that are not pruned.
+
+        Raises:
+            ConfigError: ``skip`` does not fit the model, or leaves nothing to prune.
         """
+        found = cls._of(model, groups, stock=stock)
+        return found if skip is None else found.skipping(skip, find_spec(model).layers if is_supported(model) else "")
+
+    @classmethod
+    def _of(cls, model: Any, groups: tuple[Group, ...], *, stock: bool) -> "Inventory":
         if not is_supported(model):
             costs, count = tuple(unit_cost(model, group) for group in groups), partial(pruned_count, model, groups)
             return cls(groups=groups, costs=costs, dense_params=parameter_count(model), hidden_size=None, count=count)
@@ -245,9 +261,44 @@ class Inventory:
         return bisected(too_small)[1]
 
     def select(self, numbers: Sequence[int]) -> "Inventory":
-        """Returns an inventory of some of the groups, of the same model."""
+        """Returns an inventory of some of the groups, of the same model; the other groups keep all units."""
         groups, costs = tuple(self.groups[i] for i in numbers), tuple(self.costs[i] for i in numbers)
-        return replace(self, groups=groups, costs=costs)
+        channels, count, dense = self.channels, self.count, self.dense_widths()
+        if channels is not None:
+            channels = replace(channels, per_unit=tuple(channels.per_unit[i] for i in numbers))
+        heads = any(group.kind == "heads" for group in groups)
+        return replace(
+            self,
+            groups=groups,
+            costs=costs,
+            channels=channels,
+            head_counts=self.head_counts if heads else None,
+            count=None if count is None else lambda widths: count(_put(dense, numbers, widths)),
+        )
+
+    def skipping(self, skip: SkipLayers, prefix: str) -> "Inventory":
+        """Returns the inventory in which some groups keep all units and some layers are not removed.
+
+        Args:
+            skip: Layers and modules that are not pruned.
+            prefix: Module name of the list of layers; empty for a model without layers.
+
+        Raises:
+            ConfigError: ``skip`` does not fit the groups, or leaves nothing to prune.
+        """
+        where: dict[str, Any] = {"prefix": prefix, "layers": len(self.layer_params)}
+        names = set(skip.groups(self.groups, **where))
+        fixed = self.fixed_layers | skip.layers(self.groups, **where)
+        skipped = tuple(group for group in self.groups if group.name in names)
+        left = [group for group in self.groups if group.name not in names]
+        if not left or (all(group.kind == LAYERS for group in left) and len(fixed) >= len(self.layer_params)):
+            raise ConfigError(f"{skip} skips every unit: nothing is left to prune.")
+        return replace(self, skipped=skipped, skip=str(skip), fixed_layers=fixed)
+
+    def open_groups(self) -> list[int]:
+        """Returns the positions of the groups that may lose units."""
+        names = {group.name for group in self.skipped}
+        return [i for i, group in enumerate(self.groups) if group.name not in names]
 
     def worst_layers(self, scores: Scores | None, number: int) -> tuple[int, ...]:
         """Returns the ``number`` removable layers with the lowest scores, ascending; without scores, the last ones."""
@@ -278,6 +329,14 @@ class Inventory:
         return [i for place, i in enumerate(members) if place not in kept]
 
 
+def _put(widths: Sequence[int], numbers: Sequence[int], values: Sequence[int]) -> list[int]:
+    """Returns ``widths`` with ``values`` at the positions ``numbers``."""
+    found = list(widths)
+    for number, value in zip(numbers, values, strict=True):
+        found[number] = value
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allotment:
     """How many units each group keeps.
@@ -291,6 +350,20 @@ class Allotment:
     widths: tuple[int, ...]
     removed_layers: tuple[int, ...] = ()
     exact_width: float | None = None
+
+    def within(self, inventory: Inventory, numbers: Sequence[int]) -> "Allotment":
+        """Returns the allotment of all groups of an inventory, of which this one is for those at ``numbers``.
+
+        The other groups keep all units.
+
+        Args:
+            inventory: All groups.
+            numbers: Positions of the groups of this allotment.
+        """
+        exact = self.exact_width
+        if any(group.kind == "mlp" for i, group in enumerate(inventory.groups) if i not in numbers):
+            exact = None
+        return replace(self, widths=tuple(_put(inventory.dense_widths(), numbers, self.widths)), exact_width=exact)
 
 
 class Measurements(Protocol):

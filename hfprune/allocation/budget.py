@@ -46,6 +46,7 @@ class ResolvedBudget:
         removed_layers: Removed layers, ascending.
         provisional: Whether widths or removed layers depend on scores that are not known yet.
         note: The constraint that limited the choice of widths; empty without one.
+        skipped: Names of the groups that keep all units because ``skip_layers`` names them.
     """
 
     asked: str
@@ -59,6 +60,7 @@ class ResolvedBudget:
     removed_layers: tuple[int, ...] = ()
     provisional: bool = False
     note: str = ""
+    skipped: tuple[str, ...] = ()
 
     @property
     def width(self) -> int | None:

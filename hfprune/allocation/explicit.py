@@ -72,9 +72,12 @@ class Explicit(Allocation):
         """Raises ``ConfigError`` if a kind is not pruned or a number does not fit the model."""
         for kind in self.settings():
             if kind not in inventory.kinds():
+                if any(group.kind == kind for group in inventory.skipped):
+                    raise ConfigError(f"{self} names units ({kind}) that {inventory.skip} skips in every layer.")
                 raise ConfigError(f"{self} names units that are not pruned: add '{kind}' to `units`.")
         for kind, value in self._numbers().items():
             self._widths(inventory, kind, value)
+            self._check_skipped(inventory, kind, value)
         removed = self._removed(inventory, None) if self.layers is not None else ()
         for kind in SUBLAYERS:
             self._lost(inventory, kind, removed, None)
@@ -132,6 +135,15 @@ class Explicit(Allocation):
         if len(named) >= layers or any(not 0 <= layer < layers or layer in inventory.fixed_layers for layer in named):
             raise ConfigError(f"{self} removes protected layers, layers that do not exist, or all of {layers}.")
         return tuple(named)
+
+    def _check_skipped(self, inventory: Inventory, kind: str, value: int | list[int]) -> None:
+        """Raises ``ConfigError`` if a list gives a skipped group another width than that of the dense model."""
+        for group in inventory.skipped:
+            if group.kind == kind and not isinstance(value, int) and value[group.layer or 0] != group.num_units:
+                raise ConfigError(
+                    f"{self}: {kind} lists {value[group.layer or 0]} units for layer {group.layer}, which "
+                    f"{inventory.skip} keeps at {group.num_units}."
+                )
 
     def _widths(self, inventory: Inventory, kind: str, value: int | list[int]) -> dict[int, int]:
         """Returns position of the group -> width."""

@@ -58,17 +58,20 @@ class Protected(Allocation):
         layers = len(inventory.layer_params)
         if self.first + self.last >= layers:
             raise ConfigError(f"{self} protects all of the model's {layers} layers.")
+        between, open_to = self._open(inventory)
+        if not open_to or inventory.fixed_layers >= set(between):
+            raise ConfigError(f"{self} and {inventory.skip or 'the settings'} leave nothing to prune.")
         self.allocation.check(inventory)
 
     def allot(self, inventory: Inventory, target: int, *, round_to: int, scores: Scores | None) -> Allotment:
         """Returns the inner allotment for the other layers."""
-        layers = len(inventory.layer_params)
-        between = range(self.first, layers - self.last)
-        open_to = [i for i, g in enumerate(inventory.groups) if g.layer is None or g.layer in between]
-        fixed = inventory.fixed_layers | (set(range(layers)) - set(between))
+        between, open_to = self._open(inventory)
+        fixed = inventory.fixed_layers | (set(range(len(inventory.layer_params))) - set(between))
         inner = replace(inventory.select(open_to), fixed_layers=frozenset(fixed))
         found = self.allocation.allot(inner, target, round_to=round_to, scores=scores)
-        widths = list(inventory.dense_widths())
-        for i, width in zip(open_to, found.widths, strict=True):
-            widths[i] = width
-        return replace(found, widths=tuple(widths))
+        return replace(found.within(inventory, open_to), exact_width=found.exact_width)
+
+    def _open(self, inventory: Inventory) -> tuple[range, list[int]]:
+        """Returns the layers that are not protected, and the positions of their groups and of those of no layer."""
+        between = range(self.first, len(inventory.layer_params) - self.last)
+        return between, [i for i, g in enumerate(inventory.groups) if g.layer is None or g.layer in between]

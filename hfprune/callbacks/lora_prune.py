@@ -17,6 +17,7 @@ from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
 from hfprune.models import class_name
+from hfprune.models.skip_layers import SkipLayers, SkipPatterns
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.hooks import UnitMask
@@ -50,6 +51,8 @@ class LoraPruningCallback(PruningCallback):
         every: Number of optimizer steps between selections of units.
         warmup: Share of the steps before the first selection.
         cooldown: Share of the steps after the last selection, trained at the final widths.
+        skip_layers: Layers and modules that are not pruned: indices, ranges, name patterns, or a
+            :class:`~hfprune.SkipLayers`; None prunes all.
         model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
@@ -63,7 +66,7 @@ class LoraPruningCallback(PruningCallback):
 
     before_training: ClassVar[bool] = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         pruning_ratio: float | None = None,
@@ -75,6 +78,7 @@ class LoraPruningCallback(PruningCallback):
         every: int = 10,
         warmup: float = 0.1,
         cooldown: float = 0.1,
+        skip_layers: SkipLayers | SkipPatterns | None = None,
         model: str | None = None,
     ) -> None:
         if not set(units) <= {"mlp", "heads"} or not units:
@@ -90,7 +94,7 @@ class LoraPruningCallback(PruningCallback):
         if self.lora.init == "pissa" or self.lora.dora:
             raise ConfigError("lora must not set dora or init: importance is computed from plain adapters.")
         self.budget = Budget(pruning_ratio=pruning_ratio, target_params=target_params, **rounding(round_to))
-        self.units, self.allocation = unit_kinds(units), allocation
+        self.units, self.allocation, self.skip_layers = unit_kinds(units), allocation, SkipLayers.of(skip_layers)
         self.every, self.warmup, self.cooldown, self.model = every, warmup, cooldown, model
         self._kept: dict[str, tuple[int, ...]] | None = None
         self._groups: tuple[Group, ...] = ()
@@ -108,7 +112,8 @@ class LoraPruningCallback(PruningCallback):
         """Returns the settings that determine the kept units, as plain data."""
         widths = None if self._resolved is None else list(self._resolved.widths)
         schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
-        return {"units": list(self.units), "widths": widths, **schedule}
+        found = {"units": list(self.units), "widths": widths, **schedule}
+        return found if self.skip_layers is None else found | {"skip_layers": self.skip_layers.describe()}
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +150,7 @@ class LoraPruningCallback(PruningCallback):
                 "model in configure_model: create it in the constructor, or use StructuredPruningCallback with "
                 "recovery='lora'."
             )
-        target.units, target.stock = self.units, self.stock
+        target.units, target.stock, target.skip_layers = self.units, self.stock, self.skip_layers
         return target
 
     def _check_run(self, trainer: Trainer, target: Target) -> None:
@@ -256,6 +261,7 @@ class LoraPruningCallback(PruningCallback):
             "budget": self._resolved.to_dict(),
             "units": list(self.units),
             "allocation": self.allocation.describe() if self.allocation else None,
+            "skip_layers": target.describe_skipped(),
             "criterion": {"name": "lora_prune", "every": self.every, "warmup": self.warmup, "cooldown": self.cooldown},
             "objective": None,
             "model": target.describe(),

@@ -49,6 +49,7 @@ def describe_options(options: PruningOptions) -> dict[str, Any]:
         "round_to": options.budget.round_to,
         "units": list(options.units),
         "allocation": options.allocation.describe() if options.allocation else None,
+        "skip_layers": options.skip_layers.describe() if options.skip_layers else None,
         "criterion": options.criterion.describe(),
         "objective": options.objective,
         "distillation": asdict(distillation) if distillation else None,

@@ -107,7 +107,7 @@ class Stages:
         """Measures the model with unmerged adapters: merging would require a second model."""
         module, windows = target.module, self.text.windows(trainer, target)
         if self._reference is None and windows is not None:
-            dense = PruningModule(module.path, dtype=module.dtype_name, revision=module.revision)
+            dense = PruningModule(module.path, loading=module.loading)
             dense._device_mesh = module.device_mesh
             dense.configure_model()
             self._reference = dense.run(DenseReference.collect, dense.causal_lm, windows)

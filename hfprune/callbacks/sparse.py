@@ -28,6 +28,7 @@ from hfprune.models.contexts import evaluating
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import as_batch, sequences
 from hfprune.models.groups import find_layers
+from hfprune.models.skip_layers import SkipLayers, SkipPatterns
 from hfprune.modules.resume import data_fingerprint
 from hfprune.plan import PruningPlan
 from hfprune.pruning.calibration import seed_data
@@ -139,6 +140,8 @@ class SparsePruningCallback(PruningCallback):
             the accelerator, or None for the device of the model.
         state_dir: Folder for finished layers, from which an interrupted run continues, or None. A
             :class:`~hfprune.sparse.SavedLayers` can discard the layers of an earlier run.
+        skip_layers: Layers and modules whose weights stay as they are: indices, ranges, name patterns, or a
+            :class:`~hfprune.SkipLayers`. ``sparsity`` is the share of zeros of the other projections.
         model: Name of the Hugging Face model in a user-defined module with several models.
 
     Raises:
@@ -153,7 +156,7 @@ class SparsePruningCallback(PruningCallback):
     prunes: ClassVar[Literal["units", "weights"]] = "weights"
 
     @old_keyword("fresh", "state_dir", "state_dir=SavedLayers(folder=..., fresh=True)", _saved_layers)
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         method: SparseMethod | str,
@@ -165,6 +168,7 @@ class SparsePruningCallback(PruningCallback):
         calibration_batches: int | None = None,
         offload: Offload | None = None,
         state_dir: str | Path | SavedLayers | None = None,
+        skip_layers: SkipLayers | SkipPatterns | None = None,
         model: str | None = None,
     ) -> None:
         check_positive(calibration_batches=calibration_batches)
@@ -190,7 +194,7 @@ class SparsePruningCallback(PruningCallback):
         saved = state_dir if isinstance(state_dir, SavedLayers | None) else SavedLayers(folder=state_dir)
         self.state_dir = None if saved is None else Path(saved.folder)
         self.fresh = saved is not None and saved.fresh
-        self.model = model
+        self.model, self.skip_layers = model, SkipLayers.of(skip_layers)
         self.layers: list[SparseLayer] = []
         """The error and the zeros of each layer, after pruning."""
         self._hooks: list[Any] = []
@@ -207,7 +211,7 @@ class SparsePruningCallback(PruningCallback):
             "sparsity": str(self.sparsity),
             "update": self.update.describe() if self.update else None,
             "allocation": self.allocation.describe() if self.allocation else None,
-        }
+        } | ({} if self.skip_layers is None else {"skip_layers": self.skip_layers.describe()})
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -222,7 +226,7 @@ class SparsePruningCallback(PruningCallback):
         if target.known:
             model = target.shapes()
             find_spec(model)
-            check_sparse(model, self.method, self.sparsity, self.allocation, self.update)
+            check_sparse(model, self.method, self.sparsity, self.allocation, self.update, self.skip_layers)
         return None
 
     def check_stock(self, module: LightningModule) -> None:
@@ -292,6 +296,7 @@ class SparsePruningCallback(PruningCallback):
                 self.sparsity,
                 allocation=self.allocation,
                 update=self.update,
+                skip_layers=self.skip_layers,
                 device=strategy.root_device,
                 offload=self.offload,
                 state=self._open_state(trainer, target, digest),
@@ -325,9 +330,10 @@ class SparsePruningCallback(PruningCallback):
             keep={},
             config={},
             provenance={
-                "budget": {"asked": f"sparsity={self.sparsity}"},
+                "budget": {"asked": ", ".join(map(str, filter(None, (f"sparsity={self.sparsity}", self.skip_layers))))},
                 "criterion": self.method.describe(),
                 "sparse": _plain(self.describe()),
+                "skip_layers": None if self.skip_layers is None else self.skip_layers.describe(),
                 "keep_zeros": self.keep_zeros,
                 "sparsity": sparsity_summary(self.layers),
                 "model": target.describe(),

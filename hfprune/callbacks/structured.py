@@ -22,6 +22,7 @@ from hfprune.compensation import Compensation
 from hfprune.criteria import ActivationTaylor, Criterion, SelfDistillation
 from hfprune.io.checkpoint_record import KEY, Phase, Record, read_metadata
 from hfprune.models import Neurons, check_units, parameter_count
+from hfprune.models.skip_layers import SkipLayers, SkipPatterns
 from hfprune.modules.resume import reopen_epoch
 from hfprune.plan import Budget, PruningPlan, UnitKind, unit_kinds
 from hfprune.pruning.options import CalibrationOptions, DepthSetting, PruningOptions
@@ -66,6 +67,8 @@ class StructuredPruningCallback(PruningCallback):
         recovery: ``"lora"`` or a ``LoraRecovery`` (adapters), ``"full"`` (all weights), ``"mlp"`` (projections of the
             MLPs) or ``"none"``; see :class:`~hfprune.recovery.mode.RecoveryMode`.
         calibration: Options of the calibration.
+        skip_layers: Layers and modules that are not pruned: indices, ranges, name patterns, or a
+            :class:`~hfprune.SkipLayers`; None prunes all.
         model: Name of the Hugging Face model in a user-defined module with several models.
         neurons: Neurons of a user-defined module without a Hugging Face model.
 
@@ -81,7 +84,7 @@ class StructuredPruningCallback(PruningCallback):
         'pruning_ratio=0.2'
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         budget: Budget | float | None = None,
         *,
@@ -92,6 +95,7 @@ class StructuredPruningCallback(PruningCallback):
         compensation: Compensation | None = None,
         recovery: RecoverySetting = "full",
         calibration: CalibrationOptions | None = None,
+        skip_layers: SkipLayers | SkipPatterns | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
@@ -107,6 +111,7 @@ class StructuredPruningCallback(PruningCallback):
             objective=objective,
             compensation=compensation,
             calibration=self.calibration,
+            skip_layers=SkipLayers.of(skip_layers),
         )
         self.model, self.neurons = model, tuple(neurons)
         self.convergence: list[tuple[int, float]] = []
@@ -146,7 +151,7 @@ class StructuredPruningCallback(PruningCallback):
         options = self.options
         objective = options.target_objective(described=bool(self.neurons))
         target = find_target(module, objective=objective, model=self.model, neurons=self.neurons)
-        target.units, target.stock = options.units, self.stock
+        target.units, target.stock, target.skip_layers = options.units, self.stock, options.skip_layers
         return target
 
     def _check_run(self, trainer: Trainer, target: Target) -> None:
@@ -320,6 +325,8 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         early_stop_overlap: Share of unchanged kept units, for example 0.99, at which calibration stops after two
             comparisons in a row; None runs all batches. ``check_every`` must then be a multiple of the number of
             processes.
+        skip_layers: Layers and modules that are not pruned: indices, ranges, name patterns, or a
+            :class:`~hfprune.SkipLayers`; None prunes all.
         model: Name of the Hugging Face model in a user-defined module with several models.
         neurons: Neurons of a user-defined module without a Hugging Face model.
 
@@ -357,6 +364,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
         checkpoint_every: int | None = 64,
         check_every: int | None = 16,
         early_stop_overlap: float | None = None,
+        skip_layers: SkipLayers | SkipPatterns | None = None,
         model: str | None = None,
         neurons: Sequence[Neurons] = (),
     ) -> None:
@@ -389,6 +397,7 @@ class TaylorImportanceCallback(StructuredPruningCallback):
             compensation=compensation,
             recovery=recovery,
             calibration=calibration,
+            skip_layers=skip_layers,
             model=model,
             neurons=neurons,
         )

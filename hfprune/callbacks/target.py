@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hfprune.io.checkpoint_record import Phase, Record
-from hfprune.io.load import load_causal_lm
+from hfprune.io.load import commit_of, load_causal_lm
 from hfprune.models import find_groups, is_supported
 from hfprune.models.forward import run_backbone
 from hfprune.modules.causal_lm import PruningModule
@@ -262,7 +262,7 @@ class ModuleTarget(Target):
 
     def load_dense(self) -> Any:
         """Loads the model from the module's path."""
-        return load_causal_lm(self.module.path, dtype=self.module.dtype_name, revision=self.module.revision)
+        return load_causal_lm(self.module.path, loading=self.module.loading)
 
     def training_figures(self) -> dict[str, Any]:
         """Returns tokens, FLOPs and seconds of recovery."""
@@ -297,11 +297,11 @@ class ModuleTarget(Target):
         self.module.replay(record)
 
     def describe(self) -> dict[str, Any]:
-        """Returns path, revision, dtype and fingerprint of the model."""
+        """Returns path, revision, commit, dtype and fingerprint of the model, and how else it was read."""
         module = self.module
-        return {
-            "path": module.path,
-            "revision": module.revision,
-            "dtype": str(module.causal_lm.dtype),
-            "fingerprint": module.fingerprint,
-        }
+        found = {"path": module.path, "revision": module.revision}
+        if (commit := commit_of(module.path, module.loading)) is not None:
+            found["commit"] = commit
+        known = {name: module.loading.describe().get(name) for name in ("subfolder", "attn_implementation")}
+        found |= {name: value for name, value in known.items() if value is not None}
+        return found | {"dtype": str(module.causal_lm.dtype), "fingerprint": module.fingerprint}

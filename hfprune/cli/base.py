@@ -1,5 +1,6 @@
 """Base class of the commands: the common parser, and errors in one line that name flags."""
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,12 @@ class BaseCLI(LightningCLI):
             missing = "a variable is missing: " if isinstance(error, KeyError) else ""
             text = " ".join(str(error).replace("HINT:", "").split())
             raise ConfigError(f"The trainer cannot be built: {missing}{text}") from error
+
+    def dumped(self) -> dict[str, Any]:
+        """Returns the configuration as plain data, without the access token."""
+        found: dict[str, Any] = json.loads(self.parser.dump(self.config, format="json"))
+        found.get("model", {}).pop("token", None)
+        return found
 
     def log_notes(self) -> None:
         """Logs what the run assumes."""

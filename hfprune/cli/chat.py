@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfprune.cli.loading_arguments import add_loading_arguments, loading_of
 from hfprune.cli.startup import importing
 from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hfprune.io.loading import LoadingOptions
     from hfprune.publishing.conversation import Conversation
 
 _END = ("exit", "quit")
@@ -29,6 +31,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 (default): most likely token")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
+    parser.add_argument("--dense_revision", metavar="R", help="branch, tag or commit of the dense model's hub id")
+    parser.add_argument("--dense_subfolder", metavar="DIR", help="folder of the dense model within --dense")
+    add_loading_arguments(parser, weights=True)
 
 
 def run(arguments: Namespace) -> None:
@@ -53,13 +58,16 @@ def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:
     """Yields the name and the conversation of each model."""
     named = {"pruned": arguments.model, "dense": arguments.dense}
     given = {name: path for name, path in named.items() if path is not None}
-    places = {name: _place(path) for name, path in given.items()}  # before transformers is imported
+    own = loading_of(arguments)
+    dense = own.elsewhere(revision=arguments.dense_revision, subfolder=arguments.dense_subfolder)
+    loading = {"pruned": own, "dense": dense}
+    places = {name: _place(path, loading[name]) for name, path in given.items()}  # before transformers is imported
 
     with importing():
         import torch
 
         from hfprune.io.load import load_tokenizer
-        from hfprune.io.load_any import load
+        from hfprune.io.load_any import load_with
         from hfprune.publishing.conversation import Conversation
 
     try:
@@ -67,12 +75,12 @@ def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device='{arguments.device}' cannot be used: {str(error).splitlines()[0]}") from error
-    for name, (weights, tokenizer) in places.items():
+    for name, (weights, tokenizer, read) in places.items():
         yield (
             name,
             Conversation(
-                model=load(weights, device=device),
-                tokenizer=load_tokenizer(tokenizer),
+                model=load_with(weights, read).to(device),
+                tokenizer=load_tokenizer(tokenizer, loading=read),
                 max_new_tokens=arguments.max_new_tokens,
                 temperature=arguments.temperature,
                 seed=arguments.seed,
@@ -81,18 +89,18 @@ def _loaded(arguments: Namespace) -> Iterator[tuple[str, "Conversation"]]:
         )
 
 
-def _place(path: str) -> tuple[str, str]:
-    """Returns where the weights and the tokenizer of a model are; the adapter of a run comes with its model."""
+def _place(path: str, loading: "LoadingOptions") -> tuple[str, str, "LoadingOptions"]:
+    """Returns where weights and tokenizer of a model are, and how they are read; the adapter comes with its model."""
     from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER
 
-    folder = Path(os.path.expanduser(path))
+    folder, inner = Path(loading.within(os.path.expanduser(path))), loading.elsewhere()
     if (folder / "adapter_config.json").is_file():
-        return str(folder), str(folder.absolute().parent / MODEL_FOLDER)
+        return str(folder), str(folder.absolute().parent / MODEL_FOLDER), inner
     if (folder / MODEL_FOLDER / "config.json").is_file():
         adapter = folder / ADAPTER_FOLDER
         weights = adapter if (adapter / "adapter_config.json").is_file() else folder / MODEL_FOLDER
-        return str(weights), str(folder / MODEL_FOLDER)
-    return path, path
+        return str(weights), str(folder / MODEL_FOLDER), inner
+    return path, path, loading
 
 
 def _typed() -> Iterator[str]:

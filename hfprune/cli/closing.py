@@ -101,6 +101,9 @@ def next_commands(report: Mapping[str, Any], folder: Path, *, typed: Typed) -> l
     dense = look_up(report, "config", "model", "path") or look_up(report, "plan", "model", "path")
     data = look_up(report, "config", "data") or {}
     against = ["--dense", str(dense)] if dense else []
+    for option in ("revision", "subfolder"):
+        if dense and (value := look_up(report, "plan", "model", option)):
+            against += [f"--dense_{option}", str(value)]
     text = ["--data", str(data["text"])] if data.get("text") else []
     found = [
         ("evaluate", "measure it", shlex.join(["hfprune", "evaluate", str(folder), *against, *text])),

@@ -56,6 +56,12 @@ class EvaluateCLI(BaseCLI):
         """Adds the arguments of ``PruneTrainer.evaluate`` and ``ZeroShotTasks``; the model may be a pruned one."""
         parser.add_argument("--dense", type=str | None, default=None, help="dense model to compare with")
         parser.add_argument(
+            "--dense_revision", type=str | None, default=None, help="branch, tag or commit of the dense model's hub id"
+        )
+        parser.add_argument(
+            "--dense_subfolder", type=str | None, default=None, help="folder of the dense model within --dense"
+        )
+        parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="Lightning checkpoint of --model.path to measure"
         )
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
@@ -69,12 +75,15 @@ class EvaluateCLI(BaseCLI):
     def run(self) -> None:
         """Runs the command."""
         c = self.config
+        if c.dense is None and (c.dense_revision is not None or c.dense_subfolder is not None):
+            raise ConfigError("--dense_revision and --dense_subfolder belong to --dense, which is not given.")
         self.check_no_training()
         self.log_notes()
         stages = cast(PruneTrainer, self.trainer).evaluate(
             self.model,
             self.datamodule,
             dense=c.dense,
+            dense_loading=self.model.loading.elsewhere(revision=c.dense_revision, subfolder=c.dense_subfolder),
             ckpt_path=c.ckpt_path,
             latency=c.latency,
             zero_shot=zero_shot_tasks(c),

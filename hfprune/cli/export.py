@@ -1,5 +1,6 @@
 """``hfprune export``: a model that hfprune wrote, in another layout or in the format of an engine."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -9,6 +10,7 @@ from hfprune.cli.base import BaseCLI
 from hfprune.io.gguf import check_gguf, check_gguf_target, export_gguf
 from hfprune.io.layouts import LAYOUTS
 from hfprune.io.load import previous_plan
+from hfprune.io.loading import LoadingOptions
 from hfprune.io.output_folder import check_apart, check_replaceable
 from hfprune.io.save import check_writable, export_facts, export_model, saved_line
 from hfprune.plan import PruningPlan
@@ -32,7 +34,7 @@ def add_layout_argument(parser: LightningArgumentParser) -> None:
 
 
 _OPTIONS = ("config", "output_dir", "overwrite", "layout", "to", "gguf_type")
-_MODEL_OPTIONS = ("model", "model.path", "model.dtype", "model.revision")
+_MODEL_OPTIONS = ("model", "model.path", *(f"model.{option.name}" for option in fields(LoadingOptions)))
 
 
 class ExportCLI(BaseCLI):
@@ -86,7 +88,7 @@ class ExportCLI(BaseCLI):
 
     def _write_folder(self, target: Path, layout: str) -> None:
         module = self.model
-        plan = previous_plan(module.path)
+        plan = previous_plan(module.path, loading=module.loading)
         if plan is None:
             raise ConfigError(f"--model.path '{module.path}' has no plan.json: hfprune did not write this model.")
         check_apart(target, {"model.path": module.path}, names=None)
@@ -109,7 +111,7 @@ class ExportCLI(BaseCLI):
         module.check_loadable()
         check_gguf(module.meta_model(), tokenizer=module.tokenizer, gguf_type=kind)
         module.configure_model()
-        plan = previous_plan(module.path)
+        plan = previous_plan(module.path, loading=module.loading)
         known = {} if plan is None else export_facts(PruningPlan.load(plan))
         facts = {name.removeprefix("hfprune_"): text for name, text in known.items()}
         saved = export_gguf(

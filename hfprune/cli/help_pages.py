@@ -29,6 +29,7 @@ _BUDGET = (
     ("--importance.criterion NAME", "scores by name, or my_project.MyCriterion of the current folder"),
     ("--importance.compensation NAME", "least_squares: fit the kept weights to the dense model; null: leave them"),
     ("--importance.allocation NAME", "uniform, sensitivity, global_rank, ...: widths per layer"),
+    ("--skip_layers 0-3,-1", "layers and modules that are not pruned, also '*.self_attn'; or --only_layers"),
     ("--data FILE", "calibration text: .txt, .jsonl, .parquet, hub id (default: Python's documentation)"),
     ("--data.calibration_sequences N", "number of calibration sequences (128), of --data.seq_len tokens (512)"),
     ("--data.text FILE", "evaluation text (default: held-out documents)"),

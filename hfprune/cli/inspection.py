@@ -7,6 +7,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 
+from hfprune.cli.loading_arguments import add_loading_arguments, loading_of
 from hfprune.utils.errors import ConfigError
 
 
@@ -21,6 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--time_limit", type=float, default=120.0, metavar="S", help=limit)
     parser.add_argument("--markdown", action="store_true", help="with --all: print the page docs/architectures.md")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_loading_arguments(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -31,7 +33,7 @@ def run(arguments: Namespace) -> None:
         return
     from hfprune.publishing.inspection import inspect_folder, inspection_text
 
-    found = inspect_folder(arguments.path)
+    found = inspect_folder(arguments.path, loading=loading_of(arguments))
     print(json.dumps(found, indent=2) if arguments.json else inspection_text(found))
 
 

@@ -18,11 +18,14 @@ from hfprune.callbacks import (
 from hfprune.cli.argument_errors import class_path_of, import_error
 from hfprune.cli.old_names import add_old_names
 from hfprune.io.output_folder import STATE_FOLDER
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.recovery import LoraRecovery
 from hfprune.sparse import METHODS, SavedLayers, SparseGPT, SparseMethod
 from hfprune.utils.errors import ConfigError
 
 _METHOD = f"a name ({', '.join(METHODS)}), or a class of hfprune.sparse with options of its own"
+_PATTERNS = dict[str, list[str | int] | str | int] | list[str | int] | str | int | None
+_FORMS = "indices (0,-1), ranges (0-3), module names ('*.self_attn') or re:REGEX; also per unit kind (mlp: ...)"
 _SPARSITY = "share of zeros (0.5), or n zeros in every m (2:4)"
 
 FLAGS: dict[str, tuple[Any, Any, str]] = {
@@ -35,6 +38,8 @@ FLAGS: dict[str, tuple[Any, Any, str]] = {
         1,
         "kept widths are multiples of this; auto: the largest of 256, 128, 64 that costs at most 3 %",
     ),
+    "skip_layers": (_PATTERNS, None, f"layers and modules that are not pruned: {_FORMS}"),
+    "only_layers": (_PATTERNS, None, "the only layers and modules that are pruned, in the forms of skip_layers"),
     "method": (SparseMethod | str | None, None, f"sparse pruning: {_METHOD}"),
     "sparsity": (str | float | None, None, f"sparse pruning: {_SPARSITY}"),
     "update": (SparseGPT | str | None, None, "sparse pruning: sparsegpt updates the kept weights"),
@@ -63,11 +68,17 @@ class Kind:
     def build(self, config: Namespace) -> PruningCallback:
         """Returns the callback for a configuration whose nested classes are instantiated."""
         options = dict(vars(config[self.group]))
-        return self.callback(**{name: config[name] for name in self.flags}, **self.derived(config), **options)
+        skip = SkipLayers.of(config.skip_layers, config.only_layers)
+        flags = {name: config[name] for name in self.flags} | {"skip_layers": skip}
+        return self.callback(**flags, **self.derived(config), **options)
 
     def takes(self, flag: str) -> bool:
         """Returns whether a flag, or the group of a dotted flag, belongs to this kind."""
-        return flag.partition(".")[0] in (*self.flags, self.group, *(() if self is SPARSE else ("layout",)))
+        return flag.partition(".")[0] in (*self.flags, self.group, *_SHARED, *(() if self is SPARSE else ("layout",)))
+
+
+_SHARED = ("skip_layers", "only_layers")
+"""Flags of every kind of pruning."""
 
 
 def _sparse_state(config: Namespace) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def add_kinds(parser: LightningArgumentParser, command: str) -> None:
     for name, (hint, default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=hint, default=default, help=text)
     for kind in KINDS:
-        skip = {*kind.flags, *(("state_dir",) if kind is SPARSE else ())}
+        skip = {*kind.flags, *_SHARED, *(("state_dir",) if kind is SPARSE else ())}
         parser.add_class_arguments(
             kind.callback, kind.group, skip=skip, instantiate=False, fail_untyped=False, sub_configs=True
         )

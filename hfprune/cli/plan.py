@@ -6,8 +6,9 @@
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hfprune.cli.loading_arguments import add_loading_arguments, loading_of
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
 from hfprune.cli.startup import importing
@@ -37,9 +38,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--units", nargs="+", choices=_LABELS, default=["mlp"], metavar="KIND", help=kinds)
     rounded = "kept widths are multiples of N, or auto: 256, 128 or 64 where it costs little (default: as prune does)"
     parser.add_argument("--round_to", type=_rounding, default=None, metavar="N", help=rounded)
+    skipped = "layers and modules that are not pruned: 0,-1 or 0-3, '*.self_attn', re:REGEX"
+    parser.add_argument("--skip_layers", default=None, metavar="P", help=skipped)
+    only = "the only layers and modules that are pruned"
+    parser.add_argument("--only_layers", default=None, metavar="P", help=only)
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
-    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_loading_arguments(parser)
 
 
 def _rounding(word: str) -> int | str:
@@ -53,12 +58,14 @@ def run(arguments: Namespace) -> None:
     """Prints the forecast."""
     with importing():
         from hfprune.io.load import meta_model
+        from hfprune.models.skip_layers import SkipLayers
         from hfprune.publishing.forecast import forecast, impossible_ratios
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
-    model = meta_model(arguments.model, revision=arguments.revision, argument="model")
+    model = meta_model(arguments.model, argument="model", loading=loading_of(arguments))
     round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
-    settings = {"units": arguments.units, "round_to": round_to}
+    skip = SkipLayers.of(arguments.skip_layers, arguments.only_layers)
+    settings: dict[str, Any] = {"units": arguments.units, "round_to": round_to, "skip_layers": skip}
     impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
     ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
     if not ratios:

@@ -1,7 +1,6 @@
 """``hfprune fit`` and ``hfprune prune``: one parser for structured, sparse and LoRA pruning."""
 
 import gc
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -174,7 +173,7 @@ class RunCLI(BaseCLI):
 
     def plain_config(self) -> dict[str, Any]:
         """Returns the configuration as plain data, without the options of the other kinds of pruning."""
-        dumped: dict[str, Any] = json.loads(self.parser.dump(self.config, format="json"))
+        dumped = self.dumped()
         return {name: value for name, value in dumped.items() if name not in self.unused_groups()}
 
     def run(self) -> None:

@@ -4,7 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -88,7 +87,7 @@ class SweepCLI(BaseCLI):
             method: The method.
             ratio: Share of all parameters to remove.
         """
-        dumped = yaml.safe_load(self.parser.dump(self.config, format="yaml"))
+        dumped = self.dumped()
         given = next((found for found in dumped.get("methods") or () if found["name"] == method.name), None)
         if given is None:  # one of the defaults, which have no settings of their own
             given = {"criterion": type(method.scorer).__name__, "objective": method.objective}

@@ -63,6 +63,8 @@ class Typed:
 
 
 def _words(item: Given) -> list[str]:
+    if item.name == "model.token":
+        return [f"--{item.name}", "TOKEN"]
     name = _SHORT.get(item.name, f"--{item.name}")
     if item.value is None:
         return [name]

@@ -49,7 +49,7 @@ class SelfDistillation:
             raise ConfigError(f"self_distillation sets the objectives itself: remove objective='{objective}'.")
 
     def first_widths(self, groups: Sequence[Group], widths: Sequence[int]) -> list[int]:
-        """Returns the number of units of each group that the first stage keeps.
+        """Returns the number of units of each group that the first stage keeps: all, where the budget keeps all.
 
         Args:
             groups: The groups.
@@ -58,7 +58,10 @@ class SelfDistillation:
         Raises:
             ConfigError: The first stage would keep fewer units than the budget.
         """
-        first = [int(group.num_units * (1 - self.first_stage)) for group in groups]
+        first = [
+            group.num_units if group.num_units == width else int(group.num_units * (1 - self.first_stage))
+            for group, width in zip(groups, widths, strict=True)
+        ]
         for group, early, final in zip(groups, first, widths, strict=True):
             if early < final:
                 raise ConfigError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from hfprune.data.encode import encode, tokenizer_key
 from hfprune.data.examples import digest
 from hfprune.io.load import load_causal_lm, model_files
+from hfprune.io.loading import LoadingOptions
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import load_tensors, write_tensors
 from hfprune.utils.progress import phase
@@ -76,16 +77,16 @@ def author_of(module: Any, *, device: torch.device) -> Author:
     """Returns a separately loaded dense model of a ``PruningModule`` as an author.
 
     Args:
-        module: Module with ``path``, ``revision`` and ``dtype_name``.
+        module: Module with ``path`` and ``loading``.
         device: Device of the model.
     """
 
     def load() -> Any:
         with isolated_rng():
-            return load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision).to(device)
+            return load_causal_lm(module.path, loading=module.loading).to(device)
 
     def key() -> str:
-        return digest(files_key(module.path, revision=module.revision), module.dtype_name)
+        return digest(files_key(module.path, loading=module.loading), module.dtype_name)
 
     return Author(load=load, key=key)
 
@@ -197,17 +198,17 @@ def _seed_of(seed: int, role: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {role} {number}".encode()).digest()[:4], "little")
 
 
-def files_key(path: str, *, revision: str | None = None) -> str:
+def files_key(path: str, *, loading: LoadingOptions | None = None) -> str:
     """Returns a digest of a saved model: its config, and names, sizes and sampled bytes of its weight files.
 
     Up to 1,024 pieces of 64 bytes at equal distances are read from each file.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        revision: Branch, tag or commit of a hub id.
+        loading: Revision, subfolder, token and others; the defaults if not given.
     """
     parts: list[Any] = []
-    for file in model_files(path, revision=revision):
+    for file in model_files(path, loading=loading):
         size, sha256 = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as opened:
             for place in range(0, size, max(64, size // _SAMPLES)):

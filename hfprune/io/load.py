@@ -4,8 +4,9 @@ import difflib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from hfprune.io.demo_model import EMBEDDED_NAME, embedded_model
 from hfprune.io.layouts import cut_of, is_per_layer, run_empty
 from hfprune.io.layouts.bitmask import bitmask_stock, is_bitmask
+from hfprune.io.loading import DTypeName, LoadingOptions
 from hfprune.io.model_files import (
     check_files,
     check_info,
@@ -30,8 +32,6 @@ from hfprune.utils.compat import cached_file_or_none, is_repo_id
 from hfprune.utils.errors import ConfigError, HFPruneError, first_line
 from hfprune.utils.files import user_path
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-
 _DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Config entries that only change the return value of a forward pass, with their defaults."""
@@ -47,23 +47,27 @@ _TEXT_MODEL = (
 )
 
 
-def check_model_path(path: str, *, argument: str = "path") -> None:
+def check_model_path(path: str, *, argument: str = "path", loading: LoadingOptions | None = None) -> None:
     """Raises ``ConfigError`` if ``path`` is evidently not a model. Reads no weights and does not access the hub.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
         argument: Name of the argument that gave it, for the message.
+        loading: Revision, subfolder, token and others; the defaults if not given.
     """
+    loading, where = LoadingOptions.of(loading), f"{argument}='{path}'"
     if path == EMBEDDED_NAME:
+        if loading.subfolder is not None:
+            raise ConfigError(f"{where} is the embedded model, which has no subfolder='{loading.subfolder}'.")
         return
-    folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
+    folder = Path(user_path(path, argument))
     if folder.is_dir():
-        check_files(folder, where)
+        check_files(_inner(folder, where, loading), where)
     elif folder.exists():
         raise ConfigError(f"{where} is a file, not the folder of a saved model or a hub id.")
     elif not is_repo_id(path) or path.startswith((".", "/", "~")):
         raise ConfigError(f"{where} does not exist, and is not a valid hub id (owner/name).{_near(folder)}")
-    elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path):
+    elif folder.parent != Path() and folder.parent.is_dir() and not _is_cached(path, loading):
         raise ConfigError(
             f"{where} does not exist: the local folder '{folder.parent}' has no '{folder.name}'.{_near(folder)} To "
             "load a model with this name from the hub, run in another folder."
@@ -78,32 +82,70 @@ def _near(folder: Path) -> str:
     return f" Did you mean '{folder.parent / near[0]}'?" if near else ""
 
 
-def _is_cached(path: str) -> bool:
+def _inner(folder: Path, where: str, loading: LoadingOptions) -> Path:
+    """Returns the subfolder of an existing folder."""
+    inner = Path(loading.within(str(folder)))
+    if not inner.is_dir():
+        raise ConfigError(f"{where} has no folder '{loading.subfolder}' (subfolder).{_near(inner)}")
+    return inner
+
+
+def _is_cached(path: str, loading: LoadingOptions) -> bool:
+    return _cached_config(path, loading) is not None
+
+
+def _cached_config(path: str, loading: LoadingOptions) -> Path | None:
+    """Returns the downloaded config of a hub id, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(path, "config.json"), str)
+    (file,) = loading.patterns("config.json")
+    found = try_to_load_from_cache(path, file, cache_dir=loading.cache_dir, revision=loading.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
-def resolve_model_path(path: str, *, argument: str = "path") -> str:
+def commit_of(path: str, loading: LoadingOptions) -> str | None:
+    """Returns the commit of the hub from which a downloaded model was read; None for a local folder.
+
+    Args:
+        path: The hub id, or a folder.
+        loading: How the model was read.
+    """
+    if path == EMBEDDED_NAME or Path(path).is_dir() or not is_repo_id(path):
+        return None
+    config = _cached_config(path, loading)
+    parts = () if config is None else config.parts
+    return next((commit for name, commit in pairwise(parts) if name == "snapshots"), None)
+
+
+def resolve_model_path(path: str, *, argument: str = "path", loading: LoadingOptions | None = None) -> str:
     """Returns the path for transformers: the folder of the embedded model for its name, otherwise ``path``.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
         argument: Name of the argument that gave it, for the message.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Raises:
         ConfigError: ``path`` is evidently not a model.
     """
-    check_model_path(path, argument=argument)
-    return str(embedded_model()) if path == EMBEDDED_NAME else user_path(path, argument)
+    check_model_path(path, argument=argument, loading=loading)
+    if path == EMBEDDED_NAME:
+        return str(embedded_model())
+    folder = user_path(path, argument)
+    return LoadingOptions.of(loading).within(folder) if Path(folder).is_dir() else folder
 
 
-def _looked_up(resolved: str) -> str:
+def _looked_up(resolved: str, loading: LoadingOptions) -> str:
     """Returns where a model was looked for if it is not a local folder, for messages."""
-    return "" if Path(resolved).is_dir() else " (there is no such folder; it was looked up on the hub)"
+    if Path(resolved).is_dir():
+        return ""
+    given = [f"{name}='{value}'" for name in ("revision", "subfolder") if (value := getattr(loading, name)) is not None]
+    within = f" with {', '.join(given)}" if given else ""
+    where = "in the cache of downloaded files" if loading.local_files_only else "on the hub"
+    return f" (there is no such folder; it was looked up {where}{within})"
 
 
-def check_model(path: str, *, revision: str | None = None, argument: str = "path") -> None:
+def check_model(path: str, *, loading: LoadingOptions | None = None, argument: str = "path") -> None:
     """Checks the files, config, class, tensor names and tensor shapes of a local model without reading its weights.
 
     A folder without weight files is accepted, since config.json is sufficient for a budget;
@@ -111,7 +153,7 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        revision: Branch, tag or commit of a hub id.
+        loading: Revision, subfolder, token and others; the defaults if not given.
         argument: Name of the argument that gave ``path``, for the message.
 
     Raises:
@@ -121,8 +163,10 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
     folder, where = Path(user_path(path, argument)), f"{argument}='{path}'"
     if path == EMBEDDED_NAME or not folder.is_dir():
         return
-    config = load_config(path, revision=revision, argument=argument)
-    model = _empty_model(config, where)
+    loading = LoadingOptions.of(loading)
+    config = load_config(path, loading=loading, argument=argument)
+    folder = Path(loading.within(str(folder)))
+    model = _empty_model(config, where, loading)
     if is_supported(model):
         with reading(f"{where}: the model described by config.json cannot be run"):
             run_empty(model)
@@ -132,20 +176,22 @@ def check_model(path: str, *, revision: str | None = None, argument: str = "path
             check_tied(model, folder, where)
 
 
-def check_weight_files(path: str, *, argument: str = "path") -> None:
+def check_weight_files(path: str, *, argument: str = "path", loading: LoadingOptions | None = None) -> None:
     """Raises ``ConfigError`` if a local folder has no weight files, or damaged ones."""
-    folder = Path(user_path(path, argument))
+    folder = Path(LoadingOptions.of(loading).within(user_path(path, argument)))
     if path != EMBEDDED_NAME and folder.is_dir() and not is_bitmask(folder):
         weight_shapes(folder, f"{argument}='{path}'")
 
 
-def previous_plan(path: str) -> Path | None:
+def previous_plan(path: str, *, loading: LoadingOptions | None = None) -> Path | None:
     """Returns the plan file of a model folder written by hfprune, or None."""
-    plan = Path(path) / PLAN_FILE
+    plan = Path(LoadingOptions.of(loading).within(path)) / PLAN_FILE
     return plan if plan.is_file() else None
 
 
-def load_config(path: str, *, revision: str | None = None, argument: str = "path") -> Any:
+def load_config(
+    path: str, *, revision: str | None = None, argument: str = "path", loading: LoadingOptions | None = None
+) -> Any:
     """Returns the model's config, with its plans if the layers differ in width.
 
     Entries that only change the return value of a forward pass are reset to their defaults. References to code outside
@@ -153,8 +199,9 @@ def load_config(path: str, *, revision: str | None = None, argument: str = "path
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        revision: Branch, tag or commit of a hub id.
+        revision: Branch, tag or commit of a hub id; as ``loading.revision``.
         argument: Name of the argument that gave ``path``, for the message.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Raises:
         ConfigError: The config cannot be read, or describes an unsupported model.
@@ -162,14 +209,15 @@ def load_config(path: str, *, revision: str | None = None, argument: str = "path
     """
     from transformers import AutoConfig
 
-    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
-    with reading(f"Cannot read the config of {where}{_looked_up(resolved)}"), quiet_transformers():
-        config = AutoConfig.from_pretrained(resolved, revision=revision, trust_remote_code=False, **_SWITCHES)
+    loading = LoadingOptions.of(loading, revision=revision)
+    resolved, where = resolve_model_path(path, argument=argument, loading=loading), f"{argument}='{path}'"
+    with reading(f"Cannot read the config of {where}{_looked_up(resolved, loading)}"), quiet_transformers():
+        config = AutoConfig.from_pretrained(resolved, trust_remote_code=False, **loading.config(resolved), **_SWITCHES)
     _check_config(config, where)
     config = bitmask_stock(config)
     vars(config).pop("auto_map", None)
     if is_per_layer(config):
-        cut_of(config, path=resolved, revision=revision)
+        cut_of(config, path=resolved, **loading.files(resolved))
     return config
 
 
@@ -202,21 +250,29 @@ def _check_config(config: Any, where: str) -> None:
         )
 
 
-def meta_model(path: str, *, revision: str | None = None, argument: str = "path") -> nn.Module:
+def meta_model(
+    path: str, *, revision: str | None = None, argument: str = "path", loading: LoadingOptions | None = None
+) -> nn.Module:
     """Returns the model on the meta device, without reading weights; arguments as in :func:`load_config`."""
-    config = load_config(path, revision=revision, argument=argument)
-    model: nn.Module = _empty_model(config, f"{argument}='{path}'")
+    loading = LoadingOptions.of(loading, revision=revision)
+    config = load_config(path, loading=loading, argument=argument)
+    model: nn.Module = _empty_model(config, f"{argument}='{path}'", loading)
     return model
 
 
-def _empty_model(config: Any, where: str) -> Any:
+def _empty_model(config: Any, where: str, loading: LoadingOptions) -> Any:
     from transformers import AutoModelForCausalLM
 
     with reading(f"{where}: the model described by config.json cannot be built"), quiet_transformers():
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                return AutoModelForCausalLM.from_config(config, **loading.attention())
         except ImportError as error:  # an attention implementation, for example
+            if loading.attn_implementation is not None:
+                raise ConfigError(
+                    f"attn_implementation='{loading.attn_implementation}' cannot be used for {where}: "
+                    f"{first_line(error)}"
+                ) from error
             raise ConfigError(
                 f"{where}: config.json requires a package that is not installed: {first_line(error)} Install it, or "
                 "remove the entry (attn_implementation) from config.json."
@@ -235,14 +291,22 @@ def reading(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {kind}{first_line(error)}") from error
 
 
-def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None = None, argument: str = "path") -> Any:
+def load_causal_lm(
+    path: str,
+    *,
+    dtype: DTypeName = "auto",
+    revision: str | None = None,
+    argument: str = "path",
+    loading: LoadingOptions | None = None,
+) -> Any:
     """Returns the model with its weights, on the CPU.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
-        revision: Branch, tag or commit of a hub id.
+        dtype: Dtype of the weights; as ``loading.dtype``.
+        revision: Branch, tag or commit of a hub id; as ``loading.revision``.
         argument: Name of the argument that gave ``path``, for the message.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Raises:
         ConfigError: The weights cannot be read, do not match config.json, or hold a NaN or infinity.
@@ -250,10 +314,11 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     """
     from transformers import AutoModelForCausalLM
 
-    resolved, where = resolve_model_path(path, argument=argument), f"{argument}='{path}'"
-    config = load_config(path, revision=revision, argument=argument)
-    check_weight_files(path, argument=argument)
-    kwargs: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "revision": revision}
+    loading = LoadingOptions.of(loading, dtype=dtype, revision=revision)
+    resolved, where = resolve_model_path(path, argument=argument, loading=loading), f"{argument}='{path}'"
+    config = load_config(path, loading=loading, argument=argument)
+    check_weight_files(path, argument=argument, loading=loading)
+    kwargs = loading.weights(resolved)
     kwargs |= {"trust_remote_code": False, "output_loading_info": True, **_SWITCHES}
     if not is_per_layer(config):
         kwargs["ignore_mismatched_sizes"] = True  # check_info reports them in one line
@@ -269,34 +334,36 @@ def load_causal_lm(path: str, *, dtype: DTypeName = "auto", revision: str | None
     return model
 
 
-def read_generation_config(model: Any, path: str, *, revision: str | None = None) -> None:
+def read_generation_config(model: Any, path: str, *, loading: LoadingOptions | None = None) -> None:
     """Sets the saved generation config, if any, of a model that was not created by ``from_pretrained``."""
     from transformers import GenerationConfig
 
-    resolved = resolve_model_path(path)
-    if cached_file_or_none(resolved, "generation_config.json", revision=revision) is not None:
+    resolved = resolve_model_path(path, loading=loading)
+    hub = LoadingOptions.of(loading).files(resolved)
+    if cached_file_or_none(resolved, "generation_config.json", **hub) is not None:
         with reading(f"Cannot read the generation config of path='{path}'"):
-            hub: dict[str, Any] = {} if revision is None else {"revision": revision}
             model.generation_config = GenerationConfig.from_pretrained(resolved, **hub)
 
 
-def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
+def weight_files(path: str, *, loading: LoadingOptions | None = None) -> list[Path]:
     """Returns the safetensors files of a saved model, downloaded if ``path`` is a hub id.
 
     Args:
         path: A folder, a hub id, or the name of the embedded model.
-        revision: Branch, tag or commit of a hub id.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Raises:
         ConfigError: The model has no safetensors files, or they cannot be downloaded.
     """
-    folder = Path(resolve_model_path(path))
+    loading = LoadingOptions.of(loading)
+    folder = Path(resolve_model_path(path, loading=loading))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+            wanted = loading.patterns("*.safetensors", "*.json")
+            folder = Path(loading.within(snapshot_download(path, allow_patterns=wanted, **loading.repository())))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ConfigError(f"Cannot fetch the weights of path='{path}': {first_line(error)}") from error
     files = sorted(folder.glob("*.safetensors"))
@@ -308,11 +375,11 @@ def weight_files(path: str, *, revision: str | None = None) -> list[Path]:
     return files
 
 
-def model_files(path: str, *, revision: str | None = None) -> list[Path]:
+def model_files(path: str, *, loading: LoadingOptions | None = None) -> list[Path]:
     """Returns the config and weight files of a saved model, downloaded if ``path`` is a hub id."""
-    folder = Path(resolve_model_path(path))
+    folder = Path(resolve_model_path(path, loading=loading))
     if not folder.is_dir():
-        weights = weight_files(path, revision=revision)
+        weights = weight_files(path, loading=loading)
         return [weights[0].parent / "config.json", *weights]
     return [
         folder / "config.json",
@@ -320,21 +387,22 @@ def model_files(path: str, *, revision: str | None = None) -> list[Path]:
     ]
 
 
-def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
+def load_tokenizer(path: str, *, loading: LoadingOptions | None = None) -> Any:
     """Returns the model's tokenizer; raises ``ConfigError`` if the folder has none."""
     from transformers import AutoTokenizer
 
-    resolved, where = resolve_model_path(path), f"path='{path}'"
+    loading = LoadingOptions.of(loading)
+    resolved, where = resolve_model_path(path, loading=loading), f"path='{path}'"
     if Path(resolved).is_dir():
         check_vocabulary(Path(resolved), where)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(resolved, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(resolved, trust_remote_code=False, **loading.files(resolved))
             tokenizer.decode(tokenizer("a")["input_ids"])  # a damaged config may load, and fail with the first text
     except Exception as error:  # tokenizers raises a plain Exception
         raise ConfigError(
-            f"{where}{_looked_up(resolved)} has no usable tokenizer ({first_line(error)}). Save the model's tokenizer "
-            "into the folder (tokenizer.save_pretrained)."
+            f"{where}{_looked_up(resolved, loading)} has no usable tokenizer ({first_line(error)}). Save the model's "
+            "tokenizer into the folder (tokenizer.save_pretrained)."
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # remote code, which is neither run nor exported
     return tokenizer

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hfprune.io.load import DTypeName, load_causal_lm, reading
+from hfprune.io.load import load_causal_lm, reading
+from hfprune.io.loading import DTypeName, LoadingOptions
 from hfprune.io.model_files import adapter_base, is_adapter
 from hfprune.io.rebuild import load_rebuilt
 from hfprune.utils.files import user_path
@@ -19,6 +20,11 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     plan: Any = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    attn_implementation: str | None = None,
 ) -> Any:
     """Loads a model saved by hfprune (in any layout) or by transformers; with ``plan``, prunes the dense model first.
 
@@ -32,6 +38,11 @@ def load(
         revision: Branch, tag or commit of a hub id.
         plan: What to prune from the dense model in ``folder``: a :class:`hfprune.PruningPlan`, a plan file, or a folder
             or hub id that ``hfprune push --what plan`` wrote, whose refitted weights are put in place.
+        subfolder: Folder of the model within ``folder``.
+        token: Access token of the hub, or True for the saved one.
+        cache_dir: Folder of downloaded files.
+        local_files_only: Whether to read downloaded files only.
+        attn_implementation: Attention implementation, such as ``sdpa`` or ``eager``.
 
     Returns:
         The model in eval mode, an instance of its stock class.
@@ -51,23 +62,43 @@ def load(
         ('LlamaForCausalLM', torch.bfloat16, False)
     """
     name: Any = str(dtype).removeprefix("torch.")
-    path = Path(user_path(str(folder), "folder"))
-    if plan is not None:
-        model = load_rebuilt(str(folder), plan, dtype=name, revision=revision)
-    elif is_adapter(path):
-        model = _load_adapted(path, dtype=name)
-    else:
-        model = load_causal_lm(str(folder), dtype=name, revision=revision, argument="folder")
+    loading = LoadingOptions(
+        dtype=name,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        attn_implementation=attn_implementation,
+    )
+    model = load_rebuilt(str(folder), plan, loading=loading) if plan is not None else load_with(str(folder), loading)
     return model if device is None else model.to(device)
 
 
-def _load_adapted(folder: Path, *, dtype: DTypeName) -> Any:
+def load_with(folder: str, loading: LoadingOptions) -> Any:
+    """Returns the model of a folder, or of an adapter folder, in eval mode; as :func:`load` without a plan.
+
+    Args:
+        folder: The folder, or a hub id.
+        loading: How it is read.
+
+    Raises:
+        ConfigError: As :func:`load`.
+        PlanError: As :func:`load`.
+    """
+    path = Path(loading.within(user_path(folder, "folder")))
+    if is_adapter(path):
+        return _load_adapted(path, loading)
+    return load_causal_lm(folder, loading=loading, argument="folder")
+
+
+def _load_adapted(folder: Path, loading: LoadingOptions) -> Any:
     """Returns the base model with the adapters, whose config refers to the current folder of the base model."""
     from peft import PeftConfig, PeftModelForCausalLM
 
     where = f"folder='{folder}'"
     base = adapter_base(folder, where)
-    model = load_causal_lm(base, dtype=dtype, argument="base_model_name_or_path")
+    model = load_causal_lm(base, loading=loading.elsewhere(), argument="base_model_name_or_path")
     with reading(f"Cannot load the adapters of {where} into the model in '{base}'"), warnings.catch_warnings():
         config = PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = base

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from hfprune.io.layouts import pruned_shapes
 from hfprune.io.layouts.bitmask import is_bitmask
-from hfprune.io.load import DTypeName, load_config, read_generation_config, weight_files
+from hfprune.io.load import load_config, read_generation_config, weight_files
+from hfprune.io.loading import DTypeName, LoadingOptions
 from hfprune.models.fingerprint import combine, tensor_digest
 from hfprune.models.groups import class_name, find_layers, find_spec
 from hfprune.models.output_head import check_head
@@ -51,7 +52,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def load_sharded(
-    path: str, mesh: DeviceMesh, *, dtype: DTypeName = "auto", revision: str | None = None
+    path: str, mesh: DeviceMesh, *, dtype: DTypeName = "auto", loading: LoadingOptions | None = None
 ) -> tuple[Any, WholeWeights, str]:
     """Reads a saved model layer by layer; each rank keeps its shard.
 
@@ -59,7 +60,7 @@ def load_sharded(
         path: A folder, a hub id, or the name of the embedded model.
         mesh: Devices over which the weights are sharded.
         dtype: Dtype of the weights; ``auto`` uses the saved dtype.
-        revision: Branch, tag or commit of a hub id.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Returns:
         The model, its root unit, and the fingerprint of the unsharded model.
@@ -68,11 +69,11 @@ def load_sharded(
         ConfigError: The weight files are not safetensors with stock names, or hold a NaN or infinity.
         UnsupportedArchitectureError: The output head of the architecture does not reproduce the model's logits.
     """
-    config = load_config(path, revision=revision)
+    config = load_config(path, loading=loading)
     model = _empty(config, getattr(torch, dtype) if dtype != "auto" else config.dtype)
-    read_generation_config(model, path, revision=revision)
+    read_generation_config(model, path, loading=loading)
     digests: dict[str, str] = {}
-    with _open_weights(path, revision, model) as read:
+    with _open_weights(path, loading, model) as read:
 
         def checked(name: str) -> Tensor:
             tensor = read(name)
@@ -224,9 +225,9 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
-def _open_weights(path: str, revision: str | None, model: Any) -> Iterator[Weights]:
+def _open_weights(path: str, loading: LoadingOptions | None, model: Any) -> Iterator[Weights]:
     """Yields a function that reads single parameters from the model's safetensors files."""
-    files = weight_files(path, revision=revision)
+    files = weight_files(path, loading=loading)
     if is_bitmask(files[0].parent):
         raise ConfigError(
             f"path='{path}' has layout='bitmask', which a sharded strategy cannot read. Export the model with "

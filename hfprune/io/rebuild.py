@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hfprune.io.layouts import apply_plan, cut_of, is_per_layer
-from hfprune.io.load import DTypeName, load_causal_lm, load_config
+from hfprune.io.load import load_causal_lm, load_config
+from hfprune.io.loading import LoadingOptions
 from hfprune.models.fingerprint import fingerprint
 from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.compat import is_repo_id
@@ -51,12 +52,12 @@ class Package:
     where: str = "plan=..."
 
 
-def read_package(plan: Any, *, revision: str | None = None) -> Package:
+def read_package(plan: Any, *, loading: LoadingOptions | None = None) -> Package:
     """Returns a plan with what comes with it.
 
     Args:
         plan: A :class:`hfprune.PruningPlan`, a plan file, a folder with one, or a hub id.
-        revision: Branch, tag or commit of a hub id.
+        loading: Revision, subfolder, token and others; the defaults if not given.
 
     Raises:
         PlanError: There is no plan, or it or its weights are damaged.
@@ -67,7 +68,7 @@ def read_package(plan: Any, *, revision: str | None = None) -> Package:
     path, where = Path(user_path(str(plan), "plan")), f"plan='{plan}'"
     if path.is_file():
         return Package(plans=(PruningPlan.load(path),), where=where)
-    folder = path if path.is_dir() else _fetched(str(plan), revision, where)
+    folder = path if path.is_dir() else _fetched(str(plan), LoadingOptions.of(loading), where)
     file = folder / REBUILD_FILE
     if not file.is_file():
         return Package(plans=(PruningPlan.load(folder),), where=where)
@@ -82,16 +83,16 @@ def read_package(plan: Any, *, revision: str | None = None) -> Package:
         raise PlanError(f"{where} is damaged: {first_line(error)}.") from error
 
 
-def _fetched(repo: str, revision: str | None, where: str) -> Path:
+def _fetched(repo: str, loading: LoadingOptions, where: str) -> Path:
     """Returns the folder of a repository's plan files in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if not is_repo_id(repo) or repo.startswith((".", "/", "~")):
         raise PlanError(f"{where}: no such file or folder, and it is not of the form of a hub id (owner/name).")
-    wanted = ["plan*.json", REBUILD_FILE, REFIT_FILE]
+    wanted = loading.patterns("plan*.json", REBUILD_FILE, REFIT_FILE)
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        folder = Path(loading.within(snapshot_download(repo, allow_patterns=wanted, **loading.repository())))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"{where}: no such file or folder, and the hub gave none: {hub_reason(error)}") from error
     if not (folder / PLAN_FILE).is_file():
@@ -100,15 +101,15 @@ def _fetched(repo: str, revision: str | None, where: str) -> Path:
 
 
 def load_rebuilt(
-    base: str, plan: Any, *, dtype: DTypeName = "auto", revision: str | None = None, plan_revision: str | None = None
+    base: str, plan: Any, *, loading: LoadingOptions | None = None, plan_revision: str | None = None
 ) -> Any:
     """Returns a pruned model that is made from its base model and a plan.
 
     Args:
         base: The model that the plan was made for: a folder, or a hub id.
         plan: See :func:`read_package`.
-        dtype: Type of the weights; ``auto`` takes the pruned model's, if the package records it, else the base's.
-        revision: Branch, tag or commit of ``base``.
+        loading: How ``base`` is read. Its dtype ``auto`` takes the pruned model's, if the package records it, else
+            the base's.
         plan_revision: Branch, tag or commit of ``plan``.
 
     Returns:
@@ -118,9 +119,11 @@ def load_rebuilt(
         ConfigError: The base or the repository of the plan cannot be read.
         PlanError: The plan is damaged, or was made for another model.
     """
-    package = read_package(plan, revision=plan_revision)
-    name: Any = package.dtype if dtype == "auto" and package.dtype else dtype
-    model = load_causal_lm(base, dtype=name, revision=revision, argument="folder")
+    loading = LoadingOptions.of(loading)
+    package = read_package(plan, loading=loading.elsewhere(revision=plan_revision))
+    if loading.dtype == "auto" and package.dtype:
+        loading = LoadingOptions.of(loading, dtype=package.dtype)
+    model = load_causal_lm(base, loading=loading, argument="folder")
     _check_base(model, package, base)
     for made in package.plans:
         apply_plan(model, made)

@@ -4,12 +4,13 @@
 ``importance.safetensors``, ``report.json``, ``report.html``, ``figures/`` and, for ``fit``, ``checkpoints/``.
 """
 
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -240,8 +241,34 @@ def check_output_file(path: str | Path, argument: str) -> None:
 
 
 def command_line() -> str:
-    """Returns the running command, quoted for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Returns the running command, quoted for a shell; access tokens are replaced."""
+    return shlex.join([Path(sys.argv[0]).name, *without_tokens(sys.argv[1:])])
+
+
+def without_tokens(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command line with ``TOKEN`` in place of access tokens.
+
+    >>> without_tokens(["prune", "--model.token", "hf_a", "--token=hf_b", "--ratio", "0.2"])
+    ['prune', '--model.token', 'TOKEN', '--token=TOKEN', '--ratio', '0.2']
+    >>> without_tokens(["--model={path: M, token: hf_a}"])
+    ['--model={path: M, token: TOKEN}']
+    """
+    found: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, _ = word.partition("=")
+        if _is_token_flag(before):
+            found.append("TOKEN")
+        else:
+            found.append(f"{flag}=TOKEN" if equals and _is_token_flag(flag) else _TOKEN_ENTRY.sub(r"\1TOKEN", word))
+    return found
+
+
+_TOKEN_ENTRY = re.compile(r"""(["']?\btoken["']?\s*:\s*["']?)[^\s"',}]+""")
+"""The entry of a token in options that are written as YAML or JSON."""
+
+
+def _is_token_flag(word: str) -> bool:
+    return word.startswith("-") and word.lstrip("-").rpartition(".")[2] == "token"
 
 
 def save_importance(importance: Mapping[str, Tensor], folder: str | Path) -> None:

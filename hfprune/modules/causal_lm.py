@@ -1,6 +1,7 @@
 """PruningModule: a Hugging Face causal LM in Lightning, with the calibration objective and recovery training."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from hfprune.io.checkpoint_record import KEY, Phase, Record
 from hfprune.io.layouts import apply_plan
 from hfprune.io.load import (
-    DTypeName,
     check_model,
     check_model_path,
     check_weight_files,
@@ -22,9 +22,11 @@ from hfprune.io.load import (
     previous_plan,
 )
 from hfprune.io.load_sharded import load_sharded, rebuild
+from hfprune.io.loading import LoadingOptions
 from hfprune.models import find_groups, find_spec
 from hfprune.models.fingerprint import fingerprint
 from hfprune.models.forward import objective_sum, token_counts
+from hfprune.modules.optimization import OptimizationOptions
 from hfprune.modules.resume import reopen_epoch
 from hfprune.modules.training_step import RecoverySteps, check_optimizer
 from hfprune.objectives import OBJECTIVES, Objective
@@ -33,9 +35,10 @@ from hfprune.pruning.accumulator import ObjectiveSum
 from hfprune.recovery.distillation import DistillationRecovery
 from hfprune.recovery.lora import LoraRecovery, add_lora, merge_lora
 from hfprune.recovery.masked import mask_adapters
-from hfprune.utils.compat import has_trainer
+from hfprune.utils.compat import has_trainer, saved_hyperparameters
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import user_path
+from hfprune.utils.flat_options import flat_options
 from hfprune.utils.progress import phase
 
 
@@ -45,22 +48,18 @@ class PruningModule(RecoverySteps):
     Arguments are checked first, and the model is loaded in ``configure_model``. A checkpoint contains the plan and the
     LoRA settings, from which the pruned shapes are rebuilt before weights are restored.
 
+    The options of ``loading`` and ``optimization`` can be given as single keywords as well, which are the flags of the
+    command line: ``PruningModule(path, dtype="bfloat16", learning_rate=2e-4)``.
+
     Args:
         path: Folder of a saved model, hub id, or ``smollm2-135m`` for the embedded model.
-        dtype: Dtype of the weights; ``auto`` uses the saved dtype.
         objective: Objective differentiated during calibration: ``entropy`` (HFPrune) or ``cross_entropy``.
-        revision: Branch, tag or commit of a hub id.
         allow_pruned: Whether to accept a model pruned by hfprune; the budget then refers to this smaller model.
-        learning_rate: Peak learning rate of recovery.
-        weight_decay: Weight decay of recovery.
-        warmup_ratio: Share of the steps with linear warm-up, before the cosine decay to zero.
+        loading: Dtype, revision, subfolder, token and other options with which the model is read.
+        optimization: Learning rate, optimizer and memory options of recovery.
         distillation: Recovery towards the dense model's predictions; None trains on the text only.
         trainable: Weights trained by recovery without adapters: ``all``, or ``mlp`` for the projections of the MLPs.
             Set by ``recovery="mlp"`` of the callbacks.
-        optimizer: ``adamw``, or ``adamw_8bit`` for AdamW of bitsandbytes with 8-bit moments
-            (``pip install bitsandbytes``).
-        gradient_checkpointing: Whether recovery stores only the inputs of the layers and recomputes each layer in the
-            backward pass, which saves memory and takes more time.
 
     Raises:
         ConfigError: A value is out of range, there is no model at ``path``, or the model was already pruned.
@@ -74,32 +73,24 @@ class PruningModule(RecoverySteps):
         64
     """
 
-    def __init__(  # noqa: PLR0913
+    @flat_options(loading=LoadingOptions, optimization=OptimizationOptions)
+    def __init__(
         self,
         path: str = "smollm2-135m",
         *,
-        dtype: DTypeName = "auto",
         objective: str = "entropy",
-        revision: str | None = None,
         allow_pruned: bool = False,
-        learning_rate: float = 4e-4,
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.0,
+        loading: LoadingOptions | None = None,
+        optimization: OptimizationOptions | None = None,
         distillation: DistillationRecovery | None = None,
         trainable: Literal["all", "mlp"] = "all",
-        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         path = user_path(path, "path")
-        check_model_path(path)
+        loading, optimization = loading or LoadingOptions(), optimization or OptimizationOptions()
+        check_model_path(path, loading=loading)
         self.objective: Objective = OBJECTIVES.get(objective)
-        if learning_rate <= 0 or weight_decay < 0 or not 0 <= warmup_ratio < 1:
-            raise ConfigError(
-                f"learning_rate={learning_rate} must be positive, weight_decay={weight_decay} not negative and "
-                f"warmup_ratio={warmup_ratio} in [0, 1)."
-            )
-        if not allow_pruned and (plan := previous_plan(path)):
+        if not allow_pruned and (plan := previous_plan(path, loading=loading)):
             done = PruningPlan.load(plan).provenance.get("budget", {}).get("asked", "an earlier plan")
             raise ConfigError(
                 f"path='{path}' was already pruned ({done}). Use the dense model, or allow_pruned=True to prune it "
@@ -107,13 +98,16 @@ class PruningModule(RecoverySteps):
             )
         if trainable not in ("all", "mlp"):
             raise ConfigError(f"trainable='{trainable}' is not one of all, mlp.")
-        check_optimizer(optimizer)
-        check_model(path, revision=revision)
-        self.save_hyperparameters(ignore=["distillation"])
-        self.path, self.dtype_name, self.revision = path, dtype, revision
-        self.learning_rate, self.weight_decay, self.warmup_ratio = learning_rate, weight_decay, warmup_ratio
+        check_optimizer(optimization.optimizer)
+        check_model(path, loading=loading)
+        own = {"path": path, "objective": objective, "allow_pruned": allow_pruned, "trainable": trainable}
+        with saved_hyperparameters(own | asdict(loading) | asdict(optimization), without=("distillation", "token")):
+            self.save_hyperparameters()
+        self.path, self.loading, self.dtype_name, self.revision = path, loading, loading.dtype, loading.revision
+        self.learning_rate, self.weight_decay = optimization.learning_rate, optimization.weight_decay
+        self.warmup_ratio, self.optimizer_name = optimization.warmup_ratio, optimization.optimizer
         self.distillation, self.trainable = distillation, trainable
-        self.optimizer_name, self.gradient_checkpointing = optimizer, gradient_checkpointing
+        self.gradient_checkpointing = optimization.gradient_checkpointing
         self.model: Any = None
         self.plan: PruningPlan | None = None
         self.lora: LoraRecovery | None = None
@@ -140,17 +134,17 @@ class PruningModule(RecoverySteps):
             half = torch.get_default_dtype()  # Lightning's "bf16-true" sets it here
             name: Any = self.dtype_name if half == torch.float32 else str(half).removeprefix("torch.")
             with phase("loading the model"):
-                loaded = load_sharded(self.path, self._mesh, dtype=name, revision=self.revision)
+                loaded = load_sharded(self.path, self._mesh, dtype=name, loading=self.loading)
             self.model, self.__dict__["_root"], self.fingerprint = loaded
         else:
             with phase("loading the model"):
-                self.model = load_causal_lm(self.path, dtype=self.dtype_name, revision=self.revision)
+                self.model = load_causal_lm(self.path, loading=self.loading)
                 self.fingerprint = fingerprint(self.model)
 
     def check_loadable(self) -> None:
         """Raises ``ConfigError`` if a model that is not loaded yet has no weight files or no tokenizer."""
         if self.model is None:
-            check_weight_files(self.path)
+            check_weight_files(self.path, loading=self.loading)
             self.tokenizer  # noqa: B018
 
     @property
@@ -184,7 +178,7 @@ class PruningModule(RecoverySteps):
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded at first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, revision=self.revision)
+            self._tokenizer = load_tokenizer(self.path, loading=self.loading)
         return self._tokenizer
 
     @property
@@ -200,11 +194,11 @@ class PruningModule(RecoverySteps):
     @property
     def config(self) -> Any:
         """The model's config; read from its folder before the model is loaded."""
-        return self.causal_lm.config if self.model is not None else load_config(self.path, revision=self.revision)
+        return self.causal_lm.config if self.model is not None else load_config(self.path, loading=self.loading)
 
     def meta_model(self) -> Any:
         """Returns the loaded model, or a model on the meta device before it is loaded."""
-        return self.causal_lm if self.model is not None else meta_model(self.path, revision=self.revision)
+        return self.causal_lm if self.model is not None else meta_model(self.path, loading=self.loading)
 
     def apply_plan(self, plan: PruningPlan) -> None:
         """Prunes the model, see :func:`hfprune.io.layouts.apply_plan`; a sharded model is rebuilt layer by layer."""

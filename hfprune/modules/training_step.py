@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hfprune.io.load import load_causal_lm, load_config
+from hfprune.io.loading import LoadingOptions
 from hfprune.models.fingerprint import with_config
 from hfprune.models.forward import objective_sum, objective_sums
 from hfprune.modules.resume import (
@@ -49,7 +50,7 @@ class RecoverySteps(TokenWeighted):
     path: str
     plan: PruningPlan | None
     fingerprint: str
-    revision: str | None
+    loading: LoadingOptions
     distillation: DistillationRecovery | None
     learning_rate: float
     weight_decay: float
@@ -150,7 +151,7 @@ class RecoverySteps(TokenWeighted):
         if settings.cache is not None:
             check_cache(settings.cache, self.trainer.datamodule)  # type: ignore[attr-defined]
         for loss in settings.losses():
-            loss.check(load_config(self.path, revision=self.revision))
+            loss.check(load_config(self.path, loading=self.loading))
 
     @property
     def training_seconds(self) -> float:
@@ -257,14 +258,14 @@ class RecoverySteps(TokenWeighted):
 
     def _load_teacher(self) -> Any:
         dtype: Any = str(self.causal_lm.dtype).removeprefix("torch.")
-        teacher = load_causal_lm(self.path, dtype=dtype, revision=self.revision).to(self.device).eval()
+        teacher = load_causal_lm(self.path, dtype=dtype, loading=self.loading).to(self.device).eval()
         return teacher.requires_grad_(requires_grad=False)
 
     def _fill_cache(self, settings: DistillationRecovery) -> TeacherCache:
         """Returns the dense model's predictions for all recovery data; each rank computes its share."""
         assert settings.cache is not None
         strategy = self.trainer.strategy
-        predicted = with_config(self.fingerprint, load_config(self.path, revision=self.revision))
+        predicted = with_config(self.fingerprint, load_config(self.path, loading=self.loading))
         cache = TeacherCache(
             settings.cache,
             fingerprint=f"{predicted} {self.trainer.precision}",

@@ -14,6 +14,7 @@ from hfprune.criteria import (
     check_experts,
     resolve_objective,
 )
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import DEPTH_KINDS, Budget
 from hfprune.pruning.rounds import Rounds, Schedule
 from hfprune.utils.errors import ConfigError
@@ -145,6 +146,7 @@ class PruningOptions:
         objective: Name of the objective to differentiate; None for the criterion's default.
         compensation: Fit of the weights that read pruned units; None keeps the weights.
         calibration: Calibration options.
+        skip_layers: Layers and modules that are not pruned; None prunes all.
 
     Raises:
         ConfigError: Criterion, units, objective and self-distillation cannot be combined.
@@ -157,6 +159,7 @@ class PruningOptions:
     objective: str | None = None
     compensation: Compensation | None = None
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    skip_layers: SkipLayers | None = None
 
     def __post_init__(self) -> None:
         """Checks the combinations that do not depend on the model."""

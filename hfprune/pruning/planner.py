@@ -117,7 +117,7 @@ class Planner:
         if resolved.provisional:
             self.allocation = measured(
                 model,
-                groups,
+                tuple(group for group in groups if group.name not in resolved.skipped),
                 self.importance,
                 options.allocation,
                 self._data,
@@ -147,6 +147,7 @@ class Planner:
             "budget": resolved.to_dict(),
             "units": list(options.units),
             "allocation": self.allocation.describe() if self.allocation else None,
+            "skip_layers": model.describe_skipped(),
             "criterion": options.criterion.describe(),
             "objective": model.objective_name if differentiates else None,
             "distillation": None if distillation is None else asdict(distillation),
@@ -267,11 +268,11 @@ class Planner:
     def _layerwise(
         self, groups: tuple[Group, ...], resolved: ResolvedBudget, keep: dict[str, tuple[int, ...]] | None
     ) -> LayerwiseResult:
-        """Selects units unless ``keep`` gives them, and fits the weights that read them."""
+        """Selects units unless ``keep`` gives them, and fits the weights that read them; skipped groups stay."""
         options, start = self._options, time.perf_counter()
         result = run_layerwise(
             self._model,
-            groups,
+            tuple(group for group in groups if group.name not in resolved.skipped),
             dict(zip((group.name for group in groups), resolved.widths, strict=True)),
             self._data,
             self._communicator,
@@ -281,6 +282,7 @@ class Planner:
             limit=options.calibration.batches,
             progress=self._progress,
         )
+        result.keep |= {group.name: tuple(range(group.num_units)) for group in groups if group.name in resolved.skipped}
         self.importance = self.importance or result.scores
         error = sum(result.errors.values()) / max(len(result.errors), 1)
         seconds = time.perf_counter() - start

@@ -25,6 +25,7 @@ from hfprune.models.forward import (
     sequences,
     token_counts,
 )
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.objectives import Objective
 from hfprune.plan import LAYERS, Budget, Group, PruningPlan, unit_kinds
 from hfprune.pruning.accumulator import ObjectiveSum
@@ -39,12 +40,14 @@ class Prunable(ABC):
         objective: Objective to differentiate; None for the loss of the user's module.
         units: Unit kinds of a Hugging Face model.
         stock: Whether a stock config must describe the pruned model; allocations then choose widths that it supports.
+        skip_layers: Layers and modules that are not pruned; None prunes all.
     """
 
     module: Any
     objective: Objective | None
     units: Sequence[str] = ("mlp",)
     stock: bool = False
+    skip_layers: SkipLayers | None = None
 
     @property
     @abstractmethod
@@ -166,7 +169,15 @@ class Prunable(ABC):
     def inventory(self) -> Inventory:
         """Returns the groups of the model and the parameters of their units."""
         model = self.shapes()
-        return Inventory.of(model, self.groups(model), stock=self.stock)
+        return Inventory.of(model, self.groups(model), stock=self.stock, skip=self.skip_layers)
+
+    def describe_skipped(self) -> dict[str, Any] | None:
+        """Returns the patterns of ``skip_layers``, and the groups and layers that they keep, for the provenance."""
+        if self.skip_layers is None:
+            return None
+        found = self.inventory()
+        names, layers = [group.name for group in found.skipped], sorted(found.fixed_layers)
+        return {**self.skip_layers.describe(), "groups": names, "layers": layers if found.layers is not None else []}
 
     def config_keys(self, keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """Returns the config keys that change when the units ``keep`` are kept."""
@@ -196,10 +207,19 @@ class PrunableModel(Prunable):
         model: A supported Hugging Face causal LM.
         units: Unit kinds.
         objective: Objective to differentiate.
+        skip_layers: Layers and modules that are not pruned.
     """
 
-    def __init__(self, model: Any, units: Sequence[str] = ("mlp",), *, objective: Objective | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        units: Sequence[str] = ("mlp",),
+        *,
+        objective: Objective | None = None,
+        skip_layers: SkipLayers | None = None,
+    ) -> None:
         self.module, self.units, self.objective = model, unit_kinds(units), objective
+        self.skip_layers = skip_layers
 
     @property
     def model(self) -> Any:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from hfprune.io.output_folder import CARD_FILE
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import UNIT_KINDS
 from hfprune.publishing.folder import PrunedFolder, hub_dataset, hub_id, open_folder
 from hfprune.publishing.inspection import inspect_folder, is_metric
@@ -259,10 +260,12 @@ def _cell(value: Any) -> str:
 def _recipe(found: PrunedFolder, *, trained: bool) -> str:
     provenance, lines = found.provenance, []
     for label, value in (
+        ("dense model", _dense(provenance.get("model") or {})),
         ("budget", (provenance.get("budget") or {}).get("asked")),
         ("criterion", provenance.get("criterion")),
         ("objective", provenance.get("objective")),
         ("allocation", provenance.get("allocation")),
+        ("skipped", SkipLayers.recorded(provenance.get("skip_layers"))),
         ("compensation", provenance.get("compensation")),
         ("recovery", found.report.get("recovery") if trained else None),
         ("versions", provenance.get("versions")),
@@ -275,6 +278,12 @@ def _recipe(found: PrunedFolder, *, trained: bool) -> str:
     if command := found.report.get("command"):
         lines += ["", "Command:", "", f"```bash\n{command}\n```"]
     return "\n".join(lines)
+
+
+def _dense(model: Mapping[str, Any]) -> str:
+    """Returns name, revision and commit of the dense model; empty for a folder without either."""
+    named = [f"{key} {model[key]}" for key in ("revision", "commit", "subfolder") if model.get(key)]
+    return ", ".join([hub_id(str(model.get("path"))) or "a local folder", *named]) if named else ""
 
 
 def _settings(value: Any) -> str:

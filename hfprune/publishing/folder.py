@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfprune.io.loading import LoadingOptions
 from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER, REPORT_FILE
 from hfprune.plan import PLAN_FILE, SUBLAYERS, PruningPlan
 from hfprune.utils.errors import ConfigError, first_line, hub_reason
@@ -100,20 +101,20 @@ class PrunedFolder:
         return {name: self.stages()[name] for name in names[:last]}
 
 
-def open_folder(path: str, *, argument: str = "folder") -> PrunedFolder:
+def open_folder(path: str, *, argument: str = "folder", loading: LoadingOptions | None = None) -> PrunedFolder:
     """Returns what a folder or a repository of the hub holds.
 
     Args:
         path: ``OUT``, ``OUT/model``, ``OUT/adapter``, any model folder, a plan package, or a hub id.
         argument: The argument that gave it, for the message.
+        loading: Revision, subfolder, token and others.
 
     Raises:
         ConfigError: There is no model and no plan, or a file is damaged.
         PlanError: The plan is damaged.
     """
-    folder = Path(user_path(path, argument))
-    if not folder.is_dir():
-        folder = _fetched(path, argument)
+    loading, folder = LoadingOptions.of(loading), Path(user_path(path, argument))
+    folder = Path(loading.within(str(folder if folder.is_dir() else _fetched(path, argument, loading))))
     if (folder / MODEL_FOLDER / _CONFIG).is_file():
         return _opened(path, folder / MODEL_FOLDER, folder)
     if (folder / _CONFIG).is_file():
@@ -142,7 +143,7 @@ def _opened(given: str, model: Path, run: Path | None) -> PrunedFolder:
     )
 
 
-def _fetched(repo: str, argument: str) -> Path:
+def _fetched(repo: str, argument: str, loading: LoadingOptions) -> Path:
     """Returns the folder of a repository's small files in the hub's cache."""
     if not _HUB_ID.fullmatch(repo) or repo.startswith((".", "/", "~")):
         raise ConfigError(f"{argument}='{repo}' does not exist, and it is not of the form of a hub id (owner/name).")
@@ -150,7 +151,8 @@ def _fetched(repo: str, argument: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        wanted = loading.patterns(*_HUB_FILES)
+        return Path(snapshot_download(repo, allow_patterns=wanted, **loading.repository()))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"{argument}='{repo}': no such folder, and the hub gave none: {hub_reason(error)}") from error
 

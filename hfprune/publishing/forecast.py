@@ -9,6 +9,7 @@ from hfprune.allocation.round_to import RoundTo, rounding
 from hfprune.evaluation.size_and_speed import Size, measure_size
 from hfprune.io.layouts import is_per_layer, pruned_shapes
 from hfprune.models import hidden_size, mlp_widths, parameter_count
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import Budget
 from hfprune.pruning.prunable import PrunableModel
 from hfprune.publishing.engines import largest_multiple, quantised_formats, splits, width_advice
@@ -59,7 +60,13 @@ class Forecast:
 
 
 def forecast(
-    model: Any, ratios: Sequence[float], *, units: Sequence[str] = ("mlp",), round_to: RoundTo = 1, tokens: int = 1024
+    model: Any,
+    ratios: Sequence[float],
+    *,
+    units: Sequence[str] = ("mlp",),
+    round_to: RoundTo = 1,
+    tokens: int = 1024,
+    skip_layers: SkipLayers | None = None,
 ) -> list[Forecast]:
     """Returns the dense model's figures, and those at each pruning ratio. No weight is read.
 
@@ -70,6 +77,7 @@ def forecast(
         round_to: Kept MLP widths and hidden sizes are multiples of this; ``auto`` takes the largest of 256, 128 and 64
             that misses the budget by at most 3 %.
         tokens: Length of the sequence for multiply-accumulates and the cache, shortened to the model's positions.
+        skip_layers: Layers and modules that are not pruned.
 
     Returns:
         One entry for the dense model, then one per ratio.
@@ -86,8 +94,8 @@ def forecast(
         >>> dense.widths, pruned.widths, pruned.parameters, pruned.exact_width is not None
         ([24, 24], [14, 14], 3984, True)
     """
-    subject = PrunableModel(model, units)
-    subject.stock = True
+    subject = PrunableModel(model, units, skip_layers=skip_layers)
+    subject.stock = skip_layers is None  # widths that differ between layers are saved in another layout
     budgets = [Budget(pruning_ratio=ratio, **rounding(round_to)) for ratio in ratios]
     resolved = [subject.resolve(budget) for budget in budgets]
     dense: dict[str, list[int]] = {kind: [] for kind in subject.units}
@@ -103,11 +111,16 @@ def forecast(
 
 
 def impossible_ratios(
-    model: Any, ratios: Sequence[float], *, units: Sequence[str] = ("mlp",), round_to: RoundTo = 1
+    model: Any,
+    ratios: Sequence[float],
+    *,
+    units: Sequence[str] = ("mlp",),
+    round_to: RoundTo = 1,
+    skip_layers: SkipLayers | None = None,
 ) -> dict[float, str]:
     """Returns the ratios that a model cannot be pruned by, with the reason; arguments as in :func:`forecast`."""
-    subject, found = PrunableModel(model, units), {}
-    subject.stock = True
+    subject, found = PrunableModel(model, units, skip_layers=skip_layers), {}
+    subject.stock = skip_layers is None
     for ratio in ratios:
         try:
             subject.resolve(Budget(pruning_ratio=ratio, **rounding(round_to)))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hfprune.io.loading import LoadingOptions
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import LAYERS, SUBLAYERS, UNIT_KINDS, Group, PruningPlan
 from hfprune.publishing.engines import largest_multiple
 from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
@@ -26,11 +28,12 @@ LOADERS = {
 _SHOWN = ("criterion", "objective", "allocation", "compensation", "rounds", "distillation", "depth_scores")
 
 
-def inspect_folder(path: str) -> dict[str, Any]:
+def inspect_folder(path: str, *, loading: LoadingOptions | None = None) -> dict[str, Any]:
     """Returns what a folder holds, as plain data. No weights are read but the headers of their files.
 
     Args:
         path: ``OUT``, ``OUT/model``, any model folder, a plan package, or a hub id.
+        loading: Revision, subfolder, token and others.
 
     Returns:
         ``model`` (class, layers, widths, parameters, bytes), ``layout``, ``loads_with``, ``removed`` by unit kind,
@@ -52,7 +55,7 @@ def inspect_folder(path: str) -> dict[str, Any]:
         >>> found["model"]["class"], found["model"]["parameters"], found["layout"], "removed" in found
         ('LlamaForCausalLM', 1832, 'uniform', False)
     """
-    folder = open_folder(path, argument="path")
+    folder = open_folder(path, argument="path", loading=loading)
     shown = str(folder.model) if os.path.exists(os.path.expanduser(path)) else path  # the hub's cache is of no interest
     found: dict[str, Any] = {"path": shown, "model": _model(folder), "layout": folder.layout}
     found["loads_with"] = LOADERS[folder.layout].format(path=shown, base=hub_id(folder.base) or folder.base)
@@ -172,6 +175,7 @@ def _recipe(folder: PrunedFolder) -> dict[str, Any]:
         "budget": budget.get("asked"),
         "removed_share": budget.get("removed_share"),
         **{key: provenance.get(key) for key in _SHOWN},
+        "skipped": SkipLayers.recorded(provenance.get("skip_layers")) or None,
         "calibration": _data((provenance.get("calibration") or {}).get("data")),
         "recovery": report.get("recovery"),
         "recovery_data": _data((provenance.get("recovery") or {}).get("data")),

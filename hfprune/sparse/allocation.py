@@ -119,14 +119,16 @@ class OutlierWeighed(SparseAllocation):
                 f"sparsity={sparsity} fixes the zeros of every group; OutlierWeighed needs a share such as 0.5."
             )
         assert outliers is not None
-        wide = max(outliers) - min(outliers)
-        scaled = [(share - min(outliers)) / wide * 2 * self.width if wide else 0.0 for share in outliers]
+        found = {matrix.layer: outliers[matrix.layer] for matrix in matrices}
+        low, wide = min(found.values()), max(found.values()) - min(found.values())
+        scaled = {layer: (share - low) / wide * 2 * self.width if wide else 0.0 for layer, share in found.items()}
         total = sum(matrix.size for matrix in matrices)
         mean = sum(scaled[matrix.layer] * matrix.size for matrix in matrices) / total
-        ratios = [sparsity.ratio + mean - value for value in scaled]
-        if not all(0 <= ratio < 1 for ratio in ratios):
+        ratios = {layer: sparsity.ratio + mean - value for layer, value in scaled.items()}
+        if not all(0 <= ratio < 1 for ratio in ratios.values()):
+            low, high = min(ratios.values()), max(ratios.values())
             raise ConfigError(
-                f"OutlierWeighed would spread sparsity={sparsity} from {min(ratios):.3f} to {max(ratios):.3f}, which "
+                f"OutlierWeighed would spread sparsity={sparsity} from {low:.3f} to {high:.3f}, which "
                 "is not in [0, 1). Use a smaller spread."
             )
         return {matrix.path: Sparsity(ratios[matrix.layer]) for matrix in matrices}

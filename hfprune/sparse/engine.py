@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, O outputs and C inputs of a projection.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import HiddenFiles, HiddenStates, LayerStream, Reduce
 from hfprune.models.projection import weight_of
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.sparse.allocation import Matrix, SparseAllocation, UniformSparsity
 from hfprune.sparse.base import InputSums, Pruned, SparseMethod
 from hfprune.sparse.layer import SparseLayer, SparseMatrix, layer_file, restore_layer, save_layer
@@ -28,16 +29,21 @@ Offload = Literal["cpu", "disk"]
 """Storage of hidden states between layers: CPU memory, or temporary files."""
 
 
-def matrices_of(model: nn.Module) -> list[Matrix]:
-    """Returns the projections inside the layers of ``model``, in order."""
-    return [
+def matrices_of(model: nn.Module, skip_layers: SkipLayers | None = None) -> list[Matrix]:
+    """Returns the projections inside the layers of ``model``, in order, without those that ``skip_layers`` names."""
+    found = [
         Matrix(layer=index, name=name, shape=tuple(weight_of(module).shape))  # type: ignore[arg-type]
         for index, layer in enumerate(find_layers(model))
         for name, module in projections(layer).items()
     ]
+    if skip_layers is None:
+        return found
+    prefix, layers = find_spec(model).layers, len(find_layers(model))
+    skipped = skip_layers.matrices([matrix.path for matrix in found], prefix=prefix, layers=layers)
+    return [matrix for matrix in found if matrix.path not in skipped]
 
 
-def prune_sparse(
+def prune_sparse(  # noqa: PLR0913
     model: nn.Module,
     batches: Sequence[Mapping[str, Tensor]],
     method: SparseMethod,
@@ -45,6 +51,7 @@ def prune_sparse(
     *,
     allocation: SparseAllocation | None = None,
     update: SparseGPT | None = None,
+    skip_layers: SkipLayers | None = None,
     device: torch.device | None = None,
     offload: Offload | None = None,
     state: LayerState | None = None,
@@ -64,6 +71,7 @@ def prune_sparse(
         sparsity: Share or pattern of zeros of each projection.
         allocation: Distribution over projections; defaults to the same sparsity for all.
         update: Second-order update of the kept weights that compensates for the dropped ones.
+        skip_layers: Layers and projections whose weights stay as they are.
         device: Device on which layers run, one at a time; defaults to the model's device.
         offload: Storage of hidden states between layers; defaults to the device.
         state: Folder of finished layers: layers of an earlier run are loaded, those of this run are saved.
@@ -76,7 +84,8 @@ def prune_sparse(
         ConfigError: A pattern does not fit a projection, or settings exclude each other. The model is unchanged.
         CalibrationError: There is no token, or weights or activations are not finite; the message names the projection.
     """
-    work = SparsePass(model, batches, method, sparsity, allocation=allocation, update=update, reduce=reduce)
+    settings: dict[str, Any] = {"allocation": allocation, "update": update, "skip_layers": skip_layers}
+    work = SparsePass(model, batches, method, sparsity, reduce=reduce, **settings)
     return work.run(device=device or next(model.parameters()).device, offload=offload, state=state)
 
 
@@ -86,6 +95,7 @@ def check_sparse(
     sparsity: Sparsity,
     allocation: SparseAllocation | None = None,
     update: SparseGPT | None = None,
+    skip_layers: SkipLayers | None = None,
 ) -> None:
     """Raises ``ConfigError`` if settings exclude each other or do not fit the shapes of ``model``."""
     name = type(method).__name__
@@ -102,7 +112,7 @@ def check_sparse(
             f"{name} with scope='model' ranks the weights of all matrices together, but {asked} sets the zeros of each "
             "matrix. Remove one of the two."
         )
-    found, allocation = matrices_of(model), allocation or UniformSparsity()
+    found, allocation = matrices_of(model, skip_layers), allocation or UniformSparsity()
     outliers = None if allocation.threshold is None else [0.0] * len(find_layers(model))
     spread = allocation.spread(found, sparsity, outliers)
     for matrix in found:
@@ -121,9 +131,11 @@ class SparsePass:
         *,
         allocation: SparseAllocation | None = None,
         update: SparseGPT | None = None,
+        skip_layers: SkipLayers | None = None,
         reduce: Reduce | None = None,
     ) -> None:
-        check_sparse(model, method, sparsity, allocation, update)
+        check_sparse(model, method, sparsity, allocation, update, skip_layers)
+        self._matrices = matrices_of(model, skip_layers)
         self._model, self._batches, self._method, self._sparsity = model, batches, method, sparsity
         self._allocation, self._update = allocation or UniformSparsity(), update
         self._reduce: Reduce = reduce or (lambda tensor: tensor)
@@ -162,7 +174,7 @@ class SparsePass:
         self, importance: ImportanceSource, device: torch.device, offload: Offload | None, state: LayerState | None
     ) -> dict[str, Sparsity]:
         """Returns path -> sparsity of every matrix."""
-        matrices = matrices_of(self._model)
+        matrices = self._matrices
         if not self._method.across and self._allocation.threshold is None:
             return self._allocation.spread(matrices, self._sparsity, None)
         saved = state.load("allocation") if state else None
@@ -213,6 +225,8 @@ class SparsePass:
                 before.append(output)
         matrices, orders = {}, {}
         for name, module in projections(layer).items():
+            if f"{index}.{name}" not in spread:
+                continue  # skip_layers
             sums = self._reduced(statistics, name, index) if self._sums else InputSums()
             scores = importance.of(index, name)
             if scores is not None:

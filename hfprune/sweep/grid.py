@@ -22,6 +22,7 @@ from hfprune.criteria import (
     resolve_objective,
 )
 from hfprune.models import check_units
+from hfprune.models.skip_layers import SkipLayers
 from hfprune.objectives import OBJECTIVES
 from hfprune.plan import Budget, UnitKind, unit_kinds
 from hfprune.pruning.options import CalibrationOptions
@@ -45,6 +46,9 @@ class Method:
         compensation: Refit of the projections that read pruned units; None keeps their weights.
         rounds: Number of pruning rounds; each scores the units that the previous rounds kept.
         schedule: Distribution of the removal over rounds.
+        skip_layers: Layers and modules that are not pruned: indices, ranges or name patterns, see
+            :class:`hfprune.SkipLayers`.
+        only_layers: The only layers and modules that are pruned, in the same forms.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Method:
     compensation: Compensation | None = None
     rounds: int = 1
     schedule: Schedule = "cubic"
+    skip_layers: dict[str, list[str | int] | str | int] | list[str | int] | str | int | None = None
+    only_layers: dict[str, list[str | int] | str | int] | list[str | int] | str | int | None = None
 
     def __post_init__(self) -> None:
         """Replaces deprecated names of unit kinds."""
@@ -67,6 +73,7 @@ class Method:
             raise ConfigError(f"The method name '{self.name}' must consist of letters, digits, '_', '-' and '.'.")
         try:
             found = resolve_objective(self.scorer, self.objective)
+            self.skipped  # noqa: B018
             CalibrationOptions(rounds=self.rounds, schedule=self.schedule, self_distillation=self.distillation)
             if self.distillation is not None:
                 self.distillation.check(self.scorer, self.objective)
@@ -94,6 +101,11 @@ class Method:
     def removal(self) -> Rounds:
         """Number of rounds and their schedule."""
         return Rounds(number=self.rounds, schedule=self.schedule)
+
+    @property
+    def skipped(self) -> SkipLayers | None:
+        """Layers and modules that are not pruned."""
+        return SkipLayers.of(self.skip_layers, self.only_layers)
 
     @property
     def staged(self) -> bool:
@@ -124,7 +136,9 @@ class Method:
     def scoring(self) -> tuple[str, ...]:
         """Returns the settings that determine the scores; methods with equal settings share their scores."""
         parts = (self.differentiated, sorted(self.scorer.describe().items()), self.distillation, sorted(self.units))
-        steps = () if self.rounds == 1 else (self.removal, self.allocation)
+        steps: tuple[Any, ...] = () if self.rounds == 1 else (self.removal, self.allocation)
+        if self.staged and self.skipped is not None:
+            steps = (*steps, self.skipped)
         return tuple(map(str, (*parts, *steps)))
 
     def with_seed(self, seed: int) -> Criterion:

@@ -46,18 +46,18 @@ class Pruner:
 
     def __init__(self, module: PruningModule, grid: SweepGrid, device: torch.device) -> None:
         self._module, self._grid, self._device = module, grid, device
-        self._inventories: dict[tuple[str, ...], Inventory] = {}
+        self._inventories: dict[str, Inventory] = {}
         for method in grid.methods:
             for ratio in grid.pruning_ratios:
                 self._check(method, ratio)
 
     def inventory(self, method: Method) -> Inventory:
         """Returns the groups that a method prunes."""
-        units = tuple(method.units)
-        if units not in self._inventories:
+        key = f"{'+'.join(method.units)} {method.skipped}"
+        if key not in self._inventories:
             model = self._module.meta_model()
-            self._inventories[units] = Inventory.of(model, find_groups(model, units))
-        return self._inventories[units]
+            self._inventories[key] = Inventory.of(model, find_groups(model, method.units), skip=method.skipped)
+        return self._inventories[key]
 
     def budget(
         self,
@@ -84,7 +84,7 @@ class Pruner:
             check_together(method.scorer, method.compensation, method.units, method.allocation, inventory, model=model)
             check_criterion(model, inventory.groups, method.scorer)
             asked = self._grid.budget(ratio)
-            method.removal.check(PrunableModel(model, method.units), asked, method.allocation, method.scorer)
+            method.removal.check(_prunable(model, method), asked, method.allocation, method.scorer)
             if method.distillation is not None:
                 if budget.provisional or inventory.depth_kinds:
                     raise ConfigError("distillation requires widths that are known before scoring, and all layers.")
@@ -100,13 +100,16 @@ class Pruner:
             scores: Importance of the units; empty for methods that select units layer by layer.
             batches: Calibration batches, used for layer-by-layer methods and measured allocations.
         """
-        method, groups = cell.method, self.inventory(cell.method).groups
+        method, inventory = cell.method, self.inventory(cell.method)
+        groups = inventory.groups
         if isinstance(method.scorer, LayerwiseCriterion):
-            return self._layerwise(self._load(), cell, None, batches).keep
+            whole = {group.name: tuple(range(group.num_units)) for group in inventory.skipped}
+            return self._layerwise(self._load(), cell, None, batches).keep | whole
         allocation = method.allocation
         if method.measures:
-            subject, data = PrunableModel(self._load(), method.units), CalibrationData(batches=lambda: batches)
-            allocation = measured(subject, groups, scores, allocation, data, LocalCommunicator())
+            subject, data = _prunable(self._load(), method), CalibrationData(batches=lambda: batches)
+            open_to = tuple(groups[i] for i in inventory.open_groups())
+            allocation = measured(subject, open_to, scores, allocation, data, LocalCommunicator())
         return kept_units(scores, groups, self.budget(method, cell.pruning_ratio, scores, allocation))
 
     def build(self, cell: Cell, keep: Kept, batches: Iterable[Any]) -> Any:
@@ -127,17 +130,16 @@ class Pruner:
 
     def _load(self) -> Any:
         module = self._module
-        model = load_causal_lm(module.path, dtype=module.dtype_name, revision=module.revision)
+        model = load_causal_lm(module.path, loading=module.loading)
         return model.to(self._device).eval()
 
     def _layerwise(self, model: Any, cell: Cell, keep: Kept | None, batches: Iterable[Any]) -> LayerwiseResult:
         method = cell.method
-        groups = find_groups(model, method.units)
-        widths = self.budget(method, cell.pruning_ratio).widths
+        groups, resolved = find_groups(model, method.units), self.budget(method, cell.pruning_ratio)
         result = run_layerwise(
-            PrunableModel(model, method.units),
-            groups,
-            dict(zip((group.name for group in groups), widths, strict=True)),
+            _prunable(model, method),
+            tuple(group for group in groups if group.name not in resolved.skipped),
+            dict(zip((group.name for group in groups), resolved.widths, strict=True)),
             CalibrationData(batches=lambda: batches),
             LocalCommunicator(),
             keep=keep,
@@ -147,3 +149,7 @@ class Pruner:
         if result.warning:
             _log.warning("WARNING: %s: %s", cell.name, result.warning)
         return result
+
+
+def _prunable(model: Any, method: Method) -> PrunableModel:
+    return PrunableModel(model, method.units, skip_layers=method.skipped)

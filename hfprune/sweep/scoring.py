@@ -107,8 +107,9 @@ def staged_scores(
         key: Hash of the inputs of the scores.
         budget: The budget of the last round.
     """
-    subject = PrunableModel(model, method.units)
+    subject = PrunableModel(model, method.units, skip_layers=method.skipped)
     groups = subject.groups(model)
+    skipped = set() if method.skipped is None else {group.name for group in subject.inventory().skipped}
     number, last = 0, 2 if method.distillation is not None else method.rounds
 
     def run(masked: Kept | None, saved: State | None) -> dict[str, Tensor]:
@@ -119,7 +120,8 @@ def staged_scores(
         return seed_scores(model, [method], batches(), file, key=key, objective=subject.objective)[method.name]
 
     if method.distillation is not None:
-        scores = two_stages(subject, groups, method.distillation, [0] * len(groups), None, run)
+        least = [group.num_units if group.name in skipped else 0 for group in groups]
+        scores = two_stages(subject, groups, method.distillation, least, None, run)
     else:
         final = subject.resolve(budget, method.allocation).widths
         widths = method.removal.widths(subject, budget, method.allocation, final)

@@ -263,6 +263,30 @@ def within_step(trainer: Any) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
+@contextmanager
+def saved_hyperparameters(own: Mapping[str, Any], *, without: Iterable[str]) -> Iterator[None]:
+    """Context in which ``save_hyperparameters()`` stores given values in place of the constructor's local variables.
+
+    Lightning 2.6: ``hparams_mixin._given_hyperparameters``, with which ``LightningCLI`` passes the values of a command
+    line. The public method reads every parameter of the signature from the frame of the constructor, which a flat
+    signature does not have.
+
+    Args:
+        own: Name -> value, unless a command line has given the values.
+        without: Names that are not stored.
+    """
+    from lightning.pytorch.core.mixins import hparams_mixin
+
+    given = hparams_mixin._given_hyperparameters.get()
+    hidden = set(without)
+    values = {name: value for name, value in (given or own).items() if name not in hidden}
+    token = hparams_mixin._given_hyperparameters.set(values)
+    try:
+        yield
+    finally:
+        hparams_mixin._given_hyperparameters.reset(token)
+
+
 def has_trainer(module: Any) -> bool:
     """Returns whether a LightningModule is attached to a trainer.
 

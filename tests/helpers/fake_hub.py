@@ -14,7 +14,8 @@ class Hub:
     """What the hub holds.
 
     Attributes:
-        repos: Id -> file name -> content.
+        repos: Id -> file name -> content; ``ID@REVISION`` for revisions that differ from ``main``.
+        gated: Ids that are read with the token only.
         private: Id -> whether it was made private.
         commits: Messages, in order.
         requests: Method and path of every request.
@@ -24,7 +25,7 @@ class Hub:
     token = "hf_right"
 
     def __init__(self):
-        self.repos, self.private, self.commits, self.requests = {}, {}, [], []
+        self.repos, self.private, self.commits, self.requests, self.gated = {}, {}, [], [], set()
         self.address = ""
 
     def sha(self, repo):
@@ -101,11 +102,21 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._info(found[1], found[2])
+            self._info(self._at(found[1], found[3]), found[2])
+        elif re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+/.+", path):
+            self._missing("EntryNotFound", "Entry not found")  # repositories hold no such folders
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(found[1], found[3])
+            self._file(self._at(found[1], found[2]), found[3])
         else:
             self._missing("RepoNotFound", f"no route {path}")
+
+    def _at(self, repo, revision):
+        """The key of a repository's revision; of none, where the token is missing."""
+        if repo in self.hub.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return None
+        known = [key for key in self.hub.repos if key.startswith(f"{repo}@")]
+        named = next((key for key in known if revision in (key.partition("@")[2], self.hub.sha(key))), None)
+        return named or repo
 
     def _info(self, repo, what):
         if repo not in self.hub.repos:
@@ -120,8 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, rows)
             return
         siblings = [{"rfilename": name} for name in files]
-        private = self.hub.private[repo]
-        self._send(200, {"id": repo, "sha": self.hub.sha(repo), "private": private, "siblings": siblings, "tags": []})
+        private = self.hub.private.get(repo, False)
+        self._send(
+            200,
+            {
+                "id": repo.partition("@")[0],
+                "sha": self.hub.sha(repo),
+                "private": private,
+                "siblings": siblings,
+                "tags": [],
+            },
+        )
 
     def _file(self, repo, name):
         if repo not in self.hub.repos:

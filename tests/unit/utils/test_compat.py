@@ -11,6 +11,7 @@ import transformers
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,6 +29,7 @@ from hfprune.utils.compat import (
     parser_actions,
     resolved_checkpoint,
     safetensors_metadata,
+    saved_hyperparameters,
     saves_shards,
     training_source,
     type_hint,
@@ -141,3 +143,15 @@ def test_an_option_has_its_type():
     parser = ArgumentParser()
     parser.add_argument("--given", type=LoraRecovery | None)
     assert type_hint(parser_actions(parser)[-1]) == LoraRecovery | None
+
+
+def test_saved_hyperparameters_are_those_that_are_given():
+    class Module(BoringModel):
+        def __init__(self, size, secret):
+            super().__init__()
+            with saved_hyperparameters({"width": size, "secret": secret}, without=("secret",)):
+                self.save_hyperparameters()
+
+    assert dict(Module(3, "x").hparams) == {"width": 3}
+    with _given_hyperparameters_context({"size": 1, "secret": "y"}, "some.function"):  # of a command line
+        assert dict(Module(1, "y").hparams) == {"size": 1, "_instantiator": "some.function"}
