@@ -16,6 +16,9 @@ from hfprune.utils.errors import ConfigError
 if TYPE_CHECKING:
     from hfprune.publishing.conversation import Conversation
 
+WORD_FLAG = "prompt"
+"""The flag that a word after the model may belong to."""
+
 _END = ("exit", "quit")
 
 
