@@ -14,7 +14,7 @@ import yaml
 
 from hfprune.cli.config_files import config_path, read_config
 from hfprune.cli.flags import Flag, Given, flags_of, known, new_name
-from hfprune.cli.guesses import guess, meant, not_used
+from hfprune.cli.guesses import advice, guess, meant, not_used
 from hfprune.cli.methods import class_named, kind_of, sweep_methods, with_classes
 from hfprune.cli.recipes import check_budget, with_method, with_recipe
 from hfprune.utils.errors import ConfigError
@@ -118,7 +118,8 @@ def _model(word: str, found: Sequence[Given], command: str, flags: Mapping[str, 
     if "model.path" not in flags or any(item.name == "model.path" for item in found):
         known_model = next((item.value for item in found if item.name == "model.path"), None)
         after = f" after --{last}" if last and last != "model.path" else ""
-        raise ConfigError(f"'{word}'{after} belongs to no flag; the model is '{known_model}'.")
+        ratio = f" Give --ratio {word}." if "pruning_ratio" in flags and _NUMBER.fullmatch(word) else ""
+        raise ConfigError(f"'{word}'{after} belongs to no flag; the model is '{known_model}'.{ratio}")
     return Given("model.path", word)
 
 
@@ -185,7 +186,8 @@ def _check_known(item: Given, command: str, flags: dict[str, Flag]) -> None:
     if known(item.name, others) and not near:
         raise ConfigError(not_used(item.name, command))
     value = "" if item.value is None else f" {item.value}"
-    raise ConfigError(f"unrecognized arguments: --{item.name}{value}{guess(*near)}")
+    hint = advice(item.name)
+    raise ConfigError(f"unrecognized arguments: --{item.name}{value}{'.' + hint if hint else guess(*near)}")
 
 
 def _valued(item: Given, flags: Mapping[str, Flag]) -> Given:
@@ -231,7 +233,9 @@ def _check_number(value: str, flag: Flag) -> None:
     try:
         number = float(value)
     except ValueError:
-        raise ConfigError(f"--{flag.name} {value}: expected {flag.form}.") from None
+        share = value.removesuffix("%")
+        hint = f" {value} is {float(share) / 100:g}." if share != value and _NUMBER.fullmatch(share) else ""
+        raise ConfigError(f"--{flag.name} {value}: expected {flag.form}.{hint}") from None
     if flag.name == "pruning_ratio" and not 0 < number < 1:
         raise ConfigError(
             f"--pruning_ratio {value} is not between 0 and 1 (both excluded): it is the share of all parameters to "

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hfprune.io.loading import LoadingOptions
     from hfprune.publishing.conversation import Conversation
 
+WORD_FLAG = "prompt"
+"""The flag that a word after the model may belong to."""
+
 _END = ("exit", "quit")
 
 

@@ -11,12 +11,12 @@ from hfprune.cli.arguments import understood
 from hfprune.cli.commands import COMMANDS
 from hfprune.cli.config_files import shipped_configs
 from hfprune.cli.console import FLAGS, Console, take_flags
+from hfprune.cli.guesses import meant_command
 from hfprune.cli.help_pages import help_text
 from hfprune.cli.simple_commands import SIMPLE_COMMANDS, run_simple
 from hfprune.cli.startup import importing
 from hfprune.cli.typed import Typed
 from hfprune.utils.errors import HFPruneError
-from hfprune.utils.spelling import nearest
 from hfprune.version import __version__
 
 HELP = f"""hfprune {__version__}: prune Hugging Face causal language models and recover their quality,
@@ -46,7 +46,7 @@ hfprune COMMAND --help is one screen of what most people need; --help-all lists 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = _plain(list(sys.argv[1:] if argv is None else argv))
     if not args or args[0] in ("-h", "--help"):
         print(HELP)
         return 0 if args else 2
@@ -77,6 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(" ".join(f"hfprune {args[0]}: interrupted. {interruption}".split()), file=sys.stderr)
         return 130
     return 0
+
+
+def _plain(args: list[str]) -> list[str]:
+    """Returns a command line in which ``help`` and ``version`` are flags."""
+    first, *others = args or [""]
+    if first in ("version", "-V", "-v"):
+        return ["--version"]
+    if first == "help":
+        return [*others[:1], "--help"]
+    if others == ["help"] and first in COMMANDS and not os.path.exists("help"):
+        return [first, "--help"]
+    return args
 
 
 def _run(command: str, args: list[str], console: Console) -> Mapping[str, Any] | None:
@@ -137,7 +149,10 @@ def _complete(args: list[str]) -> int:
 
 
 def _unknown(command: str) -> str:
-    near = nearest(command, COMMANDS)
+    if os.path.isdir(command):
+        example = f"hfprune prune {command} --ratio 0.2 -o OUT"
+        return f"hfprune: error: '{command}' is no command. To prune this model: {example}"
+    near = meant_command(command, COMMANDS)
     guess = f" Did you mean '{near}'?" if near else ""
     return f"hfprune: error: unknown command '{command}'.{guess} Commands: {', '.join(COMMANDS)}."
 

@@ -10,10 +10,12 @@ _ARGUMENT = re.compile(
     r"https?://\S+"
     r"|[\w.]+\([^()]*\)"  # a call, in Python
     r"|(?<![\w=])(?:'[^']*'|\"[^\"]*\")"  # a value, or a file
-    r"|(?<![\w.\-/=])(?P<name>[a-z]\w*(?:\.\w+)*)=(?=[^\s=])"
+    r"|(?<![\w.\-/=])(?P<name>[a-z]\w*(?:\.\w+)*)=(?=[^\s=])(?P<word>(?:True|False|None)\b)?"
     r"|(?P<ticks>`{1,2})(?P<ticked>[a-z]\w*(?:\.\w+)*)(?P=ticks)"
 )
 
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+"""Value in Python -> on the command line."""
 
 _RENAMED = {"fresh": "overwrite"}
 """Argument -> flag, where the command line has another name."""
@@ -45,8 +47,8 @@ def with_flags(text: str, settings: Mapping[str, Any]) -> str:
             return match[0] if flag is None else f"--{flag}"
         if name is None:
             return match[0]
-        flag = _flag(name, settings, text[match.end() :])
-        return match[0] if flag is None else f"--{flag} "
+        flag = _flag(name, settings, text[match.end("name") + 1 :])
+        return match[0] if flag is None else f"--{flag} {_WORDS.get(match['word'], '')}"
 
     return _ARGUMENT.sub(replaced, text)
 

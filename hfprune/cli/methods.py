@@ -1,6 +1,7 @@
 """Names on the command line and in config files: methods, criteria, allocations and compensations by short names."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hfprune.cli.config_files import read_config, shipped_configs
@@ -133,15 +134,22 @@ def is_sparse(name: str) -> bool:
     return plain(name) in sparse_methods()
 
 
+def _longer(name: str, known: Iterable[str]) -> list[str]:
+    """Returns the names that begin with a shorter one: a family of methods."""
+    return [other for other in known if other.startswith(f"{plain(name)}_")]
+
+
 def unknown(name: str, *, structured_only: bool = False) -> str:
     """Returns the message for a name that no method has."""
     if structured_only and is_sparse(name):
         return f"'{name}' sets single weights to zero, and a sweep compares methods that remove units."
     known = method_names() if structured_only else sorted({*method_names(), *sparse_methods()})
-    near = nearest(name, known)
-    question = f" Did you mean '{near}'?" if near else ""
+    near = [nearest(name, known) or ""] if nearest(name, known) else _longer(name, known)
+    question = f" Did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
     if structured_only:
         return f"Unknown method '{name}'.{question} Known: {', '.join(known)}."
+    if re.fullmatch(r"\d+:\d+|0?\.\d+", name):
+        return f"'{name}' is a sparsity: give --sparsity {name}, and a method of {', '.join(sparse_methods())}."
     return (
         f"Unknown method '{name}'.{question} Methods that remove units: {', '.join(method_names())}. Methods that set "
         f"weights to zero: {', '.join(sparse_methods())}."

@@ -18,6 +18,9 @@ from hfprune.utils.errors import ConfigError
 if TYPE_CHECKING:
     from hfprune.publishing.forecast import Forecast
 
+WORD_FLAG = "ratio"
+"""The flag that a word after the model may belong to."""
+
 _LABELS = {name: kind.label for name, kind in UNIT_KINDS.items()}
 
 
@@ -28,9 +31,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--ratio",
         "--pruning_ratio",
         dest="pruning_ratio",
-        type=float,
+        type=_ratios,
         nargs="+",
-        default=[0.1, 0.2, 0.3],
+        default=[[0.1, 0.2, 0.3]],
         metavar="R",
         help="shares of all parameters to remove (default: 0.1 0.2 0.3)",
     )
@@ -45,6 +48,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_loading_arguments(parser)
+
+
+def _ratios(word: str) -> list[float]:
+    """Returns one share, or several separated by commas."""
+    try:
+        found = [float(part) for part in word.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"'{word}' is no share of all parameters, for example 0.2") from None
+    if not all(0 < ratio < 1 for ratio in found):
+        raise ArgumentTypeError(f"{word} is not between 0 and 1 (both excluded): it is a share of all parameters")
+    return found
 
 
 def _rounding(word: str) -> int | str:
@@ -66,8 +80,9 @@ def run(arguments: Namespace) -> None:
     round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
     skip = SkipLayers.of(arguments.skip_layers, arguments.only_layers)
     settings: dict[str, Any] = {"units": arguments.units, "round_to": round_to, "skip_layers": skip}
-    impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
-    ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
+    asked = [ratio for ratios in arguments.pruning_ratio for ratio in ratios]
+    impossible = impossible_ratios(model, asked, **settings)
+    ratios = [ratio for ratio in asked if ratio not in impossible]
     if not ratios:
         raise ConfigError(next(iter(impossible.values())))
     found = forecast(model, ratios, tokens=arguments.tokens, **settings)

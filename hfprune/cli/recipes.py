@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from hfprune.cli.config_files import BUDGETS, read_config, shipped_configs
-from hfprune.cli.flags import Given
+from hfprune.cli.flags import Given, sparse_methods
 from hfprune.cli.methods import config_of, is_sparse, structured, unknown
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
@@ -111,13 +111,18 @@ def with_method(command: str, given: Sequence[Given]) -> list[Given]:
 
 
 def check_budget(command: str, given: Sequence[Given]) -> None:
-    """Raises ``ConfigError`` where structured pruning has no budget: it would be missed only after seconds.
+    """Raises ``ConfigError`` where a budget or its method is missing: the parser would notice only after seconds.
 
     Args:
         command: Name of the command.
         given: The flags, with recipes and methods replaced.
     """
     stated = dict(_statements(given))
+    if command in ("fit", "prune") and "sparsity" in stated and "method" not in stated:
+        raise ConfigError(
+            f"--method is required with --sparsity: one of {', '.join(sparse_methods())}. To remove whole units, give "
+            "--ratio in place of --sparsity."
+        )
     other = any(flag.partition(".")[0] in (*_SPARSE, "method", "lora_prune") for flag in stated)
     own = any(flag.startswith("importance.allocation") for flag in stated)  # it may set the number of units itself
     if command in ("fit", "prune") and not other and not own and not stated.keys() & set(BUDGETS):

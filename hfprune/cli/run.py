@@ -295,7 +295,7 @@ def _holds_layers_only(out: Path) -> bool:
 
 @contextmanager
 def _without_traces(folders: Sequence[Path]) -> Iterator[None]:
-    """Removes the empty folders that a refused command has created: loggers create theirs before anything is checked.
+    """Removes the empty folders that a refused or interrupted command has created: loggers create theirs first.
 
     Folders that existed before, and folders with files, are kept.
 
@@ -305,7 +305,7 @@ def _without_traces(folders: Sequence[Path]) -> Iterator[None]:
     missing = [folder for folder in folders if not folder.exists()]
     try:
         yield
-    except Exception:  # callbacks of Lightning refuse with errors of their own
+    except BaseException:  # callbacks of Lightning refuse with errors of their own, Ctrl-C ends with SystemExit
         for folder in missing:
             with suppress(OSError):  # it is not there, or something is in it
                 folder.rmdir()

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -31,10 +32,18 @@ SIMPLE_COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ``ConfigError``, with the nearest flag."""
 
+    word_flag = ""
+    """The flag that a second word without a flag may belong to."""
+
     def error(self, message: str) -> NoReturn:
         """Raises the error; the flag that may have been meant is named."""
         flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        word = re.match(r"unrecognized arguments: ([^-].*)", message)
         near = nearest(flag[1].lstrip("-"), self.flags()) if flag else None
+        if word and self.word_flag:
+            raise ConfigError(
+                f"'{word[1]}' belongs to no flag. Did you mean --{self.word_flag} {shlex.quote(word[1])}?"
+            )
         raise ConfigError(f"{message}.{f' Did you mean --{near}?' if near else f' See {self.prog} --help.'}")
 
     def flags(self) -> list[str]:
@@ -47,6 +56,7 @@ def simple_parser(command: str) -> Parser:
     module = import_module(MODULES[command])
     description = (module.__doc__ or "").partition("\n")[0]
     parser = Parser(prog=f"hfprune {command}", description=description, allow_abbrev=False)
+    parser.word_flag = getattr(module, "WORD_FLAG", "")
     module.add_arguments(parser)
     return parser
 

@@ -305,7 +305,10 @@ class Builder:
     def check_length(self, tokens: int, what: str) -> None:
         """Raises ``ConfigError`` if ``tokens`` exceeds the model's maximum sequence length."""
         if self.max_positions is not None and tokens > self.max_positions:
-            raise ConfigError(f"{what}: {tokens} tokens exceed the model's maximum of {self.max_positions} positions.")
+            longest = f" Set {what}={self.max_positions} or less." if what.isidentifier() else ""
+            raise ConfigError(
+                f"{what}: {tokens} tokens exceed the model's maximum of {self.max_positions} positions.{longest}"
+            )
 
     def dropped_counts(self, role: Role) -> dict[str, int]:
         """Returns the numbers of dropped rows of the role's source, by reason."""

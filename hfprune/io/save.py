@@ -176,8 +176,8 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
 
     Args:
         output_dir: The output folder.
-        overwrite: Whether the folder may hold files. Existing results are kept until new ones replace them, and other
-            files are not changed.
+        overwrite: Whether the folder may hold files; empty subfolders are none. Existing results are kept until new
+            ones replace them, and other files are not changed.
         need_bytes: Expected size of the results.
 
     Raises:
@@ -188,7 +188,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
     if out.exists() and not out.is_dir():
         raise ConfigError(f"output_dir='{out}' is a file, not a folder.")
     tidy(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if not overwrite and _holds_files(out):
         raise ConfigError(
             f"output_dir='{out}' is not empty. Choose another folder, or set overwrite=True to replace its results."
         )
@@ -201,6 +201,11 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool, need_bytes: int
             f"{free / 2**20:,.0f} MiB free."
         )
     return out
+
+
+def _holds_files(folder: Path) -> bool:
+    """Returns whether a file or a link is anywhere in a folder."""
+    return any(path.is_symlink() or not path.is_dir() for path in folder.rglob("*"))
 
 
 def check_writable(folder: Path, argument: str, *, name: str | Path | None = None) -> Path:

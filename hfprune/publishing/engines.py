@@ -66,8 +66,8 @@ def width_advice(widths: Sequence[int], dense_widths: Sequence[int]) -> str:
         dense_widths: Those of the dense model.
 
     >>> width_advice([1017], [1536])
-    'Widths that are multiples of 1 lose 4 quantised formats of the dense model (GGUF Q8_0 and Q4_0; bitsandbytes nf4, \
-MLX, torchao and OpenVINO 4 bit; GPTQ, AWQ, llm-compressor (group 128); GGUF K-quants): use round_to=256.'
+    'Quantised formats that the dense widths fit and multiples of 1 do not: GGUF Q8_0 and Q4_0; bitsandbytes nf4, MLX, \
+torchao and OpenVINO 4 bit; GPTQ, AWQ, llm-compressor (group 128); GGUF K-quants. Use round_to=256.'
     >>> width_advice([1024], [1536])
     ''
     """
@@ -76,8 +76,8 @@ MLX, torchao and OpenVINO 4 bit; GPTQ, AWQ, llm-compressor (group 128); GGUF K-q
     if not lost:
         return ""
     return (
-        f"Widths that are multiples of {multiple} lose {len(lost)} quantised formats of the dense model "
-        f"({'; '.join(lost)}): use round_to={dense}."
+        f"Quantised formats that the dense widths fit and multiples of {multiple} do not: {'; '.join(lost)}. "
+        f"Use round_to={dense}."
     )
 
 

@@ -174,7 +174,7 @@ def test_sparse_methods_refuse_in_one_line(dense, capsys, flags, expected):
         (["--pruning_ratio=0.2", "--data.calibration=short.txt"], "too short"),
         (["--pruning_ratio=0.2", "--data.calibration=picture.png"], "not read. Known: .txt"),
         (["--pruning_ratio=0.2", "--data.calibration=tokens.safetensors"], "tokenised with another tokenizer"),
-        (["--pruning_ratio=0.2", "--data.seq_len=1000"], "1000 tokens exceed the model's maximum of 64 positions"),
+        (["--pruning_ratio=0.2", "--data.seq_len=1000"], "maximum of 64 positions. Set --data.seq_len 64 or less."),
         (["--pruning_ratio=0.2", "--data.calibration_batch_size=0"], "--data.calibration_batch_size 0 must be positive"),
         (["--pruning_ratio=0.2", "--output_dir=busy"], "'busy' is not empty"),
         (["--pruning_ratio=0.2", "--output_dir=short.txt"], "is a file"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hfprune.cli import main
+from hfprune.version import __version__ as version
 from tests.helpers.models import save_tiny
 from tests.helpers.runs import TINY_DATA_FLAGS, TINY_FLAGS
 
@@ -72,6 +73,43 @@ def test_a_command_alone_is_one_line(command, capsys, monkeypatch):
     assert main([command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is required" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["eval", "m"], "unknown command 'eval'. Did you mean 'evaluate'?"),
+        (["compress", "m"], "Did you mean 'prune'?"),
+        (["finetune", "m"], "Did you mean 'fit'?"),
+        (["dry-run", "m"], "Did you mean 'plan'?"),
+        (["."], "'.' is no command. To prune this model: hfprune prune . --ratio 0.2 -o OUT"),
+        (["plan", "m", "0.2"], "'0.2' belongs to no flag. Did you mean --ratio 0.2?"),
+        (["plan", "m", "--ratio", "20"], "20 is not between 0 and 1"),
+        (["plan", "m", "--ratio", "a"], "'a' is no share of all parameters, for example 0.2"),
+        (["chat", "m", "who are you"], "Did you mean --prompt 'who are you'?"),
+    ],
+)
+def test_words_of_other_tools_are_answered_in_one_line(args, message, capsys, monkeypatch):
+    for module in ("plan", "chat"):
+        monkeypatch.setattr(f"hfprune.cli.{module}.importing", lambda: pytest.fail("imports"))
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (["help"], "commands:"),
+        (["help", "prune"], "hfprune prune"),
+        (["prune", "help"], "hfprune prune"),
+        (["version"], version),
+        (["-V"], version),
+    ],
+)
+def test_help_and_version_as_words(args, shown, capsys):
+    assert main(args) == 0
+    assert shown in capsys.readouterr().out
 
 
 def test_a_name_that_is_no_folder_was_looked_up_on_the_hub(capsys):

@@ -36,7 +36,8 @@ FLAGS = ("importance", "importance.recovery", "importance.criterion", "overwrite
         ("`distillation.alpha` is too large.", "--model.distillation.alpha is too large."),
         ("Set ``overwrite``, or another ``output_dir``.", "Set --overwrite, or another --output_dir."),
         ("layout=uniform needs `layout`.", "--layout uniform needs --layout."),
-        ("Set fresh=True to start again.", "Set --overwrite True to start again."),
+        ("Set fresh=True to start again.", "Set --overwrite true to start again."),
+        ("offload=None or seed_everything=Nonesuch", "--sparse.offload null or --seed_everything Nonesuch"),
         # one name, several flags: the value decides
         ("calibration_batches=0 must be positive.", "--importance.calibration_batches 0 must be positive."),
         ("calibration_batches=7 exceed the data.", "--sparse.calibration_batches 7 exceed the data."),

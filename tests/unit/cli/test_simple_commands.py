@@ -57,7 +57,7 @@ def test_errors_of_arguments_name_the_flag_that_was_meant(capsys):
     assert "Did you mean --ratio?" in error_of(capsys, "plan", "x", "--rato", "0.2")
     assert "required: REPO" in error_of(capsys, "push", "x")
     assert "invalid choice: 'mode'" in error_of(capsys, "push", "x", "me/y", "--what", "mode")
-    assert "invalid float value" in error_of(capsys, "plan", "x", "--ratio", "much")
+    assert "'much' is no share of all parameters" in error_of(capsys, "plan", "x", "--ratio", "much")
 
 
 def test_plan_prints_a_row_per_ratio(base, capsys):
