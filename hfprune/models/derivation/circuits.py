@@ -33,6 +33,11 @@ def layer_kinds(layers: nn.ModuleList) -> list[int]:
     return [found.index(structure) for structure in found]
 
 
+def first_circuits(trace: Trace) -> list[Circuit]:
+    """Returns the circuits of the first layer."""
+    return _of_layer(trace, 0, {name: trace.reach(name) for name in trace.within(0)})
+
+
 def find_circuits(trace: Trace) -> list[list[Circuit]]:
     """Returns the circuits of each layer; layers of equal structure are traced once."""
     reaches = {name: trace.reach(name) for index in range(len(trace.stack)) for name in trace.within(index)}

@@ -132,7 +132,7 @@ def test_stranger_is_pruned_by_the_callback(stranger):
     assert module.net.config.neurons == module.net.trunk.blocks[2].ff.w_gate.out_features < 40
 
 
-def broken(**parts):
+def broken(config=None, **parts):
     """Returns a stranger whose layers have other parts."""
 
     class Broken(StrangerLM):
@@ -142,7 +142,7 @@ def broken(**parts):
                 for name, kind in parts.items():
                     setattr(block, name, kind(config))
 
-    return Broken(StrangerConfig()).double().eval()
+    return Broken(config or StrangerConfig()).double().eval()
 
 
 class Normed(Feed):
@@ -175,6 +175,26 @@ class Shuffled(Mix):
 class Turned(nn.Module):
     def forward(self, x):
         return x.unflatten(-1, (6, 8))[..., [0, 2, 1, 3, 5, 4], :].flatten(-2)
+
+
+class InFours(Mix):
+    """Four partitions of heads, each with its queries, values and keys (CodeGen): with four heads, one per partition."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.qkv = nn.Linear(config.channels, 3 * config.queries * self.size)
+
+    def forward(self, x, allowed):
+        q, v, k = self.qkv(x).unflatten(-1, (4, 3, -1, self.size)).unbind(-3)
+        q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
+        scores = (q @ k.mT / self.size**0.5).masked_fill(~allowed, -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_order_of_heads_that_depends_on_their_number_is_refused():
+    """With four heads, the partitions look like interleaved heads; with eight, they do not."""
+    spec = derive(broken(StrangerConfig(queries=4, memories=4), mix=InFours))
+    assert spec.no_attention == "the order of its heads depends on their number"
 
 
 @pytest.mark.parametrize(
