@@ -27,6 +27,8 @@ from hfprune.models.spec import (
     HeadTemplate,
     SliceTemplate,
     StreamSpec,
+    SublayerSpec,
+    SublayersSpec,
     register,
 )
 from hfprune.models.stock_config import check_stock, config_values, head_counts, hidden_step
@@ -42,6 +44,8 @@ __all__ = [
     "Neurons",
     "SliceTemplate",
     "StreamSpec",
+    "SublayerSpec",
+    "SublayersSpec",
     "backbone",
     "channel_cost",
     "check_head",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hfprune.models.groups import find_spec
+from hfprune.models.sublayers import NoMLP, missing_sublayers
 from hfprune.utils.errors import ConfigError
 
 
@@ -108,7 +109,7 @@ def add_lora(model: Any, lora: LoraRecovery, *, seed: int = 0) -> Any:
 
 
 def check_lora(model: nn.Module, lora: LoraRecovery) -> list[str]:
-    """Returns the names of the projections to adapt.
+    """Returns the names of the projections to adapt: suffixes, or full names if some of these modules were removed.
 
     Args:
         model: A Hugging Face model without adapters, possibly on the meta device.
@@ -121,13 +122,23 @@ def check_lora(model: nn.Module, lora: LoraRecovery) -> list[str]:
     spec = find_spec(model)
     names = [name for name, module in model.named_modules() if _is_projection(module) and name != spec.lm_head]
     targets = list(lora.target_modules or spec.lora_targets)
+    lacks = bool(missing_sublayers(model, spec)) and lora.target_modules is None
+    if lacks:  # no layer may be left with some of the projections
+        targets = [target for target in targets if any(_matches(name, target) for name in names)] or targets
     for target in targets:
         if spec.lm_head == target or spec.lm_head.endswith("." + target):
             raise ConfigError(f"LoRA target '{target}' is the output head, which cannot be adapted: remove it.")
-        if not any(name == target or name.endswith("." + target) for name in names):
+        if not any(_matches(name, target) for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
             raise ConfigError(f"LoRA target '{target}' matches no projection of the model. It has: {', '.join(known)}.")
-    return targets
+    found = [name for name in names if any(_matches(name, target) for target in targets)]
+    replaced = [name for name, module in model.named_modules() if isinstance(module, nn.Identity | NoMLP)]
+    return found if any(_matches(name, target) for name in replaced for target in targets) else targets
+
+
+def _matches(name: str, target: str) -> bool:
+    """Returns whether PEFT adapts the module ``name`` for a target."""
+    return name == target or name.endswith("." + target)
 
 
 def _initialise(model: nn.Module, seed: int) -> None:

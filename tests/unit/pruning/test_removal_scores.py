@@ -11,7 +11,8 @@ from hfprune.models import find_groups
 from hfprune.plan import SUBLAYERS
 from hfprune.pruning.layer_scores import layer_cosines, layer_perplexities
 from hfprune.pruning.options import CalibrationOptions, DepthScores, PruningOptions
-from hfprune.pruning.removal_scores import removal_scores
+from hfprune.pruning.prunable import PrunableModel
+from hfprune.pruning.removal_scores import check_depth, removal_scores
 from hfprune.utils.errors import CalibrationError, ConfigError
 from tests.helpers.models import tiny, token_ids
 from tests.helpers.ragged import padded
@@ -104,3 +105,14 @@ def test_settings_are_checked():
         DepthScores(sequences=0)
     with pytest.raises(ConfigError, match="the units are mlp. Add one of attention_sublayers, mlp_sublayers, layers"):
         PruningOptions(budget=hfprune.Budget(pruning_ratio=0.2), calibration=CalibrationOptions(depth_scores="kl"))
+
+
+def test_sharded_models_and_unknown_classes_are_refused():
+    class Sharded(PrunableModel):
+        sharded = True
+
+    with pytest.raises(ConfigError, match="depth_scores cannot measure sharded models"):
+        check_depth(Sharded(tiny("llama")), DepthScores())
+    with pytest.raises(ConfigError, match="requires a Hugging Face model of a supported architecture"):
+        check_depth(PrunableModel(torch.nn.Linear(2, 2)), DepthScores())
+    check_depth(Sharded(tiny("llama")), None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hfprune import apply_plan, make_plan
 from hfprune.models import find_groups, find_spec
 from hfprune.recovery import LoraRecovery, add_lora, merge_lora
 from hfprune.utils.errors import ConfigError
@@ -49,3 +50,20 @@ def test_values_are_checked(bad):
     (argument,) = bad
     with pytest.raises(ConfigError, match=f"^LoraRecovery: {argument}="):
         LoraRecovery(**bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("opt", {"mlp_sublayers": (1,)}), ("llama", {"attention_sublayers": (0, 1, 2)})]
+)
+def test_adapters_of_a_model_without_some_sublayers(name, lost):
+    model = tiny(name, dtype=torch.float32)
+    ids = token_ids()
+    groups = find_groups(model, tuple(lost))
+    keep = {group.name: () if group.layer in lost[group.kind] else (0,) for group in groups}
+    apply_plan(model, make_plan(model, keep=keep, units=tuple(lost)))
+    before = model(input_ids=ids).logits
+    wrapped = add_lora(model, LoraRecovery(rank=2))
+    adapted = {key.split(".lora_A")[0].rpartition(".")[2] for key, _ in wrapped.named_parameters() if "lora_A" in key}
+    assert ("fc1" in adapted) if name == "opt" else (adapted == {"gate_proj", "up_proj", "down_proj"})
+    torch.testing.assert_close(wrapped(input_ids=ids).logits, before)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
