@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hfprune.functional import make_plan, refit, save, score
     from hfprune.io.layouts import apply_plan
     from hfprune.io.load_any import load
+    from hfprune.io.loading import LoadingOptions
     from hfprune.models import Neurons
     from hfprune.models.skip_layers import SkipLayers
     from hfprune.models.surgery import mask_plan
@@ -45,6 +46,7 @@ _HOMES = {
     "Budget": "hfprune.plan",
     "CalibrationOptions": "hfprune.pruning.options",
     "LeastSquares": "hfprune.compensation",
+    "LoadingOptions": "hfprune.io.loading",
     "LoraPruningCallback": "hfprune.callbacks",
     "LoraRecovery": "hfprune.recovery",
     "Neurons": "hfprune.models",
@@ -77,6 +79,7 @@ __all__ = [
     "Budget",
     "CalibrationOptions",
     "LeastSquares",
+    "LoadingOptions",
     "LoraPruningCallback",
     "LoraRecovery",
     "Neurons",

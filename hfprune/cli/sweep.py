@@ -95,6 +95,7 @@ class SweepCLI(BaseCLI):
         data = {name: value for name, value in dumped["data"].items() if name != "text"}
         data["text"] = next(iter(dumped.get("texts", {}).values()), dumped["data"].get("text"))
         config = {"model": dumped["model"], "data": data, "pruning_ratio": ratio, "round_to": dumped.get("round_to")}
+        config |= {name: importance.pop(name, None) for name in ("skip_layers", "only_layers")}
         return recipe(config | {"importance": importance})
 
     def make_data(self, seed: int, text: str | None) -> TextDataModule:

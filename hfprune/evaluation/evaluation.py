@@ -113,7 +113,7 @@ class Evaluation:
         if latency:
             add_speeds(stages, models)
         if output is not None:
-            facts = {"command": command_line(), "model": module.path, "dense": self.dense}
+            facts: dict[str, Any] = {"command": command_line(), "model": module.path, "dense": self.dense}
             loaded = {"model_loading": module.loading.describe(), "dense_loading": self.dense_loading.describe()}
             facts |= {name: value for name, value in loaded.items() if value and (self.dense or "dense" not in name)}
             facts |= {"ckpt_path": None if self.ckpt_path is None else str(self.ckpt_path)}

@@ -1,5 +1,6 @@
 """LightningModules."""
 
 from hfprune.modules.causal_lm import PruningModule
+from hfprune.modules.optimization import OptimizationOptions
 
-__all__ = ["PruningModule"]
+__all__ = ["OptimizationOptions", "PruningModule"]

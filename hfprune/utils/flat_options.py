@@ -4,15 +4,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from hfprune.utils.errors import ConfigError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def flat_options(**groups: type[Any]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def flat_options(**groups: type[Any]) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Returns a decorator of a constructor whose groups of options can be given as single keywords, too.
 
     The signature of the decorated constructor has the fields of each group in place of the group: parsers of command
@@ -34,9 +33,9 @@ def flat_options(**groups: type[Any]) -> Callable[[Callable[P, T]], Callable[P, 
     (6, 4, '(*, width: int = 1, height: int = 1)')
     """
 
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
         @wraps(function)
-        def accepting(*args: P.args, **kwargs: P.kwargs) -> T:
+        def accepting(*args: Any, **kwargs: Any) -> T:
             for group, kind in groups.items():
                 given = {f.name: kwargs.pop(f.name) for f in fields(kind) if f.name in kwargs}
                 if given and kwargs.get(group) is not None:

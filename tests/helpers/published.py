@@ -43,7 +43,7 @@ def shapes(name):
 
 def unchecked(monkeypatch):
     """Lets a command be parsed whose model, data and output folder are names only."""
-    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
+    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path, **loading: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
     monkeypatch.setattr("hfprune.callbacks.report.check_output_dir", lambda *a, **k: None)
 

@@ -479,7 +479,7 @@ def test_every_config_parses_and_names_its_command(path, monkeypatch):
     words = header[0].removeprefix("#").split()
     command = words[words.index("hfprune") + 1]
     assert f"configs/{path.relative_to(ROOT / 'configs')}" in words
-    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path: None)
+    monkeypatch.setattr("hfprune.modules.causal_lm.check_model_path", lambda path, **loading: None)
     monkeypatch.setattr("hfprune.data.roles.check_source", lambda source, flag: None)
     flags = [
         f"--config={path}",
