@@ -22,7 +22,7 @@ class ModelParams(Structure):
 
 
 class ContextParams(Structure):
-    """``llama_context_params`` of llama.h, of the releases that ``make test-serve`` installs."""
+    """``llama_context_params`` of llama.h, of the release that ``make serve-llama-cpp`` installs."""
 
     _fields_ = [
         ("n_ctx", c_uint32),

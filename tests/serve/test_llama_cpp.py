@@ -34,7 +34,9 @@ ENGINE = Path(__file__).parents[1] / "helpers" / "llama_cpp_engine.py"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="HFPRUNE_LLAMA_CPP names no python with xllamacpp: make test-serve"),
+    pytest.mark.skipif(
+        not PYTHON, reason="HFPRUNE_LLAMA_CPP names no python with xllamacpp: make serve-llama-cpp test-serve"
+    ),
 ]
 
 SIZES = {
@@ -219,14 +221,16 @@ DESCRIPTIVE = ("hfprune.", "general.")
 STOCK = {
     "llama": "f16",
     "llama3": "q8_0",
+    "llama_bias": "f16",
     "mistral": "f32",
-    "qwen2": "bf16",
-    "qwen3": "q8_0",
+    "qwen3": "bf16",
     "gemma3": "f16",
 }  # Phi-3's tokenizer must be a SentencePiece model there, GPT-2's width four times the hidden size
 
 
-@pytest.mark.skipif(not CONVERTER, reason="HFPRUNE_LLAMA_CPP_CONVERTER names no convert_hf_to_gguf.py: make test-serve")
+@pytest.mark.skipif(
+    not CONVERTER, reason="HFPRUNE_LLAMA_CPP_CONVERTER names no convert_hf_to_gguf.py: make serve-llama-cpp test-serve"
+)
 @pytest.mark.parametrize("name", STOCK)
 def test_a_uniform_model_is_what_the_stock_converter_writes(name, tmp_path):
     from tests.helpers.tokenizers import smollm2
