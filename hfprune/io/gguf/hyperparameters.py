@@ -40,7 +40,7 @@ def hyperparameters(found: Description) -> Metadata:
     if arch == "phi3":
         keys["rope.scaling.original_context_length"] = original_length(config)
         keys["attention.sliding_window"] = int(config.sliding_window or 0)
-    keys |= _gemma(found)
+    keys |= _experts(found) | _gemma(found)
     return {f"{arch}.{key}": value for key, value in keys.items()} | rope_metadata(config, arch)
 
 
@@ -53,6 +53,19 @@ def context_length(found: Description) -> int:
 
 def _per_layer(values: Sequence[int], listed: bool) -> int | list[int]:
     return list(values) if listed else values[0]
+
+
+def _experts(found: Description) -> Metadata:
+    """Returns the numbers and the widths of experts; a Mixtral has no other MLP width."""
+    count, config = found.experts[0], found.config
+    if not count:
+        return {}
+    keys: Metadata = {"expert_count": count, "expert_used_count": int(config.num_experts_per_tok)}
+    if found.arch != "llama":
+        keys |= {"feed_forward_length": int(config.intermediate_size), "expert_feed_forward_length": found.widths[0]}
+    if found.arch == "qwen2moe":
+        keys["expert_shared_feed_forward_length"] = int(config.shared_expert_intermediate_size)
+    return keys
 
 
 def _gemma(found: Description) -> Metadata:

@@ -1,5 +1,6 @@
 """How byte-level BPE tokenizers cut a text into words, and the names that llama.cpp has for it."""
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,7 +58,31 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
             f"The tokenizer cuts words by {' and '.join(steps) or 'nothing'}, which no pre-tokenizer of llama.cpp that "
             "hfprune knows does. Convert it with llama.cpp's convert_hf_to_gguf.py, if that knows it."
         )
-    return _NAMES[steps, whole]
+    found = _NAMES[steps, whole]
+    return "smollm" if found == "gpt-2" and _digits_are_alone(tokenizer) else found
+
+
+def _digits_are_alone(tokenizer: Mapping[str, Any]) -> bool:
+    """Returns whether no token has a digit and another character.
+
+    Such a vocabulary is cut the same with and without a cut around every digit. llama.cpp's converter names the first,
+    whose decoder leaves spaces before punctuation alone.
+    """
+    for token in tokenizer["model"]["vocab"]:
+        text = bytes(_BYTE_OF[letter] for letter in token if letter in _BYTE_OF).decode(errors="ignore")
+        if len(text) > 1 and any(unicodedata.category(letter).startswith("N") for letter in text):
+            return False
+    return True
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """Returns the byte that each letter of a byte-level vocabulary stands for (GPT-2)."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_letters()
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[str]:

@@ -37,7 +37,7 @@ def named_tensors(model: Any, found: Description) -> Iterator[tuple[str, Tensor]
             parameter, kind, inner, found
         )
     for index, layer in enumerate(layers):
-        for name, tensor in _CONVERSIONS[found.arch](layer, index, found).items():
+        for name, tensor in _CONVERSIONS[found.arch](_stacked(layer), index, found).items():
             yield f"blk.{index}.{name}", tensor
         layer.clear()
     yield from rope_tensors(found.config, found.head_size).items()
@@ -57,6 +57,16 @@ def _shifted(parameter: Tensor, kind: str, module: str, found: Description) -> T
     if found.family.transposed and kind == "weight" and tensor.dim() == 2 and ".c_" in f".{module}":
         return tensor.t()
     return tensor
+
+
+def _stacked(layer: Layer) -> Layer:
+    """Returns a layer with the gate and up projections of all experts as tensors of their own, [experts, out, in]."""
+    if "experts.gate_up_proj" not in layer:
+        return layer
+    layer = dict(layer)
+    gate, up = layer.pop("experts.gate_up_proj").chunk(2, dim=1)
+    down = layer.pop("experts.down_proj")
+    return layer | {"ffn_gate_exps.weight": gate, "ffn_up_exps.weight": up, "ffn_down_exps.weight": down}
 
 
 def _plain(layer: Layer, index: int, found: Description) -> Layer:
@@ -86,7 +96,7 @@ def _separate(layer: Layer, index: int, found: Description) -> Layer:
     for key in [key for key in layer if key.startswith("attn_qkv.")]:
         kind = key.partition(".")[2]
         layer |= {f"attn_{name}.{kind}": t for name, t in zip("qkv", layer.pop(key).split(parts), strict=True)}
-    if "ffn_gate.weight" not in layer:
+    if "ffn_up.weight" in layer and "ffn_gate.weight" not in layer:
         gate, up = layer.pop("ffn_up.weight").chunk(2)
         layer |= {"ffn_gate.weight": gate, "ffn_up.weight": up}
     return layer
@@ -114,5 +124,5 @@ _CONVERSIONS: dict[str, Callable[[Layer, int, Description], Layer]] = {
     "deci": _interleaved,
     "openelm": _fused,
     "gptneox": _by_kind,
-    **dict.fromkeys(("qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"), _plain),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "gpt2"), _plain),
 }

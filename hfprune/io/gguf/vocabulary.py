@@ -104,9 +104,9 @@ def _model(backend: Any, content: Mapping[str, Any], tokens: list[str], types: l
 
 
 def _byte_level(content: Mapping[str, Any]) -> Metadata:
-    normalizer = content.get("normalizer")
-    if normalizer is not None and normalizer["type"] not in ("NFC", "Sequence"):
-        raise ConfigError(f"The tokenizer normalises texts ({normalizer['type']}), which llama.cpp does not.")
+    steps = [part["type"] for part in _flat(content.get("normalizer"), "normalizers")]
+    if set(steps) - {"NFC"}:  # llama.cpp's converter leaves out NFC, too
+        raise ConfigError(f"The tokenizer normalises texts ({', '.join(steps)}), which llama.cpp does not.")
     if content["model"].get("continuing_subword_prefix") or content["model"].get("end_of_word_suffix"):
         raise ConfigError("The tokenizer marks the parts of words, which llama.cpp's BPE does not.")
     name = pre_tokenizer_name(content)

@@ -194,6 +194,21 @@ def test_types_and_rows_that_no_block_fits(kind, step, tmp_path):
     assert 0 <= np.abs(tensors["blk.0.ffn_up.weight"] - weight).max() <= limit
 
 
+def test_rows_are_converted_in_groups(tmp_path, monkeypatch):
+    export_gguf(wide(), None, tmp_path / "a.gguf", gguf_type="q8_0")
+    monkeypatch.setattr("hfprune.io.gguf.export._ROWS", 5)
+    export_gguf(wide(), None, tmp_path / "b.gguf", gguf_type="q8_0")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_name_by_which_llama_cpp_asks_for_tokens_is_left_out(tmp_path):
+    model = wide()
+    for name, expected in (("org/my-phi3-model", None), ("org/my-llama", "my-llama")):
+        model.config._name_or_path = model.name_or_path = name
+        export_gguf(model, None, tmp_path / "m.gguf", overwrite=True)
+        assert read(tmp_path / "m.gguf")[0].get("general.name") == expected
+
+
 def test_auto_follows_the_type_of_the_model(tmp_path):
     for dtype, kind in ((torch.bfloat16, "bf16"), (torch.float32, "f16"), (torch.float16, "f16")):
         path = tmp_path / f"{dtype}.gguf"
