@@ -325,6 +325,7 @@ def export_model(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
+            chosen.complete(stage, written)
         with checking():
             saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
         if chosen.compress(stage):
@@ -404,6 +405,7 @@ def export_sharded(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
+            LAYOUTS.get(layout).complete(stage, model)
             with checking():
                 return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
     finally:

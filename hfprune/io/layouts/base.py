@@ -59,6 +59,14 @@ class Layout(ABC):
         """Compresses the files of ``save_pretrained`` in place; returns whether the layout does so."""
         return False
 
+    def complete(self, folder: Path, model: Any) -> None:
+        """Adds the files that only other software reads; the weights and the reload do not change.
+
+        Args:
+            folder: A folder with the files of ``save_pretrained`` and the plan.
+            model: The model returned by :meth:`written`.
+        """
+
     def tolerance(self, dtype: torch.dtype) -> float:
         """Returns the accepted difference of the logits after reloading, relative to the largest logit."""
         return 1e-5
@@ -101,28 +109,29 @@ def _head_size(config: Any, spec: ArchSpec) -> int:
     return found
 
 
-def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *, num_layers: int) -> Overrides:
-    """Returns the config values of each layer after ``plans``.
+def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -> Overrides:
+    """Returns the config values of each layer of the pruned model after ``plans``.
 
-    The result is empty if whole layers were removed: the remaining layers are renumbered, and only the plans are valid.
+    Layers are numbered as in the pruned model, in which removed layers have no number.
 
     Args:
         config: The dense config.
         spec: Specification of the architecture.
         plans: The plans in order; the first one is for the dense model, each further one for the result of the last.
-        num_layers: Number of layers of the pruned model.
     """
-    if num_layers != config.num_hidden_layers:
-        return {}
-    units: dict[str, int] = {}
-    found: Overrides = {}
-    for group, kept in ((group, len(plan.keep[group.name])) for plan in plans for group in plan.groups):
-        index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
-        units.setdefault(group.name, group.num_units)
-        values = kind_values(config, spec, group.kind, kept=kept, units=units[group.name])
-        if values is not None and index.isdigit():
-            found.setdefault(int(index), {}).update(values)
-    return found
+    units: list[dict[str, int]] = [{} for _ in range(config.num_hidden_layers)]
+    found: list[dict[str, int]] = [{} for _ in units]
+    for plan in plans:
+        for group in plan.groups:
+            index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
+            if not index.isdigit():
+                continue
+            dense = units[int(index)].setdefault(group.kind, group.num_units)
+            values = kind_values(config, spec, group.kind, kept=len(plan.keep[group.name]), units=dense)
+            found[int(index)].update(values or {})
+        removed = plan.removed_layers()
+        units, found = ([item for i, item in enumerate(items) if i not in removed] for items in (units, found))
+    return {index: values for index, values in enumerate(found) if values}
 
 
 def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Exported folders in the software that serves them."""
