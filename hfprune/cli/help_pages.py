@@ -93,8 +93,9 @@ PAGES: dict[str, tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]] = {
         "MODEL --layout LAYOUT -o OUT",
         (
             ("MODEL, --model DIR", "model that hfprune wrote, or the output folder of a run"),
-            ("--layout NAME", "uniform, per_layer, padded, bitmask"),
+            ("--layout NAME", "uniform, per_layer, padded, bitmask, nemotron_nas"),
             ("-o, --output_dir DIR", "receives config, weights, tokenizer, plan"),
+            ("--check ENGINE", "load the result in an engine and compare tokens: vllm, transformers, ..."),
             ("--model.dtype TYPE", "type of the weights: auto, bfloat16, ..."),
             *_SHARED,
         ),

@@ -325,13 +325,13 @@ def export_model(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
-            chosen.complete(stage, written)
         with checking():
             saved = {"layout": layout, **measure_saved(stage, written), "parameters_needed": parameter_count(model)}
         if chosen.compress(stage):
             saved["bytes"] = weight_bytes(stage)
         with phase("checking the reload"), checking():
             difference = check_reload(stage, model, written=written, tolerance=chosen.tolerance(model.dtype))
+            chosen.complete(stage, written)
         return saved | {"max_logit_difference_after_reload": difference}
 
 
@@ -405,9 +405,10 @@ def export_sharded(
                 tokenizer.save_pretrained(stage)
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
-            LAYOUTS.get(layout).complete(stage, model)
             with checking():
-                return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
+                saved = {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
+                LAYOUTS.get(layout).complete(stage, model)
+            return saved
     finally:
         deque(parameters, maxlen=0)  # after an error, too: the other ranks continue to gather
 

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hfprune.io.save import export_model
+from hfprune.publishing.engine_check import greedy
 from hfprune.vllm_plugin import FAMILIES, refusal
-from tests.helpers.served import PROMPTS, export, run_script, servable
+from tests.helpers.served import LARGE, PROMPTS, cut, export, run_script, servable
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("HFPRUNE_VLLM_PYTHON", "")
@@ -30,15 +34,18 @@ for folder in folders:
         made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
         found[folder] = [list(one.outputs[0].token_ids) for one in made]
         del llm
+        print(folder, file=sys.stderr, flush=True)
     except Exception as error:
         found[folder] = f"{type(error).__name__}: {error}"
 print(json.dumps({"version": vllm.__version__, "found": found}))
 """
 
 
-def generated(folders, **options):
-    """Returns the greedy tokens of vLLM for each folder, or the error of one."""
+def generated(folders, *, plugins=None, **options):
+    """Returns the greedy tokens of vLLM for each folder, or the error of one; ``plugins`` are the allowed ones."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    environment |= {} if plugins is None else {"VLLM_PLUGINS": plugins}
     answer = run_script(PYTHON, _GENERATE, [list(map(str, folders)), PROMPTS, options], path=ROOT, **environment)
     return {Path(folder).name: tokens for folder, tokens in answer["found"].items()}
 
@@ -66,12 +73,30 @@ _CLASSES = {
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_same_tokens_as_hfprune(tmp_path):
     exports = {
         name: export(config, tmp_path / name, new_tokens=32, **units) for name, (config, units) in cases().items()
     }
     found = generated([export.folder for export in exports.values()])
     assert found == {name: export.tokens for name, export in exports.items()}
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nemotron_nas_without_the_plugin(tmp_path):
+    config = LlamaConfig(**LARGE | {"head_dim": 32, "hidden_size": 128, "intermediate_size": 768})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plan = cut(model, widths=(256, 768, 512, 256))
+    export_model(model, None, plan, tmp_path / "m", layout="nemotron_nas")
+    expected = [greedy(model, prompt, 32).argmax(-1).tolist() for prompt in PROMPTS]
+    found = generated([tmp_path / "m"], trust_remote_code=True, plugins="")
+    assert found == {"m": expected}
 
 
 def test_what_vllm_cannot_build_is_refused_by_name():

@@ -32,7 +32,7 @@ class Layout(ABC):
     Example:
         >>> from hfprune.io.layouts import LAYOUTS
         >>> list(LAYOUTS)
-        ['bitmask', 'padded', 'per_layer', 'uniform']
+        ['bitmask', 'nemotron_nas', 'padded', 'per_layer', 'uniform']
         >>> [name for name in LAYOUTS if LAYOUTS.get(name).shards]
         ['per_layer', 'uniform']
     """
@@ -60,12 +60,13 @@ class Layout(ABC):
         return False
 
     def complete(self, folder: Path, model: Any) -> None:
-        """Adds the files that only other software reads; the weights and the reload do not change.
+        """Adds or converts the files that only other software reads, after the checks; weights do not change.
 
         Args:
-            folder: A folder with the files of ``save_pretrained`` and the plan.
+            folder: The complete folder.
             model: The model returned by :meth:`written`.
         """
+        return
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Returns the accepted difference of the logits after reloading, relative to the largest logit."""

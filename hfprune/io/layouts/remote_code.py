@@ -1,8 +1,8 @@
 """Remote code: a modeling file in ``per_layer`` folders with which transformers loads them without hfprune.
 
 ``auto_map`` in config.json names the classes of ``modeling_hfprune.py``. They are subclasses of the stock classes whose
-layers are built from the values in ``per_layer_config``. The file imports torch and transformers alone, runs only where a
-user sets ``trust_remote_code=True``, and is ignored by :func:`hfprune.load` and ``hfprune.auto``.
+layers are built from the values in ``per_layer_config``. The file imports torch and transformers alone, runs only where
+a user sets ``trust_remote_code=True``, and is ignored by :func:`hfprune.load` and ``hfprune.auto``.
 
 Classes that derive the size of a head from the number of heads cannot be built with fewer heads. Their layers are built
 with the dense heads and then resized to the shapes in the section ``hfprune`` of config.json.
@@ -36,7 +36,8 @@ RESIZED = "resized"
 
 _SIZES = ("in_features", "out_features", "nf", "nx")
 
-_TEMPLATE = Template('''"""$causal_lm whose layers differ in size. Written by hfprune $version; needs torch and transformers alone."""
+_TEMPLATE = Template('''\
+"""$causal_lm whose layers differ in size, by hfprune $version. Needs torch and transformers alone."""
 
 import transformers
 from torch import nn
@@ -220,7 +221,8 @@ def _built(file: Path, data: Mapping[str, Any], names: Mapping[str, str]) -> Pre
     """Returns the model of the modeling file, on the meta device."""
     name = f"_{MODULE}_check"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up the module of a config class
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
