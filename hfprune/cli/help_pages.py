@@ -20,6 +20,7 @@ _SHARED: tuple[tuple[str, str], ...] = (
 _BUDGET = (
     ("--ratio SHARE", "share of ALL parameters to remove (0.2); or --target_params, --intermediate_size"),
     ("--round_to N", "widths are multiples of N; auto: the largest of 256, 128, 64 that costs at most 3 %"),
+    ("--serve gguf|vllm|int4", "how it will be served, which sets --round_to: 256, 64, 128"),
     ("--recipe fast|best|paper", "fast (default): activation norms + least squares, one width; best: widths by"),
     ("", "measured KL, loads with hfprune; paper: entropy, exact width"),
     ("--method NAME", "entropy, activation_norm, fisher, ...: remove units by this score alone"),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
 from hfprune.plan import UNIT_KINDS
+from hfprune.publishing.engine_rules import engine_line
+from hfprune.publishing.engines import SERVING, serving_advice
 
 if TYPE_CHECKING:
     from hfprune.publishing.forecast import Forecast
@@ -35,6 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--units", nargs="+", choices=_LABELS, default=["mlp"], metavar="KIND", help=kinds)
     rounded = "kept widths are multiples of N, or auto: 256, 128 or 64 where it costs little (default: as prune does)"
     parser.add_argument("--round_to", type=_rounding, default=None, metavar="N", help=rounded)
+    parser.add_argument("--serve", choices=SERVING, default=None, help="how it will be served, which sets --round_to")
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -56,7 +59,7 @@ def run(arguments: Namespace) -> None:
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, revision=arguments.revision, argument="model")
-    round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
+    round_to = arguments.round_to or SERVING.get(arguments.serve) or default_round_to(arguments.units)
     settings = {"units": arguments.units, "round_to": round_to}
     impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
     ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
@@ -68,6 +71,9 @@ def run(arguments: Namespace) -> None:
         print(json.dumps({"model": arguments.model, "plans": plans, "impossible": impossible}, indent=2))
         return
     print(_text(found))
+    if arguments.serve:
+        texts = [serving_advice(entry.widths, model.config.hidden_size, arguments.serve) for entry in found[1:]]
+        print("\n".join(text.replace("round_to=", "--round_to ") for text in dict.fromkeys(filter(None, texts))))
     for reason in impossible.values():
         print(reason)
 
@@ -114,4 +120,5 @@ def _notes(found: Sequence["Forecast"]) -> list[str]:
     if any(entry.provisional for entry in found):
         notes.append("~: which units each layer keeps follows from the scores; the parameters are close, not exact.")
     advice = dict.fromkeys(entry.advice for entry in found if entry.advice)
-    return notes + [text.replace("round_to=", "--round_to ") for text in advice]
+    notes += [text.replace("round_to=", "--round_to ") for text in advice]
+    return [*notes, *dict.fromkeys(f"It {engine_line(entry.engines)}." for entry in found[1:])]
