@@ -62,6 +62,7 @@ _VLLM = """
 import json, os, sys
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 try:
     import vllm
 except ImportError:
@@ -75,7 +76,8 @@ settings = vllm.SamplingParams(temperature=0, max_tokens=number, ignore_eos=True
 made = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
 tokens = [list(one.outputs[0].token_ids) for one in made]
 scores = [{str(i): v.logprob for i, v in one.outputs[0].logprobs[0].items()} for one in made]
-print(json.dumps({"version": vllm.__version__, "tokens": tokens, "scores": scores}))
+print(json.dumps({"version": vllm.__version__, "tokens": tokens, "scores": scores}), flush=True)
+os._exit(0)  # an engine in this process may keep it alive
 """
 
 SCRIPTS = {"transformers": _TRANSFORMERS, "transformers4": _TRANSFORMERS, "vllm": _VLLM}

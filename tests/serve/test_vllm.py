@@ -21,7 +21,7 @@ needs_vllm = pytest.mark.skipif(not PYTHON, reason="HFPRUNE_VLLM_PYTHON names no
 WIDTHS = (33, 77, 50, 96)
 HEADS = (1, 2, 1, 2)
 _GENERATE = """
-import json, sys
+import json, os, sys
 import vllm
 from vllm import LLM, SamplingParams
 folders, prompts, options = json.loads(sys.argv[1])
@@ -37,7 +37,8 @@ for folder in folders:
         print(folder, file=sys.stderr, flush=True)
     except Exception as error:
         found[folder] = f"{type(error).__name__}: {error}"
-print(json.dumps({"version": vllm.__version__, "found": found}))
+print(json.dumps({"version": vllm.__version__, "found": found}), flush=True)
+os._exit(0)  # an engine in this process may keep it alive
 """
 
 
