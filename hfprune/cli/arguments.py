@@ -16,7 +16,7 @@ from hfprune.cli.config_files import config_path, read_config
 from hfprune.cli.flags import Flag, Given, flags_of, known, new_name
 from hfprune.cli.guesses import advice, guess, meant, not_used
 from hfprune.cli.methods import class_named, kind_of, sweep_methods, with_classes
-from hfprune.cli.recipes import check_budget, with_method, with_recipe
+from hfprune.cli.recipes import check_budget, with_method, with_recipe, with_serving
 from hfprune.utils.errors import ConfigError
 
 _ALIASES = {
@@ -57,7 +57,7 @@ def understood(command: str, args: Sequence[str]) -> list[str]:
     for item in given:
         _check_known(item, command, flags)
     given = [_valued(item, flags) for item in given]
-    given = with_recipe(command, with_method(command, given))
+    given = with_recipe(command, with_method(command, with_serving(command, given)))
     if not any(item.name.endswith(("print_config", "help")) for item in given):
         _check_required(given, flags)
         check_budget(command, given)

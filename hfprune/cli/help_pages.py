@@ -20,6 +20,7 @@ _SHARED: tuple[tuple[str, str], ...] = (
 _BUDGET = (
     ("--ratio SHARE", "share of ALL parameters to remove (0.2); or --target_params, --intermediate_size"),
     ("--round_to N", "widths are multiples of N; auto: the largest of 256, 128, 64 that costs at most 3 %"),
+    ("--serve gguf|vllm|int4", "how it will be served, which sets --round_to: 256, 64, 128"),
     ("--recipe fast|best|paper", "fast (default): activation norms + least squares, one width; best: widths by"),
     ("", "measured KL, loads with hfprune; paper: entropy, exact width"),
     ("--method NAME", "entropy, activation_norm, fisher, ...: remove units by this score alone"),
@@ -95,8 +96,9 @@ PAGES: dict[str, tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]] = {
         "MODEL --to FORMAT -o OUT",
         (
             ("MODEL, --model DIR", "model that hfprune wrote, or the output folder of a run"),
-            ("--to NAME", "uniform, per_layer, padded, bitmask (also --layout), or gguf: one file for llama.cpp"),
+            ("--to NAME", "uniform, per_layer, padded, bitmask, nemotron_nas, or gguf: one file for llama.cpp"),
             ("--gguf_type TYPE", "type of a GGUF file's matrices: f32, f16, bf16, q8_0, q4_0, auto"),
+            ("--check ENGINE", "load the result in an engine and compare tokens: vllm, transformers, ..."),
             ("-o, --output_dir DIR", "receives config, weights, tokenizer, plan; for gguf: the file"),
             ("--model.dtype TYPE", "type of the weights: auto, bfloat16, ..."),
             *_SHARED,

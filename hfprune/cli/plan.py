@@ -13,6 +13,8 @@ from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
 from hfprune.cli.startup import importing
 from hfprune.plan import SUBLAYERS, UNIT_KINDS
+from hfprune.publishing.engine_rules import engine_line
+from hfprune.publishing.engines import SERVING, serving_advice
 from hfprune.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--skip_layers", default=None, metavar="P", help=skipped)
     only = "the only layers and modules that are pruned"
     parser.add_argument("--only_layers", default=None, metavar="P", help=only)
+    parser.add_argument("--serve", choices=SERVING, default=None, help="how it will be served, which sets --round_to")
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="length for MACs and cache")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_loading_arguments(parser)
@@ -77,7 +80,7 @@ def run(arguments: Namespace) -> None:
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, argument="model", loading=loading_of(arguments))
-    round_to = default_round_to(arguments.units) if arguments.round_to is None else arguments.round_to
+    round_to = arguments.round_to or SERVING.get(arguments.serve) or default_round_to(arguments.units)
     skip = SkipLayers.of(arguments.skip_layers, arguments.only_layers)
     settings: dict[str, Any] = {"units": arguments.units, "round_to": round_to, "skip_layers": skip}
     asked = [ratio for ratios in arguments.pruning_ratio for ratio in ratios]
@@ -91,6 +94,9 @@ def run(arguments: Namespace) -> None:
         print(json.dumps({"model": arguments.model, "plans": plans, "impossible": impossible}, indent=2))
         return
     print(_text(found))
+    if arguments.serve:
+        texts = [serving_advice(entry.widths, model.config.hidden_size, arguments.serve) for entry in found[1:]]
+        print("\n".join(text.replace("round_to=", "--round_to ") for text in dict.fromkeys(filter(None, texts))))
     for reason in impossible.values():
         print(reason)
 
@@ -139,4 +145,5 @@ def _notes(found: Sequence["Forecast"]) -> list[str]:
     if any(entry.provisional for entry in found):
         notes.append("~: which units each layer keeps follows from the scores; the parameters are close, not exact.")
     advice = dict.fromkeys(entry.advice for entry in found if entry.advice)
-    return notes + [text.replace("round_to=", "--round_to ") for text in advice]
+    notes += [text.replace("round_to=", "--round_to ") for text in advice]
+    return [*notes, *dict.fromkeys(f"It {engine_line(entry.engines)}." for entry in found[1:])]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from hfprune.cli.config_files import BUDGETS, read_config, shipped_configs
 from hfprune.cli.flags import Given, sparse_methods
 from hfprune.cli.methods import config_of, is_sparse, structured, unknown
+from hfprune.publishing.engines import SERVING
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
 
@@ -66,6 +67,30 @@ def with_recipe(command: str, given: Sequence[Given]) -> list[Given]:
     if command not in ("fit", "prune") or not _open(others):
         return others
     return [_config(DEFAULT), *others]
+
+
+def with_serving(command: str, given: Sequence[Given]) -> list[Given]:
+    """Returns the flags with the ``--round_to`` that ``--serve`` needs, unless one is given.
+
+    Args:
+        command: Name of the command.
+        given: The flags, before a recipe is added.
+
+    Raises:
+        ConfigError: ``--serve`` has another value, or pruning changes no widths.
+    """
+    stated = dict(_statements(given)) if command in ("fit", "prune") else {}
+    serve = stated.get("serve")
+    if serve is None:
+        return list(given)
+    if serve not in SERVING:
+        raise ConfigError(f"--serve '{serve}' is not known. Known: {', '.join(SERVING)}.")
+    sparse = next((flag for flag in stated if flag.partition(".")[0] in _SPARSE), None)
+    if sparse is not None:
+        raise ConfigError(f"--serve sets MLP widths, and --{sparse} removes no units: leave --serve out.")
+    if "round_to" in stated:
+        return list(given)
+    return [*given, Given("round_to", str(SERVING[serve]))]
 
 
 def recipe_line(args: Sequence[str]) -> str | None:

@@ -26,13 +26,18 @@ from hfprune.cli.kinds import KINDS, SPARSE, Kind, add_kinds, selected
 from hfprune.cli.recipes import recipe_line
 from hfprune.cli.resume import KeptCSVLogger, check_unfinished, how_to_resume, newest, planned_steps, resume_from
 from hfprune.io.checkpoint_record import read_metadata
-from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, STATE_FOLDER
+from hfprune.io.output_folder import CHECKPOINT_FOLDER, DENSE_CHECKPOINTS, MODEL_FOLDER, STATE_FOLDER
+from hfprune.publishing.engine_rules import engine_line
+from hfprune.publishing.engines import SERVING, serving_advice
+from hfprune.publishing.inspection import inspect_folder
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.compat import instantiate
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.files import tidy
 
 _log = logging.getLogger("hfprune")
+
+_SERVED = ", ".join(f"{name} ({step})" for name, step in SERVING.items())
 
 
 class _Notes(Callback):
@@ -73,6 +78,12 @@ class RunCLI(BaseCLI):
         )
         parser.add_argument("--latency", type=bool, default=True, help="measure prefill and decode speed")
         add_layout_argument(parser)
+        parser.add_argument(
+            "--serve",
+            type=str | None,
+            default=None,
+            help=f"how the model will be served, which sets --round_to: {_SERVED}",
+        )
         add_kinds(parser, self.command)
         if self.command == "fit":
             parser.add_argument(
@@ -198,7 +209,19 @@ class RunCLI(BaseCLI):
             return
         self.result = report.report
         block = closing(report.report, report.output_dir, typed=self.typed, commands=COMMANDS)
-        Console().print(f"\n{block}", markup=False, highlight=False, soft_wrap=True)
+        lines = [f"\n{block}", *self._served(report)]
+        Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+    def _served(self, report: ReportCallback) -> list[str]:
+        """Returns which engines load the model, and what its widths prevent where ``--serve`` names one."""
+        if not (report.output_dir / MODEL_FOLDER / "config.json").is_file():
+            return []
+        found = inspect_folder(str(report.output_dir / MODEL_FOLDER))
+        lines, model = [f"It {engine_line(found['engines'])}."], found["model"]
+        if self.config.serve is not None:
+            advice = serving_advice(model.get("mlp_widths", []), model["hidden_size"], self.config.serve)
+            lines += [f"warning: {advice}".replace("round_to=", "--round_to ")] if advice else []
+        return lines
 
     def advice(self) -> str | None:
         """Returns the command that continues an interrupted run, None without a checkpoint."""

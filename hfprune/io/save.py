@@ -363,6 +363,7 @@ def export_model(
             saved["bytes"] = weight_bytes(stage)
         with phase("checking the reload"), checking():
             difference = check_reload(stage, model, written=written, tolerance=chosen.tolerance(model.dtype))
+            chosen.complete(stage, written)
         return saved | {"max_logit_difference_after_reload": difference}
 
 
@@ -437,7 +438,9 @@ def export_sharded(
             plan.save(stage / PLAN_FILE)
             write_both_forms(stage)
             with checking():
-                return {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
+                saved = {"layout": layout, **measure_saved(stage, model), "parameters_needed": parameter_count(model)}
+                LAYOUTS.get(layout).complete(stage, model)
+            return saved
     finally:
         deque(parameters, maxlen=0)  # after an error, too: the other ranks continue to gather
 

@@ -12,6 +12,10 @@ ROW_GROUPS = {
 }
 """Number that every row of a quantised matrix must be a multiple of -> the formats that need it (docs/serving.md)."""
 
+SERVING = {"vllm": 64, "int4": 128, "gguf": 256}
+"""How a model will be served -> multiple that its widths need: float or 8 bit in vLLM; GPTQ, AWQ and llm-compressor
+with their group of 128; K-quants of GGUF."""
+
 _DEVICES = (2, 4, 8)
 
 
@@ -108,3 +112,29 @@ def gguf_lines(file: Path, saved: Mapping[str, Any]) -> list[str]:
             "which both agree."
         )
     return [*lines, "Loads in: llama.cpp."]
+
+
+def serving_advice(widths: Iterable[int], hidden_size: int, serve: str) -> str:
+    """Returns what the achieved widths and the hidden size prevent; empty if they will do.
+
+    Args:
+        widths: MLP widths; the rows of the down projections.
+        hidden_size: Size of the residual stream; the rows of the other projections. Pruned or not, it limits 4 bits.
+        serve: Name in :data:`SERVING`.
+
+    >>> serving_advice([1024, 1536], 2048, "gguf"), serving_advice([1017], 576, "vllm")
+    ('', "MLP width 1017 is no multiple of 64, as serve='vllm' needs: use round_to=64.")
+    >>> serving_advice([1024], 576, "int4")
+    "The hidden size 576 is no multiple of 128, as serve='int4' needs: give the quantiser a group of 64."
+    """
+    step = SERVING[serve]
+    wrong = [width for width in widths if width % step]
+    if wrong:
+        return f"MLP width {wrong[0]} is no multiple of {step}, as serve='{serve}' needs: use round_to={step}."
+    if serve == "vllm" or hidden_size % step == 0:
+        return ""
+    group = largest_multiple([hidden_size])
+    text = f"The hidden size {hidden_size} is no multiple of {step}, as serve='{serve}' needs:"
+    if serve == "gguf":
+        return f"{text} K-quants store rows of that size in Q8_0 or Q5_0, as in the dense model."
+    return f"{text} give the quantiser a group of {group}." if group >= 32 else f"{text} use 8 bits per channel."

@@ -58,6 +58,8 @@ class PrunedFolder:
             return "bitmask"
         if self.config.get("model_type") == "hfprune":
             return "per_layer"
+        if self.config.get("block_configs"):
+            return "nemotron_nas"
         return "padded" if self._differs() else "uniform"
 
     def _differs(self) -> bool:

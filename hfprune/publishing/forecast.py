@@ -1,7 +1,7 @@
 """Forecast: size and widths of a model at several pruning ratios, from its shapes alone."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hfprune.allocation import ResolvedBudget
@@ -12,6 +12,7 @@ from hfprune.models import hidden_size, mlp_widths, parameter_count
 from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import Budget
 from hfprune.pruning.prunable import PrunableModel
+from hfprune.publishing.engine_rules import facts_of, verdicts
 from hfprune.publishing.engines import largest_multiple, quantised_formats, splits, width_advice
 from hfprune.utils.errors import ConfigError
 
@@ -36,6 +37,7 @@ class Forecast:
         devices: Numbers of devices (2, 4, 8) over which tensor parallelism can split the model evenly.
         provisional: Whether the units of each layer follow from scores, so that the figures are close, not exact.
         advice: What the widths prevent; empty where nothing.
+        engines: Which engines load the model, see :func:`hfprune.publishing.engine_rules.verdicts`.
     """
 
     pruning_ratio: float = 0.0
@@ -53,6 +55,7 @@ class Forecast:
     devices: list[int]
     provisional: bool = False
     advice: str = ""
+    engines: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all figures, JSON-able."""
@@ -150,7 +153,15 @@ def _described(
         devices=[] if is_per_layer(model.config) else splits(widths, _heads(model.config)),
         provisional=resolved is not None and resolved.provisional,
         advice=width_advice(widths, mlp_widths(dense)),
+        engines=_engines(model, widths),
     )
+
+
+def _engines(model: Any, widths: list[int]) -> dict[str, dict[str, str]]:
+    """Returns which engines load the model as ``uniform`` or, where layers differ, as ``per_layer``."""
+    layout = "per_layer" if is_per_layer(model.config) else "uniform"
+    known = {**model.config.to_dict(), "architectures": [type(model).__name__], "auto_map": layout == "per_layer"}
+    return verdicts(facts_of(known, widths, layout=layout))
 
 
 def _heads(config: Any) -> list[int]:

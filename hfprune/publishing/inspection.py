@@ -11,6 +11,7 @@ from typing import Any
 from hfprune.io.loading import LoadingOptions
 from hfprune.models.skip_layers import SkipLayers
 from hfprune.plan import LAYERS, SUBLAYERS, UNIT_KINDS, Group, PruningPlan
+from hfprune.publishing.engine_rules import engine_line, facts_of, verdicts
 from hfprune.publishing.engines import largest_multiple
 from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
 from hfprune.utils.errors import ConfigError, first_line
@@ -21,6 +22,7 @@ LOADERS = {
     "padded": f"transformers: {_STOCK} (narrower layers are filled up with zeros)",
     "per_layer": f"hfprune: hfprune.load('{{path}}'), or import hfprune.auto before {_STOCK}",
     "bitmask": "hfprune: hfprune.load('{path}')",
+    "nemotron_nas": f"transformers: {_STOCK[:-1]}, trust_remote_code=True)",
     "plan": "hfprune: hfprune.load('{base}', plan='{path}')",
 }
 """Layout -> what loads it."""
@@ -36,9 +38,10 @@ def inspect_folder(path: str, *, loading: LoadingOptions | None = None) -> dict[
         loading: Revision, subfolder, token and others.
 
     Returns:
-        ``model`` (class, layers, widths, parameters, bytes), ``layout``, ``loads_with``, ``removed`` by unit kind,
-        ``layers``, ``recipe`` and ``figures`` by stage; what is not known is left out. For a dense model
-        ``architecture``: its units, and what can be removed.
+        ``model`` (class, layers, widths, parameters, bytes), ``layout``, ``loads_with``, ``engines`` (see
+        :func:`hfprune.publishing.engine_rules.verdicts`), ``removed`` by unit kind, ``layers``, ``recipe`` and
+        ``figures`` by stage; what is not known is left out. For a dense model ``architecture``: its units, and what can
+        be removed.
 
     Raises:
         ConfigError: There is no model and no plan, or a file is damaged.
@@ -59,6 +62,7 @@ def inspect_folder(path: str, *, loading: LoadingOptions | None = None) -> dict[
     shown = str(folder.model) if os.path.exists(os.path.expanduser(path)) else path  # the hub's cache is of no interest
     found: dict[str, Any] = {"path": shown, "model": _model(folder), "layout": folder.layout}
     found["loads_with"] = LOADERS[folder.layout].format(path=shown, base=hub_id(folder.base) or folder.base)
+    found["engines"] = verdicts(facts_of(folder.config, found["model"].get("mlp_widths", []), layout=folder.layout))
     if folder.adapter is not None:
         found["adapter"] = f"hfprune: hfprune.load('{folder.adapter}')"
     if folder.plan is not None:
@@ -220,7 +224,7 @@ def inspection_text(found: Mapping[str, Any]) -> str:
     model = found["model"]
     lines = [f"{found['path']}: {model.get('class', 'model')}, layout {found['layout']}"]
     lines += [f"  {label}: {text}" for label, text in _model_lines(model)]
-    lines.append(f"  loads with: {found['loads_with']}")
+    lines += [f"  loads with: {found['loads_with']}", f"  engines: {engine_line(found['engines'])}"]
     if "adapter" in found:
         lines.append(f"  adapter loads with: {found['adapter']}")
     for kind, row in (found.get("removed") or {}).items():

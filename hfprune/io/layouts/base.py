@@ -14,7 +14,7 @@ from hfprune.models.groups import attention_table
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
 from hfprune.models.stock_config import unit_keys
-from hfprune.plan import PLAN_FILE, Group, PruningPlan
+from hfprune.plan import PLAN_FILE, PruningPlan
 from hfprune.utils.errors import PlanError
 from hfprune.utils.registry import Registry
 
@@ -33,7 +33,7 @@ class Layout(ABC):
     Example:
         >>> from hfprune.io.layouts import LAYOUTS
         >>> list(LAYOUTS)
-        ['bitmask', 'padded', 'per_layer', 'uniform']
+        ['bitmask', 'nemotron_nas', 'padded', 'per_layer', 'uniform']
         >>> [name for name in LAYOUTS if LAYOUTS.get(name).shards]
         ['per_layer', 'uniform']
     """
@@ -59,6 +59,15 @@ class Layout(ABC):
     def compress(self, folder: Path) -> bool:
         """Compresses the files of ``save_pretrained`` in place; returns whether the layout does so."""
         return False
+
+    def complete(self, folder: Path, model: Any) -> None:
+        """Adds or converts the files that only other software reads, after the checks; weights do not change.
+
+        Args:
+            folder: The complete folder.
+            model: The model returned by :meth:`written`.
+        """
+        return
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Returns the accepted difference of the logits after reloading, relative to the largest logit."""
@@ -104,33 +113,36 @@ def _head_size(config: Any, spec: ArchSpec) -> int:
     return found
 
 
-def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *, num_layers: int) -> Overrides:
-    """Returns the config values of each layer after ``plans``.
+def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -> Overrides:
+    """Returns the config values of each layer of the pruned model after ``plans``.
 
-    The result is empty if whole layers were removed: the remaining layers are renumbered, and only the plans are valid.
-    A removed attention or MLP has no values.
+    Layers are numbered as in the pruned model, in which removed layers have no number. A removed attention or MLP has
+    no values.
 
     Args:
         config: The dense config.
         spec: Specification of the architecture.
         plans: The plans in order; the first one is for the dense model, each further one for the result of the last.
-        num_layers: Number of layers of the pruned model.
     """
-    if num_layers != config_value(config, spec.layers_key or "", num_layers):
-        return {}
-    units: dict[str, int] = {}
-    found: Overrides = {}
-    left: list[tuple[Group, int]] = []
+    names = {
+        group.name: group.name.removeprefix(f"{spec.layers}.").partition(".")[0] for p in plans for group in p.groups
+    }
+    last = max((int(index) for index in names.values() if index.isdigit()), default=-1)
+    units: list[dict[str, int]] = [{} for _ in range(config_value(config, spec.layers_key or "", last + 1))]
+    found: list[dict[str, int]] = [{} for _ in units]
     for plan in plans:
         absent = plan.absent()
-        left += [(group, len(plan.keep[group.name])) for group in plan.groups if group.name not in absent]
-    for group, kept in left:
-        index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
-        units.setdefault(group.name, group.num_units)
-        values = kind_values(config, spec, group.kind, kept=kept, units=units[group.name])
-        if values is not None and index.isdigit():
-            found.setdefault(int(index), {}).update(values)
-    return found
+        for group in plan.groups:
+            index = names[group.name]
+            if not index.isdigit():
+                continue
+            dense = units[int(index)].setdefault(group.kind, group.num_units)
+            if group.name not in absent:
+                values = kind_values(config, spec, group.kind, kept=len(plan.keep[group.name]), units=dense)
+                found[int(index)].update(values or {})
+        removed = plan.removed_layers()
+        units, found = ([item for i, item in enumerate(items) if i not in removed] for items in (units, found))
+    return {index: values for index, values in enumerate(found) if values}
 
 
 def implied_values(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -> dict[str, int]:

@@ -77,6 +77,7 @@ class CustomConfig:
         """
         data = dict(config_dict)
         section, overrides = data.pop("hfprune", None), data.pop("per_layer_config", None) or {}
+        data.pop("auto_map", None)  # code for readers without hfprune, which save_pretrained does not write
         if not isinstance(section, dict) or section.get("version") != VERSION:
             raise ConfigError(
                 f"config.json has model_type '{cls.auto_type}', but no section 'hfprune' of version {VERSION}. It is "

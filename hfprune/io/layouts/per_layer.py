@@ -140,7 +140,7 @@ def finish(model: Any, dense: Any, cut: Cut) -> None:
     spec = find_spec(model)
     for key, value in implied_values(dense, spec, cut.plans).items():
         set_config_value(model.config, key, value)
-    overrides = layer_overrides(dense, spec, cut.plans, num_layers=len(spec.find_layers(model)))
+    overrides = layer_overrides(dense, spec, cut.plans)
     to_per_layer(model.config, replace(cut, without=missing_sublayers(model, spec)), overrides)
 
 
@@ -168,7 +168,9 @@ class HFPruneForCausalLM:
         check_weights(str(path), info, described_by="config.json and plan.json", error=PlanError)
         model.__class__ = stock
         finish(model, dense, cut)
-        if model.config.to_dict().get("per_layer_config", {}) != config.to_dict().get("per_layer_config", {}):
+        stated, expected = (found.to_dict().get("per_layer_config") or {} for found in (config, model.config))
+        renumbered = any(plan.removed_layers() for plan in cut.plans)  # earlier exports stated no values then
+        if stated != expected and (stated or not renumbered):
             raise PlanError(f"'{path}': the widths in per_layer_config of config.json differ from those of the plan.")
         if model.config._hfprune.without != cut.without:
             raise PlanError(f"'{path}': 'without' in config.json lists other missing sub-layers than the plan.")
@@ -227,6 +229,13 @@ class PerLayerLayout(Layout):
     def written(self, model: Any) -> Any:
         """Returns ``model``, whose config writes the differences."""
         return model
+
+    def complete(self, folder: Path, model: Any) -> None:
+        """Adds code for transformers without hfprune."""
+        from hfprune.io.layouts.remote_code import add_remote_code  # which imports this module
+
+        if is_per_layer(model.config):
+            add_remote_code(folder, model)
 
 
 LAYOUTS.add(PerLayerLayout.name, PerLayerLayout())

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 import hfprune
@@ -17,7 +17,7 @@ from hfprune.io.layouts import cut_of, is_per_layer, not_expressed
 from hfprune.models import find_groups, parameter_count
 from hfprune.plan import PruningPlan
 from hfprune.utils.errors import ConfigError, PlanError
-from tests.helpers.models import NAMES, tiny, token_ids
+from tests.helpers.models import GATED, NAMES, tiny, token_ids
 from tests.helpers.plans import WIDTHS, head_plan, mlp_plan
 
 KEPT_HEADS = ((0,), (0, 1), (1,))
@@ -283,3 +283,10 @@ def test_stock_classes_do_not_load_wrong_weights(saved, tmp_path):
     (tmp_path / "old/config.json").write_text(json.dumps(data | {"model_type": "llama"}))
     with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "old")
+
+
+def test_transformers_does_not_build_layers_from_its_per_layer_config_yet():
+    """Once a release does, ``per_layer`` folders need neither a model type nor code of their own."""
+    config = LlamaConfig(**GATED, per_layer_config={0: {"intermediate_size": 8}})
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError):
+        LlamaForCausalLM(config)
