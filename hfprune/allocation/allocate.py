@@ -6,6 +6,7 @@ from functools import partial
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
 from hfprune.allocation.budget import KindWidths, ResolvedBudget, check_reach, common, target_params
 from hfprune.allocation.round_to import auto_rounded
+from hfprune.allocation.ties import Ties
 from hfprune.allocation.uniform import Uniform
 from hfprune.plan import LAYERS, Budget, Group
 from hfprune.utils.errors import ConfigError
@@ -36,11 +37,11 @@ def allocate(
     if budget.auto_round:
         from_shapes = partial(allocate, inventory, allocation=allocation)
         return auto_rounded(budget, partial(from_shapes, scores=scores), shapes=from_shapes)
-    chosen = allocation or Uniform()
+    asked, ties = _asked(inventory, budget, allocation), Ties.of(inventory)
+    inventory, chosen = ties.inventory, ties.adapted(allocation or Uniform())
     chosen.check(inventory)
     _check_budget(inventory, budget, chosen)
-    asked = _asked(inventory, budget, allocation)
-    allot = partial(chosen.allot, inventory, round_to=budget.round_to, scores=scores)
+    allot = partial(chosen.allot, inventory, round_to=budget.round_to, scores=ties.scores(scores))
     if chosen.own_budget:
         found = allot(0)
         target = inventory.params_of(found)
@@ -51,13 +52,13 @@ def allocate(
         found = check_reach(asked, budget, inventory, target, allot)
     return ResolvedBudget(
         asked=asked,
-        widths=found.widths,
-        dense_widths=inventory.dense_widths(),
+        widths=ties.spread(found.widths),
+        dense_widths=ties.single.dense_widths(),
         exact_width=found.exact_width,
         dense_params=inventory.dense_params,
         target_params=target,
         params=inventory.params_of(found),
-        kinds=_by_kind(inventory, found),
+        kinds=_by_kind(ties, found),
         removed_layers=found.removed_layers,
         provisional=scores is None and chosen.needs_scores(inventory),
         note=_limits(inventory, chosen),
@@ -127,10 +128,12 @@ def _limits(inventory: Inventory, allocation: Allocation) -> str:
     return f"a stock config states {numbers} key-value heads, other layouts any number"
 
 
-def _by_kind(inventory: Inventory, found: Allotment) -> tuple[KindWidths, ...]:
-    kinds = []
+def _by_kind(ties: Ties, found: Allotment) -> tuple[KindWidths, ...]:
+    inventory, kinds = ties.inventory, []
     for kind in inventory.kinds():
         members = inventory.numbers(kind, removed_layers=found.removed_layers)
-        dense, kept = (tuple(widths[i] for i in members) for widths in (inventory.dense_widths(), found.widths))
+        dense, kept = (
+            tuple(widths[i] * ties.factor(i) for i in members) for widths in (inventory.dense_widths(), found.widths)
+        )
         kinds.append(KindWidths(kind=kind, dense=dense, kept=kept))
     return tuple(kinds)

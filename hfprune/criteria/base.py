@@ -78,7 +78,8 @@ class Signal:
     """Activations and gradient of one projection, recorded during the backward pass of a summed objective.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in]; for experts their router weights, [B * T, U].
+        input: Input of the projection, [B, T, in] or [B * T, in]; for experts their router weights, [B * T, U], or 1 for
+            the tokens of an expert where its input carries the router weight (Llama 4).
         output: Output, [B, T, out] or [B * T, out], for slices on the output side; else None.
         grad: Gradient at the input or output, as selected by the criterion's ``reads``.
         weight: Weight as [out, in].
@@ -99,10 +100,12 @@ class Activation:
     Attributes:
         input: Input of the projection, [B, T, in] or [B * T, in]; for experts the norms of contributions, [B * T, U].
         output: Output, [B, T, out] or [B * T, out].
+        routed: Whether each token is routed to each expert, [B * T, U]; None for other units.
     """
 
     input: Tensor
     output: Tensor
+    routed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hfprune.criteria.base import Criterion, check_experts
 from hfprune.models import CHANNELS, EXPERTS, find_groups, find_spec
+from hfprune.models.groups import dense_mlp_groups
 from hfprune.models.residual_stream import scored_slices
 from hfprune.plan import Group
 
@@ -45,9 +46,12 @@ def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criter
     channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
     if all(group.slices for group in groups):
         return (*(group for group in groups if group.kind != CHANNELS), *channels)
-    inner = "mlp" if find_spec(model).mlp else EXPERTS
-    check_experts(criterion, (inner,))
-    return (*find_groups(model, (inner, "heads")), *channels)
+    spec = find_spec(model)
+    kinds, dense = ["mlp" if spec.mlp else EXPERTS], () if spec.mlp else dense_mlp_groups(model, spec)
+    check_experts(criterion, kinds)
+    if spec.attention is not None:
+        kinds.append("heads")
+    return (*find_groups(model, kinds), *dense, *channels)
 
 
 def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:

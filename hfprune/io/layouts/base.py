@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers.utils.hub import cached_file
 
+from hfprune.models.experts import EXPERTS, kept_experts
 from hfprune.models.groups import attention_table
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
@@ -116,12 +117,16 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan], *
         return {}
     units: dict[str, int] = {}
     found: Overrides = {}
-    for group, kept in ((group, len(plan.keep[group.name])) for plan in plans for group in plan.groups):
-        index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
-        units.setdefault(group.name, group.num_units)
-        values = kind_values(config, spec, group.kind, kept=kept, units=units[group.name])
-        if values is not None and index.isdigit():
-            found.setdefault(int(index), {}).update(values)
+    for plan in plans:
+        experts = kept_experts(plan.groups, plan.keep)
+        for group in plan.groups:
+            index = group.name.removeprefix(f"{spec.layers}.").partition(".")[0]
+            router = group.slices[0].module if group.kind == EXPERTS else ""
+            kept = len(experts.get(router, plan.keep[group.name]))
+            units.setdefault(group.name, group.num_units)
+            values = kind_values(config, spec, group.kind, kept=kept, units=units[group.name])
+            if values is not None and index.isdigit():
+                found.setdefault(int(index), {}).update(values)
     return found
 
 

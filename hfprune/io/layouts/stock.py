@@ -132,10 +132,14 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
     """
     groups: dict[str, Group] = {}
     keep: dict[str, tuple[int, ...]] = {}
-    owners: dict[tuple[str, str, str], str] = {}
+    owners: dict[tuple[str, str, str], set[str]] = {}
     for plan in plans:
+        earlier = {key: set(names) for key, names in owners.items()}
         for group in plan.groups:
-            if any(owners.setdefault((s.module, s.parameter, s.side), group.name) != group.name for s in group.slices):
+            keys = [(s.module, s.parameter, s.side) for s in group.slices]
+            for key in keys:
+                owners.setdefault(key, set()).add(group.name)
+            if any(group.name not in earlier.get(key, {group.name}) for key in keys):
                 raise ConfigError(
                     f"layout='padded' cannot combine {len(plans)} plans: {group.name} has the same channels as another "
                     "group of an earlier plan. Use layout='per_layer'."
