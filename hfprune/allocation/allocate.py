@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import lcm
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
 from hfprune.allocation.budget import KindWidths, ResolvedBudget, check_reach, common, target_params
@@ -41,7 +42,7 @@ def allocate(
     inventory, chosen = ties.inventory, ties.adapted(allocation or Uniform())
     chosen.check(inventory)
     _check_budget(inventory, budget, chosen)
-    allot = partial(chosen.allot, inventory, round_to=budget.round_to, scores=ties.scores(scores))
+    allot = partial(chosen.allot, inventory, round_to=lcm(budget.round_to, ties.step), scores=ties.scores(scores))
     if chosen.own_budget:
         found = allot(0)
         target = inventory.params_of(found)
@@ -50,6 +51,7 @@ def allocate(
     else:
         target = target_params(budget, inventory)
         found = check_reach(asked, budget, inventory, target, allot)
+    ties.check(found.widths)
     return ResolvedBudget(
         asked=asked,
         widths=ties.spread(found.widths),

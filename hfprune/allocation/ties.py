@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 from hfprune.allocation.base import Allocation, Inventory, Scores
@@ -44,6 +45,24 @@ class Ties:
         groups = tuple(inventory.groups[numbers[0]] for numbers in members)
         costs = tuple(sum(inventory.costs[i] for i in numbers) for numbers in members)
         return cls(inventory=replace(inventory, groups=groups, costs=costs), members=members, single=inventory)
+
+    @property
+    def step(self) -> int:
+        """Widths of experts are multiples of this: rows of 16 bytes, as the grouped matrix products of torch need.
+
+        It is 8, or the largest power of two below that divides the dense width; 1 without neurons within experts.
+        """
+        within = [g.num_units for g in self.single.groups if any("." in part.parameter for part in g.slices)]
+        return gcd(*within, 8) if within else 1
+
+    def check(self, widths: Sequence[int]) -> None:
+        """Raises ``ConfigError`` if a width of experts, set by the user, is no multiple of :attr:`step`."""
+        for group, width in zip(self.inventory.groups, widths, strict=True):
+            if group.kind == "mlp" and width % self.step:
+                raise ConfigError(
+                    f"{group.name} would keep {width} neurons; the grouped matrix products that run experts need "
+                    f"multiples of {self.step}."
+                )
 
     @property
     def tied(self) -> bool:

@@ -52,7 +52,7 @@ MIXTRAL = register(
         experts=ExpertsSpec(),
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
         attention=ATTENTION,
-        no_stream="the weights of its experts are stacked tensors, which can be cut along experts only",
+        no_stream="the weights of its experts are stacked tensors, which are cut along experts and neurons only",
     )
 )
 
@@ -118,7 +118,12 @@ _LATENT_ATTENTION = AttentionSpec(  # heads share the compressed keys and values
 )
 
 _ROUTED_EXPERTS = ExpertsSpec(
-    count_key="n_routed_experts", loss_attribute=None, dense_mlp=GATED_MLP, leading_key="first_k_dense_replace"
+    count_key="n_routed_experts",
+    loss_attribute=None,
+    dense_mlp=GATED_MLP,
+    leading_key="first_k_dense_replace",
+    shared="mlp.shared_experts",
+    shared_key="n_shared_experts",
 )
 
 DEEPSEEK_V3 = register(
@@ -149,7 +154,9 @@ GPT_OSS = register(
     replace(
         MIXTRAL,
         model_class="GptOssForCausalLM",
-        experts=ExpertsSpec(router="mlp.router", attributes=("mlp.router.num_experts", "mlp.experts.num_experts")),
+        experts=ExpertsSpec(
+            router="mlp.router", attributes=("mlp.router.num_experts", "mlp.experts.num_experts"), interleaved=True
+        ),
         attention=replace(ATTENTION, per_head=("sinks",)),
         layer_lists=("layer_types",),
         packing="masks",  # its decoder does not pass position ids to the functions that create the masks
@@ -168,6 +175,7 @@ LLAMA4 = register(
             loss_attribute=None,
             dense_mlp=tuple(replace(t, module=t.module.replace("mlp", "feed_forward")) for t in GATED_MLP),
             sparse_key="moe_layers",
+            shared="feed_forward.shared_expert",
         ),
         attention=replace(
             ATTENTION, attributes=(("num_attention_heads", "queries"), ("num_key_value_heads", "keys_values"))

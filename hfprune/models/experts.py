@@ -183,12 +183,23 @@ def contribution_norms(experts: Any, args: tuple[Any, ...], output: Tensor) -> t
         args: Its positional arguments.
         output: Its output.
     """
+    routed = contribution_routing(experts, args)
     if takes_scaled_tokens(args):
-        norms = _wide(by_token(experts, output)).norm(dim=-1)
-        return norms, routed_tokens(experts, args[0])
-    _, chosen, weights = args
-    routed = by_expert(chosen, torch.ones_like(weights, dtype=torch.bool), experts.num_experts)
+        return _wide(by_token(experts, output)).norm(dim=-1), routed
     return added_norms(experts, *args), routed
+
+
+def contribution_routing(experts: Any, args: tuple[Any, ...]) -> Tensor:
+    """Returns whether each token is routed to each expert [N, E].
+
+    Args:
+        experts: The experts module.
+        args: Its positional arguments.
+    """
+    if takes_scaled_tokens(args):
+        return routed_tokens(experts, args[0])
+    _, chosen, weights = args
+    return by_expert(chosen, torch.ones_like(weights, dtype=torch.bool), experts.num_experts)
 
 
 def by_token(experts: Any, scaled: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from hfprune.models.expert_neurons import neuron_groups
 from hfprune.models.experts import expert_groups, mixture_layers
 from hfprune.models.projection import bias_of, num_channels, submodule, weight_of
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
@@ -53,6 +54,11 @@ def find_groups(
     units = unit_kinds(units)
     check_units(units)
     spec = spec or find_spec(model)
+    if spec.experts is not None and {"mlp", "experts"} <= set(units):
+        raise UnsupportedArchitectureError(
+            "One plan cannot remove experts and the neurons within experts, whose parameters overlap. Prune the "
+            "experts first, then the neurons of the result."
+        )
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
 
 
@@ -73,11 +79,9 @@ def mlp_widths(model: nn.Module) -> tuple[int, ...]:
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    if not spec.mlp:
-        raise UnsupportedArchitectureError(
-            f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
-            "kinds experts, heads or layers, for example units=['experts']."
-        )
+    if spec.experts is not None:
+        groups = neuron_groups(model, spec)
+        return [_checked(model, spec, group) for group in groups]
     return [_mlp_group(model, spec, index) for index in range(len(find_layers(model, spec)))]
 
 
@@ -135,8 +139,8 @@ def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
     routers = mixture_layers(model, spec)
     if not routers:
         raise UnsupportedArchitectureError(
-            f"Every layer of this {spec.model_class} has an MLP in place of a mixture of experts: leave 'experts' out of "
-            "the units."
+            f"Every layer of this {spec.model_class} has an MLP in place of a mixture of experts: leave 'experts' out "
+            "of the units."
         )
     found = []
     for index, router in routers.items():

@@ -110,6 +110,9 @@ class ExpertsSpec:
         dense_key: Config key with the list of the layers without a router, or None.
         step_key: Config key of the distance between layers with a router, or None; 1 where ``dense_key`` lists them.
         sparse_key: Config key with the list of the layers with a router, or None.
+        interleaved: Whether the rows of gate and up alternate in ``gate_up_proj`` (gpt-oss).
+        shared: Name of the shared expert whose width the config derives from that of the experts, or None.
+        shared_key: Config key of the number of experts that the shared expert is as wide as; None for one.
     """
 
     router: str = "mlp.gate"
@@ -124,6 +127,9 @@ class ExpertsSpec:
     dense_key: str | None = None
     step_key: str | None = None
     sparse_key: str | None = None
+    interleaved: bool = False
+    shared: str | None = None
+    shared_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

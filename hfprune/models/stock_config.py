@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from hfprune.models.expert_neurons import within_expert
 from hfprune.models.experts import EXPERTS, experts_table, mixture_layers
 from hfprune.models.groups import attention_table, find_layers, find_spec, head_shape
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
@@ -224,16 +225,18 @@ def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]
 def _common(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
     """Returns the number of kept units of a kind if it is the same in all kept layers that have them, else None."""
     kept = _by_layer(groups, keep, kind, stay)
-    complete = bool(kept) if kind == EXPERTS else len(kept) == len(stay)
+    mixed = kind == EXPERTS or any(within_expert(group) for group in groups)
+    complete = bool(kept) if mixed else len(kept) == len(stay)
     return next(iter(kept.values())) if complete and len(set(kept.values())) == 1 else None
 
 
 def _by_layer(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> dict[int, int]:
-    """Returns kept layer -> number of kept units of a kind, over all groups of experts of a router."""
+    """Returns kept layer -> number of kept units of a kind; of experts, over all groups of the router."""
     kept: dict[int, int] = {}
     for group in groups:
         if group.kind == kind and group.layer is not None and group.layer in stay:
-            kept[group.layer] = kept.get(group.layer, 0) + len(keep[group.name])
+            before = kept.get(group.layer, 0) if kind == EXPERTS else 0  # other tied groups keep equal numbers
+            kept[group.layer] = before + len(keep[group.name])
     return kept
 
 

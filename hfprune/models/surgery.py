@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfprune.models.expert_neurons import rewrite_expert_width
 from hfprune.models.experts import EXPERTS, FewerExperts, check_router_loss, experts_table, kept_experts
 from hfprune.models.groups import (
     attention_table,
@@ -39,7 +40,9 @@ from hfprune.plan import LAYERS, Group, PruningPlan, Side
 from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
-"""Parameter name -> pairs of axis and kept indices (ascending), for every parameter that is cut."""
+"""Parameter name -> pairs of axis and kept indices (ascending), for every parameter that is cut.
+
+Indices [E, K] hold those of each of the E experts, whose weights are parts of one tensor."""
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
@@ -62,8 +65,8 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
                 kept = sum(len(plan.keep[g.name]) for g in owners)
                 raise PlanError(
                     f"The plan expects {group.num_units} units in {group.name}, the model has "
-                    f"{found // s.width // len(owners)}.{looks if found == kept * s.width else ''} Apply the plan to the "
-                    "dense model for which it was made."
+                    f"{found // s.width // len(owners)}.{looks if found == kept * s.width else ''} Apply the plan to "
+                    "the dense model for which it was made."
                 )
     _check_tied(plan)
     counts = [len(kept) for kept in kept_experts(_staying(plan), plan.keep).values()]
@@ -112,15 +115,23 @@ def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
     modules = group_modules(model, plan.groups)
     first = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     cuts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    parts: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
     for (name, parameter, side), removed in _removed_channels(plan).items():
         module = modules[name]
         mask = torch.ones(num_channels(module, side, parameter), dtype=torch.bool)
         mask[removed] = False
         keep = mask.nonzero().squeeze(1)
-        cuts[first[id(getattr(module, parameter))]][weight_axis(module, side, parameter)] = keep
+        attribute, _, part = parameter.partition(".")
+        full, axis = first[id(getattr(module, attribute))], weight_axis(module, side, parameter)
+        if part:
+            parts[full, axis][int(part)] = keep
+            continue
+        cuts[full][axis] = keep
         bias = bias_of(module) if parameter == "weight" else None
         if side == "out" and bias is not None:
             cuts[first[id(bias)]][0] = keep
+    for (full, axis), of_expert in parts.items():
+        cuts[full][axis] = torch.stack([of_expert[expert] for expert in range(len(of_expert))])
     return {name: tuple(by_axis.items()) for name, by_axis in cuts.items()}
 
 
@@ -138,7 +149,12 @@ def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
             [4, 6]])
     """
     for axis, keep in where:
-        tensor = tensor.index_select(axis, keep.to(tensor.device))
+        index = keep.to(tensor.device)
+        if index.dim() == 1:
+            tensor = tensor.index_select(axis, index)
+        else:
+            parts = zip(tensor, index, strict=True)
+            tensor = torch.stack([part.index_select(axis - 1, own) for part, own in parts])
     return tensor.contiguous()
 
 
@@ -316,8 +332,12 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def _rewrite_width(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    spec = find_spec(model)
+    if spec.experts is not None:
+        rewrite_expert_width(model, spec, group, len(plan.keep[group.name]))
+        return
     layer = model.get_submodule(group.name.removesuffix(".mlp"))
-    for path in find_spec(model).width_attributes:
+    for path in spec.width_attributes:
         set_attribute(layer, path, len(plan.keep[group.name]))
 
 

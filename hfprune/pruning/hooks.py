@@ -14,6 +14,14 @@ from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCri
 from hfprune.models.contexts import evaluating as evaluating  # re-exported for callers of this room
 from hfprune.models.contexts import frozen as frozen
 from hfprune.models.contexts import hooked as hooked
+from hfprune.models.expert_neurons import (
+    NeuronMask,
+    expert_of,
+    expert_tokens,
+    num_tokens,
+    removed_neurons,
+    token_grads,
+)
 from hfprune.models.experts import (
     EXPERTS,
     FewerExperts,
@@ -67,7 +75,9 @@ def hook_gradients(
         for part in read_slices(criterion, group):
             module = modules[part.module]
             norm = head_reads(model, find_spec(model), group, part) if group.kind == CHANNELS else None
-            if group.kind == EXPERTS:
+            if expert_of(part) is not None:
+                handles.append(module.register_forward_hook(_neurons_hook(group, part, receive)))
+            elif group.kind == EXPERTS:
                 handles.append(module.register_forward_pre_hook(_routing_hook(group, part, receive)))
                 handles.append(module.register_forward_hook(_scaled_hook(group, part, receive)))
             elif norm is not None:
@@ -98,7 +108,8 @@ def hook_activations(
 
     def hook(group: Group, part: Slice) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            receive(group, part, Activation(input=args[0].detach(), output=output.detach()))
+            value = args[0] if expert_of(part) is None else _neurons(module, args, part)
+            receive(group, part, Activation(input=value.detach(), output=output.detach()))
 
         return seen
 
@@ -152,6 +163,36 @@ def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable
 
         w.register_hook(received)
         return hidden, chosen, w
+
+    return hook
+
+
+def _neurons(module: nn.Module, args: tuple[Any, ...], part: Slice) -> Tensor:
+    """Returns the activations [N, I] of the neurons of one expert."""
+    return expert_tokens(module, args, expert_of(part) or 0).dense(num_tokens(module, args))
+
+
+def _neurons_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of an experts module that reads the neurons of one expert.
+
+    They are computed again from the inputs of the module when the gradient of its output is known.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        y, seen, expert = _differentiable(output), tuple(arg.detach() for arg in args), expert_of(part) or 0
+        matrix = weight_of(module, part.parameter)
+
+        def received(grad: Tensor) -> None:
+            with torch.no_grad():
+                own, total = expert_tokens(module, seen, expert), num_tokens(module, seen)
+                at_tokens = token_grads(module, grad, expert, own.tokens, scaled=takes_scaled_tokens(seen)) @ matrix
+                full = at_tokens.new_zeros(total, matrix.shape[1]).index_copy(0, own.tokens, at_tokens)
+                receive(group, part, Signal(input=own.dense(total), grad=full, weight=matrix))
+
+        y.register_hook(received)
+        return y
 
     return hook
 
@@ -264,8 +305,12 @@ class UnitMask:
             if group.kind == EXPERTS:
                 continue
             for part in group.inputs():
+                if expert_of(part) is not None:
+                    continue
                 hook = self._hook(part.channels(self._removed[group.name]))
                 handles.append(modules[part.module].register_forward_pre_hook(hook))
+        for name, neurons in removed_neurons(self._groups, self._removed):
+            handles += NeuronMask(neurons, lambda: self._lifted).register(modules[name])
         with hooked(handles):
             yield
 

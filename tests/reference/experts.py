@@ -1,5 +1,7 @@
 """Mixtures of experts by the long way: token by token, expert by expert, in float64."""
 
+import functools
+
 import torch
 
 RENORMALISED = ("mixtral", "gpt_oss", "granitemoe")
@@ -80,11 +82,11 @@ def expert_output(experts, e, inner, *, kind):
     return inner @ experts.down_proj[e] if kind == "llama4_text" else experts.down_proj[e] @ inner
 
 
-def mixture(block, x, *, config, removed=(), factors=None, norms=None):
+def mixture(block, x, *, config, removed=(), factors=None, norms=None, neurons=None):
     """Output [N, H] of a mixture for x [N, H]; ``removed`` experts have a router logit of minus infinity.
 
     ``factors`` [N, E] multiplies what each expert contributes to each token. ``norms``: a list that receives a
-    dictionary for each token: expert -> length of what it adds.
+    dictionary for each token: expert -> length of what it adds. ``neurons``: ``inner`` of ``by_hand`` for this layer.
     """
     kind, experts = config.model_type, block.experts
     rows = []
@@ -93,6 +95,7 @@ def mixture(block, x, *, config, removed=(), factors=None, norms=None):
         for e, weight in route(router_of(block), token, config=config, removed=removed).items():
             scaled = kind == "llama4_text"  # the weight multiplies the input
             inner = expert_inner(experts, e, weight * token if scaled else token, kind=kind)
+            inner = inner if neurons is None else neurons(n, e, inner, 1.0 if scaled else weight)
             added = expert_output(experts, e, inner, kind=kind) * (1.0 if scaled else weight)
             out = out + (1.0 if factors is None else factors[n, e]) * added
             lengths[e] = sum(value * value for value in added.tolist()) ** 0.5
@@ -113,11 +116,12 @@ def shared(block, token):
     return gate * block.shared_expert(token)
 
 
-def by_hand(model, *, removed=None, factors=None, norms=None):
+def by_hand(model, *, removed=None, factors=None, norms=None, inner=None):
     """Makes ``model``, in place, compute its mixtures by the long way.
 
     ``removed``: layer -> experts that no router may choose. ``factors``: a list that receives one leaf [N, E] for
-    each mixture and forward pass, in order. ``norms``: layer -> a list, see ``mixture``.
+    each mixture and forward pass, in order. ``norms``: layer -> a list, see ``mixture``. ``inner``: a function of
+    layer, token, expert, the outputs of its neurons and its router weight, which returns the outputs that count.
     """
     paired = model.config.model_type in ("gpt_oss", "llama4_text")  # their mixtures return router scores, too
 
@@ -130,7 +134,8 @@ def by_hand(model, *, removed=None, factors=None, norms=None):
                 factors.append(leaf)
             gone = () if removed is None else removed[index]
             found = None if norms is None else norms[index]
-            out = mixture(block, flat, config=model.config, removed=gone, factors=leaf, norms=found)
+            own = None if inner is None else functools.partial(inner, index)
+            out = mixture(block, flat, config=model.config, removed=gone, factors=leaf, norms=found, neurons=own)
             return (out.reshape_as(hidden), None) if paired else out.reshape_as(hidden)
 
         return forward
@@ -152,6 +157,34 @@ def contributions(model, sequences, loss):
         total, _ = loss(model, ids)
         total.backward()
         found.append({layer: leaf.grad.clone() for layer, leaf in zip(layers, factors, strict=True)})
+    return found
+
+
+def without_neurons(model, kept):
+    """Makes ``model`` drop the outputs of neurons: ``kept`` is layer -> expert -> the neurons that count."""
+
+    def inner(layer, token, e, values, weight):
+        return torch.stack([v if j in kept[layer][e] else v * 0 for j, v in enumerate(values)])
+
+    return by_hand(model, inner=inner)
+
+
+def neuron_worth(model, sequences, loss):
+    """For each sequence: (layer, expert) -> rows [n, I] of weighted outputs and of d loss / d weighted outputs."""
+    seen = {}
+
+    def inner(layer, token, e, values, weight):
+        leaf = (values * weight).detach().requires_grad_(True)
+        seen.setdefault((layer, e), []).append(leaf)
+        return values + (leaf - leaf.detach()) / (weight.detach() if torch.is_tensor(weight) else weight)
+
+    by_hand(model, inner=inner)
+    found = []
+    for ids in sequences:
+        seen.clear()
+        total, _ = loss(model, ids)
+        total.backward()
+        found.append({k: (torch.stack(v).detach(), torch.stack([x.grad for x in v])) for k, v in seen.items()})
     return found
 
 

@@ -16,6 +16,7 @@ from hfprune.io.layouts.apply import empty_copy, not_expressed
 from hfprune.io.layouts.base import LAYOUTS, Layout, kind_values
 from hfprune.io.layouts.per_layer import cut_of, dense_config, is_per_layer
 from hfprune.models import CHANNELS, EXPERTS, config_values, find_spec, surgery
+from hfprune.models.expert_neurons import within_expert
 from hfprune.plan import LAYERS, Group, PruningPlan
 from hfprune.utils.errors import ConfigError
 
@@ -158,7 +159,8 @@ def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
     ]
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
-    if min(widths) < units and (values is None or kind == EXPERTS):  # a router would also select zero experts
+    within = kind == EXPERTS or any(within_expert(group) for group in groups)  # a router would select zero experts
+    if min(widths) < units and (values is None or within):
         raise ConfigError(
             f"layout='padded' pads layers with zero units, which cannot replace removed {kind}. Use layout='per_layer'."
         )
