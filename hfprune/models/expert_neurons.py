@@ -155,7 +155,8 @@ def _gated(experts: Any, both: Tensor) -> Tensor:
         found: Tensor = experts._apply_gate(both)
         return found
     gate, up = both.chunk(2, dim=-1)
-    return up * experts.act_fn(gate)
+    plain: Tensor = up * experts.act_fn(gate)
+    return plain
 
 
 def num_tokens(experts: Any, args: tuple[Any, ...]) -> int:

@@ -42,13 +42,13 @@ def router_groups(router: Any) -> int:
     """Returns the number of groups among which a router chooses before it chooses experts; 1 without groups."""
     if getattr(router, "topk_method", None) == "greedy":  # DeepSeek V2 then ignores its groups
         return 1
-    return getattr(router, "num_group", None) or 1
+    return int(getattr(router, "num_group", None) or 1)
 
 
 def _least(model: Any, router: Any, chosen_key: str) -> int:
     """Returns the smallest number of experts in each group of a router."""
     groups, chosen = router_groups(router), getattr(model.config, chosen_key)
-    least = -(-chosen // router.topk_group) if groups > 1 else chosen
+    least: int = -(-chosen // router.topk_group) if groups > 1 else chosen
     return max(least, 2) if hasattr(router, "e_score_correction_bias") else least  # it adds the best two of a group
 
 
@@ -204,7 +204,8 @@ def contribution_routing(experts: Any, args: tuple[Any, ...]) -> Tensor:
 
 def by_token(experts: Any, scaled: Tensor) -> Tensor:
     """Returns [E N, H] as [N, E, H]."""
-    return scaled.unflatten(0, (experts.num_experts, -1)).transpose(0, 1)
+    found: Tensor = scaled.unflatten(0, (experts.num_experts, -1)).transpose(0, 1)
+    return found
 
 
 def routed_tokens(experts: Any, scaled: Tensor) -> Tensor:
