@@ -116,7 +116,8 @@ class Slice:
         side: ``out`` or ``in`` channels.
         offset: First channel; not 0 within fused projections.
         width: Channels per unit.
-        parameter: Attribute of the module that holds the weights; expert modules have several.
+        parameter: Attribute of the module that holds the weights; expert modules have several. ``gate_up_proj.3`` is
+            the part of expert 3.
     """
 
     module: str
@@ -140,7 +141,10 @@ class Group:
         num_units: Number of units in the dense model; one for sub-layers.
         slices: The channels of each unit; empty for ``layers`` and sub-layers.
         layer: Index of the layer that contains the units; None for ``layers``, ``channels`` and modules without layers.
+            Groups of one kind in one layer are tied: they keep equal numbers of units.
         least: Smallest number of units that must be kept. For experts, the router's top-k; 0 for sub-layers.
+        followers: Further tensors that are cut with the units and scored by no criterion: biases of experts, the
+            correction bias of a router (a buffer), attention sinks. The first axis holds the channels.
     """
 
     name: str
@@ -149,6 +153,7 @@ class Group:
     slices: tuple[Slice, ...]
     layer: int | None = None
     least: int = 1
+    followers: tuple[Slice, ...] = ()
 
     def __post_init__(self) -> None:
         """Replaces the name of the kind from an earlier version."""
@@ -284,7 +289,7 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """Returns the plan as JSON; ``from_json`` restores an equal plan."""
-        groups = [{**asdict(g), "keep": list(self.keep[g.name])} for g in self.groups]
+        groups = [{**_as_dict(g), "keep": list(self.keep[g.name])} for g in self.groups]
         head = {
             "format": PLAN_FORMAT,
             "version": _VERSION,
@@ -312,8 +317,8 @@ class PruningPlan:
             groups, keep = [], {}
             for item in data["groups"]:
                 keep[item["name"]] = tuple(int(unit) for unit in item.pop("keep"))
-                slices = tuple(Slice(**s) for s in item.pop("slices"))
-                groups.append(Group(slices=slices, **item))
+                slices, followers = (tuple(Slice(**s) for s in item.pop(k, ())) for k in ("slices", "followers"))
+                groups.append(Group(slices=slices, followers=followers, **item))
             return cls(
                 model_class=data["model_class"],
                 groups=tuple(groups),
@@ -375,6 +380,12 @@ def absent_groups(groups: Sequence[Group], keep: Kept) -> frozenset[str]:
     """
     lost = lost_parts(groups, keep)
     return frozenset(group.name for group in groups if (group.kind, group.layer) in lost)
+
+
+def _as_dict(group: Group) -> dict[str, Any]:
+    """Returns a group as plain data, without an empty list of followers."""
+    found = asdict(group)
+    return found if group.followers else {key: value for key, value in found.items() if key != "followers"}
 
 
 def _units(name: str, units: Any) -> tuple[int, ...]:

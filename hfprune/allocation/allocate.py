@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import lcm
 
 from hfprune.allocation.base import Allocation, Allotment, Inventory, Scores, keep_top
 from hfprune.allocation.budget import KindWidths, ResolvedBudget, check_reach, common, target_params
 from hfprune.allocation.round_to import auto_rounded
+from hfprune.allocation.ties import Ties
 from hfprune.allocation.uniform import Uniform
 from hfprune.plan import LAYERS, Budget, Group
 from hfprune.utils.errors import ConfigError
@@ -36,32 +38,35 @@ def allocate(
     if budget.auto_round:
         from_shapes = partial(allocate, inventory, allocation=allocation)
         return auto_rounded(budget, partial(from_shapes, scores=scores), shapes=from_shapes)
-    chosen = allocation or Uniform()
+    asked, ties = _asked(inventory, budget, allocation), Ties.of(inventory)
     open_to = inventory.open_groups()
-    inner = inventory.select(open_to) if inventory.skipped else inventory
-    chosen.check(inner)
-    _check_budget(inner, budget, chosen)
-    asked = _asked(inventory, budget, allocation)
-    allot = partial(chosen.allot, inner, round_to=budget.round_to, scores=scores)
+    ties.check_skipped({group.name for group in inventory.skipped})
+    inner = Ties.of(inventory.select(open_to)) if inventory.skipped else ties
+    joint, chosen = inner.inventory, inner.adapted(allocation or Uniform())
+    chosen.check(joint)
+    _check_budget(joint, budget, chosen)
+    allot = partial(chosen.allot, joint, round_to=lcm(budget.round_to, inner.step), scores=inner.scores(scores))
     if chosen.own_budget:
         found = allot(0)
-        target = inner.params_of(found)
+        target = joint.params_of(found)
         if target == inventory.dense_params:
             raise ConfigError(f"{asked} removes nothing: every group keeps all of its units.")
     else:
-        target = target_params(budget, inner)
-        found = check_reach(asked, budget, inner, target, allot)
-    note, waits = _limits(inner, chosen), chosen.needs_scores(inner)
+        target = target_params(budget, joint)
+        found = check_reach(asked, budget, joint, target, allot)
+    inner.check(found.widths)
+    note, waits = _limits(joint, chosen), chosen.needs_scores(joint)
+    found = replace(found, widths=inner.spread(found.widths))
     found = found.within(inventory, open_to) if inventory.skipped else found
     return ResolvedBudget(
         asked=asked,
         widths=found.widths,
-        dense_widths=inventory.dense_widths(),
+        dense_widths=ties.single.dense_widths(),
         exact_width=found.exact_width,
         dense_params=inventory.dense_params,
         target_params=target,
         params=inventory.params_of(found),
-        kinds=_by_kind(inventory, found),
+        kinds=_by_kind(ties, found),
         removed_layers=found.removed_layers,
         provisional=scores is None and waits,
         note=note,
@@ -132,10 +137,13 @@ def _limits(inventory: Inventory, allocation: Allocation) -> str:
     return f"a stock config states {numbers} key-value heads, other layouts any number"
 
 
-def _by_kind(inventory: Inventory, found: Allotment) -> tuple[KindWidths, ...]:
-    kinds = []
+def _by_kind(ties: Ties, found: Allotment) -> tuple[KindWidths, ...]:
+    inventory, kinds = ties.inventory, []
     for kind in inventory.kinds():
-        members = inventory.numbers(kind, removed_layers=found.removed_layers, widths=found.widths)
-        dense, kept = (tuple(widths[i] for i in members) for widths in (inventory.dense_widths(), found.widths))
+        joint = ties.joined(found.widths)
+        members = inventory.numbers(kind, removed_layers=found.removed_layers, widths=joint)
+        dense, kept = (
+            tuple(widths[i] * ties.factor(i) for i in members) for widths in (inventory.dense_widths(), joint)
+        )
         kinds.append(KindWidths(kind=kind, dense=dense, kept=kept))
     return tuple(kinds)

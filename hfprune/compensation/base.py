@@ -4,11 +4,14 @@ Shape legend: O outputs, C inputs, K kept inputs.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from hfprune.models.layer_stream import Reduce
+from hfprune.models.mixture_pass import MixturePass
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.second_moments import Moments
 from hfprune.utils.settings import Configured, check_choice
@@ -76,3 +79,39 @@ class Compensation(Configured, ABC):
     def describe(self) -> dict[str, Any]:
         """Returns name and settings for the plan's provenance."""
         return {"name": type(self).__name__, **self.settings()}
+
+
+Visit = Callable[[MixturePass], None]
+"""Function that receives each forward pass of the dense mixture."""
+
+Sweep = Callable[[Visit], None]
+"""Function that runs the calibration tokens through a layer with its dense mixture."""
+
+
+class ExpertCompensation(Compensation):
+    """Base class of compensations for removed experts, which change the experts that are kept, in place.
+
+    Layers are processed in order, each on the outputs of the pruned layers before it, and all tokens count the same.
+    """
+
+    target: ClassVar[Target] = "module"  # type: ignore[misc]
+    sequential: ClassVar[bool] = True  # type: ignore[misc]
+    tokens: ClassVar[Tokens] = "equal"  # type: ignore[misc]
+
+    def __init__(self) -> None:
+        """Sets nothing: subclasses store their own settings."""
+
+    def fit(self, weight: Tensor, bias: Tensor | None, moments: Moments, keep: Tensor) -> Fit:
+        """Raises ``ConfigError``: no single projection is fitted."""
+        raise ConfigError(f"{type(self).__name__} compensates for removed experts only: use units=['experts'].")
+
+    @abstractmethod
+    def compensate(self, experts: Any, keep: Sequence[int], sweep: Sweep, reduce: Reduce) -> None:
+        """Changes the kept experts of one layer in place.
+
+        Args:
+            experts: The experts module.
+            keep: Kept experts, ascending.
+            sweep: Runs the calibration tokens through the layer before pruning.
+            reduce: Adds a tensor up over ranks.
+        """

@@ -78,7 +78,8 @@ class Signal:
     """Activations and gradient of one projection, recorded during the backward pass of a summed objective.
 
     Attributes:
-        input: Input of the projection, [B, T, in] or [B * T, in]; for experts their router weights, [B * T, U].
+        input: Input of the projection, [B, T, in] or [B * T, in]; for experts their router weights, [B * T, U], or 1
+            for the tokens of an expert where its input carries the router weight (Llama 4).
         output: Output, [B, T, out] or [B * T, out], for slices on the output side; else None.
         grad: Gradient at the input or output, as selected by the criterion's ``reads``.
         weight: Weight as [out, in].
@@ -99,10 +100,12 @@ class Activation:
     Attributes:
         input: Input of the projection, [B, T, in] or [B * T, in]; for experts the norms of contributions, [B * T, U].
         output: Output, [B, T, out] or [B * T, out].
+        routed: Whether each token is routed to each expert, [B * T, U]; None for other units.
     """
 
     input: Tensor
     output: Tensor
+    routed: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,6 +330,8 @@ def checked_scores(criterion: Criterion, group: Group, scores: Tensor, *, why_ze
         raise CalibrationError(
             f"The scores of {group.name} by {name} are not finite: {bad} of {group.num_units} are NaN or infinite."
         )
+    if any("." in part.parameter for part in group.slices) and not bool(found.any()):
+        return found  # an expert that no calibration token is routed to
     if not bool(found.any()):
         raise CalibrationError(f"All scores of {group.name} are zero ({name}): {why_zero or 'its weights are zero.'}")
     if group.num_units > 1 and bool((found == found[0]).all()):

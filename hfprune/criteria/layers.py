@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hfprune.criteria.base import Criterion, check_experts
 from hfprune.models import CHANNELS, EXPERTS, find_groups, find_spec
+from hfprune.models.groups import dense_mlp_groups
 from hfprune.models.residual_stream import scored_slices
 from hfprune.plan import ATTENTION_SUBLAYERS, LAYERS, MLP_SUBLAYERS, UNIT_KINDS, Group
 
@@ -45,11 +46,16 @@ def scored_groups(model: nn.Module, groups: tuple[Group, ...], criterion: Criter
     channels = [_scored_channels(model, group, criterion) for group in groups if group.kind == CHANNELS]
     if all(group.slices for group in groups):
         return (*(group for group in groups if group.kind != CHANNELS), *channels)
-    inner = "mlp" if find_spec(model).mlp else EXPERTS
+    spec = find_spec(model)
+    given = {group.kind for group in groups}
+    inner = "mlp" if spec.mlp or "mlp" in given else EXPERTS
     within = {LAYERS: (inner, "heads"), ATTENTION_SUBLAYERS: ("heads",), MLP_SUBLAYERS: (inner,)}
-    kinds = {part for group in groups for part in within.get(group.kind, (group.kind,))} - {CHANNELS}
+    kinds = {part for kind in given for part in within.get(kind, (kind,))} - {CHANNELS}
+    if spec.attention is None and not given & {"heads", ATTENTION_SUBLAYERS}:
+        kinds.discard("heads")
     check_experts(criterion, kinds)
-    return (*find_groups(model, sorted(kinds, key=[*UNIT_KINDS].index)), *channels)
+    dense = dense_mlp_groups(model, spec) if spec.experts is not None and inner in kinds else ()
+    return (*find_groups(model, sorted(kinds, key=[*UNIT_KINDS].index)), *dense, *channels)
 
 
 def _scored_channels(model: nn.Module, group: Group, criterion: Criterion) -> Group:

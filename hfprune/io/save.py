@@ -53,7 +53,9 @@ def measure_saved(folder: Path, model: nn.Module) -> dict[str, Any]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    count, expected = sum(torch.Size(shape).numel() for shape in stored.values()), parameter_count(model)
+    buffers = {name for name, _ in model.named_buffers()}  # the correction bias of a router is saved
+    sizes = [torch.Size(shape).numel() for name, shape in stored.items() if name not in buffers]
+    count, expected = sum(sizes), parameter_count(model)
     if count != expected:
         raise OutputError(f"The saved files hold {count:,} parameters, the pruned model has {expected:,}.")
     described = meta_model(str(folder))

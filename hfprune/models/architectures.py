@@ -18,6 +18,7 @@ from hfprune.models.spec import (
     SublayersSpec,
     register,
 )
+from hfprune.plan import Side
 
 
 def _fused(projection: str, reader: str) -> tuple[HeadTemplate, ...]:
@@ -56,7 +57,7 @@ MIXTRAL = register(
         sublayers=SUBLAYERS,
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
         attention=ATTENTION,
-        no_stream="the weights of its experts are stacked tensors, which can be cut along experts only",
+        no_stream="the weights of its experts are stacked tensors, which are cut along experts and neurons only",
     )
 )
 
@@ -69,18 +70,145 @@ QWEN3 = register(  # its query and key norms are per channel of a head and are n
 )
 
 
+_QWEN_EXPERTS = ExpertsSpec(
+    count_key="num_experts", dense_mlp=GATED_MLP, dense_key="mlp_only_layers", step_key="decoder_sparse_step"
+)
+
 QWEN2_MOE = register(
     replace(
         MIXTRAL,
         model_class="Qwen2MoeForCausalLM",
         width_key="moe_intermediate_size",
-        experts=ExpertsSpec(count_key="num_experts"),
+        experts=_QWEN_EXPERTS,
         layer_lists=("layer_types",),
-        position_key="mlp_only_layers",
     )
 )
 QWEN3_MOE = register(
-    replace(QWEN2_MOE, model_class="Qwen3MoeForCausalLM", experts=ExpertsSpec(count_key="num_local_experts"))
+    replace(
+        QWEN2_MOE,
+        model_class="Qwen3MoeForCausalLM",
+        experts=replace(_QWEN_EXPERTS, count_key="num_local_experts"),
+    )
+)
+
+
+OLMOE = register(
+    replace(
+        MIXTRAL,
+        model_class="OlmoeForCausalLM",
+        experts=ExpertsSpec(count_key="num_experts"),
+        attention=None,
+        no_attention="its query and key norms run over the channels of all heads",
+    )
+)
+
+
+def _latent(*sizes: str, module: str, side: Side = "out", optional: bool = False) -> HeadTemplate:
+    """Returns the block of a projection of multi-head latent attention, whose heads differ in size."""
+    return HeadTemplate(module=f"self_attn.{module}", side=side, queries=1, sizes=sizes, optional=optional)
+
+
+_LATENT_ATTENTION = AttentionSpec(  # heads share the compressed keys and values, and thereby the cache
+    module="self_attn",
+    heads=(
+        _latent("qk_head_dim", module="q_proj", optional=True),
+        _latent("qk_head_dim", module="q_b_proj", optional=True),
+        _latent("qk_nope_head_dim", "v_head_dim", module="kv_b_proj"),
+        _latent("v_head_dim", module="o_proj", side="in"),
+    ),
+    size_attribute="qk_rope_head_dim",
+    ratio_attribute=None,
+    size_key="qk_rope_head_dim",
+    attributes=(("num_heads", "queries"),),
+)
+
+_ROUTED_EXPERTS = ExpertsSpec(
+    count_key="n_routed_experts",
+    loss_attribute=None,
+    dense_mlp=GATED_MLP,
+    leading_key="first_k_dense_replace",
+    shared="mlp.shared_experts",
+    shared_key="n_shared_experts",
+)
+
+DEEPSEEK_V3 = register(
+    replace(
+        MIXTRAL,
+        model_class="DeepseekV3ForCausalLM",
+        width_key="moe_intermediate_size",
+        experts=_ROUTED_EXPERTS,
+        attention=_LATENT_ATTENTION,
+        lora_targets=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    )
+)
+DEEPSEEK_V2 = register(
+    replace(
+        DEEPSEEK_V3,
+        model_class="DeepseekV2ForCausalLM",
+        attention=replace(_LATENT_ATTENTION, divides_hidden=True),
+    )
+)
+
+
+GLM4_MOE = register(
+    replace(MIXTRAL, model_class="Glm4MoeForCausalLM", width_key="moe_intermediate_size", experts=_ROUTED_EXPERTS)
+)
+
+
+GPT_OSS = register(
+    replace(
+        MIXTRAL,
+        model_class="GptOssForCausalLM",
+        experts=ExpertsSpec(
+            router="mlp.router", attributes=("mlp.router.num_experts", "mlp.experts.num_experts"), interleaved=True
+        ),
+        attention=replace(ATTENTION, per_head=("sinks",)),
+        layer_lists=("layer_types",),
+        sublayers=None,
+        no_sublayers="its layers read the MLP's output and the router's scores as a pair",
+        packing="masks",  # its decoder does not pass position ids to the functions that create the masks
+    )
+)
+
+
+LLAMA4 = register(
+    replace(
+        MIXTRAL,
+        model_class="Llama4ForCausalLM",
+        experts=ExpertsSpec(
+            router="feed_forward.router",
+            experts="feed_forward.experts",
+            attributes=tuple(f"feed_forward.{name}num_experts" for name in ("", "router.", "experts.")),
+            loss_attribute=None,
+            dense_mlp=tuple(replace(t, module=t.module.replace("mlp", "feed_forward")) for t in GATED_MLP),
+            sparse_key="moe_layers",
+            shared="feed_forward.shared_expert",
+        ),
+        attention=replace(
+            ATTENTION, attributes=(("num_attention_heads", "queries"), ("num_key_value_heads", "keys_values"))
+        ),
+        layer_lists=("no_rope_layers", "layer_types"),
+        sublayers=None,
+        no_sublayers="its layers read the MLP's output and the router's scores as a pair",
+    )
+)
+
+
+GRANITE_MOE = register(
+    replace(
+        MIXTRAL,
+        model_class="GraniteMoeForCausalLM",
+        sublayers=replace(
+            SUBLAYERS, mlp=SublayerSpec(modules=("block_sparse_moe",), norms=("post_attention_layernorm",))
+        ),
+        scale_key="logits_scaling",
+        scale_divides=True,
+        experts=ExpertsSpec(
+            router="block_sparse_moe.router",
+            experts="block_sparse_moe.experts",
+            attributes=("block_sparse_moe.router.num_experts", "block_sparse_moe.experts.num_experts"),
+        ),
+    )
 )
 
 

@@ -43,7 +43,7 @@ def check_packing(model: nn.Module) -> None:
         raise UnsupportedArchitectureError(
             f"{class_name(model)} does not separate packed documents: set packing=False, so that each row holds one."
         )
-    known = MASKED[:2] if spec.packing == "mask" else MASKED + VARLEN
+    known = MASKED + VARLEN if spec.packing == "positions" else MASKED[:2]
     if attention not in known:
         raise UnsupportedArchitectureError(
             f"{class_name(model)} with the attention '{attention}' is not known to separate packed documents. Load the "
@@ -68,13 +68,23 @@ def forward_packed(model: nn.Module, input_ids: Tensor, position_ids: Tensor, ma
         hidden[real] = flat[0]
         return hidden
     positions = _with_padding_apart(position_ids, real)
-    allowed = None
-    if find_spec(model).packing == "mask":
-        allowed = _additive(_blocks(positions), next(model.parameters()).dtype)
-    return _hidden(body, input_ids, positions, allowed)
+    return _hidden(body, input_ids, positions, _packed_mask(model, positions))
 
 
-def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+def _packed_mask(model: Any, positions: Tensor) -> Any:
+    """Returns the additive mask of packed rows as the class reads it; None if it derives it from position ids."""
+    packing = find_spec(model).packing
+    if packing == "positions":
+        return None
+    allowed, dtype = _blocks(positions), next(model.parameters()).dtype
+    full = _additive(allowed, dtype)
+    if packing == "mask":
+        return full
+    near = torch.ones_like(allowed[0]).triu(1 - model.config.sliding_window)
+    return {"full_attention": full, "sliding_attention": _additive(allowed & near, dtype)}
+
+
+def _hidden(body: nn.Module, input_ids: Tensor, positions: Tensor, mask: Any = None) -> Tensor:
     hidden: Tensor = body(
         input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state

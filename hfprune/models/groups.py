@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hfprune.models.config_keys import config_value
-from hfprune.models.experts import expert_group, experts_table
-from hfprune.models.projection import bias_of, num_channels, submodule
+from hfprune.models.expert_neurons import neuron_groups
+from hfprune.models.experts import expert_groups, mixture_layers
+from hfprune.models.projection import bias_of, num_channels, submodule, weight_of
 from hfprune.models.residual_stream import CHANNELS, channel_cost, channel_group
 from hfprune.models.spec import ARCHITECTURES, SHAPES, ArchSpec, AttentionSpec
 from hfprune.models.sublayers import has_sublayer, sublayer_cost, sublayer_groups
@@ -102,6 +103,11 @@ def find_groups(
                 f"{units_of[:1].upper()}{units_of[1:]} of {spec.model_class} cannot be removed: {reason}. Leave "
                 f"'{kind}' out of the units."
             )
+    if spec.experts is not None and {"mlp", "experts"} <= set(units):
+        raise UnsupportedArchitectureError(
+            "One plan cannot remove experts and the neurons within experts, whose parameters overlap. Prune the "
+            "experts first, then the neurons of the result."
+        )
     return tuple(group for kind, find in _FINDERS.items() if kind in units for group in find(model, spec))
 
 
@@ -156,11 +162,13 @@ def mlp_widths(model: nn.Module) -> tuple[int, ...]:
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    """Returns the neurons of every layer that has the MLP of the table; the others have a mixture of experts."""
+    """Returns the neurons of every layer that has the MLP of the table, or of its experts."""
+    if spec.experts is not None:
+        return [_checked(model, spec, group) for group in neuron_groups(model, spec)]
     if not spec.mlp:
         raise UnsupportedArchitectureError(
             f"The MLPs of {spec.model_class} are mixtures of experts, whose neurons cannot be removed. Use the unit "
-            "kinds experts, heads or layers, for example units=['experts']."
+            "kinds heads or layers, for example units=['heads']."
         )
     names, present = {t.module for t in spec.mlp}, _having(model, spec, MLP_SUBLAYERS)
     layers = find_layers(model, spec)
@@ -191,18 +199,24 @@ def _head_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
 def _head_group(model: nn.Module, spec: ArchSpec, index: int) -> Group:
     """Returns the heads of a layer; each unit is a key-value head with the query heads that read it."""
     layer, table = f"{spec.layers}.{index}", attention_table(spec)
-    size, ratio = head_shape(submodule(model, f"{layer}.{table.module}"), table)
-    widths = [(t.queries * ratio + t.keys_values) * size for t in table.heads]
-    reader = next(i for i, t in enumerate(table.heads) if t.side == "in")
-    units = num_channels(submodule(model, f"{layer}.{table.heads[reader].module}"), "in") // widths[reader]
+    attention = submodule(model, f"{layer}.{table.module}")
+    size, ratio = head_shape(attention, table)
+    present = dict(find_layers(model, spec)[index].named_modules())
+    heads = [t for t in table.heads if not t.optional or t.module in present]
+    sizes = [sum(getattr(attention, name) for name in t.sizes) or size for t in heads]
+    widths = [(t.queries * ratio + t.keys_values) * each for t, each in zip(heads, sizes, strict=True)]
+    reader = next(i for i, t in enumerate(heads) if t.side == "in")
+    units = num_channels(submodule(model, f"{layer}.{heads[reader].module}"), "in") // widths[reader]
     end: dict[tuple[str, str], int] = {}
     slices = []
-    for template, width in zip(table.heads, widths, strict=True):
+    for template, width in zip(heads, widths, strict=True):
         offset = end.get((template.module, template.side), 0)
         end[template.module, template.side] = offset + units * width
         slices.append(Slice(module=f"{layer}.{template.module}", side=template.side, offset=offset, width=width))
     name = f"{layer}.{table.module}"
-    return _checked(model, spec, Group(name=name, kind="heads", num_units=units, slices=tuple(slices), layer=index))
+    sinks = tuple(Slice(module=name, side="out", width=ratio, parameter=parameter) for parameter in table.per_head)
+    group = Group(name=name, kind="heads", num_units=units, slices=tuple(slices), layer=index, followers=sinks)
+    return _checked(model, spec, group)
 
 
 def attention_table(spec: ArchSpec) -> AttentionSpec:
@@ -242,17 +256,25 @@ def _ratio(attention: nn.Module, table: AttentionSpec) -> int:
 
 
 def _expert_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
-    table, found = experts_table(spec), []
-    for index in _having(model, spec, MLP_SUBLAYERS):
-        layer = find_layers(model, spec)[index]
-        if table.router not in dict(layer.named_modules()):
-            raise UnsupportedArchitectureError(
-                f"Layer {index} of this {spec.model_class} has an MLP in place of a mixture of experts "
-                "(config.mlp_only_layers, decoder_sparse_step). Experts and layers of such models cannot be removed: "
-                "leave 'experts' and 'layers' out of the units."
-            )
-        found.append(_checked(model, spec, expert_group(model, spec, index, layer.get_submodule(table.router))))
+    routers = mixture_layers(model, spec)
+    if not routers:
+        raise UnsupportedArchitectureError(
+            f"Every layer of this {spec.model_class} has an MLP in place of a mixture of experts: leave 'experts' out "
+            "of the units."
+        )
+    found = []
+    for index, router in routers.items():
+        parts = expert_groups(model, spec, index, router)
+        found += [_checked(model, spec, part, parts) for part in parts]
     return found
+
+
+def dense_mlp_groups(model: nn.Module, spec: ArchSpec) -> tuple[Group, ...]:
+    """Returns the groups of neurons of the dense MLPs in a model with mixtures; empty if every layer has a mixture."""
+    assert spec.experts is not None
+    dense = set(_having(model, spec, MLP_SUBLAYERS)) - set(mixture_layers(model, spec))
+    plain = replace(spec, mlp=spec.experts.dense_mlp)
+    return tuple(_mlp_group(model, plain, index) for index in sorted(dense))
 
 
 def _check_positions(model: nn.Module, spec: ArchSpec, kind: str) -> None:
@@ -299,11 +321,12 @@ _FINDERS: dict[str, Callable[[nn.Module, ArchSpec], list[Group]]] = {
 }
 
 
-def _checked(model: nn.Module, spec: ArchSpec, group: Group) -> Group:
-    """Returns ``group`` after checking that its slices cover the projections that they name."""
-    for s in group.slices:
-        channels = num_channels(submodule(model, s.module), s.side, s.parameter)
-        expected = sum(group.num_units * o.width for o in group.slices if (o.module, o.side) == (s.module, s.side))
+def _checked(model: nn.Module, spec: ArchSpec, group: Group, together: Sequence[Group] = ()) -> Group:
+    """Returns ``group`` after checking that its slices, and those of ``together``, cover the projections they name."""
+    listed = [(g.num_units, o) for g in together or (group,) for o in (*g.slices, *g.followers)]
+    for s in (*group.slices, *group.followers):
+        channels, key = num_channels(submodule(model, s.module), s.side, s.parameter), (s.module, s.parameter, s.side)
+        expected = sum(units * o.width for units, o in listed if (o.module, o.parameter, o.side) == key)
         if channels != expected:
             raise UnsupportedArchitectureError(
                 f"{s.module} of this {spec.model_class} has {channels} {s.side}-channels, but its table expects "
@@ -333,8 +356,12 @@ def unit_cost(model: nn.Module, group: Group) -> int:
     for s in group.slices:
         module = submodule(model, s.module)
         cost += s.width * num_channels(module, "in" if s.side == "out" else "out", s.parameter)
-        if s.side == "out" and bias_of(module) is not None:
+        if s.side == "out" and s.parameter == "weight" and bias_of(module) is not None:
             cost += s.width
+    for s in group.followers:
+        module = submodule(model, s.module)
+        if s.parameter.partition(".")[0] in module._parameters:
+            cost += s.width * weight_of(module, s.parameter).shape[1]
     return cost
 
 
@@ -355,7 +382,7 @@ def backbone(model: nn.Module) -> nn.Module:
 
 def group_modules(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Module]:
     """Returns name -> projection for every slice of ``groups``."""
-    names: Sequence[str] = sorted({s.module for g in groups for s in g.slices})
+    names: Sequence[str] = sorted({s.module for g in groups for s in (*g.slices, *g.followers)})
     return {name: submodule(model, name) for name in names}
 
 

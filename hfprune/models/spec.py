@@ -40,12 +40,16 @@ class HeadTemplate:
         side: ``out`` for projections that produce queries, keys or values, ``in`` for those that read heads.
         queries: 1 if the block contains the query heads of a unit, else 0.
         keys_values: Number of key and value heads of a unit in the block (2 if both are interleaved).
+        sizes: Attributes of the attention whose sum is the head size of this block; empty for that of the attention.
+        optional: Whether some models of the class have no such projection.
     """
 
     module: str
     side: Side
     queries: int = 0
     keys_values: int = 0
+    sizes: tuple[str, ...] = ()
+    optional: bool = False
 
 
 SHAPES = "(shapes)"
@@ -73,6 +77,7 @@ class AttentionSpec:
         factors_fix_heads: Whether rotary factors in the config fix the head count.
         attributes: Attributes of the attention that store head counts.
         reads_config: Whether the attention reads head counts from its config in every forward pass.
+        per_head: Parameters of the attention with one number per query head (attention sinks).
     """
 
     module: str
@@ -86,14 +91,16 @@ class AttentionSpec:
     factors_fix_heads: bool = False
     attributes: tuple[tuple[str, Quantity], ...] = ()
     reads_config: bool = False
+    per_head: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsSpec:
-    """The mixture of experts in every layer of one model class.
+    """The mixtures of experts of one model class. Layers without a router have a dense MLP.
 
     A layer's output is the sum of the outputs of its top-k experts, weighted by the router. A router with fewer experts
-    chooses as if the removed ones had probability zero.
+    chooses as if the removed ones had probability zero. A router that first chooses among groups of experts
+    (``num_group``, ``topk_group``) keeps the number of its groups, each of equal size.
 
     Attributes:
         router: Name of the router relative to the layer.
@@ -101,8 +108,17 @@ class ExpertsSpec:
         count_key: Config key of the number of experts.
         chosen_key: Config key of the number of experts per token.
         attributes: Attributes of a layer's modules that store the number of experts, as ``module.attribute``.
-        loss_attribute: Attribute of the model with the number of experts, for the auxiliary loss of the routers.
+        loss_attribute: Attribute of the model with the number of experts, for the auxiliary loss of the routers; None
+            if the class has no such loss.
         loss_key: Config key that enables the auxiliary loss, a sum over all layers.
+        dense_mlp: Sides of the projections of the MLPs in layers without a router.
+        leading_key: Config key of the number of leading layers without a router, or None.
+        dense_key: Config key with the list of the layers without a router, or None.
+        step_key: Config key of the distance between layers with a router, or None; 1 where ``dense_key`` lists them.
+        sparse_key: Config key with the list of the layers with a router, or None.
+        interleaved: Whether the rows of gate and up alternate in ``gate_up_proj`` (gpt-oss).
+        shared: Name of the shared expert whose width the config derives from that of the experts, or None.
+        shared_key: Config key of the number of experts that the shared expert is as wide as; None for one.
     """
 
     router: str = "mlp.gate"
@@ -110,8 +126,16 @@ class ExpertsSpec:
     count_key: str = "num_local_experts"
     chosen_key: str = "num_experts_per_tok"
     attributes: tuple[str, ...] = ("mlp.gate.num_experts", "mlp.experts.num_experts")
-    loss_attribute: str = "num_experts"
+    loss_attribute: str | None = "num_experts"
     loss_key: str = "output_router_logits"
+    dense_mlp: tuple[SliceTemplate, ...] = ()
+    leading_key: str | None = None
+    dense_key: str | None = None
+    step_key: str | None = None
+    sparse_key: str | None = None
+    interleaved: bool = False
+    shared: str | None = None
+    shared_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,8 +224,8 @@ class ArchSpec:
         layer_lists: Config keys with a list of one value per layer.
         position_key: Config key that, if true, makes layers depend on their index, so that no layer can be removed.
         packing: Separation of packed documents, see :mod:`hfprune.models.forward`: ``positions`` if the class derives
-            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask, ``none`` if
-            neither separates documents.
+            its attention mask from position ids that restart, ``mask`` if it needs an explicit mask, ``masks`` if it
+            needs one for each type of layer (full and sliding attention), ``none`` if neither separates documents.
         padding: On which side of a row padding leaves the other tokens alone: ``any``, ``right`` or ``none``.
         stream: The residual stream; None if hidden channels cannot be removed.
         no_stream: Reason for this, the end of the sentence "Hidden channels of CLASS cannot be removed: ...".
@@ -230,7 +254,7 @@ class ArchSpec:
     layers_key: str = "num_hidden_layers"
     layer_lists: tuple[str, ...] = ()
     position_key: str | None = None
-    packing: Literal["positions", "mask", "none"] = "positions"
+    packing: Literal["positions", "mask", "masks", "none"] = "positions"
     padding: Literal["any", "right", "none"] = "any"
     stream: StreamSpec | None = None
     no_stream: str = "its table does not describe the residual stream: set ArchSpec(stream=StreamSpec(...))"

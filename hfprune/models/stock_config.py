@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hfprune.models.config_keys import config_value
-from hfprune.models.experts import EXPERTS, experts_table
+from hfprune.models.experts import EXPERTS, experts_table, mixture_layers
 from hfprune.models.groups import attention_table, find_groups, find_layers, find_spec, head_shape, hidden_size
 from hfprune.models.residual_stream import CHANNELS, scaled_epsilon, stream_table
 from hfprune.models.spec import ArchSpec
@@ -109,7 +109,25 @@ def config_values(model: nn.Module, groups: Sequence[Group], keep: Kept) -> dict
         values[spec.layers_key] = len(stay)
         lists = {key: config_value(_config(model), key, None) for key in spec.layer_lists}
         values |= {key: [known[index] for index in stay] for key, known in lists.items() if known is not None}
+        values |= _mixture_values(model, stay)
     return values
+
+
+def _mixture_values(model: nn.Module, stay: Sequence[int]) -> dict[str, Any]:
+    """Returns the config keys that say which of the kept layers have a mixture of experts; empty without experts."""
+    spec = find_spec(model)
+    table = spec.experts
+    if table is None:
+        return {}
+    mixed = mixture_layers(model, spec)
+    dense = [place for place, index in enumerate(stay) if index not in mixed]
+    values = {
+        table.leading_key: len(dense),  # a prefix of the layers, of which a part stays in front
+        table.dense_key: dense,
+        table.step_key: 1,
+        table.sparse_key: [place for place, index in enumerate(stay) if index in mixed],
+    }
+    return {key: value for key, value in values.items() if key is not None and hasattr(_config(model), key)}
 
 
 def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
@@ -126,7 +144,7 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
     _check_sublayers(model, groups, keep)
     stay = _staying(model, groups, keep)
     for kind, what in (("mlp", "MLP neurons"), ("heads", "key-value heads"), (EXPERTS, "experts")):
-        kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.layer in stay]
+        kept = list(_by_layer(groups, keep, kind, stay).values())
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(
                 f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), but a stock config "
@@ -226,13 +244,23 @@ def _staying(model: nn.Module, groups: Sequence[Group], keep: Kept) -> list[int]
 
 def _common(model: nn.Module, groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> int | None:
     """Returns the number of kept units of a kind if it is the same in all kept layers that have such units."""
+    kept = _by_layer(groups, keep, kind, stay)
+    if len(set(kept.values())) != 1:
+        return None
+    if len(kept) < len(stay) and len(kept) < len({g.layer for g in find_groups(model, (kind,)) if g.layer in stay}):
+        return None
+    return next(iter(kept.values()))
+
+
+def _by_layer(groups: Sequence[Group], keep: Kept, kind: str, stay: Sequence[int]) -> dict[int, int]:
+    """Returns kept layer -> number of kept units of a kind; of experts, over all groups of the router."""
     absent = absent_groups(groups, keep)
-    kept = [len(keep[g.name]) for g in groups if g.kind == kind and g.name not in absent]
-    if len(set(kept)) != 1:
-        return None
-    if len(kept) < len(stay) and len(kept) < len([g for g in find_groups(model, (kind,)) if g.layer in stay]):
-        return None
-    return kept[0]
+    kept: dict[int, int] = {}
+    for group in groups:
+        if group.kind == kind and group.layer is not None and group.layer in stay and group.name not in absent:
+            before = kept.get(group.layer, 0) if kind == EXPERTS else 0  # other tied groups keep equal numbers
+            kept[group.layer] = before + len(keep[group.name])
+    return kept
 
 
 def _config(model: nn.Module) -> Any:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hfprune.models.config_keys import set_config_value
-from hfprune.models.experts import EXPERTS, FewerExperts, check_router_loss, experts_table
+from hfprune.models.expert_neurons import rewrite_expert_width
+from hfprune.models.experts import EXPERTS, FewerExperts, check_router_loss, experts_table, kept_experts
 from hfprune.models.groups import (
     attention_table,
     class_name,
@@ -26,7 +27,14 @@ from hfprune.models.groups import (
     is_supported,
 )
 from hfprune.models.layer_stream import layer_input
-from hfprune.models.projection import bias_of, num_channels, set_attribute, weight_axis, write_channels
+from hfprune.models.projection import (
+    bias_of,
+    num_channels,
+    set_attribute,
+    weight_axis,
+    write_channels,
+    zero_channels,
+)
 from hfprune.models.residual_stream import CHANNELS, Fold, folds, rewrite_stream
 from hfprune.models.stock_config import config_values
 from hfprune.models.sublayers import (
@@ -42,7 +50,9 @@ from hfprune.plan import LAYERS, SUBLAYERS, Group, PruningPlan, Side
 from hfprune.utils.errors import PlanError, UnsupportedArchitectureError
 
 Cuts = dict[str, tuple[tuple[int, Tensor], ...]]
-"""Parameter name -> pairs of axis and kept indices (ascending), for every parameter that is cut."""
+"""Parameter name -> pairs of axis and kept indices (ascending), for every parameter that is cut.
+
+Indices [E, K] hold those of each of the E experts, whose weights are parts of one tensor."""
 
 
 def check_fits(model: nn.Module, plan: PruningPlan) -> None:
@@ -55,16 +65,20 @@ def check_fits(model: nn.Module, plan: PruningPlan) -> None:
         modules = group_modules(model, plan.groups)
     except UnsupportedArchitectureError as error:
         raise PlanError(f"The plan does not fit the model: {error}") from error
+    owned = _owners(plan)
     for group in plan.groups:
         for s in group.inputs():
-            found = num_channels(modules[s.module], "in", s.parameter)
-            if found != group.num_units * s.width:
-                looks = " It looks pruned already." if found == len(plan.keep[group.name]) * s.width else ""
+            found, owners = num_channels(modules[s.module], "in", s.parameter), owned[s.module, s.parameter]
+            if found != sum(g.num_units for g in owners) * s.width:
+                looks = " It looks pruned already."
+                kept = sum(len(plan.keep[g.name]) for g in owners)
                 raise PlanError(
-                    f"The plan expects {group.num_units} units in {group.name}, the model has {found // s.width}."
-                    f"{looks} Apply the plan to the dense model for which it was made."
+                    f"The plan expects {group.num_units} units in {group.name}, the model has "
+                    f"{found // s.width // len(owners)}.{looks if found == kept * s.width else ''} Apply the plan to "
+                    "the dense model for which it was made."
                 )
-    counts = [len(plan.keep[group.name]) for group in _staying(plan) if group.kind == EXPERTS]
+    _check_tied(plan)
+    counts = [len(kept) for kept in kept_experts(_staying(plan), plan.keep).values()]
     if counts:
         check_router_loss(model, find_spec(model), counts)
 
@@ -86,6 +100,30 @@ def _check_depth(model: nn.Module, plan: PruningPlan) -> None:
         raise PlanError("The plan removes both sub-layers of every layer; at least one must be kept.")
 
 
+def _owners(plan: PruningPlan) -> dict[tuple[str, str], list[Group]]:
+    """Returns (module, parameter) -> the groups that own its inputs."""
+    owned: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in plan.groups:
+        for s in group.inputs():
+            owned[s.module, s.parameter].append(group)
+    return owned
+
+
+def _check_tied(plan: PruningPlan) -> None:
+    """Raises ``PlanError`` if tied groups, those of one kind in one layer, keep different numbers of units."""
+    tied: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for group in _staying(plan):
+        if group.layer is not None:
+            tied[group.kind, group.layer].append(group.name)
+    for (kind, layer), names in tied.items():
+        counts = {len(plan.keep[name]) for name in names}
+        if len(counts) > 1:
+            raise PlanError(
+                f"The {len(names)} groups of {kind} in layer {layer} must keep equal numbers of units, since their "
+                f"weights are one tensor; the plan keeps {min(counts)} to {max(counts)}."
+            )
+
+
 def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
     """Returns the cuts of all parameters in kept layers and sub-layers.
 
@@ -101,17 +139,25 @@ def plan_cuts(model: nn.Module, plan: PruningPlan) -> Cuts:
     """
     check_fits(model, plan)
     modules = group_modules(model, plan.groups)
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    first = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     cuts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    parts: dict[tuple[str, int], dict[int, Tensor]] = defaultdict(dict)
     for (name, parameter, side), removed in _removed_channels(plan).items():
         module = modules[name]
         mask = torch.ones(num_channels(module, side, parameter), dtype=torch.bool)
         mask[removed] = False
         keep = mask.nonzero().squeeze(1)
-        cuts[first[id(getattr(module, parameter))]][weight_axis(module, side)] = keep
-        bias = bias_of(module)
+        attribute, _, part = parameter.partition(".")
+        full, axis = first[id(getattr(module, attribute))], weight_axis(module, side, parameter)
+        if part:
+            parts[full, axis][int(part)] = keep
+            continue
+        cuts[full][axis] = keep
+        bias = bias_of(module) if parameter == "weight" else None
         if side == "out" and bias is not None:
             cuts[first[id(bias)]][0] = keep
+    for (full, axis), of_expert in parts.items():
+        cuts[full][axis] = torch.stack([of_expert[expert] for expert in range(len(of_expert))])
     return {name: tuple(by_axis.items()) for name, by_axis in cuts.items()}
 
 
@@ -129,13 +175,23 @@ def cut(tensor: Tensor, where: tuple[tuple[int, Tensor], ...]) -> Tensor:
             [4, 6]])
     """
     for axis, keep in where:
-        tensor = tensor.index_select(axis, keep.to(tensor.device))
+        index = keep.to(tensor.device)
+        if index.dim() == 1:
+            tensor = tensor.index_select(axis, index)
+        else:
+            parts = zip(tensor, index, strict=True)
+            tensor = torch.stack([part.index_select(axis - 1, own) for part, own in parts])
     return tensor.contiguous()
 
 
 def new_names(model: nn.Module, plan: PruningPlan) -> dict[str, str | None]:
-    """Returns parameter name -> name after applying ``plan``; None for those of removed layers and sub-layers."""
+    """Returns parameter name -> name after applying ``plan``; None for those of removed layers and sub-layers.
+
+    Buffers that are saved (the correction bias of a router) follow the parameters.
+    """
+    saved = model.state_dict()
     names: dict[str, str | None] = {name: name for name, _ in model.named_parameters()}
+    names |= {name: name for name, _ in model.named_buffers() if name in saved}
     for kind in SUBLAYERS:
         for layer in plan.removed_sublayers(kind):
             spec = find_spec(model)
@@ -173,7 +229,11 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> None:
     places = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places[id(parameter)].append(name)
+    buffers = dict(model.named_buffers())
     for name, where in cuts.items():
+        if name in buffers:
+            set_attribute(model, name, cut(buffers[name], where))
+            continue
         old = model.get_parameter(name)
         small = cut(old.detach(), where)
         new = nn.Parameter(changes[name](small) if name in changes else small, requires_grad=old.requires_grad)
@@ -259,16 +319,9 @@ def mask_plan(model: nn.Module, plan: PruningPlan) -> None:
     modules = group_modules(model, plan.groups)
     with torch.no_grad():
         for (name, parameter, side), removed in _removed_channels(plan).items():
-            module = modules[name]
-            weight = getattr(module, parameter)
-            assert isinstance(weight, Tensor)
-            weight.index_fill_(weight_axis(module, side), torch.tensor(removed, device=weight.device), 0.0)
-            bias = bias_of(module)
-            if side == "out" and bias is not None:
-                bias[removed] = 0.0
-    for group in plan.groups:
-        if group.kind == EXPERTS:
-            modules[group.slices[0].module].register_forward_hook(FewerExperts(plan.keep[group.name]))
+            zero_channels(modules[name], parameter, side, removed)
+    for name, kept in kept_experts(_staying(plan), plan.keep).items():
+        modules[name].register_forward_hook(FewerExperts(kept))
     for kind in SUBLAYERS:
         for index in plan.removed_sublayers(kind):
             sublayer_output(model, find_spec(model), kind, index).register_forward_hook(silenced)
@@ -287,7 +340,7 @@ def _removed_channels(plan: PruningPlan) -> dict[tuple[str, str, Side], list[int
     removed: dict[tuple[str, str, Side], list[int]] = defaultdict(list)
     for group in _staying(plan):
         units = plan.removed(group)
-        for s in group.slices:
+        for s in (*group.slices, *group.followers):
             if units:
                 removed[s.module, s.parameter, s.side] += s.channels(units)
     return removed
@@ -314,8 +367,12 @@ def rewrite_sizes(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def _rewrite_width(model: nn.Module, group: Group, plan: PruningPlan) -> None:
+    spec = find_spec(model)
+    if spec.experts is not None:
+        rewrite_expert_width(model, spec, group, len(plan.keep[group.name]))
+        return
     layer = model.get_submodule(group.name.removesuffix(".mlp"))
-    for path in find_spec(model).width_attributes:
+    for path in spec.width_attributes:
         set_attribute(layer, path, len(plan.keep[group.name]))
 
 
@@ -347,11 +404,12 @@ def _is_shared(config: Any, whole: Any) -> bool:
 
 
 def _rewrite_experts(model: nn.Module, group: Group, plan: PruningPlan) -> None:
-    table = experts_table(find_spec(model))
-    layer = model.get_submodule(group.name.removesuffix(f".{table.experts}"))
+    spec = find_spec(model)
+    table, layer = experts_table(spec), model.get_submodule(f"{spec.layers}.{group.layer}")
+    (kept,) = kept_experts([g for g in plan.groups if g.layer == group.layer], plan.keep).values()
     for path in table.attributes:
-        set_attribute(layer, path, len(plan.keep[group.name]))
-    if table.count_key in plan.config:
+        set_attribute(layer, path, len(kept))
+    if table.count_key in plan.config and table.loss_attribute is not None:
         setattr(model, table.loss_attribute, plan.config[table.count_key])
 
 

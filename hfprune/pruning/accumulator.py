@@ -27,6 +27,7 @@ from hfprune.criteria.base import (
     checked_scores,
 )
 from hfprune.criteria.layers import scored_groups
+from hfprune.models.expert_neurons import expert_of
 from hfprune.models.groups import group_modules
 from hfprune.plan import Group, Slice
 from hfprune.pruning.hooks import (
@@ -142,6 +143,11 @@ def check_criterion(
     modules = group_modules(model, scored)
     for group in scored:
         shapes = slice_shapes(modules, group)
+        if any(expert_of(part) is not None and part.side == "out" for part in read_slices(criterion, group)):
+            raise ConfigError(
+                f"{type(criterion).__name__} reads gate and up projections, which are part of one tensor in experts. "
+                "Score neurons within experts by ActivationTaylor, ActivationNorm, Fisher or Magnitude."
+            )
         criterion.check(group, shapes)
         if settles and criterion.moments(group, shapes):
             raise ConfigError(

@@ -14,7 +14,24 @@ from hfprune.criteria.base import Activation, ActivationCriterion, CalibratedCri
 from hfprune.models.contexts import evaluating as evaluating  # re-exported for callers of this room
 from hfprune.models.contexts import frozen as frozen
 from hfprune.models.contexts import hooked as hooked
-from hfprune.models.experts import EXPERTS, FewerExperts, added_norms, by_expert
+from hfprune.models.expert_neurons import (
+    NeuronMask,
+    expert_of,
+    expert_tokens,
+    num_tokens,
+    removed_neurons,
+    token_grads,
+)
+from hfprune.models.experts import (
+    EXPERTS,
+    FewerExperts,
+    by_expert,
+    by_token,
+    contribution_norms,
+    kept_experts,
+    routed_tokens,
+    takes_scaled_tokens,
+)
 from hfprune.models.groups import find_layers, find_spec, group_modules
 from hfprune.models.projection import bias_of, weight_of
 from hfprune.models.projection import whole_weight as whole_weight
@@ -60,8 +77,11 @@ def hook_gradients(
         for part in read_slices(criterion, group):
             module = modules[part.module]
             norm = head_reads(model, find_spec(model), group, part) if group.kind == CHANNELS else None
-            if group.kind == EXPERTS:
+            if expert_of(part) is not None:
+                handles.append(module.register_forward_hook(_neurons_hook(group, part, receive)))
+            elif group.kind == EXPERTS:
                 handles.append(module.register_forward_pre_hook(_routing_hook(group, part, receive)))
+                handles.append(module.register_forward_hook(_scaled_hook(group, part, receive)))
             elif norm is not None:
                 handles.append(norm.register_forward_hook(_head_hook(module, group, part, receive)))
             elif criterion.reads(part) == "input":
@@ -86,17 +106,34 @@ def hook_activations(
         Handles of the hooks.
     """
     modules, handles = group_modules(model, groups), []
+    experts: dict[str, list[tuple[Group, Slice]]] = {}
 
     def hook(group: Group, part: Slice) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            value = added_norms(module, *args) if group.kind == EXPERTS else args[0]
+            value = args[0] if expert_of(part) is None else _neurons(module, args, part)
             receive(group, part, Activation(input=value.detach(), output=output.detach()))
 
         return seen
 
     for group in groups:
-        handles += [modules[p.module].register_forward_hook(hook(group, p)) for p in read_slices(criterion, group)]
+        for part in read_slices(criterion, group):
+            if group.kind == EXPERTS:
+                experts.setdefault(part.module, []).append((group, part))
+            else:
+                handles.append(modules[part.module].register_forward_hook(hook(group, part)))
+    handles += [modules[name].register_forward_hook(_norms_hook(parts, receive)) for name, parts in experts.items()]
     return handles
+
+
+def _norms_hook(parts: Sequence[tuple[Group, Slice]], receive: ReceiveActivation) -> Callable[..., None]:
+    """Returns a hook of an experts module that measures contributions once for all groups of its experts."""
+
+    def seen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        norms, routed = contribution_norms(module, args, output)
+        for group, part in parts:
+            receive(group, part, Activation(input=norms.detach(), output=output.detach(), routed=routed))
+
+    return seen
 
 
 def _input_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
@@ -115,18 +152,72 @@ def _routing_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable
     """Returns a hook of an experts module that reads the router weights among its inputs."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or takes_scaled_tokens(args):
             return None
         hidden, chosen, weights = args
         w = _differentiable(weights.view_as(weights))
-        value = by_expert(chosen, w.detach(), group.num_units)
         matrix = weight_of(module, part.parameter)
+        count = matrix.shape[1]
+        value = by_expert(chosen, w.detach(), count)
 
         def received(grad: Tensor) -> None:
-            receive(group, part, Signal(input=value, grad=by_expert(chosen, grad, group.num_units), weight=matrix))
+            receive(group, part, Signal(input=value, grad=by_expert(chosen, grad, count), weight=matrix))
 
         w.register_hook(received)
         return hidden, chosen, w
+
+    return hook
+
+
+def _neurons(module: nn.Module, args: tuple[Any, ...], part: Slice) -> Tensor:
+    """Returns the activations [N, I] of the neurons of one expert."""
+    return expert_tokens(module, args, expert_of(part) or 0).dense(num_tokens(module, args))
+
+
+def _neurons_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of an experts module that reads the neurons of one expert.
+
+    They are computed again from the inputs of the module when the gradient of its output is known.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        y, seen, expert = _differentiable(output), tuple(arg.detach() for arg in args), expert_of(part) or 0
+        matrix = weight_of(module, part.parameter)
+
+        def received(grad: Tensor) -> None:
+            with torch.no_grad():
+                own, total = expert_tokens(module, seen, expert), num_tokens(module, seen)
+                at_tokens = token_grads(module, grad, expert, own.tokens, scaled=takes_scaled_tokens(seen)) @ matrix
+                full = at_tokens.new_zeros(total, matrix.shape[1]).index_copy(0, own.tokens, at_tokens)
+                receive(group, part, Signal(input=own.dense(total), grad=full, weight=matrix))
+
+        y.register_hook(received)
+        return y
+
+    return hook
+
+
+def _scaled_hook(group: Group, part: Slice, receive: ReceiveSignal) -> Callable[..., Any]:
+    """Returns a hook of an experts module whose inputs carry the router weights (Llama 4).
+
+    The value of an expert is 1 for its tokens, its gradient the contribution times the gradient of the output: the
+    product is again the first-order change of the objective when the contribution is removed.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled() or not takes_scaled_tokens(args):
+            return None
+        y = _differentiable(output)
+        added, matrix = by_token(module, y.detach()), weight_of(module, part.parameter)
+        value = routed_tokens(module, args[0]).to(y.dtype)
+
+        def received(grad: Tensor) -> None:
+            receive(group, part, Signal(input=value, grad=(added * by_token(module, grad)).sum(-1), weight=matrix))
+
+        y.register_hook(received)
+        return y
 
     return hook
 
@@ -212,17 +303,21 @@ class UnitMask:
         """Context in which the units are masked."""
         modules = group_modules(self._model, self._groups)
         handles = []
+        for name, kept in kept_experts(self._groups, self._keep).items():
+            handles.append(modules[name].register_forward_hook(self._unless_lifted(FewerExperts(kept))))
         for group in self._groups:
             if group.kind == EXPERTS:
-                router = modules[group.slices[0].module]
-                handles.append(router.register_forward_hook(self._unless_lifted(FewerExperts(self._keep[group.name]))))
                 continue
             if group.kind in (LAYERS, *SUBLAYERS):
                 handles += self._skip(group)
                 continue
             for part in group.inputs():
+                if expert_of(part) is not None:
+                    continue
                 hook = self._hook(part.channels(self._removed[group.name]))
                 handles.append(modules[part.module].register_forward_pre_hook(hook))
+        for name, neurons in removed_neurons(self._groups, self._removed):
+            handles += NeuronMask(neurons, lambda: self._lifted).register(modules[name])
         with hooked(handles):
             yield
 

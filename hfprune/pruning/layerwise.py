@@ -4,8 +4,8 @@ Shape legend: B sequences, T tokens, C input channels of a projection, U units.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from hfprune.allocation import Allocation, Inventory
 from hfprune.compensation import Compensation, Fit
+from hfprune.compensation.base import ExpertCompensation
 from hfprune.criteria import Criterion, LayerwiseCriterion
 from hfprune.criteria.base import checked_scores
 from hfprune.models import is_supported
 from hfprune.models.forward import run_together
 from hfprune.models.groups import find_layers, find_spec
 from hfprune.models.layer_stream import LayerStream, Reduce
-from hfprune.models.projection import num_channels, weight_of
+from hfprune.models.projection import bias_of
 from hfprune.plan import DEPTH_KINDS, Group, absent_groups
 from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
-from hfprune.pruning.hooks import UnitMask, evaluating, hooked
+from hfprune.pruning.expert_pass import ExpertPass
+from hfprune.pruning.hooks import UnitMask, evaluating
 from hfprune.pruning.prunable import Prunable
+from hfprune.pruning.readers import arguments_of, reader_of
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.least_squares import reconstruction_error
 from hfprune.utils.progress import layer_progress
@@ -90,7 +93,7 @@ class LayerwisePass:
     ) -> None:
         self._model, self._compensation, self._mask = model, compensation, mask
         self._reduce = reduce or (lambda tensor: tensor)
-        self._readers = {group.name: _reader(model, group) for group in groups}
+        self._readers = {group.name: reader_of(model, group) for group in groups}
         self._by_layer = _by_layer(model, groups)
         self._sequential = compensation is None or compensation.sequential
         self._paired = compensation is not None and compensation.target == "dense"
@@ -140,10 +143,12 @@ class LayerwisePass:
     ) -> None:
         for index, groups in enumerate(self._by_layer):
             original = copy.deepcopy(stream.layer(index))
-            known = None if self._sequential else [self._moments(g, index, stream, None, original) for g in groups]
-            for number, group in enumerate(groups):
-                moments = known[number] if known else self._moments(group, index, stream, dense, original)
-                self._prune(group, moments, widths[group.name], keep, criterion, result)
+            parts = self._together(groups)
+            known = None if self._sequential else [self._moments(p, index, stream, None, original) for p in parts]
+            for number, part in enumerate(parts):
+                found = known[number] if known else self._moments(part, index, stream, dense, original)
+                for group, moments in zip(part, found, strict=True):
+                    self._prune(group, moments, widths[group.name], keep, criterion, result)
             stream.advance(index, None if self._sequential else original)
             if dense is not None:
                 with self._whole():
@@ -162,22 +167,42 @@ class LayerwisePass:
         device = next(self._model.parameters()).device
         return LayerStream(self._model, run_together(batches, device), device=device)
 
+    def _together(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Returns the groups whose moments are collected in one pass: one, or several experts of a layer.
+
+        The output weights of an expert do not change the inputs of another one. Their moments are limited to 1 GiB.
+        """
+        parts: list[list[Group]] = []
+        for group in groups:
+            reader = self._readers[group.name]
+            before = self._readers[parts[-1][0].name] if parts else None
+            joined = before is not None and reader.within and before.name == reader.name
+            if joined and len(parts[-1]) * reader.weight.shape[1] ** 2 < _MOMENTS:
+                parts[-1].append(group)
+            else:
+                parts.append([group])
+        return parts
+
     def _moments(
-        self, group: Group, index: int, stream: LayerStream, dense: LayerStream | None, original: nn.Module
-    ) -> Moments:
-        """Returns the moments of the inputs of the projection that reads ``group``, over all ranks."""
-        name, module = self._readers[group.name]
-        moments = Moments(num_channels(module, "in"), device=stream.device, paired=dense is not None)
-        inside = name.removeprefix(f"{find_spec(self._model).layers}.{index}.")
-        with _inputs(module) as mine, _inputs(original.get_submodule(inside)) as theirs:
+        self, groups: Sequence[Group], index: int, stream: LayerStream, dense: LayerStream | None, original: nn.Module
+    ) -> list[Moments]:
+        """Returns the moments of the inputs of the projections that read ``groups``, over all ranks."""
+        readers = [self._readers[group.name] for group in groups]
+        paired, module = dense is not None, readers[0].module
+        found = [Moments(r.weight.shape[1], device=stream.device, paired=paired) for r in readers]
+        twin = original.get_submodule(readers[0].name.removeprefix(f"{find_spec(self._model).layers}.{index}."))
+        with arguments_of(module) as mine, arguments_of(twin) as theirs:
             others = iter(()) if dense is None else dense.outputs(index, original)
             for output in stream.outputs(index):
                 with self._whole():
                     next(others, None)
                 weights = _token_weights(output) if self._normalised else None
-                moments.add(mine.pop(), theirs.pop() if dense is not None else None, weights)
-        moments.load([self._reduce(tensor) for tensor in moments.tensors()])
-        return moments
+                args, dense_args = mine.pop(), theirs.pop() if dense is not None else None
+                for reader, moments in zip(readers, found, strict=True):
+                    reader.add(moments, args, weights, twin=twin, dense=dense_args)
+        for moments in found:
+            moments.load([self._reduce(tensor) for tensor in moments.tensors()])
+        return found
 
     def _prune(
         self,
@@ -189,8 +214,8 @@ class LayerwisePass:
         result: LayerwiseResult,
     ) -> None:
         """Selects the units of one group unless ``keep`` gives them, and fits the projection that reads them."""
-        _, module = self._readers[group.name]
-        weight, bias = weight_of(module).detach(), module.bias
+        reader = self._readers[group.name]
+        weight, bias = reader.weight, reader.bias
         if keep is None:
             assert criterion is not None
             kept, scores = criterion.select(group, weight, moments, width)
@@ -210,8 +235,8 @@ class LayerwisePass:
         with torch.no_grad():
             weight.zero_()
             weight[:, channels] = fit.weight.to(weight.dtype)
-            if fit.bias is not None:
-                module.bias.copy_(fit.bias)
+            if fit.bias is not None and bias is not None:
+                bias.copy_(fit.bias)
 
 
 def _token_weights(output: Tensor) -> Tensor:
@@ -219,27 +244,8 @@ def _token_weights(output: Tensor) -> Tensor:
     return 1 / output.to(torch.promote_types(output.dtype, torch.float32)).square().mean(-1)
 
 
-@contextmanager
-def _inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Yields a list to which every forward pass of the module appends its input."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach())
-
-    with hooked([module.register_forward_pre_hook(hook)]):
-        yield found
-
-
-def _reader(model: nn.Module, group: Group) -> tuple[str, Any]:
-    """Returns name and module of the only projection that reads ``group``."""
-    parts = group.inputs()
-    if len(parts) != 1:
-        raise ConfigError(f"{group.name} is read by {len(parts)} projections; layer-by-layer fits support one.")
-    module = model.get_submodule(parts[0].module)
-    if num_channels(module, "in") != group.num_units * parts[0].width:
-        raise ConfigError(f"{parts[0].module} reads more inputs than the units of {group.name} and cannot be fitted.")
-    return parts[0].module, module
+_MOMENTS = 2**27
+"""Largest number of second moments that are collected in one pass: 1 GiB in float64."""
 
 
 def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
@@ -253,7 +259,10 @@ def _by_layer(model: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
 
 _REFUSED = (
     ("channels", "hidden channels belong to all layers"),
-    ("experts", "experts are not read by a single projection"),
+    (
+        "experts",
+        "experts are not read by a single projection (MergeExperts and ExpertLeastSquares compensate for them)",
+    ),
 )
 
 
@@ -278,6 +287,13 @@ def check_together(
     """
     if compensation is None and not isinstance(criterion, LayerwiseCriterion):
         return
+    if isinstance(compensation, ExpertCompensation):
+        if set(units) != {"experts"}:
+            raise ConfigError(
+                f"{type(compensation).__name__} compensates for removed experts only: use units=['experts'], not "
+                f"{list(units)}."
+            )
+        return
     by_layer = isinstance(criterion, LayerwiseCriterion)
     whole = [(kind, "it scores no whole layers and sub-layers") for kind in DEPTH_KINDS if by_layer]
     for name, why in (*_REFUSED, *whole):
@@ -293,7 +309,7 @@ def check_together(
         )
     if compensation is not None and compensation.needs_bias and inventory is not None:
         readers = {group.name: group.inputs()[0].module for group in inventory.groups if group.slices}
-        without = [name for name, module in readers.items() if model.get_submodule(module).bias is None]
+        without = [name for name, module in readers.items() if bias_of(model.get_submodule(module)) is None]
         if without:
             raise ConfigError(
                 f"{type(compensation).__name__} requires projections with a bias; {readers[without[0]]} has none. Use "
@@ -367,6 +383,12 @@ def run_layerwise(
     bar = progress and communicator.rank == 0
     with isolated_rng(), evaluating(model.module), torch.no_grad(), layer_progress(enabled=bar) as done:
         batches = data.share(communicator, limit=limit)
+        if isinstance(compensation, ExpertCompensation):
+            assert keep is not None
+            with model.forward_context():
+                fitted = ExpertPass(model.model, groups, compensation, reduce=communicator.sum)
+                errors = fitted.run(batches, keep, done=done)
+            return LayerwiseResult(keep=dict(keep), errors=errors)
         absent = absent_groups(groups, keep) if keep is not None else ()
         within = [group for group in groups if group.kind not in DEPTH_KINDS and group.name not in absent]
         whole = [group for group in groups if group.kind in DEPTH_KINDS]

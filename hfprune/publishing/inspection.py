@@ -167,7 +167,9 @@ def _layers(plan: PruningPlan) -> list[dict[str, Any]]:
             rows.setdefault(group.layer, {"layer": group.layer})["removed"] = True
         elif group.layer is not None:
             row = rows.setdefault(group.layer, {"layer": group.layer})
-            row[group.kind] = {"kept": _kept(plan, group), "dense": group.num_units}
+            before = row.get(group.kind, {}) if group.kind == "experts" else {}  # a router may have several groups
+            found = {"kept": _kept(plan, group), "dense": group.num_units}
+            row[group.kind] = {name: number + before.get(name, 0) for name, number in found.items()}
     return [rows[layer] for layer in sorted(rows)]
 
 

@@ -1,9 +1,12 @@
 """Cost of recovery in floating-point operations."""
 
+from typing import Any
+
 from torch import nn
 
-from hfprune.models.experts import EXPERTS
-from hfprune.models.groups import find_groups, find_spec, is_supported
+from hfprune.models.experts import experts_table, mixture_layers
+from hfprune.models.groups import find_spec, is_supported
+from hfprune.models.projection import num_channels
 
 
 def forward_flops(model: nn.Module) -> int:
@@ -49,11 +52,13 @@ def _multiplied(model: nn.Module, *, trained: bool) -> int:
     return int(count)
 
 
-def _expert_shares(model: nn.Module) -> dict[int, float]:
+def _expert_shares(model: Any) -> dict[int, float]:
     """Returns parameter id -> share of the experts that a token is routed to, for the weights of experts."""
-    groups = (group for group in find_groups(model, (EXPERTS,)))
+    spec = find_spec(model)
+    table, layers = experts_table(spec), spec.find_layers(model)
+    chosen = getattr(model.config, table.chosen_key)
     return {
-        id(parameter): group.least / group.num_units
-        for group in groups
-        for parameter in model.get_submodule(group.name).parameters()
+        id(parameter): chosen / num_channels(router, "out")
+        for index, router in mixture_layers(model, spec).items()
+        for parameter in layers[index].get_submodule(table.experts).parameters()
     }

@@ -55,7 +55,7 @@ def refit(weight: Tensor, moments: Moments, keep: Tensor, *, damping: float) -> 
 
 
 def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Tensor) -> float:
-    """Returns the relative error sum ||W x - V x_K||^2 / sum ||W x||^2, 0 for a perfect fit.
+    """Returns the relative error sum ||W x - V x_K||^2 / sum ||W x||^2, 0 for a perfect fit or outputs of zero.
 
     Args:
         weight: W, [O, C].
@@ -66,7 +66,8 @@ def reconstruction_error(weight: Tensor, moments: Moments, new: Tensor, keep: Te
     w = weight.to(torch.float64)
     difference = w.clone()
     difference[:, keep] -= new
-    return float(((difference @ moments.xx) * difference).sum() / ((w @ moments.xx) * w).sum())
+    total = float(((w @ moments.xx) * w).sum())
+    return float(((difference @ moments.xx) * difference).sum()) / total if total else 0.0
 
 
 def eliminate(

@@ -3,13 +3,20 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -64,10 +71,35 @@ def configs():
 
 
 def mixtures():
-    """Name -> config: every supported class with mixtures of experts."""
+    """Name -> config: every supported class with mixtures of experts, and each way in which its routers choose."""
     qwen = OWN_HEAD_DIM | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    local = {"num_local_experts": 6, "num_experts_per_tok": 2}
+    narrow = {"intermediate_size": 12}
+    routed = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1}
+    routed |= {"routed_scaling_factor": 1.5, "norm_topk_prob": True}
+    latent = COMMON | routed | {"intermediate_size": 24, "n_shared_experts": 2, "kv_lora_rank": 8, "v_head_dim": 6}
+    latent |= {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "num_key_value_heads": 4}
+    groups = {"n_group": 2, "topk_group": 1}
     return {
-        "mixtral": MixtralConfig(**GATED, num_local_experts=6, num_experts_per_tok=2),
+        "deepseek_v2": DeepseekV2Config(**latent, q_lora_rank=None),
+        "deepseek_v2_groups": DeepseekV2Config(**latent, **groups, q_lora_rank=6, topk_method="group_limited_greedy"),
+        "deepseek_v3": DeepseekV3Config(**latent, n_group=1, topk_group=1, q_lora_rank=None),
+        "deepseek_v3_groups": DeepseekV3Config(**latent, **groups, q_lora_rank=6),
+        "glm4_moe": Glm4MoeConfig(**OWN_HEAD_DIM, **routed, use_qk_norm=True, attention_bias=True),
+        "gpt_oss": GptOssConfig(**OWN_HEAD_DIM | local | narrow, sliding_window=8),
+        "granitemoe": GraniteMoeConfig(
+            **GATED | local | narrow, logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0
+        ),
+        "llama4": Llama4TextConfig(
+            **OWN_HEAD_DIM | local | narrow | {"num_experts_per_tok": 1},
+            intermediate_size_mlp=24,
+            moe_layers=[0, 2],
+            no_rope_layer_interval=2,
+            attention_chunk_size=8,
+        ),
+        "mixtral": MixtralConfig(**GATED, **local),
+        "olmoe": OlmoeConfig(**GATED | narrow, num_experts=6, num_experts_per_tok=2),
+        "olmoe_normalised": OlmoeConfig(**GATED | narrow, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True),
         "qwen2_moe": Qwen2MoeConfig(
             **{k: v for k, v in qwen.items() if k != "head_dim"}, shared_expert_intermediate_size=8, norm_topk_prob=True
         ),
@@ -77,6 +109,8 @@ def mixtures():
 
 NAMES = sorted(configs())
 MIXTURES = sorted(mixtures())
+GROUPED = [name for name in MIXTURES if name.endswith("_groups")]
+"""Mixtures whose routers choose among groups of experts first."""
 
 
 def table(name):
@@ -86,6 +120,8 @@ def table(name):
 
 HEADED = [name for name in NAMES if table(name).attention is not None]
 """Dense models whose heads can be removed."""
+HEADED_MIXTURES = [name for name in MIXTURES if table(name).attention is not None]
+"""Mixtures whose heads can be removed."""
 STREAMS = [name for name in HEADED if table(name).stream is not None]
 """Dense models whose hidden channels can be removed."""
 
@@ -101,7 +137,16 @@ def tiny(name="llama", *, seed=0, dtype=torch.float64, vocab=61):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(0.05 * torch.randn_like(buffer))
     return model
+
+
+def own_units(group, channels):
+    """Returns the units of a group among the channels of its projections: experts of one group of a router."""
+    offset = group.slices[0].offset
+    return tuple(c - offset for c in channels if offset <= c < offset + group.num_units)
 
 
 def inventory(model, units):

@@ -10,6 +10,7 @@ import torch
 from transformers.utils.hub import cached_file
 
 from hfprune.models.config_keys import config_value, has_key
+from hfprune.models.experts import EXPERTS, kept_experts
 from hfprune.models.groups import attention_table
 from hfprune.models.residual_stream import CHANNELS
 from hfprune.models.spec import ArchSpec
@@ -131,14 +132,16 @@ def layer_overrides(config: Any, spec: ArchSpec, plans: Sequence[PruningPlan]) -
     units: list[dict[str, int]] = [{} for _ in range(config_value(config, spec.layers_key or "", last + 1))]
     found: list[dict[str, int]] = [{} for _ in units]
     for plan in plans:
-        absent = plan.absent()
+        absent, experts = plan.absent(), kept_experts(plan.groups, plan.keep)
         for group in plan.groups:
             index = names[group.name]
             if not index.isdigit():
                 continue
             dense = units[int(index)].setdefault(group.kind, group.num_units)
+            router = group.slices[0].module if group.kind == EXPERTS else ""
+            kept = len(experts.get(router, plan.keep[group.name]))
             if group.name not in absent:
-                values = kind_values(config, spec, group.kind, kept=len(plan.keep[group.name]), units=dense)
+                values = kind_values(config, spec, group.kind, kept=kept, units=dense)
                 found[int(index)].update(values or {})
         removed = plan.removed_layers()
         units, found = ([item for i, item in enumerate(items) if i not in removed] for items in (units, found))

@@ -16,6 +16,7 @@ from hfprune.io.layouts.apply import empty_copy, not_expressed
 from hfprune.io.layouts.base import LAYOUTS, Layout, kind_values
 from hfprune.io.layouts.per_layer import cut_of, dense_config, is_per_layer
 from hfprune.models import CHANNELS, EXPERTS, config_values, find_spec, surgery
+from hfprune.models.expert_neurons import within_expert
 from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, Group, PruningPlan
 from hfprune.utils.errors import ConfigError
 
@@ -135,10 +136,14 @@ def compose(plans: Sequence[PruningPlan]) -> PruningPlan:
     """
     groups: dict[str, Group] = {}
     keep: dict[str, tuple[int, ...]] = {}
-    owners: dict[tuple[str, str, str], str] = {}
+    owners: dict[tuple[str, str, str], set[str]] = {}
     for plan in plans:
+        earlier = {key: set(names) for key, names in owners.items()}
         for group in plan.groups:
-            if any(owners.setdefault((s.module, s.parameter, s.side), group.name) != group.name for s in group.slices):
+            keys = [(s.module, s.parameter, s.side) for s in group.slices]
+            for key in keys:
+                owners.setdefault(key, set()).add(group.name)
+            if any(group.name not in earlier.get(key, {group.name}) for key in keys):
                 raise ConfigError(
                     f"layout='padded' cannot combine {len(plans)} plans: {group.name} has the same channels as another "
                     "group of an earlier plan. Use layout='per_layer'."
@@ -157,7 +162,8 @@ def _width(empty: Any, plan: PruningPlan, kind: str) -> int:
         return next(group.num_units for group in plan.groups if group.kind == kind)
     units, widths = groups[0].num_units, [len(plan.keep[group.name]) for group in groups]
     values = kind_values(empty.config, find_spec(empty), kind, kept=units, units=units)
-    if min(widths) < units and (values is None or kind == EXPERTS):  # a router would also select zero experts
+    within = kind == EXPERTS or any(within_expert(group) for group in groups)  # a router would select zero experts
+    if min(widths) < units and (values is None or within):
         raise ConfigError(
             f"layout='padded' pads layers with zero units, which cannot replace removed {kind}. Use layout='per_layer'."
         )
