@@ -1,6 +1,7 @@
 """Allocation of a budget: kept widths for every group, and the kept units with the largest scores."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import lcm
 

@@ -155,10 +155,10 @@ def mlp_widths(model: nn.Module) -> tuple[int, ...]:
     spec = find_spec(model)
     if not spec.mlp:
         return ()
-    widths = {group.layer: group.num_units for group in _mlp_groups(model, spec)}
+    widths = [(group.layer or 0, group.num_units) for group in _mlp_groups(model, spec)]
     layers = find_layers(model, spec)
-    removed = [i for i, layer in enumerate(layers) if not has_sublayer(layer, spec, MLP_SUBLAYERS)]
-    return tuple(width for _, width in sorted({**widths, **dict.fromkeys(removed, 0)}.items()))
+    removed = [(i, 0) for i, layer in enumerate(layers) if not has_sublayer(layer, spec, MLP_SUBLAYERS)]
+    return tuple(width for _, width in sorted(widths + removed))
 
 
 def _mlp_groups(model: nn.Module, spec: ArchSpec) -> list[Group]:
