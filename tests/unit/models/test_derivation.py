@@ -22,6 +22,9 @@ from tests.helpers.stranger import Feed, Mix, StrangerConfig, StrangerLM
 TABLES = {table(name).model_class: name for name in NAMES if "350m" not in name}
 """Class with a written table -> name of a tiny model."""
 
+ALIKE = ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+"""Classes with the structure of Llama or Gemma 2."""
+
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
@@ -52,7 +55,18 @@ def effect(model, spec):
     return slices, [(g.kind, g.num_units) for g in groups], values
 
 
-@pytest.mark.parametrize("name", sorted(TABLES.values()))
+def stream_facts(spec, model):
+    """Returns what a table says about the residual stream; attributes that no module has are left out."""
+    stream, layer = spec.stream, spec.find_layers(model)[0]
+    held = {
+        path for path in stream.attributes if hasattr(layer.get_submodule(path.rpartition(".")[0]), path.split(".")[-1])
+    }
+    return replace(stream, norms=tuple(sorted(stream.norms)), attributes=tuple(sorted(held)))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind, name in sorted(TABLES.items())]
+)
 def test_derivation_says_what_the_table_says(name):
     """The table is not looked at: the class is derived from a twin, and read off on another model."""
     model, written = tiny(name), table(name)
@@ -62,6 +76,10 @@ def test_derivation_says_what_the_table_says(name):
         assert getattr(derived, field) == getattr(written, field)
     capped = written.softcap_key and getattr(model.config, written.softcap_key) is not None
     assert derived.softcap_key == (written.softcap_key if capped else None)
+    if written.stream is None:
+        assert derived.no_stream == written.no_stream
+    else:
+        assert stream_facts(derived, model) == stream_facts(written, model)
 
 
 def test_scale_of_the_logits_is_found_with_its_direction():
