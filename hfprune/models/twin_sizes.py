@@ -252,11 +252,14 @@ class Sizes:
         if not self.fills:
             return {}
         known = {"num_key_value_heads": self.heads, "head_dim": self.head_size, "num_experts_per_tok": 2}
-        known |= {"moe_intermediate_size": _FIXED["moe_intermediate_size"]}
+        known |= {"moe_intermediate_size": _FIXED["moe_intermediate_size"], "n_shared_experts": 1}
         known |= dict.fromkeys(_EXPERTS, self.experts)
         found: dict[str, Any] = {key: number for key, number in known.items() if values.get(key, 0) is None}
         if values.get("layer_types", 0) is None:
             found["layer_types"] = ["full_attention"] * LAYERS
+        if values.get("rope_parameters", 0) == {} and isinstance(values.get("layer_types"), list):
+            rotary = {"rope_type": "default", "rope_theta": 10000.0}
+            found["rope_parameters"] = {kind: dict(rotary) for kind in values["layer_types"]}
         return found
 
     def rotary_pairs(self, values: Mapping[str, Any]) -> int:

@@ -186,7 +186,7 @@ def _shrunk(config: Any, sizes: Sizes) -> Any:
     for key, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             values[key] = _shrunk(value, sizes).to_dict()
-    if isinstance(dense.get("rope_parameters"), Mapping):
+    if isinstance(dense.get("rope_parameters"), Mapping) and dense["rope_parameters"]:
         values["rope_parameters"] = _rotary(dense["rope_parameters"], sizes.rotary_pairs(values))
     if isinstance(dense.get("per_layer_config"), Mapping):
         values["per_layer_config"] = _per_layer(dense, values, chosen, sizes)
