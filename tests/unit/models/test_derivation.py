@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, LlamaConfig
 
 import hfprune
-from hfprune.models import ARCHITECTURES, ArchSpec, SliceTemplate, config_values, find_groups, find_spec, register
+from hfprune.models import (
+    ARCHITECTURES,
+    ArchSpec,
+    SliceTemplate,
+    config_values,
+    find_groups,
+    find_spec,
+    proof_cache,
+    register,
+)
 from hfprune.models.derivation import derive
 from hfprune.models.groups import pin_spec
 from hfprune.models.twins import twin
@@ -98,6 +107,23 @@ def test_stranger_is_described_by_its_behaviour(stranger):
     assert [(g.kind, g.num_units) for g in groups] == [("mlp", 40)] * 4 + [("heads", 3)] * 4 + [("layers", 4)]
     qkv = next(s for s in groups[4].slices if s.module.endswith("mix.qkv"))
     assert (qkv.offset, qkv.width) == (0, (2 + 2) * 8)
+
+
+def test_stranger_is_described_while_another_model_is_built(tmp_path, monkeypatch):
+    """The first look-up may be within a context: the meta device, another default type, inference, autocast."""
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(proof_cache, "_KNOWN", {})
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        large = StrangerLM(
+            StrangerConfig(channels=512, depth=12, neurons=2048, queries=16, memories=8, per_head=32, vocab_size=999)
+        )
+        groups = find_groups(large, ("mlp", "heads"))
+    assert torch.get_default_dtype() == torch.bfloat16
+    torch.set_default_dtype(torch.float32)
+    assert [g.num_units for g in groups] == [2048] * 12 + [8] * 12
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_stranger_is_pruned_without_a_table(stranger, tmp_path):
