@@ -223,7 +223,8 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"its process ended with exit code {self._process.exitcode}"
-        (model_class, model_type), self._task = self._task, None
+        model_class, model_type = self._task
+        self._task = None
         self.close()
         seconds = round(time.monotonic() - self._started, 2)
         return Row(model_class=model_class, model_type=model_type, reason=reason, seconds=seconds)
