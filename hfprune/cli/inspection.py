@@ -18,8 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     chosen = "with --all: try these classes or model types only"
     parser.add_argument("--classes", nargs="+", default=None, metavar="NAME", help=chosen)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --all: processes (default: 1)")
-    limit = "with --all: seconds for one class (default: 120)"
-    parser.add_argument("--time_limit", type=float, default=120.0, metavar="S", help=limit)
+    limit = "with --all: seconds for one class (default: 300)"
+    parser.add_argument("--time_limit", type=float, default=300.0, metavar="S", help=limit)
     parser.add_argument("--markdown", action="store_true", help="with --all: print the page docs/architectures.md")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_loading_arguments(parser)

@@ -149,7 +149,8 @@ def _built(build: Any, config: Any, seed: int, dtype: torch.dtype) -> nn.Module:
         logits = model(input_ids=torch.arange(3, 9).reshape(1, 6), use_cache=False).logits
     if not bool(torch.isfinite(logits).all()):
         raise UnsupportedArchitectureError("its logits are not finite for random weights")
-    return model
+    built: nn.Module = model
+    return built
 
 
 def _configs(config: Any) -> Iterator[Any]:

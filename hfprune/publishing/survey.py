@@ -16,7 +16,7 @@ from typing import Any
 
 from hfprune.models.proof import CLAIMS, Proof
 from hfprune.utils.compat import causal_lm_class, causal_lm_classes, default_config
-from hfprune.utils.errors import ConfigError, first_line
+from hfprune.utils.errors import ConfigError
 from hfprune.utils.spelling import nearest
 
 UNITS = ("mlp", "heads", "experts", "layers", "channels")
@@ -77,7 +77,7 @@ class Row:
         return asdict(self)
 
 
-def survey(names: Sequence[str] = (), *, jobs: int = 1, time_limit: float = 120.0) -> Iterator[Row]:
+def survey(names: Sequence[str] = (), *, jobs: int = 1, time_limit: float = 300.0) -> Iterator[Row]:
     """Yields a row for every causal LM class of the installed transformers, as each is finished.
 
     Args:
@@ -131,8 +131,22 @@ def classify(model_class: str, model_type: str) -> Row:
         proof, source = class_description(causal_lm_class(config), config)
         row = Row.of(proof, model_type=model_type, source=source)
     except Exception as error:  # classes and their default configs are foreign code
-        row = Row(model_class=model_class, model_type=model_type, reason=first_line(error))
+        row = Row(model_class=model_class, model_type=model_type, reason=_in_one_line(error))
     return Row(**{**row.to_dict(), "model_class": model_class, "seconds": round(time.perf_counter() - start, 2)})
+
+
+def _in_one_line(error: BaseException) -> str:
+    r"""Returns the message of a foreign error, whose first line may only announce the second.
+
+    >>> _in_one_line(ValueError("Validation failed:\n    hidden_size must be 0")), _in_one_line(KeyError())
+    ('Validation failed: hidden_size must be 0', 'KeyError')
+    """
+    text = " ".join(str(error).split())
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...") or type(error).__name__
+
+
+_LONGEST = 240
+"""Letters of the longest reason."""
 
 
 def counts(rows: Iterable[Row]) -> dict[str, int]:
@@ -209,7 +223,8 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"its process ended with exit code {self._process.exitcode}"
-        (model_class, model_type), self._task = self._task, None
+        model_class, model_type = self._task
+        self._task = None
         self.close()
         seconds = round(time.monotonic() - self._started, 2)
         return Row(model_class=model_class, model_type=model_type, reason=reason, seconds=seconds)
