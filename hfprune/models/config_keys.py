@@ -30,8 +30,14 @@ def config_value(config: Any, key: str, default: Any = _MISSING) -> Any:
 
 
 def has_key(config: Any, key: str) -> bool:
-    """Returns whether a config has a key, dotted within nested configs."""
-    return config_value(config, key, _MISSING) is not _MISSING
+    """Returns whether a config has a key, dotted within nested configs.
+
+    >>> from transformers import Gemma3Config
+    >>> has_key(Gemma3Config(), "text_config.head_dim"), has_key(Gemma3Config(), "head_dim")
+    (True, False)
+    """
+    absent = object()
+    return config_value(config, key, absent) is not absent
 
 
 def set_config_value(config: Any, key: str, value: Any) -> None:

@@ -42,6 +42,26 @@ def frozen(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def ordinary() -> Iterator[None]:
+    """Context in which new modules are float32 on the CPU and run in their own type, also within another context.
+
+    The state of torch's random numbers is the same at the end.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def hooked(handles: Sequence[Any]) -> Iterator[None]:
     """Removes hooks at the end.
 

@@ -3,7 +3,6 @@
 The tables of hfprune are proven by its tests; a table that a user registers is proven at its first use.
 """
 
-import sys
 from typing import Any
 
 from torch import nn
@@ -49,31 +48,21 @@ _FOUND = "_hfprune_found"
 """Attribute of a model with its proven table, and the registered one that it was made of."""
 
 
-def spec_of(model: nn.Module) -> ArchSpec:
-    """Returns the table of a model's class: one of hfprune, one of the user that is proven, or a derived one.
+def proven_spec(model: nn.Module, table: ArchSpec | None) -> ArchSpec:
+    """Returns the proven table of a model's class, which is kept on the model.
 
     Args:
-        model: A model of any size, also on the meta device, sharded or quantised. A proven table is kept on it.
+        model: A model of any size, also on the meta device, sharded or quantised.
+        table: The table that a user registered, or None to derive one.
 
     Raises:
         UnsupportedArchitectureError: The class cannot be described, or its table is wrong.
     """
-    name = class_name(model)
-    table = ARCHITECTURES.get(name) if name in ARCHITECTURES else None
-    if table is not None and (_is_own(table) or not hasattr(model, "config")):
-        return table
     known = model.__dict__.get(_FOUND)
     if known is None or known[0] != table:
         known = model.__dict__[_FOUND] = (table, _derived(model) if table is None else _proven(model, table))
     found: ArchSpec = known[1]
     return found
-
-
-def _is_own(table: ArchSpec) -> bool:
-    """Returns whether a table is one of hfprune."""
-    from hfprune.models import architectures
-
-    return any(table is value for value in vars(architectures).values())
 
 
 def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
@@ -91,8 +80,6 @@ def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:
 
 def _derived(model: nn.Module) -> ArchSpec:
     name = class_name(model)
-    if not _is_language_model(model):
-        return ARCHITECTURES.get(name)  # raises, and lists the known classes
     try:
         proof, _ = description(model)
     except UnsupportedArchitectureError as error:
@@ -105,13 +92,3 @@ def _derived(model: nn.Module) -> ArchSpec:
 def _unknown(name: str, reason: str) -> str:
     reason = reason.removeprefix(f"{name} cannot be described: ").rstrip(".")
     return f"{name} has no architecture table, and none could be derived: {reason}. {HINT}"
-
-
-def _is_language_model(model: Any) -> bool:
-    """Returns whether a module is a transformers model with one output per token of its vocabulary."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
-        return False
-    sizes = {getattr(child, "out_features", None) for child in model.modules()}
-    text: Any = getattr(model.config, "text_config", None) or model.config
-    return getattr(text, "vocab_size", None) in sizes - {None}

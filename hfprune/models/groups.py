@@ -1,9 +1,12 @@
 """Groups of prunable units, of registered architectures and of custom modules."""
 
+import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -28,20 +31,45 @@ def find_spec(model: nn.Module) -> ArchSpec:
     pinned: ArchSpec | None = model.__dict__.get(_PINNED)
     if pinned is not None:
         return pinned
-    from hfprune.models.described import spec_of  # it derives and proves with the functions of this module
+    name = class_name(model)
+    table = ARCHITECTURES.get(name) if name in ARCHITECTURES or not _is_language_model(model) else None
+    if table is not None and (_own_tables().get(name) is table or not hasattr(model, "config")):
+        return table
+    from hfprune.models.described import proven_spec  # it derives and proves with the functions of this module
 
-    return spec_of(model)
+    return proven_spec(model, table)
 
 
 def is_supported(model: nn.Module) -> bool:
     """Returns whether ``model`` or its exact class has an architecture table, or one can be derived and proven."""
     if _PINNED in model.__dict__ or class_name(model) in ARCHITECTURES:
         return True
+    if not _is_language_model(model):
+        return False
     try:
         find_spec(model)
     except UnsupportedArchitectureError:
         return False
     return True
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    """Returns whether a module is a transformers model with one output per token of its vocabulary."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return False
+    config: Any = model.config
+    text = getattr(config, "text_config", None) or config
+    vocabulary = getattr(text, "vocab_size", None)
+    return any(getattr(module, "out_features", None) == vocabulary for module in model.modules())
+
+
+@functools.cache
+def _own_tables() -> dict[str, ArchSpec]:
+    """Returns the tables of hfprune, which its tests prove; those of users are proven at their first use."""
+    from hfprune.models import architectures
+
+    return {value.model_class: value for value in vars(architectures).values() if isinstance(value, ArchSpec)}
 
 
 def pin_spec(model: nn.Module, spec: ArchSpec) -> None:

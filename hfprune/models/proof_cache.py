@@ -20,6 +20,7 @@ from typing import Any, Literal, Union
 
 from torch import nn
 
+from hfprune.models.contexts import ordinary
 from hfprune.models.proof import Proof, prove
 from hfprune.models.spec import ArchSpec
 from hfprune.models.twins import twin, twin_config
@@ -71,8 +72,9 @@ def cache_folder() -> Path:
 
 def _made(kind: type[nn.Module], config: Any, describe: Callable[[nn.Module], ArchSpec], key: str) -> Proof | str:
     try:
-        tiny = twin(config, model_class=kind)
-        proof = prove(describe(tiny), tiny)
+        with ordinary():  # the caller may be building its model on the meta device, or in another type
+            tiny = twin(config, model_class=kind)
+            proof = prove(describe(tiny), tiny)
     except UnsupportedArchitectureError as error:
         return str(error)
     with suppress(OutputError, OSError):  # a read-only home: the proof is made again next time

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from hfprune.models.contexts import inference
+from hfprune.models.derivation.channels import derive_stream
 from hfprune.models.derivation.circuits import Circuit, find_circuits
 from hfprune.models.derivation.depth import derive_depth, find_stack
 from hfprune.models.derivation.heads import attention_spec, common_heads, grouped, with_counts
@@ -21,8 +22,6 @@ from hfprune.models.surgery import apply_plan, mask_plan
 from hfprune.models.twins import random_weights
 from hfprune.plan import PruningPlan
 from hfprune.utils.errors import HFPruneError, UnsupportedArchitectureError, first_line
-
-_NO_STREAM = "its residual stream was not derived: a table of the class must describe it"
 
 
 def derive(model: nn.Module) -> ArchSpec:
@@ -68,10 +67,11 @@ def _derived(model: nn.Module) -> ArchSpec:
         layers_key=depth.layers_key,
         layer_lists=depth.layer_lists,
         no_layers=depth.reason,
-        no_stream=_NO_STREAM,
         lora_targets=_lora_targets(trace.stack),
     )
-    return _with_attention(spec, trace, circuits, variants)
+    spec = _with_attention(spec, trace, circuits, variants)
+    stream = derive_stream(trace, spec, variants)
+    return replace(spec, no_stream=stream) if isinstance(stream, str) else replace(spec, stream=stream)
 
 
 def _with_groups(model: nn.Module) -> nn.Module:

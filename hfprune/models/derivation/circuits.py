@@ -1,6 +1,6 @@
 """Circuits of a layer: projections that read heads or neurons, with the projections that produce them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -33,23 +33,38 @@ def layer_kinds(layers: nn.ModuleList) -> list[int]:
     return [found.index(structure) for structure in found]
 
 
+def first_circuits(trace: Trace) -> list[Circuit]:
+    """Returns the circuits of the first layer."""
+    return _of_layer(trace, 0, {})
+
+
 def find_circuits(trace: Trace) -> list[list[Circuit]]:
     """Returns the circuits of each layer; layers of equal structure are traced once."""
-    reaches = {name: trace.reach(name) for index in range(len(trace.stack)) for name in trace.within(index)}
     kinds = layer_kinds(trace.stack)
-    found = {index: _of_layer(trace, index, reaches) for index in sorted(set(kinds))}
+    layers = {index: trace.readers_of_layer(index) for index in range(len(trace.stack))}
+    found = {index: _of_layer(trace, index, layers) for index in sorted(set(kinds))}
     return [found[kind] for kind in kinds]
 
 
-def _of_layer(trace: Trace, index: int, reaches: Mapping[str, Reach]) -> list[Circuit]:
+def _of_layer(trace: Trace, index: int, layers: Mapping[int, frozenset[str]]) -> list[Circuit]:
+    """Returns the circuits of a layer.
+
+    Args:
+        trace: Trace of the model.
+        index: Index of the layer.
+        layers: Index of a layer -> projections that read any of its projections.
+    """
     stream, names = trace.stream_readers(index), trace.within(index)
+    reaches = {name: trace.reach(name) for name in names}
     readers = [name for name in names if name not in stream and reaches[name].writes]
     found = []
     for reader in readers:
         producers = [name for name, reach in reaches.items() if reader in reach.readers]
-        short = _short(trace, index, reader)
-        mixes = any(reader in reaches[name].mixed for name in producers)
-        problem = _problem(trace, index, reader, producers, reaches)
+        short, mixes = _short(trace, index, reader), any(reader in reaches[name].mixed for name in producers)
+        problem = _problem(reader, {name: reaches[name] for name in producers})
+        others = [other for other, read in layers.items() if other != index and reader in read]
+        if others:
+            problem = f"'{reader}' reads values of layer {others[0]}"
         if problem:
             found.append(Circuit(index, short, mixes=mixes, problem=problem))
         elif producers:
@@ -58,14 +73,12 @@ def _of_layer(trace: Trace, index: int, reaches: Mapping[str, Reach]) -> list[Ci
     return found
 
 
-def _problem(trace: Trace, index: int, reader: str, producers: Sequence[str], reaches: Mapping[str, Reach]) -> str:
+def _problem(reader: str, producers: Mapping[str, Reach]) -> str:
     """Returns why the units between producers and their reader are not theirs alone."""
-    for name in producers:
-        if name not in trace.within(index):
-            return f"'{reader}' reads '{name}' of another layer"
-        if reaches[name].writes:
+    for name, reach in producers.items():
+        if reach.writes:
             return f"the output of '{name}' is read by '{reader}' and by the residual stream"
-        others = sorted(reaches[name].readers - {reader})
+        others = sorted(reach.readers - {reader})
         if others:
             return f"the output of '{name}' has several readers: '{reader}' and '{others[0]}'"
     return ""

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from hfprune.models.derivation.circuits import Circuit
+from hfprune.models.derivation.circuits import Circuit, first_circuits
 from hfprune.models.derivation.trace import Trace
 from hfprune.models.derivation.units import blocks, connected
 from hfprune.models.derivation.variants import Variants, attributes
 from hfprune.models.spec import SHAPES, AttentionSpec, HeadTemplate, Quantity
+from hfprune.models.twins import random_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,10 @@ def attention_spec(trace: Trace, heads: Heads, variants: Variants) -> AttentionS
     stored = _size_attribute(owner, heads, size_key)
     if stored is None:
         return "its attention stores no head size"
+    if heads_key and not _keeps_order(
+        trace, heads, variants.build(keys.doubled(heads_key, keys_values, size_key), real=True)
+    ):
+        return "the order of its heads depends on their number"
     return AttentionSpec(
         module=heads.module,
         heads=heads.templates,
@@ -203,15 +208,18 @@ class _Keys:
         for key in self._variants.numbers(heads.queries):
             if key == keys_values:
                 continue
-            changes: dict[str, Any] = {key: more}
-            if keys_values:
-                changes[keys_values] = 2 * heads.units
-            if size_key:
-                changes[size_key] = heads.size
-            model = self._variants.build(changes)
+            model = self._variants.build(self.doubled(key, keys_values, size_key))
             if model is not None and self._has(model, more):
                 return key
         return ""
+
+    def doubled(self, heads_key: str, keys_values: str | None, size_key: str | None) -> dict[str, int]:
+        """Returns the change of the config that doubles the number of heads of the same size."""
+        heads = self._heads
+        changes = {heads_key: 2 * heads.queries}
+        if keys_values:
+            changes[keys_values] = 2 * heads.units
+        return changes | ({size_key: heads.size} if size_key else {})
 
     def _has(self, model: nn.Module, queries: int) -> bool:
         """Returns whether a model has another number of heads, from shapes or from what its attention stores."""
@@ -239,6 +247,15 @@ class _Keys:
         uneven = next(n for n in range(3, hidden) if hidden % n)
         even = next(n for n in range(uneven + 1, hidden + 1) if hidden % n == 0)
         return accepted(even) and not accepted(uneven)
+
+
+def _keeps_order(trace: Trace, heads: Heads, model: nn.Module | None) -> bool:
+    """Returns whether a model with twice the heads has the same blocks in its projections."""
+    if model is None:
+        return True
+    random_weights(model)
+    other = common_heads([first_circuits(Trace(model, trace.layers))])
+    return isinstance(other, Heads) and (other.templates, other.units) == (heads.templates, 2 * heads.units)
 
 
 def _direct(module: nn.Module, value: int) -> list[str]:

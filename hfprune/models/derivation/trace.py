@@ -153,8 +153,25 @@ class Trace:
         elsewhere = torch.arange(TOKENS) != _PLACE
         return Reach(readers, frozenset(other for other, at in moved.items() if bool(at[elsewhere].any())), writes)
 
+    def readers_of_layer(self, index: int) -> frozenset[str]:
+        """Returns the projections of all layers that read any output of the projections of a layer."""
+        names = self.within(index)
+        with self._constant(names):
+            handles = [self.projections[name].register_forward_hook(self._other(name)) for name in names]
+            with hooked(handles):
+                self._run(1)
+        found = [other for other in self.projections if self.is_regular(other)]
+        return frozenset(other for other in found if bool(self._moved(other, 1).any()))
+
     def _run_changed(self, name: str, *, everywhere: bool) -> None:
         """Runs the model with another output of a projection, at all positions or at one."""
+        with self._constant((name,)):
+            hook = self._other(name, everywhere=everywhere)
+            with hooked([self.projections[name].register_forward_hook(hook)]):
+                self._run(1)
+
+    def _other(self, name: str, *, everywhere: bool = True) -> Any:
+        """Returns a hook that gives another output of a projection, at all positions or at one."""
         base = self.output(name)
         noise = torch.randn(base.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(base.dtype)
         noise = noise.reshape(TOKENS, -1)
@@ -165,8 +182,7 @@ class Trace:
         def change(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             return other.clone()
 
-        with self._constant((name,)), hooked([self.projections[name].register_forward_hook(change)]):
-            self._run(1)
+        return change
 
     def flow(self, name: str, reader: str) -> Flow:
         """Returns how the outputs of a projection reach the inputs of another."""
