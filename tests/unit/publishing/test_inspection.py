@@ -112,3 +112,16 @@ def test_a_bitmask_folder_has_the_parameters_of_the_model(tmp_path):
     found = inspect_folder(str(tmp_path / "model"))
     assert found["layout"] == "bitmask"
     assert (found["model"]["parameters"], found["model"]["mlp_widths"]) == (model.num_parameters(), [24, 24, 24])
+
+
+def test_saved_buffers_and_shared_experts_are_not_counted(tmp_path):
+    model = tiny("deepseek_v3_groups", dtype=torch.float32)
+    keep = {f"model.layers.{i}.mlp.experts.group{part}": (0, 2) for i in (1, 2) for part in (0, 1)}
+    plan = hfprune.make_plan(model, keep=keep, units=("experts",))
+    hfprune.apply_plan(model, plan)
+    saved = hfprune.save(model, tmp_path / "model", plan=plan)
+    found = inspect_folder(str(tmp_path / "model"))
+    assert found["model"]["parameters"] == saved["parameters"] == model.num_parameters()
+    assert found["model"]["mlp_widths"] == [24]  # of the dense first layer
+    assert found["removed"]["experts"] == {"dense": 12, "kept": 8, "removed": 4}
+    assert "layer 2: experts 4 of 6" in inspection_text(found)
