@@ -17,6 +17,7 @@ from hfprune.callbacks.target import Target
 from hfprune.callbacks.user_module import find_target
 from hfprune.criteria.lora_gradient import DECAY, adapted, unit_importance
 from hfprune.models import class_name
+from hfprune.models.expert_neurons import within_expert
 from hfprune.models.skip_layers import SkipLayers, SkipPatterns
 from hfprune.modules.causal_lm import PruningModule
 from hfprune.plan import Budget, Group, PruningPlan, UnitKind, unit_kinds
@@ -128,6 +129,11 @@ class LoraPruningCallback(PruningCallback):
         target = self._find(module)
         shapes = target.shapes()
         self._groups = self._groups or target.groups(shapes)
+        if any(within_expert(group) for group in self._groups):
+            raise ConfigError(
+                "LoraPruningCallback scores neurons by adapters, which neurons within experts do not have: use "
+                "units=['heads'], or StructuredPruningCallback."
+            )
         resolved = target.resolve(self.budget, self.allocation)
         if resolved.provisional:
             raise ConfigError(

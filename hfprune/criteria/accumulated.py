@@ -163,6 +163,8 @@ class AccumulatedSums:
             sums = Sums(rows=rows, moments=moments, totals=totals, weights=partial(weights, group))
             found_scores = self._criterion.score(group, sums)
             scores[group.name] = checked_scores(self._criterion, group, found_scores, why_zero=self._why_zero())
+        if not any(bool(found_scores.any()) for found_scores in scores.values()):  # single experts may have no tokens
+            raise CalibrationError(f"All scores are zero ({type(self._criterion).__name__}): {self._why_zero()}")
         return scores
 
     def _why_zero(self) -> str:

@@ -99,7 +99,7 @@ def _model(folder: PrunedFolder) -> dict[str, Any]:
         "attention_heads": config.get("num_attention_heads") or config.get("n_head"),
         "key_value_heads": config.get("num_key_value_heads"),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "parameters": sum(math.prod(shape) for shape in tensors.values()) or None,
+        "parameters": sum(math.prod(shape) for name, shape in tensors.items() if not name.endswith(_BUFFER)) or None,
         "bytes": sum(file.stat().st_size for file in folder.model.glob("*.safetensors")) or None,
         "hfprune": {key.removeprefix("hfprune_"): text for key, text in metadata.items() if key.startswith("hfprune")},
     }
@@ -123,6 +123,10 @@ _DOWN = {"down_proj.weight": 1, "fc2.weight": 1, "dense_4h_to_h.weight": 1, "mlp
 """Projection that reads the neurons of an MLP -> the axis of the neurons."""
 
 
+_BUFFER = ".e_score_correction_bias"
+"""End of the names of saved buffers, which are no parameters: the correction biases of routers."""
+
+
 def _unpacked(tensors: Mapping[str, list[int]], packed: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """Returns the shapes of the matrices instead of those of their values and bits."""
     parts = {f"{name}.{part}" for name in packed for part in ("values", "bits")}
@@ -135,7 +139,8 @@ def _widths(tensors: Mapping[str, list[int]]) -> list[int]:
     for name, shape in tensors.items():
         axis = next((axis for end, axis in _DOWN.items() if name.endswith(end)), None)
         number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if axis is not None and number is not None and ".experts." not in name and len(shape) == 2:
+        within = ".experts." in name or "shared_expert" in name
+        if axis is not None and number is not None and not within and len(shape) == 2:
             found.append((number, int(shape[axis])))
     return [width for _, width in sorted(found)]
 

@@ -1,5 +1,6 @@
 """Tiny models of every supported class, with random weights, fixed seed and biases that are not zero."""
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -109,6 +110,10 @@ def mixtures():
 
 NAMES = sorted(configs())
 MIXTURES = sorted(mixtures())
+VARIANTS = ("deepseek_v2_groups", "deepseek_v3", "olmoe_normalised")
+"""Further settings of the routers of a class."""
+MIXTURE_CLASSES = [pytest.param(name, id=name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in MIXTURES]
+"""One tiny model of each class with mixtures; the variants are slow tests."""
 GROUPED = [name for name in MIXTURES if name.endswith("_groups")]
 """Mixtures whose routers choose among groups of experts first."""
 

@@ -158,7 +158,7 @@ def test_compensation_and_units_must_fit():
         ExpertLeastSquares(damping=0)
 
 
-@pytest.mark.parametrize("compensation", ["MergeExperts", "ExpertLeastSquares"])
+@pytest.mark.parametrize("compensation", ["ExpertLeastSquares", pytest.param("MergeExperts", marks=pytest.mark.slow)])
 def test_a_run_of_the_command_line(compensation, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder = save_tiny(tmp_path / "dense", "deepseek_v3_groups")

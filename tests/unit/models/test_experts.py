@@ -27,7 +27,7 @@ from hfprune.utils.errors import ConfigError, PlanError, UnsupportedArchitecture
 from tests.helpers.models import (
     GROUPED,
     HEADED_MIXTURES,
-    MIXTURES,
+    MIXTURE_CLASSES,
     inventory,
     mixtures,
     own_units,
@@ -61,7 +61,7 @@ def logits(model, ids=None):
 
 
 @pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_pruned_is_the_dense_model_whose_routers_cannot_choose_what_went(name, even):
     model, pruned, masked = tiny(name), tiny(name), tiny(name)
     keep = KEEP if even else uneven(name)
@@ -84,7 +84,7 @@ def test_pruned_is_the_dense_model_whose_routers_cannot_choose_what_went(name, e
     assert PruningPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_experts_heads_and_layers_together(name):
     pruned, masked = tiny(name), tiny(name)
     units = ("experts", "heads", "layers") if name in HEADED_MIXTURES else ("experts", "layers")
@@ -98,7 +98,7 @@ def test_experts_heads_and_layers_together(name):
         torch.testing.assert_close(pruned(ids, use_cache=True).logits, logits(pruned, ids), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_stock_transformers_loads_what_one_number_describes(name, tmp_path):
     model = tiny(name, dtype=torch.float32)
     hfprune.apply_plan(model, plan_of(model))
@@ -114,7 +114,7 @@ def test_stock_transformers_loads_what_one_number_describes(name, tmp_path):
     assert hfprune.load(tmp_path).config.model_type == model.config.model_type
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
     units = ("experts", "heads", "layers") if name in HEADED_MIXTURES else ("experts", "layers")
     assert {1, 2} <= set(head_counts(tiny(name)) if "heads" in units else (1, 2))
@@ -130,7 +130,7 @@ def test_stock_transformers_loads_experts_heads_and_layers(name, tmp_path):
         assert torch.equal(logits(loaded), logits(model))
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_routers_train_with_their_own_loss_afterwards(name, tmp_path):
     model, ids = tiny(name, dtype=torch.float32), token_ids()
     hfprune.apply_plan(model, plan_of(model))
@@ -150,7 +150,7 @@ def test_routers_train_with_their_own_loss_afterwards(name, tmp_path):
     assert parameter_count(model) == before
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_training_goes_on_with_what_survives(name):
     model = tiny(name)
     trained = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -207,7 +207,7 @@ def test_a_model_without_any_mixture_has_no_experts():
         find_groups(model, ("experts",))
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", MIXTURE_CLASSES)
 def test_other_numbers_per_layer_need_a_layout(name, tmp_path):
     model = tiny(name, dtype=torch.float32)
     plan = plan_of(model, uneven(name))

@@ -152,3 +152,16 @@ def test_a_config_that_no_class_reads_still_shows_the_headers(tmp_path):
     assert found["model"]["class"] == "LlamaForCausalLM"
     assert "unheard_of" in found["architecture"]["refused"]
     assert "nothing can be removed" in inspection_text(found)
+
+
+def test_saved_buffers_and_shared_experts_are_not_counted(tmp_path):
+    model = tiny("deepseek_v3_groups", dtype=torch.float32)
+    keep = {f"model.layers.{i}.mlp.experts.group{part}": (0, 2) for i in (1, 2) for part in (0, 1)}
+    plan = hfprune.make_plan(model, keep=keep, units=("experts",))
+    hfprune.apply_plan(model, plan)
+    saved = hfprune.save(model, tmp_path / "model", plan=plan)
+    found = inspect_folder(str(tmp_path / "model"))
+    assert found["model"]["parameters"] == saved["parameters"] == model.num_parameters()
+    assert found["model"]["mlp_widths"] == [24]  # of the dense first layer
+    assert found["removed"]["experts"] == {"dense": 12, "kept": 8, "removed": 4}
+    assert "layer 2: experts 4 of 6" in inspection_text(found)
