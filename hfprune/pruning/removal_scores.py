@@ -249,11 +249,17 @@ def _influence(model: Any, data: Sequence[Batch], reduce: Reduce) -> dict[_Key, 
     return {place: 1 - total / sums[-1] for place, total in zip(keys, sums, strict=False)}
 
 
-def check_depth(model: Prunable, setting: DepthScores | None) -> None:
-    """Raises ``ConfigError`` if the model, which need not be loaded, cannot be measured without its sub-layers."""
+def check_depth(model: Prunable, setting: DepthScores | None, *, sharded: bool) -> None:
+    """Raises ``ConfigError`` if the model, which need not be loaded, cannot be measured without its sub-layers.
+
+    Args:
+        model: Model to prune.
+        setting: Measure and number of sequences; None for no measurement.
+        sharded: Whether the model is sharded over processes.
+    """
     if setting is None:
         return
-    if model.sharded:
+    if sharded:
         raise ConfigError(
             "depth_scores cannot measure sharded models (FSDP2): leave it out, so that the scores of the units add up."
         )

@@ -108,11 +108,10 @@ def test_settings_are_checked():
 
 
 def test_sharded_models_and_unknown_classes_are_refused():
-    class Sharded(PrunableModel):
-        sharded = True
-
+    model = PrunableModel(tiny("llama"))
     with pytest.raises(ConfigError, match="depth_scores cannot measure sharded models"):
-        check_depth(Sharded(tiny("llama")), DepthScores())
+        check_depth(model, DepthScores(), sharded=True)
     with pytest.raises(ConfigError, match="requires a Hugging Face model of a supported architecture"):
-        check_depth(PrunableModel(torch.nn.Linear(2, 2)), DepthScores())
-    check_depth(Sharded(tiny("llama")), None)
+        check_depth(PrunableModel(torch.nn.Linear(2, 2)), DepthScores(), sharded=False)
+    check_depth(model, None, sharded=True)
+    check_depth(model, DepthScores(), sharded=False)
