@@ -103,8 +103,9 @@ def check_fit(trainer: Trainer, target: Target, options: PruningOptions) -> None
     """
     check_strategy(trainer, target, options.compensation or options.criterion)
     check_layerwise(target, options.criterion, options.compensation, options.allocation)
-    check_curves(target, options.allocation)
-    check_depth(target, options.calibration.depth)
+    sharded = target.sharded or isinstance(trainer.strategy, ModelParallelStrategy)  # no model before it is loaded
+    check_curves(target, options.allocation, sharded=sharded)
+    check_depth(target, options.calibration.depth, sharded=sharded)
     calibration = options.calibration
     if calibration.self_distillation is not None:
         check_stages(target, calibration.self_distillation, options.budget, options.allocation)

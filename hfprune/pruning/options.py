@@ -31,16 +31,19 @@ class DepthScores:
         measure: ``kl`` (KL to the dense model), ``cross_entropy`` or ``perplexity`` (their increase), or ``cosine``
             (1 - cosine of the residual stream before and after it).
         sequences: Number of calibration sequences; None for all.
+        greedy: Remove one unit at a time, the one that costs least without those removed before, as 2SSP does. The cost
+            grows with the number of removed units. Not for ``cosine``.
 
     Raises:
         ConfigError: A value is out of range.
 
     >>> DepthScores.of("cosine")
-    DepthScores(measure='cosine', sequences=16)
+    DepthScores(measure='cosine', sequences=16, greedy=False)
     """
 
     measure: DepthMeasure = "kl"
     sequences: int | None = 16
+    greedy: bool = False
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -49,6 +52,8 @@ class DepthScores:
             raise ConfigError(f"depth_scores='{self.measure}' is not one of {known}, nor a DepthScores.")
         if self.sequences is not None and self.sequences < 1:
             raise ConfigError(f"depth_scores: sequences={self.sequences} must be positive.")
+        if self.greedy and self.measure == "cosine":
+            raise ConfigError("depth_scores: greedy=True measures outputs: use kl, cross_entropy or perplexity.")
 
     @classmethod
     def of(cls, setting: "DepthSetting") -> "DepthScores | None":

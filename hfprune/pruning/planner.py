@@ -18,7 +18,7 @@ from hfprune.criteria import (
     with_layers,
 )
 from hfprune.models import class_name
-from hfprune.plan import DEPTH_KINDS, Budget, Group, PruningPlan, lost_parts
+from hfprune.plan import DEPTH_KINDS, LAYERS, SUBLAYERS, Budget, Group, PruningPlan, lost_parts
 from hfprune.pruning.accumulator import check_criterion, weight_scores
 from hfprune.pruning.calibration import Calibration, CalibrationData, Scorer
 from hfprune.pruning.communicator import Communicator, LocalCommunicator, say, warn
@@ -43,6 +43,15 @@ def _by_criterion(groups: tuple[Group, ...], options: PruningOptions) -> tuple[G
     """Returns the groups that the criterion scores; ``depth_scores`` measures layers and sub-layers."""
     measured_apart = () if options.calibration.depth is None else DEPTH_KINDS
     return tuple(group for group in groups if group.kind not in measured_apart)
+
+
+def _removals(groups: Sequence[Group], resolved: ResolvedBudget) -> dict[str, int]:
+    """Returns unit kind -> number of layers or sub-layers that a budget, resolved from shapes alone, removes."""
+    found = {LAYERS: len(resolved.removed_layers)}
+    for group, width in zip(groups, resolved.widths, strict=True):
+        if group.kind in SUBLAYERS:
+            found[group.kind] = found.get(group.kind, 0) + (not width)
+    return found
 
 
 def final_units(model: Prunable, budget: Budget, allocation: Allocation | None, scored: tuple[Group, ...]) -> Select:
@@ -179,7 +188,13 @@ class Planner:
         within = _by_criterion(groups, self._options)
         found = self._score_units(within, resolved) if within else None
         self.importance |= measured_depth(
-            self._model, groups, depth, self._data, self._communicator, progress=self._progress
+            self._model,
+            groups,
+            depth,
+            self._data,
+            self._communicator,
+            removals=_removals(groups, resolved),
+            progress=self._progress,
         )
         self.importance = {group.name: self.importance[group.name] for group in groups}
         return found

@@ -188,17 +188,18 @@ class ModelMeasurements:
         return dict(enumerate(found.tolist()))
 
 
-def check_curves(model: Prunable, allocation: Allocation | None) -> None:
+def check_curves(model: Prunable, allocation: Allocation | None, *, sharded: bool) -> None:
     """Raises ``ConfigError`` if the allocation cannot be measured on the model, which need not be loaded.
 
     Args:
         model: Model to prune.
         allocation: Allocation of the budget.
+        sharded: Whether the model is sharded over processes.
     """
     if allocation is None or not allocation.measures:
         return
     name = type(allocation).__name__
-    if model.sharded:
+    if sharded:
         raise ConfigError(f"{name} cannot measure sharded models (FSDP2): set {allocation.measures}.")
     if model.known and not is_supported(model.shapes()):
         raise ConfigError(f"{name} requires a Hugging Face model of a supported architecture.")

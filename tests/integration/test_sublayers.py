@@ -47,7 +47,7 @@ def test_neurons_and_attentions_under_one_budget(run):
     scores = hfprune.io.save.load_importance("out")
     values = [float(scores[f"model.layers.{layer}.attention_sublayer"]) for layer in range(3)]
     assert values[lost] == min(values) > 0
-    assert plan.provenance["depth_scores"] == {"measure": "kl", "sequences": 16}
+    assert plan.provenance["depth_scores"] == {"measure": "kl", "sequences": 16, "greedy": False}
     stage = report["stages"]["pruned"]
     assert stage["parameters"] == plan.provenance["budget"]["params"]
     assert 3 * stage["size"]["kv_cache_bytes"] == 2 * report["stages"]["dense"]["size"]["kv_cache_bytes"]
@@ -87,10 +87,12 @@ def test_a_killed_run_continues(run, monkeypatch, capsys):
 
 def test_sublayers_alone(run):
     flags = ["--importance.units=attention_sublayers,mlp_sublayers", "--layout=per_layer"]
-    assert run("prune", *flags, "--importance.depth_scores.measure=cosine") == 0
-    removed = [m for m in hfprune.load("out/model").modules() if isinstance(m, NoAttention | NoMLP)]
-    assert removed
-    assert json.loads(Path("out/plan.json").read_text())["provenance"]["calibration"] is None
+    assert run("prune", *flags, "--importance.depth_scores.greedy=true") == 0
+    plan, model = PruningPlan.load("out"), hfprune.load("out/model")
+    replaced = sum(isinstance(module, NoAttention | NoMLP) for module in model.modules())
+    lost = sum(not plan.keep[group.name] for group in plan.groups)
+    assert lost == replaced + 2 * len(plan.removed_layers()) > 0  # a layer without both is removed
+    assert plan.provenance["calibration"] is None
 
 
 @pytest.mark.parametrize(

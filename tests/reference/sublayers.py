@@ -95,3 +95,18 @@ def cosine_influence(model, name, layer, kind, rows):
         for x, y in zip(before, after, strict=True):
             cosines.append(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)))
     return 1 - sum(cosines) / len(cosines)
+
+
+def greedy_order(model, name, kind, rows, count):
+    """Returns the layers whose attention or MLP is removed first, second, ... by the KL to the dense model."""
+    dense, removed = [log_probabilities(model, row) for row in rows], []
+    while len(removed) < count:
+        costs = {}
+        for layer in set(range(3)) - set(removed):
+            with contextlib.ExitStack() as stack:
+                for lost in (*removed, layer):
+                    stack.enter_context(without(model, name, lost, kind))
+                changed = [log_probabilities(model, row) for row in rows]
+            costs[layer] = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(dense, changed, strict=True))
+        removed.append(min(costs, key=costs.get))
+    return removed

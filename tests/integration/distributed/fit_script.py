@@ -51,6 +51,7 @@ DEFAULTS = {
     "callbacks": (),
     "pruning_ratio": 0.2,
     "units": ("mlp",),
+    "depth_scores": None,
     "compensation": None,  # settings of LeastSquares
     "layout": "uniform",
     "allow_pruned": False,
@@ -128,6 +129,7 @@ def main(**given):
     importance = TaylorImportanceCallback(
         pruning_ratio=c["pruning_ratio"],
         units=c["units"],
+        depth_scores=c["depth_scores"],
         recovery=recovery or "full",
         checkpoint_every=1,
         calibration_batches=5 if c["foreign"] else None,

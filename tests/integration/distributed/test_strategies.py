@@ -52,6 +52,23 @@ def test_channels_under_ddp(folder, tmp_path):
 
 
 @SLOW
+def test_sublayers_under_every_strategy(folder, tmp_path):
+    settings = {"units": ["mlp", "attention_sublayers", "mlp_sublayers"], "pruning_ratio": 0.4, "prune_only": True}
+    settings |= {"layout": "per_layer"}
+    for strategy, depth_scores in (("ddp", "kl"), ("ddp", "cosine"), ("fsdp2", None)):
+        alone = run(folder, tmp_path / f"one {depth_scores}", "single", depth_scores=depth_scores, **settings)[0]
+        assert any(not keep for name, keep in alone["keep"].items() if "sublayer" in name)
+        out = tmp_path / f"{strategy} {depth_scores}"
+        for rank in run(folder, out, strategy, depth_scores=depth_scores, **settings):
+            assert rank["keep"] == alone["keep"]
+            assert equal(rank["weights"], alone["weights"])
+        weights = {name: alone["weights"][f"model.{name}"] for name, _ in load(out / "run/model").named_parameters()}
+        assert equal(weights, dict(load(out / "run/model", dtype="float64").named_parameters()))
+    said = start(folder, tmp_path / "no", "fsdp2", fails=True, depth_scores="kl", **settings)
+    assert "depth_scores cannot measure sharded models" in said
+
+
+@SLOW
 def test_experts_under_ddp(tmp_path):
     folder = save_tiny(tmp_path / "dense", "mixtral")
     settings = {"units": ["experts", "heads"], "dtype": "float32", "prune_only": True}

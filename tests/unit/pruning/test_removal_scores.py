@@ -108,11 +108,33 @@ def test_settings_are_checked():
 
 
 def test_sharded_models_and_unknown_classes_are_refused():
-    class Sharded(PrunableModel):
-        sharded = True
-
+    model = PrunableModel(tiny("llama"))
     with pytest.raises(ConfigError, match="depth_scores cannot measure sharded models"):
-        check_depth(Sharded(tiny("llama")), DepthScores())
+        check_depth(model, DepthScores(), sharded=True)
     with pytest.raises(ConfigError, match="requires a Hugging Face model of a supported architecture"):
-        check_depth(PrunableModel(torch.nn.Linear(2, 2)), DepthScores())
-    check_depth(Sharded(tiny("llama")), None)
+        check_depth(PrunableModel(torch.nn.Linear(2, 2)), DepthScores(), sharded=False)
+    check_depth(model, None, sharded=True)
+    check_depth(model, DepthScores(), sharded=False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_removal_equals_a_loop(seed):
+    model = tiny("llama", seed=seed)
+    expected = reference.greedy_order(model, "llama", "attention", ROWS, 2)
+    groups = find_groups(model, ("attention_sublayers",))
+    for count in (1, 2, 9):
+        scores = removal_scores(model, groups, BATCHES, "kl", greedy={"attention_sublayers": count})
+        positions = [float(scores[group.name]) for group in groups]
+        assert sorted(positions) == [1.0, 2.0, 3.0]
+        order = sorted(range(3), key=lambda layer: positions[layer])
+        assert order[: min(count, 2)] == expected[:count]
+
+
+def test_greedy_removal_of_several_kinds():
+    model = tiny("llama")
+    units = ("attention_sublayers", "layers")
+    scores = hfprune.score(model, BATCHES, units=units, depth_scores=DepthScores(measure="perplexity", greedy=True))
+    assert sorted(scores["model.layers"].tolist()) == [1.0, 2.0, 3.0]
+    assert sorted(float(scores[g.name]) for g in find_groups(model, units[:1])) == [1.0, 2.0, 3.0]
+    with pytest.raises(ConfigError, match="greedy=True measures outputs"):
+        DepthScores(measure="cosine", greedy=True)
