@@ -180,7 +180,6 @@ NAMES = {
 
 
 RENAMED = {
-    "Evaluation": "hfprune.evaluation.evaluation.Evaluation",
     "LoraPruneCallback": "hfprune.callbacks.lora_prune.LoraPruningCallback",
     "with_blocks": "hfprune.criteria.layers.with_layers",
     "SparsityCallback": "hfprune.callbacks.sparse.SparsePruningCallback",

@@ -99,6 +99,27 @@ def unit_kinds(units: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def skip_text(patterns: Mapping[str, Any] | None) -> str:
+    """Returns patterns of layers and modules that are not pruned as a setting; empty without any.
+
+    Args:
+        patterns: ``skip`` and ``only``, as plans record them: a list, or unit kind -> list.
+
+    >>> skip_text({"skip": [0, -1], "only": {"mlp": ["4-29"]}})
+    'skip_layers=0,-1, only_layers={mlp: 4-29}'
+    """
+    found = patterns or {}
+    named = ((f"{name}_layers", found[name]) for name in ("skip", "only") if found.get(name) is not None)
+    return ", ".join(f"{name}={pattern_text(value)}" for name, value in named)
+
+
+def pattern_text(value: Any) -> str:
+    """Returns a list of patterns, or unit kind -> list, as text."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{kind}: {pattern_text(patterns)}" for kind, patterns in value.items()) + "}"
+    return ",".join(map(str, value))
+
+
 Side = Literal["out", "in"]
 """Which channels of a projection a slice covers: ``out`` (rows of an ``nn.Linear`` weight) or ``in`` (columns)."""
 

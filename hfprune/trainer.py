@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from hfprune import _moved
 from hfprune.callbacks.base import pruning_callbacks
 from hfprune.callbacks.checks import check_nodes
 from hfprune.data.text import TextDataModule
@@ -172,5 +171,10 @@ def _plain(module: Any) -> LightningModule:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name that was moved, with a warning."""
-    return _moved.renamed(__name__, name)
+    """Imports ``Evaluation`` from its new module, with a warning."""
+    if name != "Evaluation":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    new = f"{_Evaluation.__module__}.{name}"
+    text = f"{__name__}.{name} is now {new}; the old path will be removed in the next release."
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return _Evaluation

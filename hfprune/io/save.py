@@ -29,7 +29,7 @@ from hfprune.io.progress import no_progress_bars
 from hfprune.models.groups import class_name, mlp_widths, parameter_count
 from hfprune.models.transformers4 import write_both_forms
 from hfprune.plan import PLAN_FILE, PruningPlan
-from hfprune.utils.compat import safetensors_metadata
+from hfprune.utils.compat import attention_implementation, safetensors_metadata
 from hfprune.utils.errors import ConfigError, HFPruneError, OutputError
 from hfprune.utils.files import FailedCheckError, replaced_folder, sort_metadata, tidy, write_json, write_tensors
 from hfprune.utils.progress import phase
@@ -125,13 +125,33 @@ def check_reload(folder: Path, model: Any, *, written: Any = None, tolerance: fl
             f"{parameter_count(written):,}: tied weights were separated."
         )
     _check_weights(reloaded, written)
-    difference, limit = _difference(model, reloaded, tolerance)
-    if not difference <= limit:
-        with _in_float64(model), _in_float64(reloaded):
-            wide, limit = _difference(model, reloaded, tolerance)
-        if not wide <= limit:
-            raise OutputError(f"The reloaded model's logits differ from those in memory by {wide:.2g} (> {limit:.2g}).")
+    with _same_attention(model, reloaded):
+        difference, limit = _difference(model, reloaded, tolerance)
+        if not difference <= limit:
+            with _in_float64(model), _in_float64(reloaded):
+                wide, limit = _difference(model, reloaded, tolerance)
+            if not wide <= limit:
+                raise OutputError(
+                    f"The reloaded model's logits differ from those in memory by {wide:.2g} (> {limit:.2g})."
+                )
     return difference
+
+
+@contextmanager
+def _same_attention(model: Any, reloaded: Any) -> Iterator[None]:
+    """Lets both models run the attention of ``model``; ``sdpa`` in place of kernels that need an accelerator."""
+    own = attention_implementation(model.config)
+    shared = own if own in ("eager", "sdpa") else "sdpa"
+    if attention_implementation(reloaded.config) != shared:
+        reloaded.set_attn_implementation(shared)
+    if shared == own:
+        yield
+        return
+    model.set_attn_implementation(shared)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _check_weights(reloaded: nn.Module, written: nn.Module) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hfprune.plan import LAYERS, UNIT_KINDS, Group, unit_kinds
+from hfprune.plan import LAYERS, UNIT_KINDS, Group, pattern_text, skip_text, unit_kinds
 from hfprune.utils.errors import ConfigError
 
 Patterns = int | str | Sequence[int | str]
@@ -89,22 +89,13 @@ class SkipLayers:
             return value if value.skip is not None or value.only is not None else None
         return None if value is None and only is None else cls(skip=value, only=only)
 
-    @classmethod
-    def recorded(cls, found: Mapping[str, Any] | None) -> str:
-        """Returns the setting that a plan records, in words; empty without one.
-
-        Args:
-            found: ``skip_layers`` of the plan's provenance.
-        """
-        return str(cls(skip=found.get("skip"), only=found.get("only"))) if found else ""
-
     def describe(self) -> dict[str, Any]:
         """Returns the patterns as plain data."""
         return {name: value for name in ("skip", "only") if (value := getattr(self, name)) is not None}
 
     def __str__(self) -> str:
         """Returns the patterns as arguments of a budget."""
-        return ", ".join(f"{self._named(name)}={_text(value)}" for name, value in self.describe().items())
+        return skip_text(self.describe())
 
     def groups(self, groups: Sequence[Group], *, prefix: str, layers: int) -> tuple[str, ...]:
         """Returns the names of the groups that keep all units; layers are not among them, see :meth:`layers`.
@@ -178,8 +169,8 @@ class SkipLayers:
             if not isinstance(value, Mapping):
                 if _CHANNELS in pruned:
                     raise ConfigError(
-                        f"{named}={_text(value)}: hidden channels are removed from all layers, so that no layer stays "
-                        f"unchanged. Give patterns per unit kind, for example {named}={{'mlp': ...}}."
+                        f"{named}={pattern_text(value)}: hidden channels are removed from all layers, so that no "
+                        f"layer stays unchanged. Give patterns per unit kind, for example {named}={{'mlp': ...}}."
                     )
                 continue
             for kind in value:
@@ -227,12 +218,6 @@ def _listed(value: Any, argument: str) -> list[int | str]:
             except re.error as error:
                 raise ConfigError(f"{argument}: '{item}' is not a regular expression: {error}.") from error
     return [int(item) if isinstance(item, str) and re.fullmatch(r"-?\d+", item) else item for item in found]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{kind}: {_text(patterns)}" for kind, patterns in value.items()) + "}"
-    return ",".join(map(str, value))
 
 
 def _layer_name(prefix: str, index: int) -> str:

@@ -9,8 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from hfprune.io.output_folder import CARD_FILE
-from hfprune.models.skip_layers import SkipLayers
-from hfprune.plan import UNIT_KINDS
+from hfprune.plan import UNIT_KINDS, skip_text
 from hfprune.publishing.folder import PrunedFolder, hub_dataset, hub_id, open_folder
 from hfprune.publishing.inspection import inspect_folder, is_metric
 from hfprune.utils.errors import ConfigError
@@ -265,7 +264,7 @@ def _recipe(found: PrunedFolder, *, trained: bool) -> str:
         ("criterion", provenance.get("criterion")),
         ("objective", provenance.get("objective")),
         ("allocation", provenance.get("allocation")),
-        ("skipped", SkipLayers.recorded(provenance.get("skip_layers"))),
+        ("skipped", skip_text(provenance.get("skip_layers"))),
         ("compensation", provenance.get("compensation")),
         ("recovery", found.report.get("recovery") if trained else None),
         ("versions", provenance.get("versions")),

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfprune.io.loading import LoadingOptions
-from hfprune.models.skip_layers import SkipLayers
-from hfprune.plan import LAYERS, SUBLAYERS, UNIT_KINDS, Group, PruningPlan
+from hfprune.plan import LAYERS, SUBLAYERS, UNIT_KINDS, Group, PruningPlan, skip_text
 from hfprune.publishing.engine_rules import engine_line, facts_of, verdicts
 from hfprune.publishing.engines import largest_multiple
 from hfprune.publishing.folder import BITMASK_FILE, PrunedFolder, hub_id, open_folder, read_object
@@ -186,7 +185,7 @@ def _recipe(folder: PrunedFolder) -> dict[str, Any]:
         "budget": budget.get("asked"),
         "removed_share": budget.get("removed_share"),
         **{key: provenance.get(key) for key in _SHOWN},
-        "skipped": SkipLayers.recorded(provenance.get("skip_layers")) or None,
+        "skipped": skip_text(provenance.get("skip_layers")) or None,
         "calibration": _data((provenance.get("calibration") or {}).get("data")),
         "recovery": report.get("recovery"),
         "recovery_data": _data((provenance.get("recovery") or {}).get("data")),

@@ -10,8 +10,7 @@ import yaml
 
 from hfprune.io.output_folder import REPORT_FILE
 from hfprune.io.save import load_importance
-from hfprune.models.skip_layers import SkipLayers
-from hfprune.plan import PLAN_FILE, PruningPlan, kind_name
+from hfprune.plan import PLAN_FILE, PruningPlan, kind_name, skip_text
 from hfprune.report.data import ConvergencePoint, Generation, ReportData, look_up, number
 from hfprune.utils.errors import ConfigError
 from hfprune.utils.progress import duration
@@ -124,7 +123,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, str]:
         "Units": ", ".join(look_up(report, "plan", "units") or ()),
         "Allocation": _settings(look_up(report, "plan", "allocation")),
         "Scores of layers and sub-layers": _settings(look_up(report, "plan", "depth_scores")),
-        "Skipped": SkipLayers.recorded(look_up(report, "plan", "skip_layers")),
+        "Skipped": skip_text(look_up(report, "plan", "skip_layers")),
         "Rounds": _rounds(look_up(report, "plan", "rounds") or {}),
         "Criterion": _settings(look_up(report, "plan", "criterion")),
         "Objective": look_up(report, "plan", "objective") or "",

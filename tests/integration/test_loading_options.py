@@ -91,6 +91,7 @@ def test_revision_and_options_are_recorded_without_the_token(private):
         "attn_implementation": "eager",
     }
     assert recorded["commit"] == hub.sha("me/private@v1")
+    assert report["saved"]["max_logit_difference_after_reload"] == 0  # reloaded with the same attention
     assert "revision v1, commit" in str(model_card(root / "out"))
     assert "--model.token TOKEN" in report["command"]
     assert "token" not in report["config"]["model"]

@@ -131,7 +131,7 @@ def test_allocations():
         ({}, "budget=... is missing"),
         ({"budget": 0.2}, "scores has no entry for model.layers.0.mlp"),
         ({"budget": 1.2}, "pruning_ratio"),
-        ({"budget": 0.2, "keep": {}}, "remove budget and allocation"),
+        ({"budget": 0.2, "keep": {}}, "remove budget, allocation and skip_layers"),
         ({"keep": {"model.layers.7.mlp": [1]}}, "keep has an unknown group 'model.layers.7.mlp'"),
         ({"budget": 0.2, "scores": {"other": torch.ones(3)}}, "scores has an unknown group 'other'"),
         (

@@ -47,6 +47,16 @@ def test_an_old_name_is_the_new_object(fresh, old, name, new):
         assert getattr(importlib.import_module(old), name) is resolved(new)
 
 
+def test_the_evaluation_moved_from_the_trainer():
+    from hfprune import trainer
+    from hfprune.evaluation.evaluation import Evaluation
+
+    with warned("hfprune.trainer.Evaluation is now hfprune.evaluation.evaluation.Evaluation;"):
+        assert trainer.Evaluation is Evaluation
+    with pytest.raises(AttributeError, match="has no attribute 'Evaluator'"):
+        trainer.Evaluator  # noqa: B018
+
+
 def test_a_record_of_the_old_tree_is_unpickled(fresh):
     old = b"chfprune.types\nBudget\n."
     with warned("hfprune.types is now hfprune.plan;"):

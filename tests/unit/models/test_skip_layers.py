@@ -17,7 +17,7 @@ from hfprune.allocation import (
 )
 from hfprune.criteria import Magnitude
 from hfprune.models import Neurons, custom_groups, find_groups, parameter_count
-from hfprune.plan import Group
+from hfprune.plan import Group, skip_text
 from hfprune.publishing.forecast import forecast, impossible_ratios
 from hfprune.sparse import OutlierWeighed, SparseGPT, Sparsity, Wanda, sparse_method
 from hfprune.sparse.engine import matrices_of, prune_sparse
@@ -218,7 +218,7 @@ def test_the_functional_api():
     assert changed == {"model.layers.1.mlp.down_proj.weight"}
     with pytest.raises(ConfigError, match="remove budget, allocation and skip_layers"):
         make_plan(model, keep={}, skip_layers=0)
-    assert SkipLayers.recorded(plan.provenance["skip_layers"]) == "skip_layers=0,-1"
+    assert skip_text(plan.provenance["skip_layers"]) == "skip_layers=0,-1"
 
 
 def test_forecasts_and_sweeps():
