@@ -122,7 +122,8 @@ format: $(STAMP)  ## format and mend what can be mended
 flags: $(STAMP)  ## write the table of flags, hfprune/cli/flags.json, from the parsers
 	$(BIN)/python -m hfprune.cli.flag_table
 
-bench: $(STAMP)  ## time and memory of calibration, DDP, callbacks, shared passes, sparse layers, each beside a reference
+bench: $(STAMP)  ## time and memory of start, calibration, DDP, callbacks, shared passes, sparse layers, beside references
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/calibration.py --part all
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/evaluation.py

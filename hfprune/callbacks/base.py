@@ -273,6 +273,12 @@ class PruningCallback(Callback, PruningEvents, ABC):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the pruning state to a checkpoint that is saved after the run: the strategy is not changed any more."""
+        if self._checkpoints is None and self._target is not None and self._target.plan is not None:
+            record = self._target.record("training", None)
+            checkpoint[KEY] = replace(record, settings=self._settings).to_dict()
+
     def _save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Adds the pruning state to a checkpoint before it is written."""
         assert self._target is not None

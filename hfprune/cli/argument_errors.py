@@ -116,7 +116,13 @@ def _short(text: str) -> str:
 
 
 def _kinds(listed: str) -> str:
-    """Returns the types that the parser lists, without their modules; concrete classes for a criterion."""
+    """Returns the types that the parser lists, without their modules; concrete classes for a criterion.
+
+    >>> _kinds("Literal['alpaca', 'chat']"), _kinds("<class 'int'>, <class 'NoneType'>")
+    ('alpaca or chat', 'int')
+    """
+    if words := re.fullmatch(r"(?:typing\.)?Literal\[('[^\]]*')\]", listed):
+        return " or ".join(re.findall(r"'([^']*)'", words[1]))
     kinds = [kind.rpartition(".")[2] for kind in re.findall(r"<class '([\w.]+)'>", listed)]
     kinds = [kind for kind in kinds if kind != "NoneType"]
     if kinds == ["Criterion"]:

@@ -31,6 +31,14 @@ _ALIASES = {
 }
 """Short name -> the flags that it stands for, the first that a command has."""
 _OF_COMMAND = {("evaluate", "--data"): "data.text"}
+_LOGGERS = {
+    "comet": "CometLogger",
+    "csv": "CSVLogger",
+    "mlflow": "MLFlowLogger",
+    "tensorboard": "TensorBoardLogger",
+    "wandb": "WandbLogger",
+}
+"""Short name -> logger of Lightning."""
 _NO_VALUE = ("print_config", "debug")
 _BOOL = ("true", "false", "yes", "no", "null", "on", "off")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -207,6 +215,8 @@ def _valued(item: Given, flags: Mapping[str, Flag]) -> Given:
         return Given(name, class_named(kind_of(owner) or "", value))
     if kind_of(name) is not None:
         return Given(item.name, _dumped(value, with_classes(_loaded(value), name)))
+    if name == "trainer.logger":
+        return Given(item.name, _LOGGERS.get(value.lower(), value))
     if flag is None:
         return item
     if flag.form == "list":

@@ -81,12 +81,14 @@ class Phase:
 
         >>> Phase(text="recovering", done=5, total=20, facts="loss 2.310").line(now=10.0)
         'recovering: step 5/20, loss 2.310, 30 s left'
+        >>> Phase(text="measuring", done=2, total=2, unit="window").line(now=10.0)  # what follows takes no steps
+        'measuring: window 2/2, 10 s so far'
         """
         elapsed = now - self.started
         parts = [f"{self.unit} {self._count()}"] if self.done or self.total else []
         parts += [self.facts] if self.facts else []
-        if self.done > self.before and self.total:
-            left = elapsed / (self.done - self.before) * max(0, self.total - self.done)
+        if self.total is not None and self.before < self.done < self.total:
+            left = elapsed / (self.done - self.before) * (self.total - self.done)
             parts.append(f"{duration(left)} left")
         else:
             parts.append(f"{duration(elapsed)} so far")

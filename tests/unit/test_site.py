@@ -1,6 +1,8 @@
 """The documentation site: every page is in its navigation, and what pages state of the code and the results is true."""
 
 import ast
+import html
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 import hfprune
+from hfprune.cli.commands import COMMANDS
 from hfprune.utils import errors
 from hfprune.utils.errors import HFPruneError
 
@@ -88,6 +91,25 @@ def test_plots_show_the_figures_of_the_results(draw):
     lines = dict(draw["frontier_lines"]())
     assert lines["entropy (HFPrune)"] == [(0, 29.19), (20, 80.4), (30, 191.7)]
     assert lines["the same, widths by measured KL"] == [(0, 29.19), (20, 50.46), (30, 70.72)]
+
+
+def test_the_terminal_session_shows_what_the_commands_printed():
+    record = runpy.run_path(str(DOCS / "pictures/record.py"))
+    session = json.loads((DOCS / "pictures/session.json").read_text(encoding="utf-8"))
+    picture = (DOCS / "pictures/session.svg").read_text(encoding="utf-8")
+    assert [entry["command"] for entry in session] == list(record["COMMANDS"])
+    assert {entry["command"].split()[1] for entry in session} <= COMMANDS.keys()
+    texts = html.unescape("".join(re.findall(r"<text[^>]*>([^<]*)</text>", picture)))
+    for entry in session:
+        lines = [f"$ {entry['command']}", *record["shown"](entry["output"])]
+        assert "".join("".join(lines).split()) in "".join(texts.split())
+    assert set(re.findall(r"https?://[^\s\"')]+", picture)) == {"http://www.w3.org/2000/svg"}  # no font of another host
+
+
+def test_lines_on_progress_are_counted():
+    shown = runpy.run_path(str(DOCS / "pictures/record.py"))["shown"]
+    lines = ["a ...", "a: step 1/2, 3 s left", "a: 5 s so far", "b", "b: 1 s left", "none left out"]
+    assert shown(lines) == ["a ...", "[2 lines on progress]", "b", "b: 1 s left", "none left out"]
 
 
 # ---- troubleshooting ---------------------------------------------------------------------------------------------------

@@ -130,6 +130,19 @@ def test_checkpoints_of_other_modules_are_loaded(kind, tmp_path):
     assert getattr(again, "found", "seen") == "seen"
 
 
+def test_a_checkpoint_saved_after_the_run_is_loaded(tmp_path):
+    """``trainer.fit(module); trainer.save_checkpoint(path)``, with no checkpoint callback."""
+    module, pruning = FineTuner(), taylor()
+    run = trainer(pruning)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    again = hfprune.load_from_checkpoint(FineTuner, tmp_path / "end.ckpt")
+    assert torch.equal(logits(again.net["lm"]), logits(module.net["lm"]))
+    resumed = FineTuner()
+    trainer(taylor()).validate(resumed, ckpt_path=tmp_path / "end.ckpt")
+    assert recorded_plan(resumed.net["lm"]) == pruning.plan
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_checkpoints_with_adapters_are_loaded(sparse, tmp_path):
     keeping, recovery = ModelCheckpoint(dirpath=tmp_path), LoraRecovery(rank=2)

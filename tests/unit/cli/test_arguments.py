@@ -82,6 +82,9 @@ def read(line):
         ("sweep DIR --ratio 0.1,0.2 -o OUT", [RUN[0], "--pruning_ratios=[0.1, 0.2]", RUN[2]]),
         ("evaluate DIR --data t.txt -o f.json", [RUN[0], "--data.text=t.txt", "--output=f.json"]),
         ("export DIR --layout padded --output OUT", [RUN[0], "--layout=padded", RUN[2]]),
+        ("fit DIR --ratio 0.2 -o OUT --trainer.logger wandb", [FAST, *RUN, "--trainer.logger=WandbLogger"]),
+        ("fit DIR --ratio 0.2 -o OUT --trainer.logger false", [FAST, *RUN, "--trainer.logger=false"]),
+        ("fit DIR --ratio 0.2 -o OUT --trainer.logger+=csv", [FAST, *RUN, "--trainer.logger+=CSVLogger"]),
         ("prune --model m.yaml --ratio 0.2 -o OUT", [FAST, "--model=m.yaml", *RUN[1:]]),
         (
             "prune DIR -o OUT --sparsity 0.5 --method ria --sparse.allocation outlier_weighed",
