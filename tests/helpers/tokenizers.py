@@ -25,6 +25,9 @@ _CASED = (
     r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN35 = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
 
@@ -39,6 +42,7 @@ _BYTE_LEVEL = {
     "llama-bpe": (_split(_LLAMA3), True),
     "dbrx": (_split(_LLAMA3), False),
     "qwen2": (_split(_QWEN2), False),
+    "qwen35": (_split(_QWEN35), False),
     "tekken": (_split(_CASED % ("", "", "")), True),
     "gpt-4o": (_split(_CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?", "{1,3}")), False),
 }
