@@ -46,7 +46,7 @@ _BYTE_LEVEL = {
     "tekken": (_split(_CASED % ("", "", "")), True),
     "gpt-4o": (_split(_CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?", "{1,3}")), False),
 }
-KINDS = (*_BYTE_LEVEL, "sentencepiece", "sentencepiece without prefix", "unigram")
+KINDS = (*_BYTE_LEVEL, "sentencepiece", "sentencepiece without prefix", "sentencepiece with added tokens", "unigram")
 _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -66,6 +66,8 @@ def trained(kind):
     else:
         tokenizer = _sentencepiece(prefix=kind == "sentencepiece")
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in (*_SPECIAL, "<|start|>", "<|end|>")])
+    if kind == "sentencepiece with added tokens":  # as Gemma's
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("\n\n", "  ", "comment")])
     bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
     tokenizer.post_processor = bos
     return PreTrainedTokenizerFast(
