@@ -1,8 +1,7 @@
 """llama.cpp through the shared library of the package ``xllamacpp``; run as a script, by an environment that has it.
 
 Reads a list of jobs as JSON from stdin and writes the list of results. A job is one of
-``{"do": "generate", "model": FILE, "prompts": [[id, ...], ...], "tokens": N}``: greedy ids and the logits after a prompt
-(and ``"context"``, its length),
+``{"do": "generate", "model": FILE, "prompts": [[id, ...], ...], "tokens": N}``: greedy ids and the logits after a prompt,
 ``{"do": "tokenize", "model": FILE, "texts": [...]}``: ids of texts, with BOS and EOS as the file says, and
 ``{"do": "speed", "models": {NAME: FILE}, "prompt": P, "tokens": N, "rounds": R}``: CPU seconds, the models in turn.
 """
@@ -169,7 +168,7 @@ def main():
             results.append(speed(lib, job))
             continue
         try:
-            model = Model(lib, job["model"], length=job.get("context", 256))
+            model = Model(lib, job["model"])
         except RuntimeError as error:
             results.append({"error": str(error)})
             continue

@@ -25,6 +25,9 @@ _CASED = (
     r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN35 = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
 
@@ -39,10 +42,11 @@ _BYTE_LEVEL = {
     "llama-bpe": (_split(_LLAMA3), True),
     "dbrx": (_split(_LLAMA3), False),
     "qwen2": (_split(_QWEN2), False),
+    "qwen35": (_split(_QWEN35), False),
     "tekken": (_split(_CASED % ("", "", "")), True),
     "gpt-4o": (_split(_CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?", "{1,3}")), False),
 }
-KINDS = (*_BYTE_LEVEL, "sentencepiece", "sentencepiece without prefix", "unigram")
+KINDS = (*_BYTE_LEVEL, "sentencepiece", "sentencepiece without prefix", "sentencepiece with added tokens", "unigram")
 _SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -62,6 +66,8 @@ def trained(kind):
     else:
         tokenizer = _sentencepiece(prefix=kind == "sentencepiece")
     tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in (*_SPECIAL, "<|start|>", "<|end|>")])
+    if kind == "sentencepiece with added tokens":  # as Gemma's
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("\n\n", "  ", "comment")])
     bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
     tokenizer.post_processor = bos
     return PreTrainedTokenizerFast(

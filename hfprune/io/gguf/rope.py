@@ -77,7 +77,8 @@ def _llama3_factors(settings: dict[str, Any], head_size: int) -> Tensor:
     frequencies = 1.0 / base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     periods = length * frequencies / (2 * math.pi)  # in the original context
     smooth = ((periods - low) / (high - low)).clamp(0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
+    factors: Tensor = 1.0 / ((1.0 - smooth) / factor + smooth)
+    return factors
 
 
 def _magnitude(factor: float, scale: float) -> float:

@@ -1,7 +1,9 @@
 """Merges of a SentencePiece tokenizer: scores of its tokens, and a check that scores cut texts as the merges do."""
 
 import heapq
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 _SAMPLE = (
     "The quick brown fox jumps over 13 lazy dogs, doesn't it? Prices rose by 4.5% (from $1,200 to $1,254) in 2024.\n\n"
@@ -61,22 +63,47 @@ def cut(text: str, scores: Mapping[str, float], vocabulary: Mapping[str, int]) -
     return [symbol for symbol in symbols if symbol]
 
 
-def cuts_alike(tokenizer: object, scores: Mapping[str, float], vocabulary: Mapping[str, int], *, prefix: bool) -> bool:
+def cuts_alike(
+    tokenizer: Any,
+    scores: Mapping[str, float],
+    vocabulary: Mapping[str, int],
+    *,
+    added: Mapping[str, int],
+    prefix: bool,
+) -> bool:
     """Returns whether llama.cpp cuts a sample as the tokenizer does.
 
     Args:
         tokenizer: Tokenizer of the ``tokenizers`` package.
         scores: Token -> score.
-        vocabulary: Token -> id, without control tokens.
+        vocabulary: Token -> id, without control tokens and added tokens.
+        added: Added token that is no control token, with spaces -> id; texts are first cut at these.
         prefix: Whether texts start with a space.
     """
-    found: list[int] = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids  # type: ignore[attr-defined]
-    text = ("▁" if prefix else "") + _SAMPLE.replace(" ", "▁")
     expected: list[int] = []
-    for token in cut(text, scores, vocabulary):
-        own = vocabulary.get(token)
-        names = [token] if own is not None else [f"<0x{byte:02X}>" for byte in token.encode()]
-        if any(name not in vocabulary for name in names):
+    for part in _parts(_SAMPLE, added):
+        ids = [added[part]] if part in added else _ids(part, scores, vocabulary, prefix=prefix)
+        if ids is None:
             return False
-        expected += [vocabulary[name] for name in names]
+        expected += ids
+    found: list[int] = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
     return found == expected
+
+
+def _parts(text: str, added: Mapping[str, int]) -> list[str]:
+    """Returns a text cut at its added tokens, the longest first."""
+    if not added:
+        return [text]
+    names = "|".join(re.escape(name) for name in sorted(added, key=len, reverse=True))
+    return [part for part in re.split(f"({names})", text) if part]
+
+
+def _ids(part: str, scores: Mapping[str, float], vocabulary: Mapping[str, int], *, prefix: bool) -> list[int] | None:
+    """Returns the ids of a text without added tokens, None if it has a byte that the vocabulary lacks."""
+    found: list[int] = []
+    for token in cut(("\u2581" if prefix else "") + part.replace(" ", "\u2581"), scores, vocabulary):
+        names = [token] if token in vocabulary else [f"<0x{byte:02X}>" for byte in token.encode()]
+        if any(name not in vocabulary for name in names):
+            return None
+        found += [vocabulary[name] for name in names]
+    return found

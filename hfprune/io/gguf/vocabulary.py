@@ -127,7 +127,8 @@ def _sentencepiece(backend: Any, content: Mapping[str, Any], tokens: list[str], 
     known = scores_of(merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     prefix = _prefixed(backend)
     ids = {token: number for number, token in enumerate(tokens) if types[number] in (NORMAL, BYTE)}
-    if not cuts_alike(backend, known, ids, prefix=prefix):
+    added = {token: number for number, token in enumerate(tokens) if types[number] == USER_DEFINED}
+    if not cuts_alike(backend, known, ids, added=added, prefix=prefix):
         raise ConfigError(
             "The tokenizer falls back to bytes, and its merges are not those of a SentencePiece model: llama.cpp, "
             "which merges by the score of a token, would cut texts in other places."

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import hfprune
 from hfprune.cli import main
@@ -14,28 +15,27 @@ from hfprune.io.save import export_model
 from hfprune.models import find_groups
 from hfprune.models.groups import find_layers
 from hfprune.utils.errors import ConfigError, OutputError
-from tests.helpers.models import NAMES, configs, save_tiny, styled_tokenizer, tiny, tiny_tokenizer
+from tests.helpers.models import NAMES, configs, save_tiny, styled_tokenizer, table, tiny, tiny_tokenizer
 from tests.helpers.plans import head_plan, mlp_plan
 
 gguf = pytest.importorskip("gguf")
 
 
 def cut(name, *, widths=None, heads=None, **changes):
-    """Returns a tiny model after a plan, float32."""
-    model = built(name, **changes)
+    """Returns a tiny model after a plan, without weights."""
+    model = built(name, device="meta", **changes)
     for plan in ([mlp_plan(model, widths)] if widths else []) + ([head_plan(model, heads)] if heads else []):
         hfprune.apply_plan(model, plan)
     return model
 
 
-def built(name, **changes):
-    model = tiny(name, dtype=torch.float32)
-    if changes:
-        config = configs()[name]
-        for key, value in changes.items():
-            setattr(config, key, value)
-        model = type(model)(config).eval()
-    return model
+def built(name, *, device="cpu", **changes):
+    """Returns a tiny model in float32 with other values in its config."""
+    config = configs()[name]
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def read(path):
@@ -83,6 +83,26 @@ def test_heads_that_no_longer_fill_the_hidden_size_need_values_per_layer(name):
     assert (found.arch, found.heads, found.kv_heads, found.head_size) == ("deci", (2, 2, 2), (1, 1, 1), 4)
 
 
+def test_experts(tmp_path):
+    model = tiny("qwen3_moe", dtype=torch.float32)
+    with pytest.raises(ConfigError, match="norm_topk_prob=True, the model with False"):
+        check_gguf(model)
+    model.config.norm_topk_prob = True
+    groups = find_groups(model, ("experts",))
+    hfprune.apply_plan(model, hfprune.make_plan(model, keep={group.name: (0, 2, 3, 5) for group in groups}))
+    export_gguf(model, None, tmp_path / "m.gguf", gguf_type="f16")
+    data, tensors, kinds = read(tmp_path / "m.gguf")
+    assert (data["qwen3moe.expert_count"], data["qwen3moe.expert_used_count"]) == (4, 2)
+    assert data["qwen3moe.expert_feed_forward_length"] == 12
+    assert (tensors["blk.0.ffn_up_exps.weight"].shape, kinds["blk.0.ffn_gate_inp.weight"]) == ((4, 12, 16), "F32")
+    stacked = find_layers(model)[0].mlp.experts.gate_up_proj.detach().half()
+    np.testing.assert_array_equal(tensors["blk.0.ffn_up_exps.weight"], stacked[:, 12:].float())
+    model = tiny("mixtral", dtype=torch.float32)
+    hfprune.apply_plan(model, hfprune.make_plan(model, keep={"model.layers.1.mlp.experts": (0, 2, 3)}))
+    with pytest.raises(ConfigError, match="the same number of experts in every layer"):
+        check_gguf(model)
+
+
 REFUSED = {
     "opt": ({}, "OPTForCausalLM cannot be written as GGUF"),
     "llama_mha_relu": ({}, "the model uses 'relu'"),
@@ -108,17 +128,18 @@ REFUSED = {
 def test_what_the_architecture_does_not_compute_is_refused_before_writing(name, tmp_path):
     changes, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
-        export_gguf(built(name, **changes), None, tmp_path / "model.gguf")
+        export_gguf(built(name, device="meta", **changes), None, tmp_path / "model.gguf")
     assert not os.listdir(tmp_path)
 
 
 def test_a_family_without_a_table_is_a_tiny_model_that_is_refused():
-    unknown = {name for name in NAMES if type(tiny(name)).__name__ not in FAMILIES}
-    assert unknown == {"opt", "opt_350m_style"}
+    assert {name for name in NAMES if table(name).model_class not in FAMILIES} == {"opt", "opt_350m_style"}
 
 
 def test_values_per_layer_are_lists_of_the_layers_own(tmp_path):
-    model = cut("llama", widths=UNEVEN, heads=[(0, 1), (1,), (0,)])
+    model = tiny("llama", dtype=torch.float32)
+    for plan in (mlp_plan(model, UNEVEN), head_plan(model, [(0, 1), (1,), (0,)])):
+        hfprune.apply_plan(model, plan)
     saved = export_gguf(model, None, tmp_path / "m.gguf", gguf_type="f32")
     data, tensors, _ = read(tmp_path / "m.gguf")
     assert saved["architecture"] == data["general.architecture"] == "deci"
@@ -195,9 +216,10 @@ def test_types_and_rows_that_no_block_fits(kind, step, tmp_path):
 
 
 def test_rows_are_converted_in_groups(tmp_path, monkeypatch):
-    export_gguf(wide(), None, tmp_path / "a.gguf", gguf_type="q8_0")
+    model = wide()
+    export_gguf(model, None, tmp_path / "a.gguf", gguf_type="q8_0")
     monkeypatch.setattr("hfprune.io.gguf.export._ROWS", 5)
-    export_gguf(wide(), None, tmp_path / "b.gguf", gguf_type="q8_0")
+    export_gguf(model, None, tmp_path / "b.gguf", gguf_type="q8_0")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 

@@ -42,8 +42,8 @@ def test_digits_that_are_always_alone_name_the_pre_tokenizer_of_single_digits():
 
 
 def test_sentencepiece_has_scores_bytes_and_a_prefix():
-    for kind, prefix in (("sentencepiece", True), ("sentencepiece without prefix", False)):
-        tokenizer = trained(kind)
+    for kind in ("sentencepiece", "sentencepiece without prefix", "sentencepiece with added tokens"):
+        prefix, tokenizer = kind == "sentencepiece", trained(kind)
         found = vocabulary(tokenizer, len(tokenizer))
         assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_space_prefix"]) == ("llama", prefix)
         tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
