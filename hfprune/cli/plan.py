@@ -6,7 +6,7 @@
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfprune.cli.recipes import default_round_to
 from hfprune.cli.simple_commands import columns
@@ -72,7 +72,8 @@ def run(arguments: Namespace) -> None:
         return
     print(_text(found))
     if arguments.serve:
-        texts = [serving_advice(entry.widths, model.config.hidden_size, arguments.serve) for entry in found[1:]]
+        config: Any = model.config
+        texts = [serving_advice(entry.widths, config.hidden_size, arguments.serve) for entry in found[1:]]
         print("\n".join(text.replace("round_to=", "--round_to ") for text in dict.fromkeys(filter(None, texts))))
     for reason in impossible.values():
         print(reason)
