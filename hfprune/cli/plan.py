@@ -95,7 +95,8 @@ def run(arguments: Namespace) -> None:
         return
     print(_text(found))
     if arguments.serve:
-        texts = [serving_advice(entry.widths, model.config.hidden_size, arguments.serve) for entry in found[1:]]
+        config: Any = model.config
+        texts = [serving_advice(entry.widths, config.hidden_size, arguments.serve) for entry in found[1:]]
         print("\n".join(text.replace("round_to=", "--round_to ") for text in dict.fromkeys(filter(None, texts))))
     for reason in impossible.values():
         print(reason)

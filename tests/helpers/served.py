@@ -19,6 +19,7 @@ from transformers import (
 
 import hfprune
 from hfprune.io.save import export_model
+from hfprune.publishing.engine_check import greedy
 from tests.helpers.models import HEADED, MIXTURES, configs, mixtures, tiny_tokenizer
 
 PROMPTS = ([3, 9, 27, 5], [40, 8, 8, 21, 33, 4, 19], [11, 50])
@@ -78,8 +79,7 @@ def read(folder, new_tokens=8):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             found.logits.append(model(input_ids=ids).logits[0, -1].tolist())
-            made = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-        found.tokens.append(made[0, len(prompt) :].tolist())
+        found.tokens.append(greedy(model, prompt, new_tokens).argmax(-1).tolist())
     return found
 
 

@@ -24,12 +24,13 @@ folders, prompts, again, options = json.loads(sys.argv[1])
 found = {}
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+    model.generation_config.eos_token_id = None
     logits, tokens = [], []
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits[0, -1].tolist())
-            made = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            made = model.generate(ids, max_new_tokens=8, do_sample=False)
         tokens.append(made[0, len(prompt):].tolist())
     found[folder] = [logits, tokens]
 if again:

@@ -143,7 +143,8 @@ def not_described(model: Any) -> str:
     heads = _heads(model)
     if len(set(heads)) > 1:
         return "all layers have the same query heads; leave 'heads' out of the units, or use layout='per_layer'"
-    size = find_layers(model)[0].self_attn.head_dim
+    first: Any = find_layers(model)[0]
+    size = first.self_attn.head_dim
     if heads[0][0] * size != config.hidden_size:
         return (
             f"the size of a head is the hidden size divided by the query heads, and {config.hidden_size} / "
@@ -198,5 +199,6 @@ def read_width(factor: float, hidden_size: int) -> int:
 
 def _heads(model: Any) -> list[tuple[int, int]]:
     """Returns the numbers of query heads and key-value heads of each layer."""
-    attentions = [layer.self_attn for layer in find_layers(model)]
+    layers: Any = find_layers(model)
+    attentions = [layer.self_attn for layer in layers]
     return [(one.q_proj.out_features // one.head_dim, one.k_proj.out_features // one.head_dim) for one in attentions]

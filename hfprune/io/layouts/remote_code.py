@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -165,7 +165,7 @@ def add_remote_code(folder: Path, model: Any) -> str | None:
 
 def _names(model: Any, stock: Any, spec: ArchSpec) -> dict[str, str]:
     """Returns the words that the template needs."""
-    base = f"{type(model).base_model_prefix}."
+    base, inner = f"{type(model).base_model_prefix}.", cast(Any, MODEL_MAPPING[stock])
     return {
         "aliases": json.dumps(dict(stock.attribute_map)),
         "causal_lm": type(model).__name__,
@@ -173,7 +173,7 @@ def _names(model: Any, stock: Any, spec: ArchSpec) -> dict[str, str]:
         "family": stock.model_type,
         "inner": spec.layers.removeprefix(base),
         "layers": spec.layers,
-        "model": MODEL_MAPPING[stock].__name__,
+        "model": inner.__name__,
         "prefix": PREFIX,
         "resized": RESIZED,
         "version": __version__,
