@@ -34,7 +34,7 @@ from hfprune.models.twins import own_class, plain_experts
 from hfprune.plan import LAYERS, Group, PruningPlan
 from hfprune.utils.errors import UnsupportedArchitectureError
 
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-5
 """Largest difference of two logits, relative to the largest logit: norms round to float32 within float64 models."""
 
 _SINGLE_TOLERANCE = 1e-3
