@@ -18,6 +18,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+import torch
 from torch import nn
 
 from hfprune.models.contexts import ordinary
@@ -30,8 +31,8 @@ from hfprune.utils.versions import versions
 
 _FORMAT = 1
 
-_KNOWN: dict[str, Proof | str] = {}
-"""Key -> proof, or the reason why there is none; reasons are kept in this process only."""
+_KNOWN: dict[tuple[type, str], Proof | str] = {}
+"""Class and key -> proof, or the reason why there is none; reasons are kept in this process only."""
 
 
 def proof_of(
@@ -55,9 +56,10 @@ def proof_of(
         'proven'
     """
     key = _key(kind, config, source)
-    if key not in _KNOWN:
-        _KNOWN[key] = _read(key) or _made(kind, config, describe, key)
-    found = _KNOWN[key]
+    if (kind, key) not in _KNOWN:
+        stored = _read(key) if _is_persistent(kind) else None
+        _KNOWN[kind, key] = stored or _made(kind, config, describe, key)
+    found = _KNOWN[kind, key]
     if isinstance(found, str):
         raise UnsupportedArchitectureError(found)
     return found
@@ -77,6 +79,8 @@ def _made(kind: type[nn.Module], config: Any, describe: Callable[[nn.Module], Ar
             proof = prove(describe(tiny), tiny)
     except UnsupportedArchitectureError as error:
         return str(error)
+    if not _is_persistent(kind):
+        return proof
     with suppress(OutputError, OSError):  # a read-only home: the proof is made again next time
         (folder := cache_folder()).mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{key}.json", {"class": kind.__name__, "format": _FORMAT, "proof": asdict(proof)})
@@ -94,11 +98,12 @@ def _read(key: str) -> Proof | None:
 
 
 def _key(kind: type[nn.Module], config: Any, source: str) -> str:
-    switches = twin_config(config).to_dict()
+    tiny = twin_config(config)
+    switches = tiny.to_dict()
     switches.pop("transformers_version", None)
     facts = {
         "class": f"{kind.__module__}.{kind.__qualname__}",
-        "code": _code(kind),
+        "code": _code(kind, tiny),
         "config": switches,
         "versions": {name: versions().get(name) for name in ("hfprune", "torch", "transformers")},
         "own_code": _own_code(),
@@ -108,12 +113,31 @@ def _key(kind: type[nn.Module], config: Any, source: str) -> str:
     return f"{kind.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
 
 
-def _code(kind: type) -> str:
-    """Returns a digest of the file that defines a class: a class under development changes between two runs."""
+def _is_persistent(kind: type) -> bool:
+    """Returns whether the code of a class is in a file, under its name: not in a notebook or a function."""
+    return "<locals>" not in kind.__qualname__ and _file(kind) is not None
+
+
+def _file(kind: type) -> Path | None:
+    """Returns the file that defines a class; None for a class of a notebook."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
-    except (OSError, TypeError):  # a class of a notebook
-        return ""
+        file = Path(inspect.getfile(kind))
+    except (OSError, TypeError):
+        return None
+    return file if file.is_file() else None
+
+
+def _code(kind: Any, config: Any) -> str:
+    """Returns a digest of the files that define a class and its modules, which may change between two runs.
+
+    Those of torch and transformers follow from their versions.
+    """
+    kinds = {kind}
+    with suppress(Exception), ordinary(), torch.device("meta"):  # a class that cannot be built has no proof to store
+        kinds |= {type(module) for module in kind(config).modules()}
+    own = {_file(found) for found in kinds if found.__module__.partition(".")[0] not in ("torch", "transformers")}
+    texts = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in own if file is not None)
+    return " ".join(texts)
 
 
 @functools.cache

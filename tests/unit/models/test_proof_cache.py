@@ -105,3 +105,43 @@ def test_the_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("HFPRUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert str(cache_folder()) == "/somewhere/hfprune/proofs"
+
+
+def grown(scale):
+    """Returns a class that is defined in a function, as cells of a notebook do it again and again."""
+
+    class Grown(LlamaForCausalLM):
+        factor = scale
+
+    return Grown
+
+
+def test_class_that_is_defined_again_is_proven_again(folder):
+    """The file, the name and the config are the same; only the class is another."""
+    describe = Describe()
+    for scale in (1, 2):
+        proof_of(grown(scale), LlamaConfig(num_hidden_layers=2), describe)
+    assert describe.count == 2
+    assert not folder.exists()
+
+
+def test_files_of_the_modules_of_a_class_are_part_of_the_key(tmp_path, monkeypatch):
+    """The class imports its layers from another file, which changes."""
+    for name, text in (
+        ("its_layers", "from torch import nn\n\nclass Odd(nn.Identity): pass\n"),
+        (
+            "its_model",
+            "from its_layers import Odd\nfrom transformers import LlamaForCausalLM\n\n"
+            "class OddLM(LlamaForCausalLM):\n    def __init__(self, config):\n"
+            "        super().__init__(config)\n        self.odd = Odd()\n",
+        ),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from its_model import OddLM
+
+    keys = [proof_cache._key(OddLM, LlamaConfig(), "derived")]
+    with (tmp_path / "its_layers.py").open("a") as file:
+        file.write("# changed\n")
+    keys.append(proof_cache._key(OddLM, LlamaConfig(), "derived"))
+    assert keys[0] != keys[1]
