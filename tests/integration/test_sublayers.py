@@ -63,6 +63,7 @@ def test_neurons_and_attentions_under_one_budget(run):
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(run, monkeypatch, capsys):
     assert run("fit", *MIX, *TRAINED, out="whole") == 0
     original = PruningModule.training_step

@@ -27,7 +27,7 @@ from hfprune.utils.errors import ConfigError, PlanError, UnsupportedArchitecture
 from tests.helpers.models import MIXTURES, NAMES, configs, inventory, tiny, token_ids
 
 CLASSES = [name for name in (*NAMES, *MIXTURES) if name != "opt_350m_style"]
-QUICK = ["gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_neox_sequential", "llama", "opt", "phi3", "qwen3", "qwen3_moe"]
+QUICK = ["gemma2", "gemma3", "gpt2", "gpt_neox", "llama", "opt", "qwen3"]
 MIXES = {
     "attention": ((), {"attention_sublayers": (0,)}),
     "mlp": ((), {"mlp_sublayers": (1,)}),

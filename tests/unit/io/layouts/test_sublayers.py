@@ -15,11 +15,12 @@ from hfprune.models.sublayers import NoAttention, NoMLP
 from hfprune.publishing.folder import open_folder
 from hfprune.publishing.inspection import inspect_folder, inspection_text
 from hfprune.utils.errors import ConfigError, PlanError
-from tests.helpers.models import tiny, token_ids
+from tests.helpers.models import MIXTURES, tiny, token_ids
 from tests.unit.models.test_sublayers import logits, plan_for
 
 LOST = {"attention_sublayers": (0,), "mlp_sublayers": (2,)}
-CLASSES = ["llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "phi3", "mixtral"]
+CLASSES = ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"]
+CLASSES += [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "gemma3", "opt", "phi3", "qwen3_moe")]
 
 
 def pruned(name="llama", mix=LOST, dtype=torch.float32):
@@ -34,7 +35,7 @@ def generated(model):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_saved_per_layer_and_loaded_again(name, tmp_path):
-    model = pruned(name, "units" if name != "mixtral" else LOST)
+    model = pruned(name, LOST if name in MIXTURES else "units")
     saved = hfprune.save(model, tmp_path / "m", layout="per_layer")
     assert saved["parameters"] == saved["parameters_needed"] == parameter_count(model)
     assert saved["max_logit_difference_after_reload"] == 0
