@@ -113,8 +113,8 @@ class LoraPruningCallback(PruningCallback):
         """Returns the settings that determine the kept units, as plain data."""
         widths = None if self._resolved is None else list(self._resolved.widths)
         schedule = {"every": self.every, "warmup": self.warmup, "cooldown": self.cooldown}
-        found = {"units": list(self.units), "widths": widths, **schedule}
-        return found if self.skip_layers is None else found | {"skip_layers": self.skip_layers.describe()}
+        skipped = None if self.skip_layers is None else self.skip_layers.describe()
+        return {"units": list(self.units), "widths": widths, "skip_layers": skipped, **schedule}
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 

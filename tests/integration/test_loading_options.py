@@ -31,7 +31,9 @@ model = ["me/private", *(word.replace("--", "--model.") if word.startswith("--")
 dense = ["--dense", "me/private", "--dense_revision", "v1", "--dense_subfolder", "sub"]
 recovery = ["--data.recovery=builtin", "--data.recovery_sequences=2", "--trainer.max_steps=1"]
 more = ["--model.distillation.alpha=0.5", "--model.attn_implementation=eager", "--importance.recovery=full"]
-found["fit"] = main(["fit", *model, "--ratio=0.1", "-o", out, *tiny, *recovery, *more])
+words = ["fit", *model, "--ratio=0.1", "-o", out, *tiny, *recovery, *more]
+sys.argv = ["hfprune", *words]
+found["fit"] = main(words)
 found["again"] = main(["prune", *model, "--ratio=0.1", "-o", "again", *tiny, "--model.local_files_only=true"])
 found["evaluate"] = main(["evaluate", out, *dense, *model[5:], *tiny_evaluate, "--output", "evaluation.json"])
 found["plan"] = main(["plan", "me/private", *place])

@@ -70,6 +70,7 @@ def test_what_cannot_be_skipped_is_refused_before_the_run(folder, flags, message
 
 def test_a_resumed_run_must_skip_the_same_layers(folder, capsys):
     flags = ["--pruning_ratio=0.05", "--layout=per_layer", "--importance.recovery=full"]
+    flags += ["--data.recovery_sequences=2", "--data.validation_sequences=1"]
     assert run("fit", folder, *flags, "--skip_layers=0", "--trainer.max_steps=1") == 0
     capsys.readouterr()
     assert run("fit", folder, *flags, "--skip_layers=1", "--trainer.max_steps=2", "--ckpt_path=last") == 2
