@@ -59,7 +59,9 @@ def run(arguments: Namespace) -> None:
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, revision=arguments.revision, argument="model")
-    round_to = arguments.round_to or SERVING.get(arguments.serve) or default_round_to(arguments.units)
+    round_to = arguments.round_to
+    if round_to is None:
+        round_to = SERVING.get(arguments.serve) or default_round_to(arguments.units)
     settings = {"units": arguments.units, "round_to": round_to}
     impossible = impossible_ratios(model, arguments.pruning_ratio, **settings)
     ratios = [ratio for ratio in arguments.pruning_ratio if ratio not in impossible]
