@@ -45,6 +45,7 @@ FAMILIES = {
 """Class of transformers -> where vLLM defines its decoder layer."""
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+_BUILT = {"intermediate_size", "head_dim", *_HEADS}
 
 
 def register() -> None:
@@ -73,6 +74,9 @@ def refusal(name: str, layers: Mapping[Any, Mapping[str, int]]) -> str:
         return f"the plugin serves {', '.join(FAMILIES)}, not {name}: use layout=padded"
     if not FAMILIES[name].heads and any(key in values for values in layers.values() for key in _HEADS):
         return f"vLLM builds {name} with one number of heads alone: use layout=padded"
+    unknown = sorted({key for values in layers.values() for key in values} - _BUILT)
+    if unknown:
+        return f"the plugin does not build layers that differ in {unknown[0]}: use layout=padded"
     return ""
 
 

@@ -80,7 +80,9 @@ def run(arguments: Namespace) -> None:
     if arguments.tokens < 1:
         raise ConfigError(f"tokens={arguments.tokens} is not positive.")
     model = meta_model(arguments.model, argument="model", loading=loading_of(arguments))
-    round_to = arguments.round_to or SERVING.get(arguments.serve) or default_round_to(arguments.units)
+    round_to = arguments.round_to
+    if round_to is None:
+        round_to = SERVING.get(arguments.serve) or default_round_to(arguments.units)
     skip = SkipLayers.of(arguments.skip_layers, arguments.only_layers)
     settings: dict[str, Any] = {"units": arguments.units, "round_to": round_to, "skip_layers": skip}
     asked = [ratio for ratios in arguments.pruning_ratio for ratio in ratios]

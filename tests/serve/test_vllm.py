@@ -104,6 +104,7 @@ def test_what_vllm_cannot_build_is_refused_by_name():
     assert refusal("GPT2LMHeadModel", {}).startswith("the plugin serves Gemma3ForCausalLM")
     assert refusal("Phi3ForCausalLM", {"0": {"intermediate_size": 8}, "1": {"num_key_value_heads": 2}})
     assert not refusal("Phi3ForCausalLM", {"0": {"intermediate_size": 8}})
+    assert "differ in num_local_experts" in refusal("LlamaForCausalLM", {"0": {"num_local_experts": 8}})
 
 
 def test_the_entry_point_names_the_plugin():

@@ -104,6 +104,7 @@ def test_an_engine_that_is_not_installed_was_not_run(exported, monkeypatch, tmp_
         check_engine(folder, model, "mlx")
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_is_quoted(exported, tmp_path):
     folder, model = exported
     for file in folder.iterdir():
