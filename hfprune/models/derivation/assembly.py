@@ -12,7 +12,7 @@ from hfprune.models.derivation.circuits import Circuit, find_circuits
 from hfprune.models.derivation.depth import derive_depth, find_stack
 from hfprune.models.derivation.heads import attention_spec, common_heads, grouped, with_counts
 from hfprune.models.derivation.logits import derive_head
-from hfprune.models.derivation.neurons import derive_mlp
+from hfprune.models.derivation.neurons import derive_mlps
 from hfprune.models.derivation.trace import Trace
 from hfprune.models.derivation.variants import Variants
 from hfprune.models.groups import class_name, find_groups, pin_spec
@@ -22,6 +22,9 @@ from hfprune.models.surgery import apply_plan, mask_plan
 from hfprune.models.twins import random_weights
 from hfprune.plan import PruningPlan
 from hfprune.utils.errors import HFPruneError, UnsupportedArchitectureError, first_line
+
+_FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+"""Errors of the forward pass of a class that is written for other inputs or modules."""
 
 
 def derive(model: nn.Module) -> ArchSpec:
@@ -45,21 +48,23 @@ def derive(model: nn.Module) -> ArchSpec:
         return _derived(_with_groups(model))
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"{name} cannot be described: {error}.") from error
+    except _FOREIGN as error:
+        raise UnsupportedArchitectureError(
+            f"{name} cannot be described: it does not run as expected ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def _derived(model: nn.Module) -> ArchSpec:
     trace, variants = Trace(model, find_stack(model)), Variants(model)
     head = derive_head(trace, variants)
     circuits = find_circuits(trace)
-    mlp, depth = derive_mlp(trace, circuits, variants), derive_depth(trace, variants)
+    depth = derive_depth(trace, variants)
     spec = ArchSpec(
         model_class=class_name(model),
         backbone=head.backbone,
         layers=trace.layers,
-        mlp=mlp.slices,
-        no_mlp=mlp.reason,
-        width_key=mlp.width_key,
-        width_attributes=mlp.width_attributes,
+        mlp=(),
+        width_key="",
         lm_head=head.lm_head,
         scale_key=head.scale_key,
         scale_divides=head.scale_divides,
@@ -69,9 +74,19 @@ def _derived(model: nn.Module) -> ArchSpec:
         no_layers=depth.reason,
         lora_targets=_lora_targets(trace.stack),
     )
+    spec = _with_mlp(spec, trace, circuits, variants)
     spec = _with_attention(spec, trace, circuits, variants)
     stream = derive_stream(trace, spec, variants)
     return replace(spec, no_stream=stream) if isinstance(stream, str) else replace(spec, stream=stream)
+
+
+def _with_mlp(spec: ArchSpec, trace: Trace, circuits: Sequence[Sequence[Circuit]], variants: Variants) -> ArchSpec:
+    """Returns a table with the first MLP whose neurons can be removed, else with the largest one."""
+    found = [
+        replace(spec, mlp=m.slices, no_mlp=m.reason, width_key=m.width_key, width_attributes=m.width_attributes)
+        for m in derive_mlps(trace, circuits, variants)
+    ]
+    return next((full for full in found if full.mlp and not _fails(trace, full, "mlp")), found[0])
 
 
 def _with_groups(model: nn.Module) -> nn.Module:
@@ -97,7 +112,7 @@ def _with_attention(
         return replace(spec, no_attention=table)
     owner, reason = trace.stack[0].get_submodule(heads.module), ""
     for attention in with_counts(table, heads, owner):
-        reason = _fails(trace, replace(spec, attention=attention))
+        reason = _fails(trace, replace(spec, attention=attention), "heads")
         if not reason:
             return replace(spec, attention=_least(trace, spec, attention))
     return replace(spec, no_attention=reason)
@@ -107,18 +122,19 @@ def _least(trace: Trace, spec: ArchSpec, attention: AttentionSpec) -> AttentionS
     """Returns the table without the stored counts that the attention does not read."""
     for entry in attention.attributes:
         fewer = replace(attention, attributes=tuple(other for other in attention.attributes if other != entry))
-        if not _fails(trace, replace(spec, attention=fewer)):
+        if not _fails(trace, replace(spec, attention=fewer), "heads"):
             attention = fewer
     return attention
 
 
-def _fails(trace: Trace, spec: ArchSpec) -> str:
-    """Returns why a model with fewer heads differs from one whose heads are zero, or an empty string."""
+def _fails(trace: Trace, spec: ArchSpec, kind: str) -> str:
+    """Returns why a model with fewer units of a kind differs from one whose units are zero, or an empty string."""
+    name = "heads" if kind == "heads" else "neurons"
     small, masked = (copy.deepcopy(trace.model) for _ in range(2))
     for model in (small, masked):
         pin_spec(model, spec)
     try:
-        groups = find_groups(small, ("heads",))
+        groups = find_groups(small, (kind,))
         keep = {group.name: _kept(group.num_units, index) for index, group in enumerate(groups)}
         plan = PruningPlan(model_class=spec.model_class, groups=groups, keep=keep, config={})
         apply_plan(small, plan)
@@ -126,15 +142,15 @@ def _fails(trace: Trace, spec: ArchSpec) -> str:
         with inference(small), inference(masked):
             ours = small(input_ids=trace.ids, use_cache=False).logits
             own = masked(input_ids=trace.ids, use_cache=False).logits
-    except (HFPruneError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        return f"a model with fewer heads does not run ({first_line(error)})"
+    except (HFPruneError, *_FOREIGN) as error:
+        return f"a model with fewer {name} does not run ({first_line(error)})"
     if bool((ours - own).abs().max() <= 1e-6 * own.abs().max()):
         return ""
-    return "a model with fewer heads differs from one whose heads are zero"
+    return f"a model with fewer {name} differs from one whose {name} are zero"
 
 
 def _kept(units: int, layer: int) -> tuple[int, ...]:
-    """Returns kept heads of a layer: their number differs between layers, so that no config states it."""
+    """Returns kept units of a layer: their number differs between layers, so that no config states it."""
     if units == 2:
         return (1,) if layer % 2 == 0 else (0, 1)
     return tuple(range(1, units - layer % 2))

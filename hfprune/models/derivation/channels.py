@@ -11,7 +11,12 @@ from torch import nn
 from hfprune.models.derivation.trace import Trace
 from hfprune.models.derivation.variants import Variants, attributes
 from hfprune.models.projection import is_norm, is_projection
-from hfprune.models.spec import LAYER_NORMS, ArchSpec, StreamSpec
+from hfprune.models.spec import ArchSpec, StreamSpec
+
+_LAYER_NORMS = (
+    "its LayerNorms subtract the mean over all channels, so that no weights of a smaller model reproduce the dense "
+    "model with removed channels at zero"
+)
 
 
 def derive_stream(trace: Trace, spec: ArchSpec, variants: Variants) -> StreamSpec | str:
@@ -26,7 +31,7 @@ def derive_stream(trace: Trace, spec: ArchSpec, variants: Variants) -> StreamSpe
         return "the projections that read and write its hidden states are not all described"
     size, model = trace.hidden_size, trace.model
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
-        return LAYER_NORMS
+        return _LAYER_NORMS
     parts = {t.module for t in spec.mlp} | {t.module for t in spec.attention.heads}
     norms = _norms(trace.stack[0], size)
     if any(_others(layer, parts | set(norms), size) for layer in trace.stack) or not norms:
@@ -34,7 +39,7 @@ def derive_stream(trace: Trace, spec: ArchSpec, variants: Variants) -> StreamSpe
     inside = f"{trace.layers}."
     outside = [(name, module) for name, module in model.named_modules() if not f"{name}.".startswith(inside)]
     embeddings = [name for name, m in outside if isinstance(m, nn.Embedding) and m.embedding_dim == size]
-    finals = [name for name, m in outside if is_norm(m) and m.weight.shape == (size,)]
+    finals = [name for name, m in outside if _is_norm(m, size)]
     if len(embeddings) != 1 or len(finals) != 1:
         return "it has not exactly one embedding and one final RMS norm of the hidden size"
     final = model.get_submodule(finals[0])
@@ -54,7 +59,13 @@ def derive_stream(trace: Trace, spec: ArchSpec, variants: Variants) -> StreamSpe
 
 
 def _norms(layer: nn.Module, size: int) -> tuple[str, ...]:
-    return tuple(name for name, module in layer.named_modules() if is_norm(module) and _weight(module).shape == (size,))
+    return tuple(name for name, module in layer.named_modules() if _is_norm(module, size))
+
+
+def _is_norm(module: nn.Module, size: int) -> bool:
+    """Returns whether a module is an RMS norm with a weight for each of ``size`` channels."""
+    weight = getattr(module, "weight", None)
+    return is_norm(module) and isinstance(weight, torch.Tensor) and weight.shape == (size,)
 
 
 def _weight(norm: Any) -> torch.Tensor:

@@ -27,15 +27,14 @@ class Mlp:
     width_attributes: tuple[str, ...] = ()
 
 
-def derive_mlp(trace: Trace, circuits: Sequence[Sequence[Circuit]], variants: Variants) -> Mlp:
-    """Returns the MLP with the most neurons over all layers.
+def derive_mlps(trace: Trace, circuits: Sequence[Sequence[Circuit]], variants: Variants) -> list[Mlp]:
+    """Returns what may be the MLP of the class, the one with the most neurons in all layers first; at least one entry.
 
     Args:
         trace: Trace of the model.
         circuits: Circuits of each layer.
         variants: Variants of the model.
     """
-    found: dict[tuple[SliceTemplate, ...], int] = {}
     widths: dict[tuple[SliceTemplate, ...], dict[int, int]] = {}
     reasons = []
     for index, layer in enumerate(circuits):
@@ -44,16 +43,19 @@ def derive_mlp(trace: Trace, circuits: Sequence[Sequence[Circuit]], variants: Va
             if isinstance(slices, str):
                 reasons.append(slices)
             elif slices:
-                found[slices] = found.get(slices, 0) + width
                 widths.setdefault(slices, {})[index] = width
-    if not found:
+    if not widths:
         none = "no projection of a layer reads the outputs of others channel by channel"
-        return Mlp(reason=next(iter(reasons), none))
-    best = max(found, key=lambda slices: found[slices])
-    if reason := _incomplete(trace, best, widths[best]):
+        return [Mlp(reason=next(iter(reasons), none))]
+    most = sorted(widths, key=lambda slices: -sum(widths[slices].values()))
+    return [_mlp(trace, slices, widths[slices], variants) for slices in most]
+
+
+def _mlp(trace: Trace, slices: tuple[SliceTemplate, ...], widths: dict[int, int], variants: Variants) -> Mlp:
+    if reason := _incomplete(trace, slices, widths):
         return Mlp(reason=reason)
-    key = _width_key(trace, best, widths[best], variants)
-    return Mlp(slices=best, width_key=key, width_attributes=_attributes(trace, widths[best]))
+    key = _width_key(trace, slices, widths, variants)
+    return Mlp(slices=slices, width_key=key, width_attributes=_attributes(trace, widths))
 
 
 def _slices(circuit: Circuit) -> tuple[tuple[SliceTemplate, ...] | str, int]:
