@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import hfprune
+from hfprune.models.twins import twin
 from hfprune.publishing import inspection
 from hfprune.publishing.inspection import inspect_folder, inspection_text
 from hfprune.utils.errors import ConfigError, PlanError
@@ -152,3 +154,13 @@ def test_a_config_that_no_class_reads_still_shows_the_headers(tmp_path):
     assert found["model"]["class"] == "LlamaForCausalLM"
     assert "unheard_of" in found["architecture"]["refused"]
     assert "nothing can be removed" in inspection_text(found)
+
+
+def test_a_class_without_a_table_is_derived(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "cache"))
+    twin(AutoConfig.for_model("olmo2"), dtype=torch.float32).save_pretrained(tmp_path / "olmo2")
+    found = inspect_folder(str(tmp_path / "olmo2"))["architecture"]
+    assert found["described_by"] == "derived"
+    assert found["units"]["mlp"]["per_group"] == [37, 37]
+    assert "norm" in found["units"]["heads"]["reason"]
+    assert len(list((tmp_path / "cache/proofs").iterdir())) == 1
