@@ -45,7 +45,7 @@ def class_description(kind: type[nn.Module], config: Any) -> tuple[Proof, str]:
 
 
 _FOUND = "_hfprune_found"
-"""Attribute of a model with its proven table, and the registered one that it was made of."""
+"""Attribute of a model with its proven table, or the reason for its refusal, and the registered table, if any."""
 
 
 def proven_spec(model: nn.Module, table: ArchSpec | None) -> ArchSpec:
@@ -60,9 +60,18 @@ def proven_spec(model: nn.Module, table: ArchSpec | None) -> ArchSpec:
     """
     known = model.__dict__.get(_FOUND)
     if known is None or known[0] != table:
-        known = model.__dict__[_FOUND] = (table, _derived(model) if table is None else _proven(model, table))
-    found: ArchSpec = known[1]
+        known = model.__dict__[_FOUND] = (table, _spec_or_reason(model, table))
+    found: ArchSpec | str = known[1]
+    if isinstance(found, str):
+        raise UnsupportedArchitectureError(found)
     return found
+
+
+def _spec_or_reason(model: nn.Module, table: ArchSpec | None) -> ArchSpec | str:
+    try:
+        return _derived(model) if table is None else _proven(model, table)
+    except UnsupportedArchitectureError as error:
+        return str(error)
 
 
 def _proven(model: nn.Module, table: ArchSpec) -> ArchSpec:

@@ -211,6 +211,7 @@ class _Worker:
         A process that ended or is late gives a refusal.
         """
         assert self._task is not None
+        model_class, model_type = self._task
         try:
             if self._connection.poll():
                 row: Row | None = self._connection.recv()
@@ -223,7 +224,6 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"its process ended with exit code {self._process.exitcode}"
-        model_class, model_type = self._task
         self._task = None
         self.close()
         seconds = round(time.monotonic() - self._started, 2)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import hfprune
+from hfprune.models.twins import twin
 from hfprune.publishing import inspection
 from hfprune.publishing.inspection import inspect_folder, inspection_text
 from hfprune.utils.errors import ConfigError, PlanError
@@ -165,3 +167,13 @@ def test_saved_buffers_and_shared_experts_are_not_counted(tmp_path):
     assert found["model"]["mlp_widths"] == [24]  # of the dense first layer
     assert found["removed"]["experts"] == {"dense": 12, "kept": 8, "removed": 4}
     assert "layer 2: experts 4 of 6" in inspection_text(found)
+
+
+def test_a_class_without_a_table_is_derived(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "cache"))
+    twin(AutoConfig.for_model("olmo2"), dtype=torch.float32).save_pretrained(tmp_path / "olmo2")
+    found = inspect_folder(str(tmp_path / "olmo2"))["architecture"]
+    assert found["described_by"] == "derived"
+    assert found["units"]["mlp"]["per_group"] == [37, 37]
+    assert "norm" in found["units"]["heads"]["reason"]
+    assert len(list((tmp_path / "cache/proofs").iterdir())) == 1
