@@ -11,19 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hfprune.models import find_spec, is_supported
-from hfprune.models.forward import Batch, objective_sum, run_backbone, run_together, sequences
+from hfprune.models import is_supported
+from hfprune.models.forward import Batch, objective_sum, run_together, sequences
 from hfprune.models.groups import find_layers
-from hfprune.models.layer_stream import layer_input, layer_output
-from hfprune.models.sublayers import adds_to_stream
 from hfprune.objectives import OBJECTIVES
-from hfprune.plan import ATTENTION_SUBLAYERS, DEPTH_KINDS, LAYERS, MLP_SUBLAYERS, SUBLAYERS, Group
+from hfprune.plan import DEPTH_KINDS, LAYERS, Group
+from hfprune.pruning.block_influence import block_influence
 from hfprune.pruning.calibration import CalibrationData
 from hfprune.pruning.communicator import Communicator
-from hfprune.pruning.hooks import UnitMask, evaluating, hooked
+from hfprune.pruning.hooks import UnitMask, evaluating
 from hfprune.pruning.options import DepthMeasure, DepthScores
 from hfprune.pruning.prunable import Prunable
 from hfprune.pruning.sensitivity_curves import DensePredictions, PrefixCache
@@ -94,7 +92,7 @@ def removal_scores(
     data, units = list(batches), _units(groups)
     with evaluating(model):
         if measure == "cosine":
-            influence = _influence(model, data, reduce)
+            influence = block_influence(model, data, reduce=reduce)
             found = [influence[group.kind, layer] for layer, group, _ in units]
         else:
             make = _divergence if measure == "kl" else _loss
@@ -213,75 +211,6 @@ def _changed(prefix: PrefixCache, mask: UnitMask | None, layer: int, batch: int)
         return
     with prefix.unchanged(layer, batch), mask.active():
         yield
-
-
-class _Stream:
-    """Sums over tokens of the cosines of the residual stream before and after the parts of one layer.
-
-    Args:
-        parallel: Whether the MLP reads the input of the layer.
-    """
-
-    def __init__(self, *, parallel: bool) -> None:
-        self._parallel = parallel
-        self.sums = dict.fromkeys(DEPTH_KINDS, 0.0)
-        self._seen: dict[str, Tensor] = {}
-
-    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook before the layer."""
-        self._seen = {LAYERS: _flat(layer_input(args, kwargs))}
-
-    def added(self, kind: str) -> Callable[..., None]:
-        """Returns the hook of the module whose output is added to the stream."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._seen[kind] = _flat(layer_output(output))
-
-        return hook
-
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Hook after the layer."""
-        before = self._seen.pop(LAYERS)
-        self.sums[LAYERS] += _cosines(before, _flat(layer_output(output)))
-        if not self._seen:  # the class has no table of sub-layers
-            return
-        between = before + self._seen[ATTENTION_SUBLAYERS]
-        start = before if self._parallel else between
-        self.sums[ATTENTION_SUBLAYERS] += _cosines(before, between)
-        self.sums[MLP_SUBLAYERS] += _cosines(start, start + self._seen[MLP_SUBLAYERS])
-        self._seen = {}
-
-
-def _flat(states: Tensor) -> Tensor:
-    return states.detach().flatten(0, -2).double()
-
-
-def _cosines(x: Tensor, y: Tensor) -> float:
-    return float(F.cosine_similarity(x, y, dim=-1).sum())
-
-
-def _influence(model: Any, data: Sequence[Batch], reduce: Reduce) -> dict[tuple[str, int], float]:
-    """Returns unit kind and layer -> 1 - mean cosine, of every layer and sub-layer."""
-    spec, layers = find_spec(model), find_layers(model)
-    key = None if spec.sublayers is None else spec.sublayers.parallel_key
-    streams = [_Stream(parallel=bool(key and getattr(model.config, key))) for _ in layers]
-    handles: list[Any] = []
-    for stream, layer in zip(streams, layers, strict=True):
-        handles.append(layer.register_forward_pre_hook(stream.enter, with_kwargs=True))
-        handles.append(layer.register_forward_hook(stream.leave))
-        kinds = () if spec.sublayers is None else SUBLAYERS
-        handles += [adds_to_stream(layer, spec, kind).register_forward_hook(stream.added(kind)) for kind in kinds]
-    tokens = 0
-    with hooked(handles), torch.no_grad():
-        for sequence in (sequence for batch in data for sequence in sequences(batch)):
-            run_backbone(model, sequence)
-            tokens += sequence["input_ids"].numel()
-    flat = [stream.sums[kind] for stream in streams for kind in DEPTH_KINDS]
-    sums = reduce(torch.tensor([*flat, tokens], dtype=torch.float64, device=model.device)).tolist()
-    if not sums[-1]:
-        raise CalibrationError("The layers saw no token: the calibration data is empty.")
-    keys = [(kind, index) for index in range(len(layers)) for kind in DEPTH_KINDS]
-    return {place: 1 - total / sums[-1] for place, total in zip(keys, sums, strict=False)}
 
 
 def check_depth(model: Prunable, setting: DepthScores | None, *, sharded: bool) -> None:
