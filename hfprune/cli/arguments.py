@@ -105,7 +105,7 @@ def split(command: str, args: Sequence[str]) -> list[Given]:
 
 
 def _is_flag(word: str) -> bool:
-    return word.startswith("-") and len(word) > 1 and not _NUMBER.fullmatch(word)
+    return word.startswith("-") and len(word) > 1 and not _NUMBER.match(word)
 
 
 def full_name(name: str, command: str, flags: Mapping[str, Flag]) -> str:

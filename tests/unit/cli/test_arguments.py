@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from hfprune.cli.arguments import understood
+from hfprune.cli.arguments import split, understood
 from hfprune.cli.config_files import shipped_configs
 from hfprune.utils.errors import ConfigError
 
@@ -206,3 +206,12 @@ def test_methods_of_a_sweep_from_configs_and_recipes():
     best, first = json.loads(next(arg for arg in found if arg.startswith("--methods=")).partition("=")[2])
     assert best["allocation"]["class_path"] == "hfprune.allocation.Sensitivity"
     assert (first["name"], first["objective"]) == ("llm_pruner_first", "cross_entropy")
+
+
+@pytest.mark.parametrize("value", ["-1", "-2:", "-1,0", "-2--1", "-0.5"])
+def test_a_word_that_begins_with_a_negative_number_is_a_value(value):
+    assert [(item.name, item.value) for item in split("prune", ["--skip_layers", value, "M", "--ratio", "0.1"])] == [
+        ("skip_layers", value),
+        ("model.path", "M"),
+        ("pruning_ratio", "0.1"),
+    ]
