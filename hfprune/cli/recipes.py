@@ -143,17 +143,28 @@ def check_budget(command: str, given: Sequence[Given]) -> None:
         given: The flags, with recipes and methods replaced.
     """
     stated = dict(_statements(given))
-    if command in ("fit", "prune") and "sparsity" in stated and "method" not in stated:
-        raise ConfigError(
-            f"--method is required with --sparsity: one of {', '.join(sparse_methods())}. To remove whole units, give "
-            "--ratio in place of --sparsity."
-        )
+    if command in ("fit", "prune") and not stated.keys() & set(BUDGETS):
+        _check_sparse(stated.keys())
     other = any(flag.partition(".")[0] in (*_SPARSE, "method", "lora_prune") for flag in stated)
     own = any(flag.startswith("importance.allocation") for flag in stated)  # it may set the number of units itself
     if command in ("fit", "prune") and not other and not own and not stated.keys() & set(BUDGETS):
         raise ConfigError(
             f"Give exactly one of {', '.join('--' + name for name in BUDGETS)}; none was given. For example: "
             "--ratio 0.2."
+        )
+
+
+def _check_sparse(flags: Collection[str]) -> None:
+    """Raises ``ConfigError`` where one of ``method`` and ``sparsity`` is given without the other."""
+    if "sparsity" in flags and "method" not in flags:
+        raise ConfigError(
+            f"--method is required with --sparsity: a name ({', '.join(sparse_methods())}). To remove whole units, "
+            "give --ratio in place of --sparsity."
+        )
+    if "method" in flags and "sparsity" not in flags:
+        raise ConfigError(
+            "--sparsity is required with --method: share of zeros (0.5) or N:M (2:4). To remove whole units, give "
+            "--ratio."
         )
 
 

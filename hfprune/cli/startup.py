@@ -11,8 +11,8 @@ def importing() -> Iterator[None]:
     """Pauses the garbage collector while packages are imported, and exempts what they create from later collections.
 
     Imports create hundreds of thousands of objects that live as long as the process, and the collector would walk all
-    of them again and again: a fifth of the time to the first batch of a small model (``benchmarks/startup.py``). In a
-    process that has imported torch before, nothing is paused or exempted: its objects may be those of a caller.
+    of them again and again: about a tenth of the time to the first batch (``benchmarks/startup.py``). In a process that
+    has imported torch before, nothing is paused or exempted: its objects may be those of a caller.
 
     Example:
         >>> with importing():

@@ -105,7 +105,7 @@ def test_allocation_from_yaml(folder, here):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected Literal['mlp', 'heads', 'experts', 'attention_sublayers'"),
+        (["--pruning_ratio=0.2", "--importance.units=[neurons]"], "expected mlp or heads or experts or attention_sublayers"),
         (["--pruning_ratio=0.2", "--importance.allocation=GlobalRank"], "has one number for all layers"),
         (["--importance.allocation=Explicit", "--importance.allocation.mlp=[9, 8, 9]"], "different numbers of mlp neurons (8"),
         (["--pruning_ratio=0.2", "--importance.allocation=Explicit", "--importance.allocation.mlp=9"], "sets the widths itself"),
