@@ -114,12 +114,13 @@ CUTS = {
     "uneven heads": {"heads": (4, 2, 1, 3)},
     "widths and heads": {"mlp": (101, 77, 150, 50), "heads": (4, 2, 1, 3)},
     "layers": {"layers": (0, 2, 3)},
+    "all": {"mlp": (101, 77, 150, 50), "heads": (4, 2, 1, 3), "layers": (0, 2, 3)},
     "channels": {"channels": (48,)},
     "experts": {"experts": (4,)},
 }
 PER_LAYER = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3")
 CASES = [
-    *[(name, cut) for name in PER_LAYER for cut in CUTS if cut not in ("channels", "experts")],
+    *[(name, cut) for name in PER_LAYER for cut in CUTS if cut not in ("all", "channels", "experts")],
     *[
         (name, cut)
         for name in ("gemma", "gemma2", "gemma3")
@@ -128,6 +129,7 @@ CASES = [
     *[(name, cut) for name in ("gpt_neox", "gpt2") for cut in ("dense", "uniform", "rounded", "layers")],
     *[(name, cut) for name in ("phi3_short", "phi3_long") for cut in ("dense", "uniform")],
     *[(name, cut) for name in ("mixtral", "qwen2_moe", "qwen3_moe") for cut in ("dense", "experts", "layers")],
+    ("llama", "all"),
     ("mixtral", "heads"),
     ("qwen3_moe", "heads"),
     *[(name, "channels") for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")],
