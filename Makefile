@@ -76,7 +76,7 @@ test-lowest:  ## tests with the lower bounds of the dependencies, in .venv-lowes
 test-newest:  ## the default tests with the newest dependencies that setup.cfg allows, in .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet torch $(TORCH_FLAGS)
-	.venv-newest/bin/python -m pip install --quiet -e ".[dev]"
+	.venv-newest/bin/python -m pip install --quiet -e ".[serve,dev]"
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(STAMP)  ## the tests that need CUDA

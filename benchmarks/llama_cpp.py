@@ -1,4 +1,4 @@
-"""Pruned models in llama.cpp on one CPU thread: size on disk and tokens a CPU second, beside the dense model.
+"""Pruned models in llama.cpp on one CPU thread: size on disk and tokens a CPU second, compared with the dense model.
 
     python benchmarks/llama_cpp.py --engine .venv-llama-cpp/bin/python     # SmolLM2-135M, q8_0 and q4_0, 9 rounds
 

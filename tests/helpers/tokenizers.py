@@ -12,7 +12,7 @@ TEXTS = [
     "  two spaces, then\ttabs\n\n and   lines \n",
     "I've 12345 reasons, you'RE right; it's 3.14% (or $1,234.56)!?",
     "def f(x):\n    return x ** 2  # comment\n\n\nclass CamelCaseName: ...\n",
-    "na\u00efve caf\u00e9 \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d\uff0c\u4e16\u754c \ud55c\uad6d\uc5b4 \U0001f642\U0001f999",
+    "na\u00efve \u00e9t\u00e9 \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d\uff0c\u4e16\u754c \ud55c\uad6d\uc5b4 \U0001f642\U0001f999",
     "<|start|>user<|end|> the statement</s>",
     "trailing space ",
 ]

@@ -80,6 +80,7 @@ def family(name):
             **SIZES, rope_parameters=rope("yarn", factor=2.0, original_max_position_embeddings=64)
         ),
         "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True, rope_parameters=rope()),
+        "qwen3_own_head": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
         "gemma": lambda: GemmaConfig(**SIZES, head_dim=16, hidden_act="gelu_pytorch_tanh"),
         "gemma2": lambda: Gemma2Config(**gemma, final_logit_softcapping=5.0, attn_logit_softcapping=10.0),
         "gemma3": lambda: Gemma3TextConfig(
@@ -114,12 +115,13 @@ CUTS = {
     "uneven heads": {"heads": (4, 2, 1, 3)},
     "widths and heads": {"mlp": (101, 77, 150, 50), "heads": (4, 2, 1, 3)},
     "layers": {"layers": (0, 2, 3)},
+    "all": {"mlp": (101, 77, 150, 50), "heads": (4, 2, 1, 3), "layers": (0, 2, 3)},
     "channels": {"channels": (48,)},
     "experts": {"experts": (4,)},
 }
 PER_LAYER = ("llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "phi3")
 CASES = [
-    *[(name, cut) for name in PER_LAYER for cut in CUTS if cut not in ("channels", "experts")],
+    *[(name, cut) for name in PER_LAYER for cut in CUTS if cut not in ("all", "channels", "experts")],
     *[
         (name, cut)
         for name in ("gemma", "gemma2", "gemma3")
@@ -128,6 +130,8 @@ CASES = [
     *[(name, cut) for name in ("gpt_neox", "gpt2") for cut in ("dense", "uniform", "rounded", "layers")],
     *[(name, cut) for name in ("phi3_short", "phi3_long") for cut in ("dense", "uniform")],
     *[(name, cut) for name in ("mixtral", "qwen2_moe", "qwen3_moe") for cut in ("dense", "experts", "layers")],
+    *[("qwen3_own_head", cut) for cut in ("uniform", "heads", "layers", "channels")],
+    ("llama", "all"),
     ("mixtral", "heads"),
     ("qwen3_moe", "heads"),
     *[(name, "channels") for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")],
