@@ -58,12 +58,13 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + name, f"{__name__}:{PREFIX}{name}")
 
 
-def refusal(name: str, layers: Mapping[Any, Mapping[str, int]]) -> str:
+def refusal(name: str, layers: Mapping[Any, Mapping[str, int]], *, partial: bool = False) -> str:
     """Returns why vLLM does not serve a ``per_layer`` folder; empty if it does.
 
     Args:
         name: Name of the class of transformers.
         layers: ``per_layer_config`` of config.json.
+        partial: Whether there are layers without attention or without MLP.
 
     >>> refusal("LlamaForCausalLM", {"0": {"num_key_value_heads": 1}})
     ''
@@ -72,6 +73,8 @@ def refusal(name: str, layers: Mapping[Any, Mapping[str, int]]) -> str:
     """
     if name not in FAMILIES:
         return f"the plugin serves {', '.join(FAMILIES)}, not {name}: use layout=padded"
+    if partial:
+        return "the plugin does not build layers without attention or MLP: use layout=padded"
     if not FAMILIES[name].heads and any(key in values for values in layers.values() for key in _HEADS):
         return f"vLLM builds {name} with one number of heads alone: use layout=padded"
     unknown = sorted({key for values in layers.values() for key in values} - _BUILT)
@@ -96,7 +99,8 @@ def _config_class() -> type:
             data = dict(config_dict)
             section, layers = data.pop("hfprune"), data.pop("per_layer_config", None) or {}
             data.pop("auto_map", None)
-            reason = refusal(str((data.get("architectures") or [""])[0]).removeprefix(PREFIX), layers)
+            name = str((data.get("architectures") or [""])[0]).removeprefix(PREFIX)
+            reason = refusal(name, layers, partial=bool(section.get("without")))
             if reason:
                 raise ValueError(f"hfprune: {reason}.")
             found = CONFIG_MAPPING[section["family"]].from_dict(data | {"model_type": section["family"]}, **kwargs)

@@ -25,6 +25,7 @@ class Facts:
         layout: Name of the layout.
         model_class: Name of the stock class of transformers.
         layers: ``per_layer_config`` of config.json.
+        partial: Whether there are layers without attention or without MLP.
         has_code: Whether the folder has code for transformers without hfprune.
         own_head_size: Whether the size of a head differs from hidden size / query heads.
         wide: Whether the MLP is four times as wide as the hidden size in every layer.
@@ -33,6 +34,7 @@ class Facts:
     layout: str
     model_class: str
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    partial: bool = False
     has_code: bool = False
     own_head_size: bool = False
     wide: bool = True
@@ -130,6 +132,7 @@ def facts_of(config: Mapping[str, Any], widths: Sequence[int], *, layout: str) -
         layout=layout,
         model_class=str(names[0]).removeprefix(PREFIX),
         layers=layers,
+        partial=bool((config.get("hfprune") or {}).get("without")),
         has_code=bool(config.get("auto_map")),
         own_head_size=any(dim is not None and count * dim != hidden for count, dim in own | {(heads, size)}),
         wide=all(width == 4 * hidden for width in widths),
@@ -166,7 +169,7 @@ def _per_layer(engine: str, rules: Engine, facts: Facts) -> tuple[State, str]:
     if not rules.per_layer:
         return "refused", rules.per_layer_reason
     if engine == "vllm":
-        reason = refusal(facts.model_class, facts.layers)
+        reason = refusal(facts.model_class, facts.layers, partial=facts.partial)
         return ("refused", reason) if reason else ("loads", rules.per_layer)
     if rules.per_layer == _CODE and not facts.has_code:
         return "refused", "the folder has no code for it: run hfprune export --layout per_layer"

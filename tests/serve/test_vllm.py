@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hfprune.io.save import export_model
-from hfprune.publishing.engine_check import greedy
+from hfprune.publishing.engine_check import check_engine, greedy
 from hfprune.vllm_plugin import FAMILIES, refusal
 from tests.helpers.served import LARGE, PROMPTS, cut, export, run_script, servable
 
@@ -100,10 +100,23 @@ def test_nemotron_nas_without_the_plugin(tmp_path):
     assert found == {"m": expected}
 
 
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_export_compares_the_result_in_vllm(tmp_path):
+    model = AutoModelForCausalLM.from_config(servable()["qwen3"]).eval()
+    plan = cut(model, widths=WIDTHS, heads=HEADS)
+    export_model(model, None, plan, tmp_path / "m", layout="per_layer")
+    found = check_engine(tmp_path / "m", model, "vllm")
+    assert found.version.startswith("0.")
+    assert found.difference < 0.001
+
+
 def test_what_vllm_cannot_build_is_refused_by_name():
     assert refusal("GPT2LMHeadModel", {}).startswith("the plugin serves Gemma3ForCausalLM")
     assert refusal("Phi3ForCausalLM", {"0": {"intermediate_size": 8}, "1": {"num_key_value_heads": 2}})
     assert not refusal("Phi3ForCausalLM", {"0": {"intermediate_size": 8}})
+    assert "without attention or MLP" in refusal("LlamaForCausalLM", {}, partial=True)
     assert "differ in num_local_experts" in refusal("LlamaForCausalLM", {"0": {"num_local_experts": 8}})
 
 

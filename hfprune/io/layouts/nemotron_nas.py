@@ -134,6 +134,8 @@ def not_described(model: Any) -> str:
         return f"the format is for LlamaForCausalLM, this is {name}; use layout='padded'"
     if config.hidden_act != "silu":
         return f"its layers have the activation silu, not {config.hidden_act}"
+    if any(_lacks(layer) for layer in find_layers(model)):
+        return "every layer has attention and MLP here; use layout='padded'"
     wrong = sorted({width for width in mlp_widths(model) if width % STEP})
     if wrong:
         return (
@@ -202,3 +204,10 @@ def _heads(model: Any) -> list[tuple[int, int]]:
     layers: Any = find_layers(model)
     attentions = [layer.self_attn for layer in layers]
     return [(one.q_proj.out_features // one.head_dim, one.k_proj.out_features // one.head_dim) for one in attentions]
+
+
+def _lacks(layer: Any) -> bool:
+    """Returns whether a layer has no attention or no MLP."""
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    modules = dict(layer.named_modules())
+    return any(name not in modules for name in projections)

@@ -56,6 +56,7 @@ def test_every_engine_has_a_verdict_with_a_reason():
         ("transformers", "opt", "per_layer", {"auto_map": {"AutoConfig": "x"}}, "loads"),
         ("vllm", "gpt2", "per_layer", {}, "refused"),
         ("vllm", "qwen2", "per_layer", {"per_layer_config": {"0": {"intermediate_size": 8}}}, "loads"),
+        ("vllm", "llama", "per_layer", {"hfprune": {"without": {"attention": [1]}}}, "refused"),
         ("vllm", "qwen2", "per_layer", {"per_layer_config": {"0": {"num_key_value_heads": 1}}}, "refused"),
     ],
 )

@@ -72,3 +72,10 @@ def test_refused_before_writing(changes, units, reason, tmp_path):
         with pytest.raises(ConfigError, match=reason):
             refused()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_without_a_sub_layer_are_refused():
+    found = model()
+    del found.model.layers[1].self_attn
+    with pytest.raises(ConfigError, match="every layer has attention and MLP here"):
+        LAYOUTS.get("nemotron_nas").check(found)
