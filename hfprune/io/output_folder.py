@@ -72,10 +72,18 @@ def _foreign(folder: Path) -> str | None:
         return names[0]
     for name in names:
         path = folder / name
-        own = name == _TEMPLATES if path.is_dir() else name.endswith(_MODEL_SUFFIXES)
+        own = name == _TEMPLATES if path.is_dir() else name.endswith(_MODEL_SUFFIXES) or _is_own_code(path)
         if not own and not (name == CARD_FILE and (adapter or is_card(path))):
             return name
     return None
+
+
+def _is_own_code(path: Path) -> bool:
+    """Returns whether a file is modeling code for transformers that hfprune wrote, by its first line."""
+    if path.suffix != ".py":
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return "by hfprune" in file.readline().lower()
 
 
 def is_card(path: Path) -> bool:

@@ -4,7 +4,7 @@ import functools
 import shlex
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
 from hfprune import LoraPruningCallback, ReportCallback, SparsePruningCallback, TaylorImportanceCallback
 from hfprune.modules import PruningModule
@@ -32,6 +32,7 @@ CONFIGS = {
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
     ),
+    "mixtral-4-layers": MixtralConfig(num_hidden_layers=4, max_position_embeddings=8192),
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ _FULL_ATTENTION = {
     "window_length": None,
 }
 
-_CODE = '''"""Llama whose layers differ in width, in the format nemotron-nas. Needs torch and transformers alone."""
+_CODE = '''"""Llama whose layers differ in width, format nemotron-nas, by hfprune. Needs torch and transformers."""
 
 import copy
 from types import SimpleNamespace

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import hfprune
 from hfprune.cli.startup import importing
 
 HEAVY = ("torch", "transformers", "lightning", "peft", "torchmetrics", "datasets", "matplotlib", "rich", "scipy.signal")
@@ -40,8 +41,12 @@ def test_modules_that_need_no_heavy_package_import_none(module):
     assert imported(f"import {module}") == set()
 
 
-def test_inspect_and_card_import_no_heavy_package(folder):
-    assert command("inspect", folder) == set()
+def test_inspect_and_card_import_no_heavy_package(folder, tmp_path):
+    model = hfprune.load(folder)
+    plan = hfprune.make_plan(model, keep={f"model.layers.{i}.mlp": range(8) for i in range(2)})
+    hfprune.apply_plan(model, plan)
+    hfprune.save(model, tmp_path / "pruned", plan=plan)
+    assert command("inspect", str(tmp_path / "pruned")) == set()
     assert command("card", "--help") == set()
 
 

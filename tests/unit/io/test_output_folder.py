@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 
+import hfprune
 from hfprune import apply_plan
 from hfprune.callbacks import ReportCallback, SparsePruningCallback
 from hfprune.cli import main
@@ -67,6 +68,18 @@ def test_a_model_is_replaced_when_that_is_asked_for(tmp_path):
     (target / "notes").mkdir()
     (target / "notes" / "mine").write_text("mine")
     refused(target, "hfprune did not write 'notes'", overwrite=True)
+
+
+def test_a_model_with_code_is_replaced_and_code_of_others_is_not(tmp_path):
+    target = tmp_path / "model"
+    for overwrite in (False, True):
+        model = tiny(dtype=torch.float32)
+        plan = hfprune.make_plan(model, keep={f"model.layers.{i}.mlp": range(8 + 4 * i) for i in range(3)})
+        hfprune.apply_plan(model, plan)
+        export_model(model, None, plan, target, layout="per_layer", overwrite=overwrite)
+        assert (target / "modeling_hfprune.py").is_file()
+    (target / "modeling_mine.py").write_text('"""My model."""')
+    refused(target, "hfprune did not write 'modeling_mine.py'", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["home", "current", "above"])
