@@ -115,7 +115,7 @@ def prove(spec: ArchSpec, model: nn.Module) -> Proof:
         ('proven', ('mlp', 'heads', 'layers', 'channels'), 'LlamaForCausalLM has no mixture-of-experts layers')
         >>> wrong = prove(replace(LLAMA, mlp=LLAMA.mlp[1:]), twin(LlamaConfig()))  # without the gate
         >>> wrong.claims["neurons"].proven, wrong.kinds()
-        (False, ('heads', 'layers', 'channels'))
+        (False, ('heads', 'layers'))
     """
     dense: Any = deepcopy(model)
     pin_spec(dense, spec)

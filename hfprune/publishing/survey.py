@@ -108,10 +108,14 @@ def survey(names: Sequence[str] = (), *, jobs: int = 1, time_limit: float = 300.
 
 
 def classes() -> dict[str, str]:
-    """Returns class name -> model type, for every causal LM class; of several types that of the text model."""
+    """Returns class name -> model type, for every causal LM class.
+
+    Of several types it is that of the text model, or that with the name of the class.
+    """
     found: dict[str, str] = {}
     for model_type, name in causal_lm_classes().items():
-        if name not in found or model_type.endswith("_text"):
+        named = name.lower().startswith(model_type.replace("_", "").replace("-", ""))
+        if name not in found or named or model_type.endswith("_text"):
             found[name] = model_type
     return found
 

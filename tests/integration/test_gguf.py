@@ -50,7 +50,7 @@ def test_a_dense_model_can_be_written_to_compare_with(empty_folder):
 
 BAD = {
     "--to gguf --layout padded -o m.gguf": "--to 'gguf' and --layout 'padded' are two formats",
-    "--to ggfu -o m.gguf": "Known: bitmask, padded, per_layer, uniform, gguf",
+    "--to ggfu -o m.gguf": "Known: bitmask, nemotron_nas, padded, per_layer, uniform, gguf",
     "--gguf_type q8_0 -o out": "--gguf_type 'q8_0' is the type of a GGUF file",
     "--to gguf -o pruned/m.gguf": "overlap",
     "--to gguf -o .": "is a folder",

@@ -26,6 +26,7 @@ from hfprune.io.layouts.per_layer import cut_of, dense_config, stock_config
 from hfprune.models import find_spec
 from hfprune.models.groups import attention_table, find_layers
 from hfprune.models.spec import ArchSpec
+from hfprune.models.sublayers import missing_sublayers
 from hfprune.version import __version__
 
 MODULE = "modeling_hfprune"
@@ -146,6 +147,8 @@ def add_remote_code(folder: Path, model: Any) -> str | None:
     stock = type(stock_config(model.config))
     if stock not in MODEL_MAPPING or not type(model).__module__.startswith("transformers."):
         return f"{type(model).__name__} is not a class of transformers"
+    if missing_sublayers(model, spec):
+        return "layers without attention or MLP are built by hfprune alone"
     names = _names(model, stock, spec)
     resized = _resized(model, spec)
     if resized:

@@ -42,7 +42,7 @@ def test_hand_written_tables_pass(name):
     spec = table(name)
     proof = prove(spec, twin(CONFIGS[name]))
     described = {"mlp"} if spec.mlp else {"experts"}
-    described |= {"heads", "layers"} | ({"channels"} if spec.stream else set())
+    described |= {"layers"} | ({"heads"} if spec.attention else set()) | ({"channels"} if spec.stream else set())
     assert set(proof.kinds()) == described
     for claim in ("head", "keep_all", "packing", "padding"):
         assert proof.claims[claim].proven, proof.claims[claim].reason
