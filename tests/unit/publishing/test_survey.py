@@ -108,7 +108,7 @@ def test_unknown_names_and_numbers_are_refused_at_once():
         (["x", "--all"], "Give either a folder or hub id (OUT), or --all"),
         (["x", "--markdown"], "--classes and --markdown need --all"),
         (["--all", "--json", "--markdown"], "Give either --json or --markdown"),
-        (["--all", "--classes", "lama"], "Did you mean 'llama'?"),
+        (["--all", "--classes", "llam"], "Did you mean 'llama'?"),
         (["--all", "--jobs", "0"], "must be positive"),
     ],
 )
