@@ -32,14 +32,15 @@ CONFIGS = {
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
     ),
-    "mixtral-4-layers": MixtralConfig(num_hidden_layers=4, max_position_embeddings=8192),
 }  # fmt: skip
+
+MIXTURES = {"mixtral-4-layers": MixtralConfig(num_hidden_layers=4, max_position_embeddings=8192)}
 
 
 @functools.cache
 def shapes(name):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_config((CONFIGS | MIXTURES)[name], dtype=torch.bfloat16)
 
 
 def unchecked(monkeypatch):
