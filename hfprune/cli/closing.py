@@ -111,6 +111,8 @@ def next_commands(report: Mapping[str, Any], folder: Path, *, typed: Typed) -> l
         ("chat", "talk to it", shlex.join(["hfprune", "chat", str(folder), *against])),
         ("push", "publish it", shlex.join(["hfprune", "push", str(folder), "OWNER/NAME"])),
     ]
+    if (folder / ADAPTER_FOLDER).is_dir():  # evaluate reads the model without it
+        found = [line for line in found if line[0] != "evaluate"]
     if typed.command == "prune":
         recovery = bool(data.get("recovery"))
         found.append(("fit", "prune and recover", _as_fit(typed, folder, recovery=recovery)))

@@ -1,5 +1,7 @@
 """``hfprune evaluate``, and the flags of zero-shot tasks."""
 
+import logging
+from pathlib import Path
 from typing import cast
 
 from jsonargparse import Namespace
@@ -7,8 +9,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from hfprune.cli.base import BaseCLI
 from hfprune.evaluation.zero_shot import ZeroShotTasks
+from hfprune.io.output_folder import ADAPTER_FOLDER, MODEL_FOLDER
 from hfprune.trainer import PruneTrainer
 from hfprune.utils.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 _UNUSED = {
     "model": (
@@ -78,6 +83,13 @@ class EvaluateCLI(BaseCLI):
         if c.dense is None and (c.dense_revision is not None or c.dense_subfolder is not None):
             raise ConfigError("--dense_revision and --dense_subfolder belong to --dense, which is not given.")
         self.check_no_training()
+        if (adapter := _kept_adapter(self.model.path)) is not None:
+            _log.warning(
+                "'%s' is measured without the recovery, which is in '%s': recover with --merge_adapters true to "
+                "measure both, or see the figures of the recovered model in report.html.",
+                self.model.path,
+                adapter,
+            )
         self.log_notes()
         stages = cast(PruneTrainer, self.trainer).evaluate(
             self.model,
@@ -91,6 +103,13 @@ class EvaluateCLI(BaseCLI):
             output=c.output,
         )
         self.result = {"stages": stages}
+
+
+def _kept_adapter(path: str) -> Path | None:
+    """Returns the adapter that a run kept apart from a model, or None."""
+    adapter = Path(path).absolute().parent / ADAPTER_FOLDER
+    apart = Path(path).name == MODEL_FOLDER and (adapter / "adapter_config.json").is_file()
+    return adapter if apart else None
 
 
 def add_task_arguments(parser: LightningArgumentParser) -> None:

@@ -148,8 +148,8 @@ def check_stock(model: nn.Module, groups: Sequence[Group], keep: Kept) -> None:
         if len(set(kept)) > 1:
             raise UnsupportedArchitectureError(
                 f"The layers would keep different numbers of {what} ({min(kept)} to {max(kept)}), but a stock config "
-                "has one number for all layers. Use an allocation with one width such as Uniform(), or "
-                "layout='per_layer'."
+                "has one number for all layers. Use layout='per_layer', or keep the same number in every layer: an "
+                "allocation such as Uniform(), and no skipped layers."
             )
     if any(g.kind == "mlp" and len(keep[g.name]) < g.num_units for g in groups) and not find_spec(model).width_key:
         raise UnsupportedArchitectureError(

@@ -319,6 +319,16 @@ def evaluate(*flags):
     return json.loads(Path("eval.json").read_text())
 
 
+def test_evaluate_says_that_a_kept_adapter_is_left_out(dense, caplog):
+    assert prune(dense, "--intermediate_size=12") == 0
+    evaluate("--model.path=out/model")
+    assert "without the recovery" not in caplog.text
+    Path("out/adapter").mkdir()
+    Path("out/adapter/adapter_config.json").write_text("{}")
+    evaluate("--model.path=out/model")
+    assert "'out/model' is measured without the recovery, which is in" in caplog.text
+
+
 def test_evaluate_a_checkpoint_equals_the_exported_model(dense, capsys):
     flags = ["--pruning_ratio=0.2", "--data.recovery_sequences=8", "--data.validation_sequences=2"]
     fit = ["fit", f"--model.path={dense}", "--output_dir=out", *TINY_FLAGS, *flags, "--importance.recovery.rank=2"]

@@ -39,6 +39,13 @@ def test_a_fit_does_not_propose_fit():
     ]
 
 
+def test_evaluate_is_not_proposed_for_a_recovery_that_it_does_not_read(tmp_path):
+    typed = Typed.of("fit", ["M", "-o", str(tmp_path)])
+    assert "evaluate" in [name for name, *_ in next_commands(REPORT, tmp_path, typed=typed)]
+    (tmp_path / "adapter").mkdir()
+    assert "evaluate" not in [name for name, *_ in next_commands(REPORT, tmp_path, typed=typed)]
+
+
 def test_units_and_weights_that_were_removed():
     assert removed(REPORT) == "200 of 1,000 parameters (20.0 %); 6 of 16 MLP neurons"
     zeros = {"saved": {"sparsity": {"zeros": 50, "weights": 100, "achieved": 0.5}}}
