@@ -122,7 +122,7 @@ format: $(STAMP)  ## format and mend what can be mended
 flags: $(STAMP)  ## write the table of flags, hfprune/cli/flags.json, from the parsers
 	$(BIN)/python -m hfprune.cli.flag_table
 
-bench: $(STAMP)  ## time and memory of start, calibration, DDP, callbacks, shared passes, sparse layers, beside references
+bench: $(STAMP)  ## time and memory of start-up, calibration, DDP, callbacks, shared passes and sparse layers, as ratios to references
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/calibration.py --part all
 	$(BIN)/python benchmarks/strategies.py

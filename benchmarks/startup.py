@@ -1,4 +1,4 @@
-"""Start of the commands: CPU seconds until they have answered, beside importing torch, transformers and Lightning.
+"""Start-up of commands: CPU seconds to the answer, as a ratio to importing torch, transformers and Lightning.
 
     python benchmarks/startup.py            # a tiny model, 3 rounds
 

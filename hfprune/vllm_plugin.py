@@ -1,10 +1,10 @@
 """vLLM plugin: serves ``per_layer`` folders, whose layers differ in size, with vLLM's own models.
 
 vLLM calls :func:`register` at start (entry point ``vllm.general_plugins``). The config of a folder becomes the config
-of its family with transformers' ``per_layer_config``, and each decoder layer is built from the values of its own layer.
+of its family with transformers' ``per_layer_config``, and each decoder layer is built from the values stated for it.
 Weights, kernels and the key-value cache are vLLM's. The folders need no ``trust_remote_code``.
 
-vLLM 0.32 asks for an older transformers than hfprune, so it has an environment of its own. Only this module is used
+vLLM 0.32 asks for an older transformers than hfprune, so it needs a separate environment. Only this module is used
 there, which needs neither torch nor other packages of hfprune: ``pip install --no-deps hfprune``.
 """
 

@@ -95,7 +95,7 @@ def pin_spec(model: nn.Module, spec: ArchSpec) -> None:
 
 
 _PINNED = "_hfprune_spec"
-"""Attribute of a model with a table of its own."""
+"""Attribute of a model that holds its architecture table."""
 
 
 def class_name(model: nn.Module) -> str:

@@ -244,7 +244,7 @@ class Sizes:
         return table
 
     def filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns values for keys that are None where most classes have a size.
+        """Returns sizes for keys that are None in the config.
 
         Args:
             values: All values of the config.

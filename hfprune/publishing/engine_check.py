@@ -1,6 +1,6 @@
 """Check of an export in the engine that will serve it: the same greedy tokens and log-probabilities as in memory.
 
-Each engine runs as a process of its own, in the Python of the environment variable ``HFPRUNE_<ENGINE>_PYTHON`` or in
+Each engine runs in a separate process, in the Python of the environment variable ``HFPRUNE_<ENGINE>_PYTHON`` or in
 the one that runs hfprune: most engines ask for other versions of transformers than hfprune. hfprune is not used there,
 except for the vLLM plugin.
 """

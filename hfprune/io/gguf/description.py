@@ -146,7 +146,7 @@ def _per_layer_arch(found: Description, name: str, reason: str) -> str:
         raise ConfigError(f"{start}. No architecture with values per layer computes this class. {_PADDED}")
     problem = None
     if target == "openelm" and not found.tied:
-        problem = "has no output head of its own, and the model's head is not tied to the embedding"
+        problem = "has no separate output head, and the model's head is not tied to the embedding"
     elif target == "openelm" and getattr(found.config, "attention_bias", False):
         problem = "has no biases, and the attention of the model has"
     elif rotary_size(found.config, found.head_size) != found.head_size:
@@ -216,7 +216,7 @@ def _attention(found: Description) -> str | None:
     if found.family.normed is not None and normed != found.family.normed:
         return f"weights experts with norm_topk_prob={found.family.normed}, the model with {normed}"
     if found.family.untied and found.tied:
-        return "needs an output head of its own, and the model's head is tied to the embedding"
+        return "needs a separate output head, and the model's head is tied to the embedding"
     if found.family.tied and not found.tied:
-        return "has no output head of its own, and the model's head is not tied to the embedding"
+        return "has no separate output head, and the model's head is not tied to the embedding"
     return None

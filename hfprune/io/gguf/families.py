@@ -46,8 +46,8 @@ class Family:
         norm_offset: Constant that the class adds to the weights of its norms.
         windows: Whether ``arch`` computes sliding windows.
         transposed: Whether projections are stored as [in, out].
-        tied: Whether ``arch`` has no output head of its own.
-        untied: Whether ``arch`` needs an output head of its own.
+        tied: Whether ``arch`` has no separate output head.
+        untied: Whether ``arch`` needs a separate output head.
         normed: Whether ``arch`` divides the weights of a token's experts by their sum; None without experts.
     """
 

@@ -1,6 +1,7 @@
 """Assembly of a derived table."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,8 @@ from hfprune.models.surgery import apply_plan, mask_plan
 from hfprune.models.twins import random_weights
 from hfprune.plan import PruningPlan
 from hfprune.utils.errors import HFPruneError, UnsupportedArchitectureError, first_line
+
+_log = logging.getLogger(__name__)
 
 _FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
 """Errors of the forward pass of a class that is written for other inputs or modules."""
@@ -49,6 +52,7 @@ def derive(model: nn.Module) -> ArchSpec:
     except UnsupportedArchitectureError as error:
         raise UnsupportedArchitectureError(f"{name} cannot be described: {error}.") from error
     except _FOREIGN as error:
+        _log.debug("%s cannot be described", name, exc_info=True)
         raise UnsupportedArchitectureError(
             f"{name} cannot be described: it does not run as expected ({type(error).__name__}: {first_line(error)})."
         ) from error
